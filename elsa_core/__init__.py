@@ -1,0 +1,10 @@
+"""ELSA-Swin with torch as the only dependency: the operator and the backbone."""
+
+from .backbone import ELSASwin
+from .operator import elsa_attention
+from .reference import elsa_attention_reference
+from .variants import VARIANTS
+
+__version__ = "0.1.0"
+
+__all__ = ["VARIANTS", "ELSASwin", "elsa_attention", "elsa_attention_reference"]

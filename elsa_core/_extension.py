@@ -1,0 +1,31 @@
+"""Finds and loads the compiled operator."""
+
+import warnings
+from pathlib import Path
+
+import torch
+
+
+def load_extension() -> bool:
+    """Loads ``elsa_core/_C`` into the dispatcher; False, with one warning, where it was not built.
+
+    Raises:
+        ImportError: the file is there but does not load, as after a change of the PyTorch version.
+    """
+    binaries = sorted(Path(__file__).parent.glob("_C*.so"))
+    if not binaries:
+        warnings.warn(
+            "elsa_core runs without its compiled operator (slower): it was installed without a C++ "
+            "compiler; install one and run 'pip install --no-build-isolation .' again",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        return False
+    try:
+        torch.ops.load_library(binaries[0])
+    except OSError as error:
+        raise ImportError(
+            f"{binaries[0]} does not load with PyTorch {torch.__version__}: build it again with "
+            f"'pip install --no-build-isolation .' ({error})"
+        ) from error
+    return True

@@ -1,0 +1,174 @@
+"""The ELSA-Swin backbone (arXiv 2112.12786) for dense prediction."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from .blocks import Block, PatchEmbed, PatchMerging, Stage
+from .checkpoint import drop_unused_keys
+from .layers import ELSA, WindowAttention
+from .variants import Arch
+
+_Self = TypeVar("_Self", bound="ELSASwin")
+
+
+class ELSASwin(nn.Module):
+    """A Swin Transformer that attends with ELSA in every stage but the last.
+
+    Maps an image [B, in_chans, H, W] to a tuple of [B, C_i, H_i, W_i], one for each of
+    ``out_indices``: C_i is ``num_features[i]``, H_i and W_i are H and W divided by 4 * 2**i and
+    rounded up. The outputs are views with channels-last strides.
+
+    Parameter names are those of the original release. `load_state_dict` accepts and drops its
+    bookkeeping buffers and the norms of stages that are not in ``out_indices``; anything else
+    missing or unknown is reported as usual.
+
+    Args:
+        arch: "tiny", "small", "base" or a dict with the fields of `elsa_core.variants.Arch`.
+        in_chans: channels of the image.
+        drop_path_rate: stochastic depth of the last block, rising linearly from 0 at the first.
+        drop_rate: dropout after the patch embedding, the attention layers and in the MLPs.
+        attn_drop_rate: dropout of the attention weights; above 0, ELSA trains on a slower path
+            (see `elsa_core.layers.ELSA`).
+        out_indices: stages whose maps are returned, each through an output norm of its own.
+        frozen_stages: 0 freezes the patch embedding, i >= 1 also the stages 0..i-1 and their
+            output norms: no gradients, and evaluation mode that `train` does not end.
+        with_cp: recompute the blocks' activations in the backward pass to save memory.
+
+    Raises:
+        ValueError: an unknown or contradictory ``arch``, or rates, ``out_indices`` or
+            ``frozen_stages`` out of range; in `forward`, an input of another shape.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] | Arch = "tiny",
+        in_chans: int = 3,
+        drop_path_rate: float = 0.0,
+        drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        out_indices: Sequence[int] = (0, 1, 2, 3),
+        frozen_stages: int = -1,
+        with_cp: bool = False,
+    ) -> None:
+        super().__init__()
+        self.arch = Arch.from_spec(arch)
+        self.num_features = self.arch.num_features
+        self.in_chans = in_chans
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        _check_rate("drop_path_rate", drop_path_rate)
+        _check_rate("drop_rate", drop_rate)
+        _check_rate("attn_drop_rate", attn_drop_rate)
+        self._check_stages()
+
+        self.patch_embed = PatchEmbed(in_chans, self.num_features[0])
+        self.pos_drop = nn.Dropout(drop_rate)
+        last_stage, last_block = len(self.num_features) - 1, sum(self.arch.depths) - 1
+        self.layers = nn.ModuleList()
+        for stage, dim in enumerate(self.num_features):
+            first_block = sum(self.arch.depths[:stage])
+            blocks = [
+                Block(
+                    dim,
+                    self._make_attention(stage, index, attn_drop_rate, drop_rate),
+                    drop_rate,
+                    drop_path_rate * (first_block + index) / last_block,
+                )
+                for index in range(self.arch.depths[stage])
+            ]
+            downsample = PatchMerging(dim) if stage < last_stage else None
+            self.layers.append(Stage(blocks, downsample, with_cp))
+        for stage in self.out_indices:
+            self.add_module(f"norm{stage}", nn.LayerNorm(self.num_features[stage]))
+
+        self.apply(_init_linear)
+        self.register_load_state_dict_pre_hook(_drop_unused_keys)
+        self._freeze_stages()
+
+    def _check_stages(self) -> None:
+        stages = len(self.num_features)
+        if not self.out_indices or list(self.out_indices) != sorted(
+            set(self.out_indices) & set(range(stages))
+        ):
+            raise ValueError(
+                f"out_indices must be one or more of the stages 0..{stages - 1}, each once and "
+                f"in ascending order, got out_indices={self.out_indices}"
+            )
+        if self.frozen_stages not in range(-1, stages + 1):
+            raise ValueError(
+                "frozen_stages must be -1 (none), 0 (patch embedding) or the number of frozen "
+                f"stages, at most {stages}, got frozen_stages={self.frozen_stages}"
+            )
+
+    def _make_attention(
+        self, stage: int, index: int, attn_drop: float, proj_drop: float
+    ) -> ELSA | WindowAttention:
+        arch = self.arch
+        dim, num_heads = self.num_features[stage], arch.num_heads[stage]
+        if stage < len(self.num_features) - 1:
+            return ELSA(
+                dim,
+                num_heads,
+                arch.kernel_size,
+                arch.group_width,
+                arch.lam,
+                arch.gamma,
+                attn_drop,
+                proj_drop,
+            )
+        shift = arch.window_size // 2 if index % 2 else 0
+        return WindowAttention(dim, num_heads, arch.window_size, shift, attn_drop, proj_drop)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        if x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"input must have the shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}"
+            )
+        x = self.pos_drop(self.patch_embed(x))
+        outputs = []
+        for index, stage in enumerate(self.layers):
+            out, x = stage(x)
+            if index in self.out_indices:
+                norm = getattr(self, f"norm{index}")
+                outputs.append(norm(out).permute(0, 3, 1, 2))
+            if index == self.out_indices[-1]:
+                break
+        return tuple(outputs)
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        frozen: list[nn.Module] = [self.patch_embed, self.pos_drop]
+        for index in range(self.frozen_stages):
+            frozen.append(self.layers[index])
+            if index in self.out_indices:
+                frozen.append(getattr(self, f"norm{index}"))
+        for module in frozen:
+            module.eval().requires_grad_(False)
+
+
+def _check_rate(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must be in [0, 1), got {name}={value}")
+
+
+def _init_linear(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _drop_unused_keys(
+    module: ELSASwin, state_dict: dict[str, Any], prefix: str, *_: object
+) -> None:
+    drop_unused_keys(state_dict, prefix, module.out_indices, len(module.num_features))

@@ -1,0 +1,218 @@
+"""ELSA attention (arXiv 2112.12786, section 3) and Swin's (shifted-)window attention.
+
+Every map is channels last, [B, H, W, C], on the way in and on the way out.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .operator import elsa_attention
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """1x1 convolution of a channels-last map, [B, H, W, C_in] -> [B, H, W, C_out].
+
+    A linear layer whose weight keeps a convolution's shape, [C_out, C_in, 1, 1].
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.flatten(1), self.bias)
+
+
+class ChannelsLastConv2d(nn.Conv2d):
+    """Convolution of a channels-last map, [B, H, W, C_in] -> [B, H', W', C_out]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+
+
+class ELSA(nn.Module):
+    """Enhanced local self-attention, [B, H, W, C] -> [B, H, W, C].
+
+    A grouped KxK convolution of the Hadamard product of query and key gives each head's logits
+    over the KxK neighbourhood; `elsa_attention` normalises them, combines them with the ghost
+    filters and applies them to the value. ``lam`` and ``gamma`` as in `elsa_core.variants.Arch`.
+
+    ``attn_drop`` > 0 leaves the fused operator while training: it never materialises what the
+    dropout acts on, so a slower path is taken that holds [B, H, W, C, K*K] values.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        kernel_size: int,
+        group_width: int,
+        lam: float = 0,
+        gamma: float = 1,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.kernel_size = kernel_size
+        self.lam = lam
+        self.gamma = gamma
+        self.attn_drop = attn_drop
+        groups = -(-(dim // 3 * 2) // group_width)
+        dim_qk = groups * group_width
+        self.split_sizes = (dim_qk, dim_qk, dim)
+        self.pre_proj = PointwiseConv2d(dim, sum(self.split_sizes))
+        self.attn = nn.Sequential(
+            ChannelsLastConv2d(
+                dim_qk, dim_qk, kernel_size, padding=kernel_size // 2, groups=groups
+            ),
+            nn.GELU(),
+            PointwiseConv2d(dim_qk, kernel_size**2 * num_heads),
+        )
+        self.ghost_head = self._make_ghost_head(dim)
+        self.post_proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def _make_ghost_head(self, dim: int) -> nn.Parameter | None:
+        shape = (1, dim, self.kernel_size, self.kernel_size)
+        filters = []
+        if self.lam:
+            filters.append(torch.randn(shape))
+        if self.gamma:
+            filters.append(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
+        if not filters:
+            return None
+        return nn.Parameter(filters[0] if len(filters) == 1 else torch.stack(filters))
+
+    def ghost_filters(self) -> tuple[Tensor | None, Tensor | None]:
+        """The effective additive and multiplicative filters, each [C, K, K] or None."""
+        if self.ghost_head is None:
+            return None, None
+        filters = self.ghost_head.reshape(-1, *self.ghost_head.shape[-3:])
+        add = mul = None
+        if self.gamma:
+            add = filters[-1] if self.gamma == 1 else self.gamma * filters[-1]
+        if self.lam:
+            mul = filters[0] if self.lam == 1 else filters[0] ** int(self.lam)
+        return add, mul
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.pre_proj(x).split(self.split_sizes, dim=-1)
+        logits = self.attn(query * key)
+        ghost_add, ghost_mul = self.ghost_filters()
+        if self.training and self.attn_drop > 0:
+            x = self._attend_with_dropout(value, logits, ghost_add, ghost_mul)
+        else:
+            x = elsa_attention(value, logits, ghost_add, ghost_mul, kernel_size=self.kernel_size)
+        return self.proj_drop(self.post_proj(x))
+
+    def _attend_with_dropout(
+        self, value: Tensor, logits: Tensor, ghost_add: Tensor | None, ghost_mul: Tensor | None
+    ) -> Tensor:
+        attention = logits.unflatten(-1, (self.num_heads, 1, -1)).softmax(-1)
+        weights = F.dropout(attention, self.attn_drop)
+        if ghost_mul is not None:
+            weights = weights * ghost_mul.flatten(1).unflatten(0, (self.num_heads, -1))
+        if ghost_add is not None:
+            weights = weights + ghost_add.flatten(1).unflatten(0, (self.num_heads, -1))
+        patches = F.unfold(
+            value.permute(0, 3, 1, 2), self.kernel_size, padding=self.kernel_size // 2
+        )
+        patches = patches.transpose(1, 2).unflatten(1, value.shape[1:3])
+        patches = patches.unflatten(-1, (self.num_heads, -1, self.kernel_size**2))
+        return (weights * patches).sum(-1).flatten(3)
+
+
+class WindowAttention(nn.Module):
+    """Swin's window attention, [B, H, W, C] -> [B, H, W, C], with cyclic ``shift`` if not 0.
+
+    Maps are padded with zeros at the bottom and right to multiples of ``window_size``. The
+    relative position bias ``rb`` is indexed by key minus query, row-major.
+    """
+
+    relative_id: Tensor
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        shift: int = 0,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.shift = shift
+        self.attn_drop = attn_drop
+        self.pre_proj = nn.Linear(dim, 3 * dim)
+        self.rb = nn.Parameter(torch.empty(num_heads, (2 * window_size - 1) ** 2))
+        nn.init.trunc_normal_(self.rb, std=0.02)
+        self.register_buffer("relative_id", relative_position_id(window_size), persistent=False)
+        self.post_proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        size, shift = self.window_size, self.shift
+        x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
+        rows, columns = x.shape[1] // size, x.shape[2] // size
+        if shift:
+            x = x.roll((-shift, -shift), dims=(1, 2))
+        # Windows and heads share an axis, so that the bias need not be repeated for each image.
+        x = self.pre_proj(x).unflatten(-1, (3, self.num_heads, -1))
+        x = x.unflatten(2, (columns, size)).unflatten(1, (rows, size))
+        x = x.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(2, 4)
+        value, query, key = x.unbind(0)
+        x = F.scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask=self._bias(rows, columns),
+            dropout_p=self.attn_drop if self.training else 0.0,
+        )
+        x = x.unflatten(2, (size, size)).unflatten(1, (rows, columns, self.num_heads))
+        x = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4).flatten(1, 2)
+        if shift:
+            x = x.roll((shift, shift), dims=(1, 2))
+        return self.proj_drop(self.post_proj(x[:, :height, :width]))
+
+    def _bias(self, rows: int, columns: int) -> Tensor:
+        """Position bias and shift mask, [rows * columns * heads, window**2, window**2]."""
+        area = self.window_size**2
+        bias = self.rb[:, self.relative_id].reshape(1, self.num_heads, area, area)
+        if self.shift:
+            mask = shift_mask(rows, columns, self.window_size, self.shift, self.rb.device)
+            bias = bias + mask.to(bias.dtype).unsqueeze(1)
+        return bias.expand(rows * columns, -1, -1, -1).flatten(0, 1)
+
+
+def relative_position_id(window_size: int) -> Tensor:
+    """Index into ``rb`` for each (query, key) pair of a window, flat: [window_size**4]."""
+    span = torch.arange(window_size)
+    rows, columns = span.repeat_interleave(window_size), span.repeat(window_size)
+    delta_rows = rows[None, :] - rows[:, None] + window_size - 1
+    delta_columns = columns[None, :] - columns[:, None] + window_size - 1
+    return (delta_rows * (2 * window_size - 1) + delta_columns).flatten()
+
+
+def shift_mask(
+    rows: int, columns: int, window_size: int, shift: int, device: torch.device
+) -> Tensor:
+    """-100 between positions that only the cyclic shift made neighbours, else 0.
+
+    For ``rows`` x ``columns`` windows: [rows * columns, window_size**2, window_size**2].
+    """
+
+    def regions(windows: int) -> Tensor:
+        length = windows * window_size
+        position = torch.arange(length, device=device)
+        region = (position >= length - window_size).long() + (position >= length - shift).long()
+        return region.reshape(windows, window_size)
+
+    region = 3 * regions(rows)[:, None, :, None] + regions(columns)[None, :, None, :]
+    region = region.flatten(2).flatten(0, 1)
+    return -100.0 * (region[:, None, :] != region[:, :, None]).float()

@@ -1,0 +1,37 @@
+"""Shared fixtures, and the rule that tests for CUDA cannot vanish silently."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+FAIL_WITHOUT_CUDA = os.environ.get("FAIL_WITHOUT_CUDA", "0") not in ("", "0")
+
+
+def pytest_report_header() -> str:
+    cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
+    return f"CUDA device: {cuda}" + (" (its absence is a failure)" if FAIL_WITHOUT_CUDA else "")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("needs_cuda") and not torch.cuda.is_available():
+        if FAIL_WITHOUT_CUDA:
+            pytest.fail("needs a CUDA device, and FAIL_WITHOUT_CUDA is set", pytrace=False)
+        pytest.skip("needs a CUDA device (FAIL_WITHOUT_CUDA=1 makes this a failure)")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def two_threads() -> None:
+    torch.set_num_threads(min(2, os.cpu_count() or 1))
+
+
+@pytest.fixture(scope="session")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Root of a tiny digits data set: 16 training and 8 validation images of 96x96 pixels."""
+    from demo.digits import make_dataset
+
+    root = tmp_path_factory.mktemp("data") / "digits"
+    make_dataset(root, train=16, val=8, size=96, seed=0, progress=False)
+    return root

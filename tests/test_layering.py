@@ -1,0 +1,81 @@
+"""Imports go one way: elsa_core knows no framework, and neither adapter knows the other's."""
+
+import ast
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+OPENMMLAB = ("mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain")
+ADAPTERS = {"elsa_d2": "detectron2", "elsa_mm": "mmengine"}
+FORBIDDEN = {"elsa_d2": {*OPENMMLAB, "elsa_mm"}, "elsa_mm": {"detectron2", "elsa_d2"}}
+
+
+def imported_packages(path):
+    """Top-level packages that a file imports anywhere; relative imports stay inside."""
+    packages = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            packages |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.level == 0:
+            packages.add(node.module.split(".")[0])
+    return packages
+
+
+def sources(package):
+    return sorted((ROOT / package).rglob("*.py"))
+
+
+def run(code):
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True
+    )
+
+
+def test_the_scan_sees_every_form_of_import(tmp_path):
+    file = tmp_path / "module.py"
+    file.write_text(
+        "import a.b\nfrom c.d import e\nfrom . import f\nfrom .g import h\n"
+        "def function():\n    import i as j, k\n"
+    )
+    assert imported_packages(file) == {"a", "c", "i", "k"}
+
+
+def test_elsa_core_needs_torch_alone():
+    files = sources("elsa_core")
+    assert {"backbone.py", "layers.py", "operator.py"} <= {file.name for file in files}
+    allowed = sys.stdlib_module_names | {"torch", "elsa_core"}
+    for file in files:
+        assert imported_packages(file) <= allowed, file
+
+
+@pytest.mark.parametrize("package", FORBIDDEN)
+def test_adapters_know_their_own_framework_only(package):
+    for file in sources(package):
+        assert not imported_packages(file) & FORBIDDEN[package], file
+
+
+def test_importing_elsa_core_is_lean():
+    result = run(
+        "import sys, torch\n"
+        "torch_alone = set(sys.modules)\n"
+        "import elsa_core\n"
+        "loaded = {name.split('.')[0] for name in set(sys.modules) - torch_alone}\n"
+        f"assert not loaded & {set(OPENMMLAB) | {'detectron2', 'torchvision', 'numpy'}!r}, loaded\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "assert elsa_core.__version__\n"
+        "assert elsa_core.ELSASwin and elsa_core.elsa_attention and elsa_core.VARIANTS\n"
+        "assert elsa_core.elsa_attention_reference\n"
+    )
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("package", [name for name in ADAPTERS if sources(name)])
+def test_importing_an_adapter_does_not_initialise_cuda(package):
+    if find_spec(ADAPTERS[package]) is None:
+        pytest.skip(f"{ADAPTERS[package]} is not installed")
+    result = run(f"import torch, {package}\nassert not torch.cuda.is_initialized()\n")
+    assert result.returncode == 0, result.stderr

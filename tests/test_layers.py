@@ -1,0 +1,197 @@
+"""ELSA and window attention against naive compositions of the same definition."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from elsa_core import elsa_attention_reference
+from elsa_core.layers import ELSA, ChannelsLastConv2d, PointwiseConv2d, WindowAttention
+
+
+def randomise(module):
+    """Biases and ghost filters that are large enough to matter."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.normal_(std=0.3)
+    return module
+
+
+def naive_elsa(layer, x, dim_qk, lam, gamma):
+    """From the layer's parameters alone, channels first."""
+    weights = dict(layer.named_parameters())
+    channels, kernel_size = x.shape[-1], layer.kernel_size
+    projected = F.conv2d(
+        x.permute(0, 3, 1, 2).contiguous(), weights["pre_proj.weight"], weights["pre_proj.bias"]
+    )
+    query, key = projected[:, :dim_qk], projected[:, dim_qk : 2 * dim_qk]
+    value = projected[:, 2 * dim_qk :]
+    logits = F.conv2d(
+        query * key,
+        weights["attn.0.weight"],
+        weights["attn.0.bias"],
+        padding=kernel_size // 2,
+        groups=dim_qk // weights["attn.0.weight"].shape[1],
+    )
+    logits = F.conv2d(
+        logits * 0.5 * (1 + torch.erf(logits / math.sqrt(2))),
+        weights["attn.2.weight"],
+        weights["attn.2.bias"],
+    )
+    assert value.shape[1] == channels
+    mul = add = None
+    if lam and gamma:
+        mul, add = weights["ghost_head"][0, 0], weights["ghost_head"][1, 0]
+    elif lam:
+        mul = weights["ghost_head"][0]
+    elif gamma:
+        add = weights["ghost_head"][0]
+    out = elsa_attention_reference(
+        value.permute(0, 2, 3, 1),
+        logits.permute(0, 2, 3, 1),
+        None if add is None else gamma * add,
+        None if mul is None else mul.pow(lam),
+        kernel_size=kernel_size,
+    )
+    return F.linear(out, weights["post_proj.weight"], weights["post_proj.bias"])
+
+
+@pytest.mark.parametrize(("lam", "gamma"), [(0, 1), (0, 0.5), (1, 0), (2, 1), (0, 0)])
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_elsa_is_its_definition(lam, gamma, kernel_size):
+    torch.manual_seed(0)
+    layer = randomise(ELSA(12, 3, kernel_size, 3, lam, gamma).double())
+    x = torch.randn(2, 5, 9, 12, dtype=torch.float64, requires_grad=True)
+    torch.testing.assert_close(layer(x), naive_elsa(layer, x, 9, lam, gamma))
+
+
+def test_elsa_gradients_are_those_of_its_definition():
+    torch.manual_seed(0)
+    layer = randomise(ELSA(8, 2, 5, 4, lam=1, gamma=2).double())
+    x = torch.randn(1, 6, 7, 8, dtype=torch.float64, requires_grad=True)
+    inputs = [x, *layer.parameters()]
+    weight = torch.randn(1, 6, 7, 8, dtype=torch.float64)
+    ours = torch.autograd.grad((layer(x) * weight).sum(), inputs)
+    naive = torch.autograd.grad((naive_elsa(layer, x, 4, 1, 2) * weight).sum(), inputs)
+    torch.testing.assert_close(ours, naive)
+
+
+@pytest.mark.parametrize(
+    ("dim", "group_width", "dim_qk"),
+    [(96, 4, 64), (96, 8, 64), (128, 8, 88), (256, 8, 176), (32, 8, 24), (20, 4, 12), (3, 8, 8)],
+)
+def test_elsa_rounds_query_and_key_up_to_whole_groups(dim, group_width, dim_qk):
+    layer = ELSA(dim, 1, 3, group_width)
+    assert layer.pre_proj.weight.shape == (2 * dim_qk + dim, dim, 1, 1)
+    assert layer.attn[0].weight.shape == (dim_qk, group_width, 3, 3)
+    assert layer.attn[2].weight.shape == (9, dim_qk, 1, 1)
+
+
+def test_ghost_head_initialisation():
+    torch.manual_seed(0)
+    both = ELSA(96, 3, 7, 4, lam=1, gamma=1).ghost_head.detach()
+    assert both.shape == (2, 1, 96, 7, 7)
+    assert both[0].std().item() == pytest.approx(1, rel=0.05)
+    assert both[1].std().item() == pytest.approx(0.02, rel=0.05)
+    assert ELSA(96, 3, 7, 4, lam=0, gamma=1).ghost_head.std().item() == pytest.approx(0.02, rel=0.1)
+    assert ELSA(96, 3, 7, 4, lam=1, gamma=0).ghost_head.shape == (1, 96, 7, 7)
+    assert ELSA(96, 3, 7, 4, lam=0, gamma=0).ghost_head is None
+
+
+@pytest.mark.parametrize(("lam", "gamma"), [(0, 1), (1, 1), (0, 0)])
+def test_elsa_attention_dropout(lam, gamma):
+    torch.manual_seed(0)
+    layer = randomise(ELSA(8, 2, 3, 4, lam, gamma, attn_drop=0.4).double())
+    x = torch.randn(1, 3, 4, 8, dtype=torch.float64)
+    with torch.no_grad():
+        whole = layer.eval()(x)
+        torch.testing.assert_close(whole, naive_elsa(layer, x, 4, lam, gamma))
+        draws = layer.train()(x.expand(4000, -1, -1, -1))
+        assert not torch.equal(draws[0], draws[1])
+        error = draws.std(0) / len(draws) ** 0.5
+        assert ((draws.mean(0) - whole[0]) / error.clamp(min=1e-9)).abs().max() < 6
+        layer.attn_drop = 1e-12
+        torch.testing.assert_close(layer(x), whole)
+
+
+def test_channels_last_convolutions():
+    torch.manual_seed(0)
+    x = torch.randn(2, 5, 4, 6)
+    pointwise, grouped = PointwiseConv2d(6, 10), ChannelsLastConv2d(6, 6, 3, padding=1, groups=2)
+    for layer in (pointwise, grouped):
+        expected = torch.nn.Conv2d.forward(grouped, x.permute(0, 3, 1, 2))
+        if layer is pointwise:
+            expected = F.conv2d(x.permute(0, 3, 1, 2), layer.weight, layer.bias)
+        out = layer(x)
+        assert out.is_contiguous()
+        torch.testing.assert_close(out, expected.permute(0, 2, 3, 1))
+
+
+def naive_window_attention(layer, x):
+    """One window, one head and one query at a time."""
+    batch, height, width, channels = x.shape
+    size, shift, heads = layer.window_size, layer.shift, layer.num_heads
+    head_dim = channels // heads
+    full_height, full_width = -(-height // size) * size, -(-width // size) * size
+    out = x.new_zeros(batch, full_height, full_width, channels)
+    padded = x.new_zeros(batch, full_height, full_width, channels)
+    padded[:, :height, :width] = x
+    value, query, key = layer.pre_proj(padded).reshape(*out.shape[:3], 3, heads, head_dim).unbind(3)
+    for top in range(0, full_height, size):
+        for left in range(0, full_width, size):
+            # positions of one window: in the shifted frame, and where they are in the map
+            frame = [(top + i, left + j) for i in range(size) for j in range(size)]
+            places = [((y + shift) % full_height, (x + shift) % full_width) for y, x in frame]
+            wrapped = [(y + shift >= full_height, x + shift >= full_width) for y, x in frame]
+            rows, columns = zip(*places, strict=True)
+            for head in range(heads):
+                keys, values = key[:, rows, columns, head], value[:, rows, columns, head]
+                for (y, x_), place, origin in zip(frame, places, wrapped, strict=True):
+                    bias = x.new_tensor([0.0 if o == origin else -100.0 for o in wrapped])
+                    index = [
+                        (ky - y + size - 1) * (2 * size - 1) + kx - x_ + size - 1
+                        for ky, kx in frame
+                    ]
+                    logits = torch.einsum("bd,bkd->bk", query[:, place[0], place[1], head], keys)
+                    weights = (logits * head_dim**-0.5 + layer.rb[head, index] + bias).softmax(-1)
+                    out[:, place[0], place[1], head * head_dim : (head + 1) * head_dim] = (
+                        torch.einsum("bk,bkd->bd", weights, values)
+                    )
+    return layer.post_proj(out[:, :height, :width])
+
+
+@pytest.mark.parametrize("shift", [0, 1])
+@pytest.mark.parametrize("height_width", [(3, 3), (2, 1), (6, 9), (7, 5)])
+def test_window_attention_is_its_definition(height_width, shift):
+    torch.manual_seed(0)
+    layer = randomise(WindowAttention(8, 2, 3, shift).double())
+    x = torch.randn(2, *height_width, 8, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), naive_window_attention(layer, x))
+
+
+@pytest.mark.parametrize("shift", [0, 3])
+def test_window_attention_of_the_published_size(shift):
+    torch.manual_seed(0)
+    layer = randomise(WindowAttention(4, 1, 7, shift).double())
+    x = torch.randn(1, 10, 8, 4, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(layer(x), naive_window_attention(layer, x))
+
+
+def test_relative_position_is_key_minus_query_row_major():
+    index = WindowAttention(4, 1, 7).relative_id.reshape(7, 7, 7, 7)
+    assert index[0, 0, 0, 0] == 6 * 13 + 6
+    assert index[0, 0, 6, 5] == 12 * 13 + 11
+    assert index[6, 6, 0, 0] == 0
+    assert index[2, 3, 2, 4] == 6 * 13 + 7
+
+
+def test_window_attention_dropout_only_while_training():
+    torch.manual_seed(0)
+    layer = randomise(WindowAttention(8, 2, 3, attn_drop=0.5))
+    x = torch.randn(1, 3, 3, 8)
+    assert not torch.equal(layer(x), layer(x))
+    layer.eval()
+    assert torch.equal(layer(x), layer(x))

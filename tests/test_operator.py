@@ -1,0 +1,330 @@
+"""The operator against its definition: values, gradients, registrations and refusals."""
+
+import itertools
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import elsa_core
+from elsa_core import _fallback, elsa_attention, elsa_attention_reference
+from elsa_core.operator import has_extension
+
+GHOSTS = {"none": (), "add": ("add",), "mul": ("mul",), "both": ("add", "mul")}
+SHAPES = {  # batch, height, width, channels, heads
+    "published": (1, 5, 19, 64, 2),
+    "one pixel": (1, 1, 1, 8, 2),
+    "one head": (1, 5, 4, 12, 1),
+    "odd": (2, 7, 11, 30, 3),
+    "one channel a head": (1, 6, 5, 3, 3),
+    "two chunks and a bit": (1, 37, 3, 32, 1),
+    "batch 0": (0, 4, 4, 8, 2),
+    "height 0": (1, 0, 4, 8, 2),
+}
+
+
+def make_inputs(shape, kernel_size, ghosts=("add",), dtype=torch.float64, seed=0):
+    batch, height, width, channels, heads = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size):
+        return (
+            torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
+        )
+
+    filters = (channels, kernel_size, kernel_size)
+    return [
+        draw(batch, height, width, channels),
+        draw(batch, height, width, heads * kernel_size**2),
+        draw(*filters) if "add" in ghosts else None,
+        draw(*filters) if "mul" in ghosts else None,
+    ]
+
+
+def value_and_gradients(function, inputs, kernel_size, dilation):
+    out = function(*inputs, kernel_size=kernel_size, dilation=dilation)
+    generator = torch.Generator().manual_seed(1)
+    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
+    wanted = [tensor for tensor in inputs if tensor is not None]
+    return [out, *torch.autograd.grad(out, wanted, grad)]
+
+
+def default_kernels(value, logits, ghost_add=None, ghost_mul=None, *, kernel_size, dilation=1):
+    """The pure PyTorch kernels, whether or not there are compiled ones."""
+
+    class Operator(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *tensors):
+            ctx.save_for_backward(*tensors)
+            return _fallback.attention(*tensors, kernel_size, dilation)
+
+        @staticmethod
+        def backward(ctx, grad):
+            grads = _fallback.attention_backward(grad, *ctx.saved_tensors, kernel_size, dilation)
+            return tuple(
+                g if needed else None for g, needed in zip(grads, ctx.needs_input_grad, strict=True)
+            )
+
+    return Operator.apply(value, logits, ghost_add, ghost_mul)
+
+
+def test_compiled_operator_is_tested():
+    assert has_extension, "the extension is not built: run 'make setup'"
+
+
+@pytest.mark.parametrize(
+    "function, dtype",
+    [
+        (elsa_attention, torch.float32),
+        (elsa_attention, torch.float64),
+        (default_kernels, torch.float64),
+    ],
+    ids=["compiled-float32", "compiled-float64", "default-float64"],
+)
+@pytest.mark.parametrize(
+    "kernel_size, dilation", [(3, 1), (3, 2), (5, 1), (5, 2), (7, 1), (7, 2), (9, 1)]
+)
+@pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_agrees_with_reference(shape, ghosts, kernel_size, dilation, function, dtype):
+    inputs = make_inputs(shape, kernel_size, ghosts, dtype)
+    results = value_and_gradients(function, inputs, kernel_size, dilation)
+    # Reference in double precision: it judges, so it must not add errors of its own.
+    doubles = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
+    expected = value_and_gradients(elsa_attention_reference, doubles, kernel_size, dilation)
+    for result, reference in zip(results, expected, strict=True):
+        scale = reference.abs().max().item() if reference.numel() else 0
+        tolerance = (1e-12 if dtype == torch.float64 else 1e-5) * max(1, scale)
+        torch.testing.assert_close(result, reference.to(dtype), rtol=0, atol=tolerance)
+
+
+def test_reference_is_the_formula_of_the_paper():
+    """The definition, spelled out number by number (reference section 2, steps 4 to 6)."""
+    batch, height, width, channels, heads, kernel_size, dilation = 1, 3, 4, 4, 2, 3, 2
+    inputs = make_inputs((batch, height, width, channels, heads), kernel_size, ("add", "mul"))
+    value, logits, add, mul = (tensor.detach() for tensor in inputs)
+    expected = torch.zeros_like(value)
+    for y, x, c in itertools.product(range(height), range(width), range(channels)):
+        head = c // (channels // heads)
+        taps = kernel_size**2
+        weights = logits[0, y, x, head * taps : (head + 1) * taps].exp()
+        for ky, kx in itertools.product(range(kernel_size), repeat=2):
+            sy, sx = y + (ky - 1) * dilation, x + (kx - 1) * dilation
+            if 0 <= sy < height and 0 <= sx < width:
+                attn = weights[ky * kernel_size + kx] / weights.sum()
+                weight = mul[c, ky, kx] * attn + add[c, ky, kx]
+                expected[0, y, x, c] += weight * value[0, sy, sx, c]
+    result = elsa_attention_reference(
+        value, logits, add, mul, kernel_size=kernel_size, dilation=dilation
+    )
+    torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
+@pytest.mark.parametrize("kernel_size, dilation", [(3, 1), (3, 2), (5, 1)])
+def test_gradcheck(ghosts, kernel_size, dilation):
+    inputs = make_inputs((2, 3, 4, 6, 2), kernel_size, ghosts)
+    assert torch.autograd.gradcheck(
+        lambda *tensors: elsa_attention(*tensors, kernel_size=kernel_size, dilation=dilation),
+        inputs,
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
+def test_opcheck(ghosts):
+    inputs = make_inputs((2, 4, 5, 8, 2), 3, ghosts, torch.float32)
+    torch.library.opcheck(torch.ops.elsa.attention.default, (*inputs, 3, 1))
+    tensors = [None if t is None else t.detach() for t in inputs]
+    grad = torch.ones_like(tensors[0])
+    torch.library.opcheck(torch.ops.elsa.attention_backward.default, (grad, *tensors, 3, 1))
+
+
+def test_schema_of_extension_and_default_kernels_agree():
+    for name in ("attention", "attention_backward"):
+        inferred = torch.library.infer_schema(getattr(_fallback, name), mutates_args=())
+        schema = getattr(torch.ops.elsa, name).default._schema
+        assert str(schema) == f"elsa::{name}{inferred}"
+
+
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_non_contiguous_inputs(kernel_size):
+    contiguous = make_inputs((2, 8, 9, 64, 2), kernel_size, ("add", "mul"))
+
+    def restride(tensor):
+        reverse = tuple(reversed(range(tensor.dim())))
+        other = tensor.detach().permute(reverse).contiguous().permute(reverse).requires_grad_()
+        assert not other.is_contiguous()
+        return other
+
+    strided = [restride(tensor) for tensor in contiguous]
+    expected = value_and_gradients(elsa_attention, contiguous, kernel_size, 1)
+    results = value_and_gradients(elsa_attention, strided, kernel_size, 1)
+    for result, reference in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_rounds_once(dtype):
+    """At most twice the error of plain PyTorch in that precision, against double precision."""
+    inputs = make_inputs((1, 9, 10, 64, 2), 7, ("add",), dtype)
+    doubles = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
+    exact = value_and_gradients(elsa_attention_reference, doubles, 7, 1)
+    plain = value_and_gradients(elsa_attention_reference, inputs, 7, 1)
+    ours = value_and_gradients(elsa_attention, inputs, 7, 1)
+    for result, other, truth in zip(ours, plain, exact, strict=True):
+        assert result.dtype == dtype
+        assert (result - truth).abs().max() <= 2 * (other - truth).abs().max()
+
+
+def test_result_does_not_depend_on_threads():
+    inputs = make_inputs((2, 40, 12, 64, 2), 7, ("add",), torch.float32)
+    threads = torch.get_num_threads()
+    runs = []
+    for count in (1, 2, 3):
+        torch.set_num_threads(count)
+        runs.append(value_and_gradients(elsa_attention, inputs, 7, 1)[:4])
+    torch.set_num_threads(threads)
+    for run in runs[1:]:
+        for result, first in zip(run[:3], runs[0][:3], strict=True):
+            assert torch.equal(result, first)
+
+
+@pytest.mark.parametrize("logits", [1e4, -1e4, 0.0])
+def test_extreme_logits(logits):
+    value, _, add, _ = make_inputs((1, 5, 6, 32, 1), 7, ("add",), torch.float32)
+    extreme = torch.full((1, 5, 6, 49), logits)
+    extreme[..., 24] += 1
+    result = elsa_attention(value, extreme, add, kernel_size=7)
+    expected = elsa_attention_reference(
+        value.double(), extreme.double(), add.double(), kernel_size=7
+    )
+    torch.testing.assert_close(result, expected.float(), rtol=1e-5, atol=1e-5)
+
+
+def test_nan_and_infinite_logits_stay_where_they_are():
+    value, logits, add, _ = make_inputs((1, 6, 6, 32, 1), 3, ("add",), torch.float32)
+    logits = logits.detach().clone()
+    logits[0, 2, 3, 4] = float("nan")
+    logits[0, 4, 1, :8] = float("-inf")
+    result = elsa_attention(value, logits, add, kernel_size=3)
+    expected = elsa_attention_reference(value, logits, add, kernel_size=3)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert result[0, 2, 3].isnan().all() and result.isnan().any(-1).sum() == 1
+
+
+def test_autocast_computes_in_its_own_type():
+    inputs = make_inputs((1, 5, 6, 16, 2), 3, ("add",), torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = elsa_attention(inputs[0].to(torch.bfloat16), *inputs[1:], kernel_size=3)
+    assert out.dtype == torch.bfloat16
+    grads = torch.autograd.grad(out.float().sum(), inputs[:3])
+    assert [grad.dtype for grad in grads] == [torch.float32] * 3
+
+
+def test_double_backward_is_refused_by_name():
+    value, logits, add, _ = make_inputs((1, 3, 3, 4, 1), 3)
+    out = elsa_attention(value, logits, add, kernel_size=3)
+    (grad,) = torch.autograd.grad(out.square().sum(), value, create_graph=True)
+    with pytest.raises(NotImplementedError, match="elsa::attention .* no double backward"):
+        grad.sum().backward()
+
+
+def test_compiles_without_graph_break():
+    inputs = make_inputs((1, 5, 6, 16, 2), 3, ("add",), torch.float32)
+    compiled = torch.compile(elsa_attention, fullgraph=True, backend="aot_eager")
+    expected = value_and_gradients(elsa_attention, inputs, 3, 1)
+    for result, reference in zip(
+        value_and_gradients(compiled, inputs, 3, 1), expected, strict=True
+    ):
+        torch.testing.assert_close(result, reference)
+
+
+def wrong(position, change, **options):
+    """Inputs of K = 3, 4 channels and 2 heads with one of them changed."""
+    inputs = make_inputs((1, 5, 5, 4, 2), 3, ("add", "mul"), torch.float32)
+    if position is not None:
+        inputs[position] = change(inputs[position].detach())
+    return inputs, {"kernel_size": 3, **options}
+
+
+WRONG = {
+    "rank": (wrong(0, lambda t: t[0]), ValueError, r"\[B, H, W, C\].*\(5, 5, 4\)"),
+    "map": (wrong(1, lambda t: t[:, 1:]), ValueError, r"same B, H, W.*\(1, 4, 5\)"),
+    "channels": (wrong(0, lambda t: t[..., :3]), ValueError, "multiple of 2 channels.*got 3"),
+    "logits": (wrong(1, lambda t: t[..., :17]), ValueError, "multiple of 9 channels.*got 17"),
+    "no logits": (wrong(1, lambda t: t[..., :0]), ValueError, "multiple of 9 channels.*got 0"),
+    "ghost shape": (wrong(2, lambda t: t[:2]), ValueError, r"ghost_add.*\(4, 3, 3\).*\(2, 3, 3\)"),
+    "dtype": (wrong(1, lambda t: t.double()), TypeError, "float32 for value.*float64 for logits"),
+    "integers": (wrong(0, lambda t: t.long()), TypeError, "floating-point.*int64"),
+    "device": (wrong(3, lambda t: t.to("meta")), ValueError, "value on cpu.*ghost_mul on meta"),
+    "even kernel": (wrong(None, None, kernel_size=4), ValueError, "odd.*kernel_size=4"),
+    "dilation": (wrong(None, None, dilation=0), ValueError, "positive dilation.*dilation=0"),
+}
+
+
+@pytest.mark.parametrize("call, error, message", WRONG.values(), ids=WRONG)
+def test_wrong_input_is_refused(call, error, message):
+    inputs, options = call
+    with pytest.raises(error, match=message) as caught:
+        elsa_attention(*inputs, **options)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("call", [WRONG[name][0] for name in WRONG if name != "device"], ids=str)
+def test_dispatcher_refuses_wrong_input_too(call):
+    """Direct calls of the compiled operator must not read out of bounds."""
+    inputs, options = call
+    with pytest.raises((ValueError, TypeError, RuntimeError)):
+        torch.ops.elsa.attention(*inputs, options["kernel_size"], options.get("dilation", 1))
+
+
+def test_without_extension(tmp_path):
+    """A package without its binary imports, says so once, computes and trains."""
+    source = Path(elsa_core.__file__).parent
+    shutil.copytree(
+        source, tmp_path / "elsa_core", ignore=shutil.ignore_patterns("_C*", "__pycache__")
+    )
+    program = """
+import warnings
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import elsa_core, elsa_core.operator
+    import torch
+    assert not elsa_core.operator.has_extension
+    arch = dict(embed_dim=12, depths=[1, 1], num_heads=[1, 2], group_width=4)
+    model = elsa_core.ELSASwin(arch, out_indices=(0, 1))
+    outs = model(torch.randn(1, 3, 32, 32))
+    sum(out.sum() for out in outs).backward()
+    assert all(p.grad is not None for p in model.parameters())
+messages = [str(w.message) for w in caught if "compiled operator" in str(w.message)]
+assert len(messages) == 1, messages
+print(messages[0])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "without its compiled operator" in done.stdout
+
+
+@pytest.mark.needs_cuda
+def test_cuda_agrees_with_reference():
+    inputs = [
+        None if t is None else t.detach().cuda().requires_grad_()
+        for t in make_inputs((2, 9, 19, 64, 2), 7, ("add",))
+    ]
+    generator = torch.Generator("cuda").manual_seed(1)
+    out = elsa_attention(*inputs, kernel_size=7)
+    grad = torch.randn(out.shape, generator=generator, dtype=out.dtype, device="cuda")
+    expected = elsa_attention_reference(*inputs, kernel_size=7)
+    torch.testing.assert_close(out, expected)
+    for result, reference in zip(
+        torch.autograd.grad(out, inputs[:3], grad),
+        torch.autograd.grad(expected, inputs[:3], grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(result, reference)
