@@ -1,0 +1,87 @@
+"""Command line of the digits data set: handwritten digits on photographs, COCO and ADE20K layout.
+
+Needs no network: the digits come with scikit-learn, the photographs with scikit-image.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+DETAILS = """\
+written to OUT:
+  images/{training,validation}/NNNNNN.jpg            square RGB images, JPEG quality 95
+  annotations/{training,validation}/NNNNNN.png       ADE20K layout: 1 background, 2..11 digits 0..9
+  annotations/instances_{training,validation}.json   COCO layout: RLE masks, category ids 1..10
+  meta.json                                          options, counts, checksum
+
+Each image shows 2 to 5 digits on a random crop of a photograph. Digits and photographs of the
+validation part never occur in the training part. The same options give the same files. If OUT
+already holds them, nothing is done; an interrupted run leaves nothing behind in OUT.
+
+exit status: 0 done, 2 an error (one sentence on standard error), 130 interrupted
+"""
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="make_digits.py",
+        description="Makes a small data set of handwritten digits on photographs.",
+        epilog=DETAILS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--out", default="data/digits", help="folder to make (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--train", type=int, default=800, help="training images, at least 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--val", type=int, default=200, help="validation images, at least 1 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--size", type=int, default=160, help="pixels a side, 64..2048 (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, help="0 or more, other images (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--force",
+        action="store_true",
+        help="replace a digits data set made with other options, or a damaged one",
+    )
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        from demo.digits import DigitsError, make_dataset
+    except ModuleNotFoundError as error:
+        return fail(f"the Python package {error.name} is missing in {sys.executable}")
+    try:
+        summary = make_dataset(**vars(options))
+    except DigitsError as error:
+        return fail(str(error))
+    except OSError as error:
+        place = f" ({error.filename})" if error.filename else ""
+        return fail(f"cannot make {options.out}: {error.strerror or error}{place}")
+    except KeyboardInterrupt:
+        fail(f"interrupted, {options.out} is as it was before")
+        return 130
+    counts = ", ".join(
+        f"{summary.images[part]} {part} images with {summary.objects[part]} digits"
+        for part in summary.images
+    )
+    print(f"{summary.path}: {'wrote' if summary.made else 'already holds'} {counts}")
+    return 0
+
+
+def fail(sentence: str) -> int:
+    print(f"make_digits: {sentence}", file=sys.stderr)
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
