@@ -160,11 +160,16 @@ def test_non_contiguous_inputs(kernel_size):
         assert not other.is_contiguous()
         return other
 
-    strided = [restride(tensor) for tensor in contiguous]
+    def slice_of_channels(tensor):
+        wider = torch.cat([tensor.detach(), torch.ones_like(tensor), tensor.detach()], -1)
+        return wider[..., -tensor.shape[-1] :].requires_grad_()
+
     expected = value_and_gradients(elsa_attention, contiguous, kernel_size, 1)
-    results = value_and_gradients(elsa_attention, strided, kernel_size, 1)
-    for result, reference in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, reference, rtol=0, atol=0)
+    for change in (restride, slice_of_channels):
+        strided = [change(tensor) for tensor in contiguous]
+        results = value_and_gradients(elsa_attention, strided, kernel_size, 1)
+        for result, reference in zip(results, expected, strict=True):
+            torch.testing.assert_close(result, reference, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

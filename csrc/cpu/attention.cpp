@@ -7,9 +7,9 @@
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
-#include <ATen/ops/zeros_like.h>
 #include <torch/library.h>
 
 #include <algorithm>
@@ -101,6 +101,15 @@ Tensor pack_ghost(const std::optional<Tensor>& ghost, const Problem& p, const Te
     packed.narrow(2, 0, p.depth())
         .copy_(ghost->reshape({p.heads, p.depth(), p.row.taps()}).transpose(1, 2));
   return packed;
+}
+
+// The tensor itself where its pixels follow each other at an even distance, as in a slice of a
+// projection's channels; else a contiguous copy. The kernels then need stride(2) alone.
+Tensor evenly_spaced(const Tensor& map) {
+  const int64_t pixel = map.stride(2), row = map.size(2) * pixel;
+  const bool even =
+      map.stride(3) == 1 && map.stride(1) == row && map.stride(0) == map.size(1) * row;
+  return even ? map : map.contiguous();
 }
 
 Tensor unpack_ghost(const Tensor& packed, const Problem& p, const Tensor& like) {
@@ -223,7 +232,7 @@ void forward_chunk(
   for (int64_t y = chunk.begin; y < chunk.end; ++y) {
     for (; next <= std::min(y + radius, p.height - 1); ++next)
       copy_row(
-          values + p.pixel(chunk.b, next) * p.channels, p.channels, p.width, p.depth(),
+          values + p.pixel(chunk.b, next) * value.stride(2), value.stride(2), p.width, p.depth(),
           work.ring.slot(next) + radius * row.depth, row.depth);
     const S* source = logits.const_data_ptr<S>() + (p.pixel(chunk.b, y) * p.heads + chunk.g) * taps;
     const auto [row_logits, stride] = logits_row<T>(source, p, work.logits);
@@ -268,16 +277,16 @@ void backward_chunk(
     for (; next <= std::min(y + radius, p.height - 1); ++next) {
       T* slot = work.value.slot(next) + radius * row.depth;
       copy_row(
-          value.const_data_ptr<S>() + p.pixel(chunk.b, next) * p.channels + channel, p.channels,
-          p.width, p.depth(), slot, row.depth);
+          value.const_data_ptr<S>() + p.pixel(chunk.b, next) * value.stride(2) + channel,
+          value.stride(2), p.width, p.depth(), slot, row.depth);
       transpose_row(
           slot, p.width, p.depth(), row.depth, work.value_transposed.slot(next) + radius,
           positions);
     }
     T* grad_begin = work.grad.data() + span * row.depth;
     copy_row(
-        grad.const_data_ptr<S>() + p.pixel(chunk.b, y) * p.channels + channel, p.channels, p.width,
-        p.depth(), grad_begin, row.depth);
+        grad.const_data_ptr<S>() + p.pixel(chunk.b, y) * grad.stride(2) + channel, grad.stride(2),
+        p.width, p.depth(), grad_begin, row.depth);
     transpose_row(
         grad_begin, p.width, p.depth(), row.depth, work.grad_transposed.data(), positions);
     const int64_t logits_offset = (p.pixel(chunk.b, y) * p.heads + chunk.g) * taps;
@@ -318,8 +327,8 @@ Tensor attention(
     const Tensor& value, const Tensor& logits, const std::optional<Tensor>& ghost_add,
     const std::optional<Tensor>& ghost_mul, int64_t kernel_size, int64_t dilation) {
   const Problem p = check(value, logits, ghost_add, ghost_mul, kernel_size, dilation);
-  const Tensor values = value.contiguous(), all_logits = logits.contiguous();
-  Tensor out = at::empty_like(values);
+  const Tensor values = evenly_spaced(value), all_logits = logits.contiguous();
+  Tensor out = at::empty(value.sizes(), value.options());
   if (out.numel() == 0) return out;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, value.scalar_type(), "elsa::attention", [&] {
@@ -347,7 +356,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
       grad.scalar_type() == value.scalar_type(),
       "elsa::attention_backward: grad must have the dtype of value, ", value.scalar_type(),
       ", got ", grad.scalar_type());
-  const Tensor grads = grad.contiguous(), values = value.contiguous(),
+  const Tensor grads = evenly_spaced(grad), values = evenly_spaced(value),
                all_logits = logits.contiguous();
   Tensor grad_value, grad_logits = at::empty_like(all_logits), grad_add, grad_mul;
   AT_DISPATCH_FLOATING_TYPES_AND2(
