@@ -134,13 +134,23 @@ def test_gradcheck(ghosts, kernel_size, dilation):
     )
 
 
+@pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
-def test_opcheck(ghosts):
-    inputs = make_inputs((2, 4, 5, 8, 2), 3, ghosts, torch.float32)
+def test_opcheck(ghosts, heads):
+    inputs = make_inputs((2, 4, 5, 8, heads), 3, ghosts, torch.float32)
     torch.library.opcheck(torch.ops.elsa.attention.default, (*inputs, 3, 1))
     tensors = [None if t is None else t.detach() for t in inputs]
     grad = torch.ones_like(tensors[0])
     torch.library.opcheck(torch.ops.elsa.attention_backward.default, (grad, *tensors, 3, 1))
+
+
+@pytest.mark.parametrize("heads", [1, 2])
+def test_results_are_contiguous_as_the_fake_kernels_say(heads):
+    """Inductor's generated code relies on the strides."""
+    inputs = make_inputs((2, 4, 5, 8, heads), 3, ("add", "mul"), torch.float32)
+    tensors = [tensor.detach() for tensor in inputs]
+    grads = torch.ops.elsa.attention_backward(torch.ones_like(tensors[0]), *tensors, 3, 1)
+    assert all(t.is_contiguous() for t in (*grads, elsa_attention(*tensors, kernel_size=3)))
 
 
 def test_schema_of_extension_and_default_kernels_agree():

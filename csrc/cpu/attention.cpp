@@ -116,7 +116,8 @@ Tensor unpack_ghost(const Tensor& packed, const Problem& p, const Tensor& like) 
   return packed.narrow(2, 0, p.depth())
       .transpose(1, 2)
       .reshape({p.channels, p.row.kernel, p.row.kernel})
-      .to(like.scalar_type());
+      .to(like.scalar_type())
+      .contiguous();
 }
 
 // Copies the head's part of a row between tensor and row buffer, converting where the types differ.
