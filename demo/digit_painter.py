@@ -25,10 +25,10 @@ PHOTOGRAPHS = {
 PARTS = tuple(PHOTOGRAPHS)
 
 OBJECTS = (2, 5)  # digits an image, both ends included
-HEIGHT = (0.22, 0.5)  # of a digit's ink before the rotation, as a fraction of the image size
+HEIGHT = (0.28, 0.55)  # of a digit's ink before the rotation, as a fraction of the image size
 ROTATION = 25.0  # degrees to either side, so that 6 and 9 stay apart
 OPACITY = (0.85, 1.0)
-MIN_VISIBLE = 0.5  # fraction of each digit that the later ones leave to be seen
+MIN_VISIBLE = 0.75  # fraction of each digit that the later ones leave to be seen
 ATTEMPTS = 100  # digits and places tried for one object
 MIN_CONTRAST = 90.0  # luminance difference of ink and what lies under it, in grey levels
 MIN_DISTANCE = 100.0  # between the colours of two digits of an image, in RGB
