@@ -78,12 +78,13 @@ def test_names_and_shapes_are_the_originals(arch, original, parameters):
     assert model.num_features == [original[0] * 2**i for i in range(4)]
 
 
-def test_initialisation():
+@pytest.mark.parametrize(("options", "std"), [({}, 0.02), ({"init_std": 0.1}, 0.1)])
+def test_initialisation(options, std):
     torch.manual_seed(0)
-    model = ELSASwin({**ARCH, "embed_dim": 48})
+    model = ELSASwin({**ARCH, "embed_dim": 48}, **options)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
-            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1), name
+            assert module.weight.std().item() == pytest.approx(std, rel=0.1), name
             assert module.bias is None or not module.bias.any(), name
         if isinstance(module, torch.nn.LayerNorm):
             assert (module.weight == 1).all() and not module.bias.any(), name
@@ -275,6 +276,7 @@ def test_free_arch_with_two_stages():
         ({"out_indices": (2, 1)}, "got out_indices=(2, 1)"),
         ({"frozen_stages": 5}, "at most 4, got frozen_stages=5"),
         ({"frozen_stages": -2}, "got frozen_stages=-2"),
+        ({"init_std": 0.0}, "init_std must be positive, got init_std=0.0"),
         ({"drop_path_rate": 1.0}, "drop_path_rate must be in [0, 1), got drop_path_rate=1.0"),
         ({"drop_path_rate": -0.1}, "got drop_path_rate=-0.1"),
         ({"drop_rate": 2}, "got drop_rate=2"),

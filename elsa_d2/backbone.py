@@ -1,0 +1,100 @@
+"""ELSA-Swin as a Detectron2 backbone, alone and under a feature pyramid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, Backbone
+from detectron2.modeling.backbone.fpn import LastLevelMaxPool
+from torch import Tensor
+
+import elsa_core
+from elsa_core.variants import Arch
+
+from .config import elsa_swin_arch
+
+
+class ELSASwin(elsa_core.ELSASwin, Backbone):
+    """`elsa_core.ELSASwin` with named outputs; parameters and their names are the same.
+
+    Maps an image [B, in_chans, H, W] of any size to a dict of [B, C_i, H_i, W_i]: stage i is called
+    "res{i+2}" and has the stride 2**(i+2).
+
+    Args:
+        arch: as in `elsa_core.ELSASwin`.
+        out_features: names of the stages to return, in ascending order.
+        options: the other arguments of `elsa_core.ELSASwin`.
+
+    Raises:
+        ValueError: as `elsa_core.ELSASwin`, and for ``out_features`` that do not exist.
+    """
+
+    def __init__(
+        self,
+        arch: str | Mapping[str, Any] | Arch = "tiny",
+        out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
+        **options: Any,
+    ) -> None:
+        arch = Arch.from_spec(arch)
+        names = [f"res{stage + 2}" for stage in range(len(arch.depths))]
+        wanted = list(out_features)
+        if not wanted or wanted != [name for name in names if name in wanted]:
+            raise ValueError(
+                f"out_features must be one or more of {', '.join(names)}, each once and in "
+                f"ascending order, got out_features={wanted}"
+            )
+        stages = [names.index(name) for name in wanted]
+        super().__init__(arch, out_indices=stages, **options)
+        self._out_features = wanted
+        self._out_feature_channels = {names[i]: self.num_features[i] for i in stages}
+        self._out_feature_strides = {names[i]: 2 ** (i + 2) for i in stages}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self._out_features, super().forward(x), strict=True))
+
+
+@BACKBONE_REGISTRY.register()
+def build_elsa_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ELSASwin:
+    """ELSA-Swin from MODEL.ELSA_SWIN."""
+    node = cfg.MODEL.ELSA_SWIN
+    return ELSASwin(
+        elsa_swin_arch(cfg),
+        node.OUT_FEATURES,
+        in_chans=input_shape.channels,
+        drop_path_rate=node.DROP_PATH_RATE,
+        drop_rate=node.DROP_RATE,
+        attn_drop_rate=node.ATTN_DROP_RATE,
+        frozen_stages=node.FROZEN_STAGES,
+        with_cp=node.WITH_CP,
+        init_std=node.INIT_STD,
+    )
+
+
+@BACKBONE_REGISTRY.register()
+def build_elsa_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
+    """ELSA-Swin under MODEL.FPN, with one level more by max pooling: "p2".."p6" for four stages.
+
+    Raises ValueError for MODEL.FPN.IN_FEATURES that are not consecutive outputs of the backbone.
+    """
+    bottom_up = build_elsa_swin_backbone(cfg, input_shape)
+    wanted, available = list(cfg.MODEL.FPN.IN_FEATURES), list(bottom_up.output_shape())
+    strides = [bottom_up.output_shape()[name].stride for name in wanted if name in available]
+    consecutive = [2**i * strides[0] for i in range(len(wanted))] if strides else None
+    if strides != consecutive:
+        raise ValueError(
+            "MODEL.FPN.IN_FEATURES must be consecutive features of MODEL.ELSA_SWIN.OUT_FEATURES "
+            f"({', '.join(available)}), got {wanted}"
+        )
+    top_block = LastLevelMaxPool()
+    top_block.in_feature = wanted[-1].replace("res", "p")
+    return FPN(
+        bottom_up=bottom_up,
+        in_features=wanted,
+        out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
+        norm=cfg.MODEL.FPN.NORM,
+        top_block=top_block,
+        fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
+    )

@@ -1,0 +1,48 @@
+"""Checkpoints that a kill at any moment leaves whole."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import IO, Any
+
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+
+
+class AtomicCheckpointer(DetectionCheckpointer):
+    """Detectron2's checkpointer, but each file appears complete or not at all.
+
+    ``save_dir`` is a folder of a local file system.
+    """
+
+    def save(self, name: str, **extra: Any) -> None:
+        if not self.save_dir or not self.save_to_disk:
+            return
+        states = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        path = os.path.join(self.save_dir, f"{name}.pth")
+        self.logger.info(f"Saving checkpoint to {path}")
+        with replacing(path) as file:
+            torch.save({"model": self.model.state_dict(), **states, **extra}, file)
+        self.tag_last_checkpoint(os.path.basename(path))
+
+    def tag_last_checkpoint(self, last_filename_basename: str) -> None:
+        with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
+            file.write(last_filename_basename.encode())
+
+
+@contextmanager
+def replacing(path: str) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes the place of ``path`` when all went well."""
+    temporary = f"{path}.part"
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise

@@ -1,0 +1,87 @@
+"""The config keys that ELSA-Swin adds to Detectron2's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode, get_cfg
+
+from elsa_core.variants import VARIANTS, Arch
+
+from .errors import UsageError, one_line
+
+FREE = "free"
+
+
+def add_elsa_swin_config(cfg: CfgNode) -> None:
+    """Adds MODEL.ELSA_SWIN, and the keys of SOLVER and DATASETS that `Trainer` understands."""
+    node = cfg.MODEL.ELSA_SWIN = CfgNode()
+    # "tiny", "small", "base", or "free": the architecture that FREE_ARCH describes.
+    node.ARCH = "tiny"
+    # The fields of elsa_core.variants.Arch in capitals, for ARCH "free" only; None: not given.
+    node.FREE_ARCH = CfgNode({field.name.upper(): None for field in dataclasses.fields(Arch)})
+    # Stage i is called res{i+2} and has stride 2**(i+2).
+    node.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # -1: none, 0: the patch embedding, i: also the first i stages. MODEL.BACKBONE.FREEZE_AT, which
+    # freezes 2 stages of a ResNet unless told otherwise, has no effect.
+    node.FROZEN_STAGES = -1
+    node.DROP_PATH_RATE = 0.0
+    node.DROP_RATE = 0.0
+    node.ATTN_DROP_RATE = 0.0
+    # Recompute the activations of the blocks in the backward pass, to save memory.
+    node.WITH_CP = False
+    # Deviation of the linear layers' first weights: 0.02 as published, about 0.1 for narrow models.
+    node.INIT_STD = 0.02
+
+    # "AdamW", or "SGD": Detectron2's own optimizer, which none of the following keys concern.
+    cfg.SOLVER.OPTIMIZER = "AdamW"
+    cfg.SOLVER.BETAS = (0.9, 0.999)
+    # Parameters of the ELSA-Swin backbone whose name contains one of these are not decayed.
+    cfg.SOLVER.WEIGHT_DECAY_EXEMPT = ["norm"]
+
+    # Data sets in COCO's format to register: [name, annotation file, image folder] each.
+    cfg.DATASETS.REGISTER_COCO = []
+
+
+def load_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode:
+    """Detectron2's defaults and ours, then a file's keys, then KEY VALUE pairs.
+
+    Raises UsageError for a file or for keys that do not fit.
+    """
+    cfg = get_cfg()
+    add_elsa_swin_config(cfg)
+    try:
+        if config_file:
+            cfg.merge_from_file(config_file)
+    except Exception as error:  # yacs and PyYAML raise a dozen kinds, all about this one file
+        raise UsageError(f"config file {config_file} does not fit: {one_line(error)}") from error
+    if len(overrides) % 2:
+        raise UsageError(f"overrides must be pairs of KEY VALUE, got {' '.join(overrides)}")
+    for key, value in zip(overrides[::2], overrides[1::2], strict=True):
+        try:
+            cfg.merge_from_list([key, value])
+        except Exception as error:
+            raise UsageError(f"{key} {value} does not fit: {one_line(error)}") from error
+    return cfg
+
+
+def elsa_swin_arch(cfg: CfgNode) -> str | dict[str, Any]:
+    """What MODEL.ELSA_SWIN.ARCH and FREE_ARCH say, as `elsa_core.ELSASwin` takes it.
+
+    Raises ValueError for an unknown ARCH, and for a FREE_ARCH that it leaves unused.
+    """
+    node = cfg.MODEL.ELSA_SWIN
+    free = {name.lower(): value for name, value in node.FREE_ARCH.items() if value is not None}
+    if node.ARCH == FREE:
+        return free
+    if node.ARCH not in VARIANTS:
+        raise ValueError(
+            f"MODEL.ELSA_SWIN.ARCH must be one of {', '.join(VARIANTS)}, {FREE}, got {node.ARCH!r}"
+        )
+    if free:
+        raise ValueError(
+            f"MODEL.ELSA_SWIN.FREE_ARCH needs MODEL.ELSA_SWIN.ARCH {FREE!r}, got {node.ARCH!r}"
+        )
+    return node.ARCH

@@ -1,0 +1,85 @@
+"""Checkpoints are whole or not there."""
+
+import io
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from d2_tiny import REPOSITORY
+
+from elsa_d2 import AtomicCheckpointer
+from elsa_d2.checkpoint import replacing
+
+
+def test_save_and_load(tmp_path):
+    model = torch.nn.Linear(2, 3)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    AtomicCheckpointer(model, str(tmp_path), optimizer=optimizer).save("model_0000004", iteration=4)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "last_checkpoint",
+        "model_0000004.pth",
+    ]
+
+    other = torch.nn.Linear(2, 3)
+    again = torch.optim.AdamW(other.parameters())
+    checkpointer = AtomicCheckpointer(other, str(tmp_path), optimizer=again)
+    assert checkpointer.has_checkpoint()
+    rest = checkpointer.resume_or_load("", resume=True)
+    assert rest["iteration"] == 4
+    assert torch.equal(other.weight, model.weight)
+    assert again.state_dict()["state"][0]["step"] == 1
+
+
+def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):
+    model = torch.nn.Linear(2, 3)
+    checkpointer = AtomicCheckpointer(model, str(tmp_path))
+    checkpointer.save("model_final")
+    before = (tmp_path / "model_final.pth").read_bytes()
+    with pytest.raises(TypeError, match="pickle"):
+        checkpointer.save("model_final", unsavable=io.TextIOWrapper(io.BytesIO()))
+    assert (tmp_path / "model_final.pth").read_bytes() == before
+    assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_replacing_shows_nothing_before_the_end(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    with replacing(str(path)) as file:
+        file.write(b"new")
+        file.flush()
+        assert path.read_text() == "old"
+    assert path.read_text() == "new"
+
+
+def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path):
+    code = (
+        "import sys, torch\n"
+        "from elsa_d2 import AtomicCheckpointer\n"
+        "checkpointer = AtomicCheckpointer(torch.nn.Linear(2000, 2000), sys.argv[1])\n"
+        "while True:\n"
+        "    checkpointer.save('model')\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY)
+    try:
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("*.part")) or not (tmp_path / "last_checkpoint").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.wait()
+    name = (tmp_path / "last_checkpoint").read_text()
+    assert torch.load(tmp_path / name)["model"]["weight"].shape == (2000, 2000)
+
+
+def test_a_process_without_the_right_to_save_does_not(tmp_path):
+    AtomicCheckpointer(torch.nn.Linear(2, 3), str(tmp_path), save_to_disk=False).save("model")
+    assert not list(tmp_path.iterdir())

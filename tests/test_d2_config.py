@@ -1,0 +1,111 @@
+"""The config keys, and the config files."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+pytest.importorskip("detectron2")
+
+from d2_tiny import CONFIG, REPOSITORY
+from detectron2.config import get_cfg
+
+from elsa_d2 import UsageError, add_elsa_swin_config, load_config
+from elsa_d2.config import elsa_swin_arch
+
+FREE = "MODEL.ELSA_SWIN.FREE_ARCH"
+
+
+def test_dump_and_load_give_the_same_config(tmp_path):
+    cfg = load_config(CONFIG, ["SOLVER.BETAS", "(0.8, 0.99)", f"{FREE}.LAM", "1"])
+    file = tmp_path / "config.yaml"
+    file.write_text(cfg.dump())
+    again = load_config(str(file))
+    assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
+    assert again.SOLVER.BETAS == (0.8, 0.99)
+    assert elsa_swin_arch(again) == elsa_swin_arch(cfg)
+
+
+def test_adding_keys_changes_none_of_detectron2():
+    cfg, stock = get_cfg(), get_cfg()
+    add_elsa_swin_config(cfg)
+    del cfg.MODEL["ELSA_SWIN"], cfg.DATASETS["REGISTER_COCO"]
+    for key in ("OPTIMIZER", "BETAS", "WEIGHT_DECAY_EXEMPT"):
+        del cfg.SOLVER[key]
+    assert cfg == stock
+
+
+@pytest.mark.parametrize("arch", ["tiny", "small", "base"])
+def test_named_arch(arch):
+    assert elsa_swin_arch(load_config(overrides=["MODEL.ELSA_SWIN.ARCH", arch])) == arch
+
+
+def test_free_arch_from_the_digits_file():
+    assert elsa_swin_arch(load_config(CONFIG)) == dict(
+        embed_dim=48, depths=[1, 1, 2, 1], num_heads=[2, 4, 8, 16], group_width=8, window_size=5
+    )
+
+
+def test_free_arch_needs_arch_free():
+    cfg = load_config(overrides=[f"{FREE}.EMBED_DIM", "48"])
+    with pytest.raises(ValueError, match="FREE_ARCH needs MODEL.ELSA_SWIN.ARCH 'free', got 'tiny'"):
+        elsa_swin_arch(cfg)
+
+
+def test_unknown_arch():
+    cfg = load_config(overrides=["MODEL.ELSA_SWIN.ARCH", "huge"])
+    with pytest.raises(ValueError, match="one of tiny, small, base, free, got 'huge'"):
+        elsa_swin_arch(cfg)
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("MODEL:\n  ELSA_SWIN:\n    ARHC: tiny\n", "ELSA_SWIN.ARHC"),
+        ("MODEL:\n  ELSA_SWIN:\n    DROP_PATH_RATE: high\n", "MODEL.ELSA_SWIN.DROP_PATH_RATE"),
+        ("MODEL: [unclosed\n", "expected"),
+        ("", "does not fit"),
+        ("_BASE_: missing.yaml\n", "missing.yaml"),
+        ("- a list\n", "does not fit"),
+    ],
+)
+def test_a_file_that_does_not_fit(tmp_path, text, message):
+    file = tmp_path / "config.yaml"
+    file.write_text(text)
+    with pytest.raises(UsageError, match=message) as error:
+        load_config(str(file))
+    assert str(error.value).startswith(f"config file {file} does not fit: ")
+    assert "\n" not in str(error.value)
+
+
+def test_a_file_that_is_missing():
+    with pytest.raises(UsageError, match="'nowhere.yaml' does not exist"):
+        load_config("nowhere.yaml")
+
+
+@pytest.mark.parametrize("pair", [["SOLVER.NO_KEY", "1"], ["SEED", "often"], ["SEED.LUCK", "1"]])
+def test_a_pair_that_does_not_fit(pair):
+    with pytest.raises(UsageError, match=f"^{' '.join(pair)} does not fit: .+"):
+        load_config(overrides=["SOLVER.MAX_ITER", "3", *pair])
+
+
+def test_half_a_pair():
+    with pytest.raises(UsageError, match="must be pairs of KEY VALUE, got SEED"):
+        load_config(overrides=["SEED"])
+
+
+def leaves():
+    files = (REPOSITORY / "configs/detectron2").rglob("*.yaml")
+    return sorted(str(file) for file in files if not file.name.startswith("Base-"))
+
+
+@pytest.mark.parametrize("file", leaves(), ids=lambda file: Path(file).stem)
+def test_every_config_uses_the_recipe(file):
+    cfg = load_config(file)
+    assert cfg.MODEL.BACKBONE.NAME.startswith("build_elsa_swin")
+    assert cfg.SOLVER.OPTIMIZER == "AdamW" and cfg.SOLVER.WEIGHT_DECAY == 0.05
+    assert cfg.SOLVER.WEIGHT_DECAY_NORM is None
+    assert cfg.INPUT.FORMAT == "RGB" and cfg.INPUT.MASK_FORMAT == "bitmask"
+    assert cfg.MODEL.PIXEL_MEAN == [123.675, 116.28, 103.53]
+    assert cfg.MODEL.PIXEL_STD == [58.395, 57.12, 57.375]
+    assert not cfg.SOLVER.CLIP_GRADIENTS.ENABLED

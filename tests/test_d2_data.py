@@ -1,0 +1,121 @@
+"""Data sets from the config, and what is found wrong with them before a run."""
+
+import json
+import shutil
+import uuid
+
+import pytest
+
+pytest.importorskip("detectron2")
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from elsa_d2 import UsageError, load_config, register_coco_datasets
+from elsa_d2.data import check_dataset
+
+
+@pytest.fixture
+def copy(digits, tmp_path):
+    """A copy of the validation part that may be spoilt."""
+    shutil.copy(digits / "annotations/instances_validation.json", tmp_path / "annotations.json")
+    shutil.copytree(digits / "images/validation", tmp_path / "images")
+    return tmp_path
+
+
+def register(folder):
+    # Detectron2's catalog lasts as long as the process, so every test has a name of its own.
+    name = f"digits_{uuid.uuid4().hex}"
+    cfg = load_config()
+    entry = [name, str(folder / "annotations.json"), str(folder / "images")]
+    cfg.DATASETS.REGISTER_COCO = [entry]
+    register_coco_datasets(cfg)
+    return name
+
+
+def edit(folder, **changes):
+    file = folder / "annotations.json"
+    coco = json.loads(file.read_text()) | changes
+    file.write_text(json.dumps({key: value for key, value in coco.items() if value is not None}))
+
+
+def test_a_registered_data_set_loads(copy):
+    name = register(copy)
+    check_dataset(name, num_classes=10)
+    records = DatasetCatalog.get(name)
+    assert len(records) == 8
+    assert MetadataCatalog.get(name).thing_classes == list("0123456789")
+    assert {a["category_id"] for record in records for a in record["annotations"]} <= set(range(10))
+
+
+def test_registering_the_same_again_is_no_error(copy):
+    name = register(copy)
+    cfg = load_config()
+    cfg.DATASETS.REGISTER_COCO = [[name, str(copy / "annotations.json"), str(copy / "images")]]
+    register_coco_datasets(cfg)
+    cfg.DATASETS.REGISTER_COCO = [[name, str(copy / "annotations.json"), str(copy)]]
+    with pytest.raises(UsageError, match=f"'{name}', which is registered as another data set"):
+        register_coco_datasets(cfg)
+
+
+@pytest.mark.parametrize("entry", [["name", "file"], "name", [["name", "file", 3]]])
+def test_entries_of_another_form(entry):
+    cfg = load_config()
+    cfg.DATASETS.REGISTER_COCO = [entry]
+    with pytest.raises(UsageError, match=r"list of \[name, annotation file, image folder\], got"):
+        register_coco_datasets(cfg)
+
+
+def test_a_data_set_that_is_not_registered():
+    with pytest.raises(UsageError, match="data set 'unheard_of' is not registered"):
+        check_dataset("unheard_of")
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda d: (d / "annotations.json").unlink(), "cannot be read: No such file"),
+        (lambda d: (d / "annotations.json").write_text(""), "is empty"),
+        (
+            lambda d: (d / "annotations.json").write_bytes(
+                (d / "annotations.json").read_bytes()[:-100]
+            ),
+            "is cut off or not JSON",
+        ),
+        (lambda d: (d / "annotations.json").write_text("[]"), "is not in COCO's format"),
+        (lambda d: edit(d, images=None), "has no list of images"),
+        (lambda d: edit(d, images=[]), "has no images"),
+        (lambda d: edit(d, annotations=[]), "has no annotations"),
+        (lambda d: edit(d, annotations=None), "has no list of annotations"),
+        (lambda d: edit(d, categories=[]), "has no categories"),
+        (lambda d: edit(d, images=[{"id": 1}]), "images without a file_name"),
+        (lambda d: shutil.rmtree(d / "images"), "does not exist"),
+        (
+            lambda d: (d / "images/000003.jpg").unlink(),
+            "lacks 1 of 8 images, the first is 000003.jpg",
+        ),
+    ],
+)
+def test_a_spoilt_data_set(copy, spoil, message):
+    name = register(copy)
+    spoil(copy)
+    with pytest.raises(UsageError, match=message) as error:
+        check_dataset(name, num_classes=10)
+    assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_test_set_may_lack_annotations(copy):
+    name = register(copy)
+    edit(copy, annotations=None)
+    check_dataset(name, num_classes=10, annotated=False)
+
+
+def test_another_format_is_left_alone():
+    name = f"other_{uuid.uuid4().hex}"
+    DatasetCatalog.register(name, list)
+    MetadataCatalog.get(name).set(evaluator_type="lvis", json_file="no", image_root="where")
+    check_dataset(name, num_classes=10)
+
+
+def test_number_of_classes(copy):
+    with pytest.raises(UsageError, match="has 10 categories, but .*NUM_CLASSES is 80"):
+        check_dataset(register(copy), num_classes=80)

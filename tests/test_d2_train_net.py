@@ -1,0 +1,230 @@
+"""tools/train_net.py: training, evaluation, interruption, several processes, refusals."""
+
+import importlib.util
+import json
+import math
+import signal
+import subprocess
+import time
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from d2_tiny import CONFIG, TOOL, command, datasets, overrides, read_metrics, train, without_cuda
+
+
+@pytest.fixture(scope="module")
+def tool():
+    spec = importlib.util.spec_from_file_location("train_net", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """A finished run, started from a folder that is not the repository's."""
+    folder = tmp_path_factory.mktemp("run")
+    result = train(digits, cwd=folder, OUTPUT_DIR="out")
+    assert result.returncode == 0, result.stdout
+    return folder / "out", result.stdout
+
+
+def test_training_ends_with_an_evaluation_in_the_metrics(trained):
+    output, log = trained
+    *training, evaluation = read_metrics(output)
+    assert training[-1]["iteration"] == 3
+    assert math.isfinite(training[-1]["total_loss"])
+    assert evaluation["iteration"] == 4
+    for key in ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50", "bbox/AP-7"):
+        assert 0 <= evaluation[key] <= 100
+    assert (output / "last_checkpoint").read_text() == "model_final.pth"
+    assert "no CUDA device found: MODEL.DEVICE is cpu instead of cuda" in log
+
+
+def test_evaluation_alone_gives_the_same_numbers(trained, digits, tool, capsys, tmp_path):
+    output, _ = trained
+    flags = ["--eval-only", "--config-file", str(output / "config.yaml")]
+    keys = overrides(
+        digits,
+        OUTPUT_DIR=str(tmp_path),
+        MODEL__WEIGHTS=str(output / "model_final.pth"),
+        MODEL__DEVICE="cpu",
+    )
+    results = tool.run(tool.parse_arguments([*flags, *keys]))
+    metrics = read_metrics(output)[-1]
+    for task in ("bbox", "segm"):
+        for name, value in results[task].items():
+            assert value == pytest.approx(metrics[f"{task}/{name}"], nan_ok=True)
+    assert json.loads((tmp_path / "inference/coco_instances_results.json").read_text())
+
+
+def test_resuming_a_finished_run_evaluates_it_again(trained, digits, tool, capsys):
+    output, _ = trained
+    before = read_metrics(output)
+    keys = overrides(digits, OUTPUT_DIR=str(output), MODEL__DEVICE="cpu")
+    assert tool.main(["--config-file", CONFIG, "--resume", *keys]) == 0
+    after = read_metrics(output)
+    assert after[: len(before)] == before
+    assert after[-1]["bbox/AP"] == pytest.approx(before[-1]["bbox/AP"])
+
+
+def test_a_killed_training_goes_on_from_its_last_checkpoint(digits, tmp_path):
+    keys = dict(OUTPUT_DIR="out", SOLVER__MAX_ITER=24, SOLVER__CHECKPOINT_PERIOD=3)
+    output = tmp_path / "out"
+    process = subprocess.Popen(
+        command(digits, **keys),
+        cwd=tmp_path,
+        env=without_cuda(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        deadline = time.monotonic() + 120
+        while not (output / "last_checkpoint").exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.01)
+    finally:
+        process.kill()
+        process.wait()
+    assert process.returncode == -signal.SIGKILL
+    last = (output / "last_checkpoint").read_text()
+    iteration = torch.load(output / last)["iteration"]
+    assert iteration < 23
+    before = read_metrics(output)
+
+    result = train(digits, "--resume", cwd=tmp_path, **keys)
+    assert result.returncode == 0, result.stdout
+    assert f"Starting training from iteration {iteration + 1}" in result.stdout
+    assert "has no checkpoint to resume from" not in result.stdout
+    new = read_metrics(output)[len(before) :]
+    assert [line["iteration"] for line in new if "total_loss" in line][-1] == 23
+    assert all(line["iteration"] > iteration for line in new)
+    assert new[-1]["iteration"] == 24 and "bbox/AP" in new[-1]
+    final = torch.load(output / "model_final.pth")["trainer"]
+    assert final["iteration"] == 23
+    assert final["hooks"]["LRScheduler"]["last_epoch"] == 24
+    # The optimizer's own count: it was not started afresh.
+    steps = {int(state["step"]) for state in final["_trainer"]["optimizer"]["state"].values()}
+    assert steps == {24}
+
+
+def test_resuming_without_a_checkpoint_says_so(digits, tmp_path, tool, capsys):
+    keys = overrides(digits, OUTPUT_DIR=str(tmp_path), SOLVER__MAX_ITER=1, MODEL__DEVICE="cpu")
+    assert tool.main(["--config-file", CONFIG, "--resume", *keys]) == 0
+    log = (tmp_path / "log.txt").read_text()
+    assert f"{tmp_path} has no checkpoint to resume from" in log
+    assert "training starts at iteration 0 from random weights" in log
+
+
+def test_two_processes_train_and_evaluate(digits, tmp_path):
+    result = train(
+        digits,
+        *("--num-gpus", "2", "--dist-url", "auto"),
+        cwd=tmp_path,
+        OUTPUT_DIR="out",
+        SOLVER__MAX_ITER=2,
+    )
+    assert result.returncode == 0, result.stdout
+    output = tmp_path / "out"
+    for name, rank in (("log.txt", 0), ("log.txt.rank1", 1)):
+        log = (output / name).read_text()
+        assert f"Rank of current process: {rank}. World size: 2" in log
+        assert "Making batched data loader with batch_size=1" in log
+        # 8 validation images, half for each.
+        assert "Start inference on 4 batches" in log
+    metrics = read_metrics(output)[-1]
+    assert 0 <= metrics["bbox/AP"] <= 100
+    predictions = json.loads((output / "inference/coco_instances_results.json").read_text())
+    assert {prediction["image_id"] for prediction in predictions} == set(range(1, 9))
+
+
+REFUSALS = {
+    "missing config file": (
+        ["--config-file", "nowhere.yaml"],
+        {},
+        "config file nowhere.yaml does not fit: Config file 'nowhere.yaml' does not exist!",
+    ),
+    "unknown key": ([], {"SOLVER__LERNING_RATE": 1}, "Non-existent key: SOLVER.LERNING_RATE"),
+    "wrong type": ([], {"SOLVER__MAX_ITER": "many"}, "SOLVER.MAX_ITER"),
+    "unknown arch": ([], {"MODEL__ELSA_SWIN__ARCH": "huge"}, "tiny, small, base, free, got 'huge'"),
+    "arch lacks a field": (
+        [],
+        {"MODEL__ELSA_SWIN__FREE_ARCH__DEPTHS": None},
+        "a dict arch needs embed_dim, depths, num_heads, group_width, missing depths",
+    ),
+    "unknown backbone": ([], {"MODEL__BACKBONE__NAME": "build_x"}, "'build_x' is not registered"),
+    "unknown optimizer": ([], {"SOLVER__OPTIMIZER": "Lion"}, "one of AdamW, SGD, got 'Lion'"),
+    "unknown schedule": ([], {"SOLVER__LR_SCHEDULER_NAME": "X"}, "Unknown LR scheduler: X"),
+    "unknown device": ([], {"MODEL__DEVICE": "gpu"}, "MODEL.DEVICE 'gpu' is no device"),
+    "unregistered data": ([], {"DATASETS__TRAIN": ["cats"]}, "data set 'cats' is not registered"),
+    "no data": ([], {"DATASETS__TRAIN": []}, "DATASETS.TRAIN names no data set"),
+    "wrong classes": ([], {"MODEL__ROI_HEADS__NUM_CLASSES": 9}, "NUM_CLASSES is 9"),
+    "indivisible batch": (["--num-gpus", "2"], {"SOLVER__IMS_PER_BATCH": 3}, "the 2 processes"),
+    "no process": (["--num-gpus", "0"], {}, "got processes=0"),
+    "evaluation without weights": (["--eval-only"], {}, "an evaluation needs weights"),
+    "missing weights": ([], {"MODEL__WEIGHTS": "w.pth"}, "MODEL.WEIGHTS w.pth does not exist"),
+    "unwritable output": ([], {"OUTPUT_DIR": CONFIG + "/out"}, "cannot be written"),
+}
+
+
+@pytest.mark.parametrize("flags, changes, message", REFUSALS.values(), ids=REFUSALS)
+def test_refusals(digits, tmp_path, tool, capfd, monkeypatch, flags, changes, message):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    changes = {"OUTPUT_DIR": str(tmp_path / "out"), **changes}
+    arguments = [*flags, *overrides(digits, **changes)]
+    if "--config-file" not in flags:
+        arguments = ["--config-file", CONFIG, *arguments]
+    assert tool.main(arguments) == 2
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("train_net: ") and message in lines[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_checkpoint_that_vanished_is_refused(digits, tmp_path, tool, capfd):
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    keys = overrides(digits, OUTPUT_DIR=str(tmp_path))
+    assert tool.main(["--config-file", CONFIG, "--resume", *keys]) == 2
+    assert "names 'model_0000009.pth', which is not there" in capfd.readouterr().err
+
+
+def test_more_processes_than_gpus_are_refused(digits, tool, capfd, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    assert tool.main(["--num-gpus", "2", "--config-file", CONFIG, *overrides(digits)]) == 2
+    assert "this machine has 1 GPUs, got processes=2" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("spoil", ["missing", "empty", "cut off"])
+@pytest.mark.parametrize("part", ["training", "validation"])
+def test_spoilt_annotations_are_refused(digits, tmp_path, part, spoil, tool, capfd):
+    # A name of its own: Detectron2's catalog lasts as long as the process.
+    whole = (digits / f"annotations/instances_{part}.json").read_bytes()
+    file = tmp_path / f"instances_{part}.json"
+    if spoil != "missing":
+        file.write_bytes(b"" if spoil == "empty" else whole[: len(whole) // 2])
+    name = f"{spoil} {part}".replace(" ", "_")
+    registered = [*datasets(digits), [name, str(file), str(digits / "images" / part)]]
+    keys = {f"DATASETS__{'TRAIN' if part == 'training' else 'TEST'}": [name]}
+    keys |= {"DATASETS__REGISTER_COCO": registered, "OUTPUT_DIR": str(tmp_path / "out")}
+    assert tool.main(["--config-file", CONFIG, *overrides(digits, **keys)]) == 2
+    expected = {"missing": "cannot be read", "empty": "is empty", "cut off": "is cut off"}[spoil]
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and expected in lines[0] and str(file) in lines[0]
+
+
+def test_exit_status_and_output_of_the_command(digits, tmp_path):
+    result = train(digits, "--eval-only", cwd=tmp_path, OUTPUT_DIR="out")
+    assert result.returncode == 2
+    assert result.stdout.startswith("train_net: an evaluation needs weights")
+    assert result.stdout.count("\n") == 1
+
+
+def test_help_names_the_arguments_of_detectron2(tool, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tool.main(["--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for flag in ("--num-gpus", "--num-machines", "--resume", "--eval-only", "--dist-url", "gloo"):
+        assert flag in text

@@ -1,0 +1,107 @@
+"""The trainer in one process and in two, in full and in mixed precision."""
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+
+from d2_tiny import CONFIG, overrides
+from detectron2.engine import SimpleTrainer, launch
+from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+
+from elsa_d2 import Trainer, load_config, register_coco_datasets
+from elsa_d2.amp import AutocastTrainer
+
+
+def make_trainer(data, output, **changes):
+    cfg = load_config(CONFIG, overrides(data, OUTPUT_DIR=str(output), **changes))
+    register_coco_datasets(cfg)
+    return Trainer(cfg)
+
+
+def parameters(trainer):
+    return [parameter.detach().clone() for parameter in trainer.model.parameters()]
+
+
+def steps(trainer, number):
+    with EventStorage() as storage:
+        for trainer.iter in range(number):
+            trainer.run_step()
+    return storage.latest()
+
+
+@pytest.mark.parametrize("amp, kind", [(False, SimpleTrainer), (True, AutocastTrainer)])
+def test_steps_on_the_cpu(digits, tmp_path, amp, kind):
+    trainer = make_trainer(digits, tmp_path, MODEL__DEVICE="cpu", SOLVER__AMP__ENABLED=amp)
+    assert type(trainer._trainer) is kind
+    seen = set()
+    trainer.model.backbone.bottom_up.layers[0].blocks[0].mlp.fc1.register_forward_hook(
+        lambda module, inputs, output: seen.add(output.dtype)
+    )
+    before = parameters(trainer)
+    latest = steps(trainer, 2)
+    assert seen == {torch.bfloat16 if amp else torch.float32}
+    assert math.isfinite(latest["total_loss"][0])
+    assert {"loss_cls", "loss_box_reg", "loss_mask", "loss_rpn_cls", "data_time"} <= set(latest)
+    after = parameters(trainer)
+    assert all(parameter.dtype == torch.float32 for parameter in after)
+    changed = sum(not torch.equal(a, b) for a, b in zip(before, after, strict=True))
+    assert changed > 0.9 * len(before)
+
+
+@pytest.mark.parametrize("saved, resumed", [(True, False), (False, True)])
+def test_precision_may_change_between_checkpoint_and_resumption(digits, tmp_path, saved, resumed):
+    first = make_trainer(digits, tmp_path, MODEL__DEVICE="cpu", SOLVER__AMP__ENABLED=saved)
+    steps(first, 1)
+    first.checkpointer.save("model_0000000", iteration=0)
+    second = make_trainer(digits, tmp_path, MODEL__DEVICE="cpu", SOLVER__AMP__ENABLED=resumed)
+    second.resume_or_load(resume=True)
+    assert second.start_iter == 1
+    expected = first.optimizer.state_dict()["state"]
+    for index, state in second.optimizer.state_dict()["state"].items():
+        assert torch.equal(state["exp_avg"], expected[index]["exp_avg"])
+
+
+@pytest.mark.needs_cuda
+def test_steps_on_a_gpu_in_half_precision(digits, tmp_path):
+    trainer = make_trainer(digits, tmp_path, MODEL__DEVICE="cuda", SOLVER__AMP__ENABLED=True)
+    assert trainer._trainer.dtype == torch.float16 and trainer._trainer.grad_scaler.is_enabled()
+    before = parameters(trainer)
+    assert math.isfinite(steps(trainer, 8)["total_loss"][0])
+    assert any(not torch.equal(a, b) for a, b in zip(before, parameters(trainer), strict=True))
+    trainer.checkpointer.save("model_0000007", iteration=7)
+    again = make_trainer(digits, tmp_path, MODEL__DEVICE="cuda", SOLVER__AMP__ENABLED=True)
+    again.resume_or_load(resume=True)
+    assert again._trainer.grad_scaler.get_scale() == trainer._trainer.grad_scaler.get_scale()
+
+
+def train_in_two_processes(data, output):
+    torch.manual_seed(comm.get_rank())  # so that equal parameters are not mere luck
+    trainer = make_trainer(data, output, MODEL__DEVICE="cpu")
+    seen = []
+    trainer.model.register_forward_pre_hook(
+        lambda module, inputs: seen.extend(item["file_name"] for item in inputs[0])
+    )
+    before = comm.all_gather(parameters(trainer))
+    steps(trainer, 2)
+    after = comm.all_gather(parameters(trainer))
+    images = comm.all_gather(seen)
+    if comm.is_main_process():
+        torch.save({"before": before, "after": after, "images": images}, output / "result.pt")
+
+
+def test_two_processes_agree(digits, tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    launch(train_in_two_processes, 2, dist_url="auto", args=(digits, tmp_path))
+    result = torch.load(tmp_path / "result.pt")
+    for first, second in (result["before"], result["after"]):
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not all(
+        torch.equal(a, b) for a, b in zip(result["before"][0], result["after"][0], strict=True)
+    )
+    # SOLVER.IMS_PER_BATCH 2 is one image for each process and step, never the same one.
+    assert [len(images) for images in result["images"]] == [2, 2]
+    assert not set(result["images"][0]) & set(result["images"][1])
