@@ -30,7 +30,8 @@ ROTATION = 25.0  # degrees to either side, so that 6 and 9 stay apart
 OPACITY = (0.85, 1.0)
 MIN_VISIBLE = 0.75  # fraction of each digit that the later ones leave to be seen
 ATTEMPTS = 100  # digits and places tried for one object
-MIN_CONTRAST = 90.0  # luminance difference of ink and what lies under it, in grey levels
+DIMMING = (0.45, 0.75)  # of the photographs, so that all digits are brighter than what they cover
+MIN_CONTRAST = 90.0  # luminance of the ink over that of what lies under it, in grey levels
 MIN_DISTANCE = 100.0  # between the colours of two digits of an image, in RGB
 INK = 0.45  # ink above this fraction of the full value belongs to the digit
 EDGE = 0.1  # half width of the soft edge, in the same unit
@@ -115,7 +116,7 @@ class Painter:
             crop = crop[:, ::-1]
         method = cv2.INTER_AREA if side > self.size else cv2.INTER_CUBIC
         crop = cv2.resize(np.ascontiguousarray(crop), (self.size, self.size), interpolation=method)
-        return np.clip(crop * rng.uniform(0.8, 1.15) + rng.uniform(-12, 12), 0, 255)
+        return crop * rng.uniform(*DIMMING)
 
     def _glyph(self, rng: np.random.Generator, index: int) -> np.ndarray:
         """Ink in 0..1 of a scaled and rotated digit, cut to the box of what is visible."""
@@ -149,10 +150,10 @@ def _leaves_visible(
 def _ink_color(
     rng: np.random.Generator, window: np.ndarray, others: list[np.ndarray]
 ) -> np.ndarray:
-    """A random BGR colour that stands out from the window and from the other digits' colours."""
+    """A random BGR colour, brighter than the window and unlike the other digits' colours."""
     under = BGR_TO_LUMINANCE @ window.mean((0, 1))
     colors = rng.uniform(0, 255, (64, 3))
-    quality = np.abs(colors @ BGR_TO_LUMINANCE - under) / MIN_CONTRAST
+    quality = (colors @ BGR_TO_LUMINANCE - under) / MIN_CONTRAST
     for other in others:
         quality = np.minimum(quality, np.linalg.norm(colors - other, axis=1) / MIN_DISTANCE)
     return colors[np.minimum(quality, 1).argmax()]  # the first good one, or else the best

@@ -113,10 +113,10 @@ def test_read_only_place_is_an_error(tmp_path):
 
 
 def test_a_disk_that_takes_no_more_is_an_error(tmp_path):
-    def forbid_files_over_4_kib():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
+    def forbid_files_over_1_kib():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 
-    run = command(*small(tmp_path / "data"), preexec_fn=forbid_files_over_4_kib)
+    run = command(*small(tmp_path / "data"), preexec_fn=forbid_files_over_1_kib)
     assert run.returncode == 2
     assert (
         run.stderr.splitlines()[-1]

@@ -216,7 +216,7 @@ class Setup:
             "mmcv": digest(torch, digest_files([ROOT / "tools/build_mmcv.py"]), *self.pins["mmcv"]),
             "packages": digest(*self.pins["packages"]),
             "detectron2": digest(*self.pins["detectron2"]),
-            "project": digest(torch, digest_files([ROOT / "pyproject.toml"])),
+            "project": digest(torch, str(ROOT), digest_files([ROOT / "pyproject.toml"])),
             "extension": digest(torch, digest_files([*sources, ROOT / "setup.py"])),
         }
         self.keys["verify"] = digest(VERIFY, *self.keys.values())
@@ -259,9 +259,9 @@ class Setup:
                 output = (made.stdout + made.stderr).strip()
                 raise SetupError(f"{shlex.join(command)} failed:\n{output}")
         self.state.mkdir(exist_ok=True)
-        for lanes in ([["torch"]], [["mmcv"], ["packages", "detectron2"]], [["project"]]):
+        beside_mmcv = ["packages", "detectron2"]
+        for lanes in ([["torch"]], [["mmcv"], beside_mmcv], [["project", "extension", "verify"]]):
             self.run_lanes([[name for name in lane if name in pending] for lane in lanes])
-        self.run_lanes([[name for name in ("extension", "verify") if name in pending]])
         self.runner.say("verify", f"{self.venv} is ready")
 
     def run_lanes(self, lanes: list[list[str]]) -> None:
