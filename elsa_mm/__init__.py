@@ -1,0 +1,10 @@
+"""ELSA-Swin for OpenMMLab 2.x: importing this registers what our configs name.
+
+A config imports it with `custom_imports = dict(imports=['elsa_mm'])`.
+"""
+
+from .amp import CPUAmpOptimWrapper
+from .backbone import ELSASwin
+from .checkpoint import AtomicLocalBackend
+
+__all__ = ["AtomicLocalBackend", "CPUAmpOptimWrapper", "ELSASwin"]

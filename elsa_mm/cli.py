@@ -1,0 +1,252 @@
+"""The command lines of tools/train.py and tools/test.py, for all OpenMMLab toolboxes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.registry import RUNNERS
+from mmengine.runner import Runner
+from torch import distributed
+
+from . import preflight
+from .checkpoint import find_last_checkpoint
+from .errors import UsageError, one_line
+from .machine import join_cpu_processes, use_cpu_where_needed
+
+EXIT_STATUS = (
+    "exit status: 0 done, 1 a run that failed, 2 a run that was refused (one sentence on standard "
+    "error), 130 interrupted"
+)
+
+
+def train(arguments: Sequence[str] | None = None) -> int:
+    """tools/train.py; returns the exit status."""
+    parser = _parser("Trains an OpenMMLab model and evaluates it.")
+    parser.add_argument(
+        "--amp",
+        action="store_true",
+        help="mixed precision; without a GPU, bfloat16 in backbone and neck",
+    )
+    parser.add_argument(
+        "--auto-scale-lr",
+        action="store_true",
+        help="scale the learning rate from auto_scale_lr.base_batch_size to the batch size in use",
+    )
+    parser.add_argument(
+        "--resume",
+        nargs="?",
+        const="auto",
+        metavar="CHECKPOINT",
+        help="go on from this checkpoint, without a value from the last one in the work directory; "
+        "where that has none, training starts from the beginning and the log says so",
+    )
+    return _run("train", _train, parser.parse_args(arguments))
+
+
+def test(arguments: Sequence[str] | None = None) -> int:
+    """tools/test.py; returns the exit status."""
+    parser = _parser("Evaluates a checkpoint of an OpenMMLab model.")
+    parser.add_argument("checkpoint", help="file or URL")
+    parser.add_argument(
+        "--out",
+        help="where to save the predictions: a folder for MMSegmentation, else a .pkl file",
+    )
+    parser.add_argument("--show", action="store_true", help="show the predictions in a window")
+    parser.add_argument("--show-dir", help="folder for images with the predictions painted in")
+    parser.add_argument(
+        "--wait-time", type=float, default=2, help="seconds that --show shows an image"
+    )
+    parser.add_argument("--tta", action="store_true", help="test-time augmentation of the config")
+    return _run("test", _test, parser.parse_args(arguments))
+
+
+def _parser(description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description, epilog=EXIT_STATUS)
+    parser.add_argument("config", help="config file")
+    parser.add_argument(
+        "--work-dir",
+        help="folder for logs and checkpoints, default: work_dirs/ + the config's name",
+    )
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        action=DictAction,
+        metavar="KEY=VALUE",
+        help="override settings of the config, lists as key=a,b or key='[a,b]'",
+    )
+    parser.add_argument(
+        "--launcher",
+        choices=["none", "pytorch", "slurm", "mpi"],
+        default="none",
+        help="what has started the processes of a distributed run",
+    )
+    parser.add_argument(
+        "--local_rank", "--local-rank", type=int, default=0, help="set by launchers"
+    )
+    return parser
+
+
+def _run(tool: str, main: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
+    os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
+    try:
+        main(options)
+    except UsageError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{tool}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        hint = "; --resume goes on from the last checkpoint" if tool == "train" else ""
+        print(f"{tool}: interrupted{hint}", file=sys.stderr)
+        return 130
+    finally:
+        if distributed.is_initialized():
+            distributed.destroy_process_group()
+    return 0
+
+
+def _train(options: argparse.Namespace) -> None:
+    cfg = _load_config(options)
+    if options.amp:
+        _enable_amp(cfg)
+    if options.auto_scale_lr:
+        _enable_auto_scale_lr(cfg)
+    parts = ["train", "val"] if cfg.get("val_dataloader") else ["train"]
+    preflight.check_data(cfg, parts)
+    preflight.check_work_dir(cfg.work_dir)
+    notes = _set_resume(cfg, options.resume)
+    runner = _build_runner(cfg, notes)
+    preflight.build_data(runner, parts)
+    runner.train()
+
+
+def _test(options: argparse.Namespace) -> None:
+    cfg = _load_config(options)
+    preflight.check_checkpoint(options.checkpoint)
+    cfg.load_from = options.checkpoint
+    if options.show or options.show_dir:
+        _enable_painting(cfg, options)
+    if options.tta:
+        _enable_tta(cfg)
+    if options.out:
+        _check_out(cfg, options.out)
+    preflight.check_data(cfg, ["test"])
+    preflight.check_work_dir(cfg.work_dir)
+    runner = _build_runner(cfg, [])
+    preflight.build_data(runner, ["test"])
+    if options.out and not _is_mmseg(cfg):
+        runner.test_evaluator.metrics.append(_dump_metric(cfg, options.out))
+    runner.test()
+
+
+def _load_config(options: argparse.Namespace) -> Config:
+    if not os.path.isfile(options.config):
+        raise UsageError(f"the config file {options.config} does not exist")
+    try:
+        cfg = Config.fromfile(options.config)
+        cfg.merge_from_dict(options.cfg_options or {})
+    except (ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
+        raise UsageError(
+            f"the config {options.config} cannot be used: {one_line(error)}"
+        ) from error
+    cfg.launcher = options.launcher
+    stem = os.path.splitext(os.path.basename(options.config))[0]
+    cfg.work_dir = options.work_dir or cfg.get("work_dir") or os.path.join("work_dirs", stem)
+    preflight.check_config(cfg)
+    return cfg
+
+
+def _build_runner(cfg: Config, notes: list[str]) -> Runner:
+    notes += use_cpu_where_needed(cfg)
+    if cfg.get("default_scope") == "mmdet":
+        from mmdet.utils import setup_cache_size_limit_of_dynamo
+
+        setup_cache_size_limit_of_dynamo()
+    join_cpu_processes(cfg)
+    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    for note in notes:
+        runner.logger.warning(note)
+    return runner
+
+
+def _enable_amp(cfg: Config) -> None:
+    wrapper = cfg.optim_wrapper
+    kind = wrapper.get("type", "OptimWrapper")
+    if kind in ("AmpOptimWrapper", "CPUAmpOptimWrapper"):
+        return
+    if kind != "OptimWrapper":
+        raise UsageError(f"--amp needs optim_wrapper.type OptimWrapper, got {kind}")
+    wrapper.type = "AmpOptimWrapper"
+    wrapper.loss_scale = "dynamic"
+
+
+def _enable_auto_scale_lr(cfg: Config) -> None:
+    if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
+        raise UsageError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
+    cfg.auto_scale_lr.enable = True
+
+
+def _set_resume(cfg: Config, resume: str | None) -> list[str]:
+    """Sets what to resume from; returns what there is to say about it."""
+    if resume is None:
+        return []
+    if resume == "auto":
+        checkpoint = find_last_checkpoint(cfg.work_dir)
+        if checkpoint is None:
+            return [
+                f"--resume: no checkpoint in {cfg.work_dir}, training starts from the beginning"
+            ]
+        resume = str(checkpoint)
+    else:
+        preflight.check_checkpoint(resume)
+    cfg.resume = True
+    cfg.load_from = resume
+    return []
+
+
+def _is_mmseg(cfg: Config) -> bool:
+    return cfg.get("default_scope") == "mmseg"
+
+
+def _enable_painting(cfg: Config, options: argparse.Namespace) -> None:
+    hook = (cfg.get("default_hooks") or {}).get("visualization")
+    if hook is None:
+        raise UsageError("--show and --show-dir need default_hooks.visualization in the config")
+    hook.draw = True
+    if options.show:
+        hook.show = True
+        hook.wait_time = options.wait_time
+    if options.show_dir and _is_mmseg(cfg):
+        cfg.visualizer.save_dir = options.show_dir
+    elif options.show_dir:
+        hook.test_out_dir = options.show_dir
+
+
+def _enable_tta(cfg: Config) -> None:
+    if missing := [name for name in ("tta_model", "tta_pipeline") if name not in cfg]:
+        raise UsageError(f"--tta needs {missing[0]} in the config")
+    if cfg.tta_model.type == "DetTTAModel" and "mask_head" in cfg.model.get("roi_head", {}):
+        raise UsageError("--tta is for boxes only in MMDetection, this model predicts masks")
+    cfg.model = ConfigDict(**cfg.tta_model, module=cfg.model)
+    cfg.test_dataloader.dataset.pipeline = cfg.tta_pipeline
+
+
+def _check_out(cfg: Config, out: str) -> None:
+    if not _is_mmseg(cfg):
+        if not out.endswith((".pkl", ".pickle")):
+            raise UsageError(f"--out must name a .pkl or .pickle file, got {out}")
+        return
+    evaluators = cfg.test_evaluator
+    for evaluator in evaluators if isinstance(evaluators, (list, tuple)) else [evaluators]:
+        evaluator.update(output_dir=out, keep_results=True)
+
+
+def _dump_metric(cfg: Config, out: str):
+    if cfg.get("default_scope") == "mmdet":
+        from mmdet.evaluation import DumpDetResults as Dump
+    else:
+        from mmengine.evaluator import DumpResults as Dump
+    return Dump(out_file_path=out)

@@ -1,0 +1,75 @@
+"""Makes a config that was written for GPUs run on a machine without one."""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+
+from mmengine.config import Config
+from mmengine.device import get_device
+from torch import distributed
+
+from .errors import UsageError
+from .preflight import walk
+
+
+def use_cpu_where_needed(cfg: Config) -> list[str]:
+    """Changes, in place, what needs a GPU if MMEngine finds no accelerator; says what and why."""
+    if get_device() != "cpu":
+        return []
+    notes = []
+    if (cfg.get("optim_wrapper") or {}).get("type") == "AmpOptimWrapper":
+        _use_bfloat16(cfg)
+        notes.append("no GPU: mixed precision is bfloat16, in backbone and neck only")
+    if cfg.get("launcher", "none") != "none":
+        _use_ddp_on_cpu(cfg)
+        notes.append("no GPU: the processes communicate through gloo")
+        if _replace_sync_bn(cfg):
+            notes.append("no GPU: BatchNorm instead of SyncBN, each process has its own statistics")
+    return notes
+
+
+def join_cpu_processes(cfg: Config) -> None:
+    """Joins the other processes where MMEngine, which asks for a CUDA device first, cannot.
+
+    Raises UsageError if the launcher is not torchrun.
+    """
+    launcher = cfg.get("launcher", "none")
+    if launcher == "none" or get_device() != "cpu":
+        return
+    if launcher != "pytorch":
+        raise UsageError(f"without a GPU --launcher must be none or pytorch, got {launcher}")
+    if missing := [
+        name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ
+    ]:
+        raise UsageError(
+            "--launcher pytorch is for processes that torchrun has started, "
+            f"the environment variable {missing[0]} is not set"
+        )
+    seconds = (cfg.get("env_cfg") or {}).get("dist_cfg", {}).get("timeout")
+    timeout = None if seconds is None else timedelta(seconds=seconds)
+    distributed.init_process_group("gloo", timeout=timeout)
+
+
+def _use_bfloat16(cfg: Config) -> None:
+    wrapper = cfg.optim_wrapper
+    wrapper.type = "CPUAmpOptimWrapper"
+    for name in ("loss_scale", "dtype", "use_fsdp"):
+        wrapper.pop(name, None)
+
+
+def _use_ddp_on_cpu(cfg: Config) -> None:
+    options = dict(
+        type="MMDistributedDataParallel",
+        broadcast_buffers=False,
+        find_unused_parameters=cfg.get("find_unused_parameters", False),
+    )
+    # MMEngine would pass the number of a GPU.
+    cfg.model_wrapper_cfg = {**options, **(cfg.get("model_wrapper_cfg") or {}), "device_ids": None}
+
+
+def _replace_sync_bn(cfg: Config) -> bool:
+    nodes = [node for node in walk(cfg.model) if node.get("type") == "SyncBN"]
+    for node in nodes:
+        node["type"] = "BN"
+    return bool(nodes)

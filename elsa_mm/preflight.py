@@ -1,0 +1,162 @@
+"""What can be known to go wrong is found before a run begins, not hours into it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.registry import MODELS
+from mmengine.runner import Runner
+
+from .checkpoint import is_whole_checkpoint
+from .errors import UsageError, one_line
+
+BACKBONE = "ELSASwin"
+IMPORT_LINE = "custom_imports = dict(imports=['elsa_mm'])"
+
+
+def check_config(cfg: Config) -> None:
+    """Raises UsageError if ELSASwin is not imported, not buildable or does not fit what follows."""
+    model = cfg.get("model") or {}
+    backbones = [node for node in walk(model) if node.get("type") == BACKBONE]
+    imports = (cfg.get("custom_imports") or {}).get("imports") or []
+    if backbones and "elsa_mm" not in ([imports] if isinstance(imports, str) else imports):
+        raise UsageError(
+            f"the config uses {BACKBONE} and does not import it, add the line {IMPORT_LINE}"
+        )
+    for backbone in backbones:
+        try:
+            with torch.device("meta"):  # without memory and without random numbers
+                built = MODELS.build(backbone)
+        except (TypeError, ValueError) as error:
+            raise UsageError(f"{BACKBONE}: {one_line(error)}") from error
+        if backbone is model.get("backbone"):
+            _check_channels(model, [built.num_features[stage] for stage in built.out_indices])
+
+
+def _check_channels(model: dict, features: list[int]) -> None:
+    """Whether the part that takes the backbone's maps expects their channels."""
+    name = "neck" if model.get("neck") else "decode_head"
+    part = model.get(name)
+    if not isinstance(part, dict) or not isinstance(part.get("in_channels"), (list, tuple)):
+        return
+    wanted, got = features, list(part["in_channels"])
+    if isinstance(indices := part.get("in_index"), (list, tuple)):
+        wanted = [features[index] for index in indices if index in range(len(features))]
+    if got != wanted:
+        raise UsageError(f"model.{name}.in_channels must be the backbone's {wanted}, got {got}")
+
+
+def check_work_dir(folder: str) -> None:
+    """Makes the folder; raises UsageError if it cannot be written."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UsageError(
+            f"the work directory {folder} cannot be written: {error.strerror}"
+        ) from error
+
+
+def check_checkpoint(path: str) -> None:
+    """Raises UsageError if a local checkpoint is missing or was cut off; URLs pass."""
+    if "://" in path:
+        return
+    if not os.path.isfile(path):
+        raise UsageError(f"the checkpoint {path} does not exist")
+    if not is_whole_checkpoint(path):
+        raise UsageError(f"the checkpoint {path} is damaged or no checkpoint of PyTorch")
+
+
+def check_data(cfg: Config, parts: Sequence[str]) -> None:
+    """Raises UsageError if files that the data sets and evaluators name are missing or cut off.
+
+    Args:
+        parts: "train", "val", "test": the loaders that the run uses.
+    """
+    for part in parts:
+        loader = cfg.get(f"{part}_dataloader")
+        for dataset in _datasets((loader or {}).get("dataset")):
+            _check_dataset(dataset, part)
+        for node in walk(cfg.get(f"{part}_evaluator") or {}):
+            if isinstance(node.get("ann_file"), str) and not _is_remote(node):
+                _check_annotations(node["ann_file"], f"the {part} evaluator's annotation file")
+
+
+def build_data(runner: Runner, parts: Sequence[str]) -> None:
+    """Loads the data sets before the run begins; raises UsageError for one without images."""
+    for part in parts:
+        try:
+            loop = getattr(runner, f"{part}_loop")
+            size = None if loop is None else len(loop.dataloader.dataset)
+        except ValueError as error:
+            if "need at least one array to concatenate" not in str(error):  # MMEngine on no images
+                raise
+            size = 0
+        if size == 0:
+            raise UsageError(
+                f"the {part} data set is empty: no image, or none with objects of the classes"
+            )
+
+
+def walk(node: Any) -> Iterator[dict]:
+    """All dicts in nested dicts, lists and tuples."""
+    if isinstance(node, dict):
+        yield node
+        node = node.values()
+    elif not isinstance(node, (list, tuple)):
+        return
+    for child in node:
+        yield from walk(child)
+
+
+def _datasets(node: Any) -> Iterator[dict]:
+    """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            yield from _datasets(child)
+    elif isinstance(node, dict) and ("dataset" in node or "datasets" in node):
+        yield from _datasets(node.get("dataset"))
+        yield from _datasets(node.get("datasets"))
+    elif isinstance(node, dict):
+        yield node
+
+
+def _is_remote(node: dict) -> bool:
+    backend = (node.get("backend_args") or {}).get("backend", "local")
+    return backend != "local" or "://" in f"{node.get('data_root')} {node.get('ann_file')}"
+
+
+def _check_dataset(dataset: dict, part: str) -> None:
+    if _is_remote(dataset):
+        return
+    root = dataset.get("data_root") or ""
+    if dataset.get("ann_file"):
+        path = os.path.join(root, dataset["ann_file"])
+        _check_annotations(path, f"the {part} data's annotation file")
+    for name, folder in (dataset.get("data_prefix") or {}).items():
+        path = os.path.join(root, folder or "")
+        if path and not os.path.isdir(path):
+            raise UsageError(
+                f"the {part} data's folder {os.path.abspath(path)} ({name}) does not exist"
+            )
+
+
+def _check_annotations(path: str, what: str) -> None:
+    path = os.path.abspath(path)
+    if os.path.isdir(path):  # some data sets name a folder
+        return
+    if not os.path.isfile(path):
+        raise UsageError(f"{what} {path} does not exist")
+    size = os.path.getsize(path)
+    if not size:
+        raise UsageError(f"{what} {path} is empty")
+    if path.endswith(".json"):
+        with open(path, "rb") as file:
+            file.seek(max(0, size - 64))
+            if file.read().rstrip()[-1:] not in (b"}", b"]"):
+                raise UsageError(f"{what} {path} is no complete JSON file")

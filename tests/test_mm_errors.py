@@ -1,0 +1,236 @@
+"""Wrong use of tools/train.py and tools/test.py: exit status 2 and one sentence, at once."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from mm_tiny import CONFIGS, options
+from mmengine.config import Config
+
+from elsa_mm import cli
+
+frameworks = pytest.mark.parametrize("framework", CONFIGS)
+
+
+@pytest.fixture
+def refusal(monkeypatch, tmp_path, capfd):
+    """Runs a tool that must refuse; returns its sentence."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def run(tool, *arguments):
+        capfd.readouterr()
+        assert getattr(cli, tool)([str(argument) for argument in arguments]) == 2
+        last_line = capfd.readouterr().err.strip().splitlines()[-1]
+        assert last_line.startswith(f"{tool}: ") and "Traceback" not in last_line
+        return last_line.removeprefix(f"{tool}: ")
+
+    return run
+
+
+@pytest.fixture
+def copy(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def test_missing_config(refusal):
+    assert refusal("train", "nothing.py") == "the config file nothing.py does not exist"
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("_base_ = ['nothing.py']", "nothing.py"),
+        ("model = dict(", "never closed"),
+        ("custom_imports = dict(imports=['no_such_module'])", "no_such_module"),
+    ],
+)
+def test_unusable_config(refusal, tmp_path, text, word):
+    (tmp_path / "broken.py").write_text(text)
+    sentence = refusal("train", "broken.py")
+    assert sentence.startswith("the config broken.py cannot be used: ") and word in sentence
+
+
+@frameworks
+def test_config_without_custom_imports(refusal, tmp_path, framework):
+    config = tmp_path / "config.py"
+    config.write_text(f"_base_ = [{str(CONFIGS[framework])!r}]\ncustom_imports = None\n")
+    assert refusal("train", config) == (
+        "the config uses ELSASwin and does not import it, add the line "
+        "custom_imports = dict(imports=['elsa_mm'])"
+    )
+
+
+@frameworks
+@pytest.mark.parametrize(
+    "name, value, rule, got",
+    [
+        ("arch", "huge", "arch must be one of", "arch='huge'"),
+        ("arch.window_size", 0, "window_size must be", "window_size=0"),
+        ("arch.head", 1, "a dict arch knows", "got head"),
+        ("out_indices", "0,4", "out_indices must be", "out_indices=(0, 4)"),
+        ("drop_path_rate", 1.5, "drop_path_rate must be", "drop_path_rate=1.5"),
+        ("depth", 50, "unexpected keyword", "depth"),
+    ],
+)
+def test_wrong_backbone(refusal, digits, framework, name, value, rule, got):
+    values = {f"model__backbone__{name.replace('.', '__')}": value}
+    sentence = refusal("train", CONFIGS[framework], *options(framework, digits, **values))
+    assert sentence.startswith("ELSASwin: ") and rule in sentence and got in sentence
+
+
+@frameworks
+def test_backbone_that_does_not_fit(refusal, digits, framework):
+    values = options(framework, digits, model__backbone__arch__embed_dim=16)
+    part = {"mmdet": "neck", "mmseg": "decode_head"}[framework]
+    configured = Config.fromfile(CONFIGS[framework]).model[part].in_channels
+    assert refusal("train", CONFIGS[framework], *values) == (
+        f"model.{part}.in_channels must be the backbone's [16, 32, 64, 128], got {configured}"
+    )
+
+
+def empty(path):
+    path.write_text("")
+
+
+def cut(path):
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+@pytest.mark.parametrize("part", ["training", "validation"])
+@pytest.mark.parametrize(
+    "damage, problem",
+    [
+        (lambda path: path.unlink(), "does not exist"),
+        (empty, "is empty"),
+        (cut, "is no complete JSON file"),
+    ],
+)
+def test_annotation_file(refusal, copy, part, damage, problem):
+    path = copy / f"annotations/instances_{part}.json"
+    damage(path)
+    sentence = refusal("train", CONFIGS["mmdet"], *options("mmdet", copy))
+    assert "annotation file" in sentence and sentence.endswith(f"{path} {problem}")
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+@pytest.mark.parametrize("framework", CONFIGS)
+def test_data_set_without_images(refusal, copy, framework, part):
+    name = {"train": "training", "val": "validation"}[part]
+    if framework == "mmdet":
+        path = copy / f"annotations/instances_{name}.json"
+        annotations = json.loads(path.read_text())
+        path.write_text(json.dumps({**annotations, "images": [], "annotations": []}))
+    else:
+        shutil.rmtree(copy / "images" / name)
+        (copy / "images" / name).mkdir()
+    values = options(framework, copy)
+    assert refusal("train", CONFIGS[framework], *values) == (
+        f"the {part} data set is empty: no image, or none with objects of the classes"
+    )
+
+
+@frameworks
+def test_missing_image_folder(refusal, copy, framework):
+    shutil.rmtree(copy / "images/training")
+    sentence = refusal("train", CONFIGS[framework], *options(framework, copy))
+    assert f"{copy}/images/training" in sentence and sentence.endswith("does not exist")
+
+
+def test_missing_data_says_where_it_looked(refusal, tmp_path):
+    sentence = refusal("train", CONFIGS["mmdet"])
+    assert f"{tmp_path}/data/digits/annotations/instances_training.json does not" in sentence
+
+
+@pytest.mark.parametrize("tool", ["train", "test"])
+def test_work_dir_that_cannot_be_written(refusal, digits, tmp_path, tool):
+    torch.save({}, "weights.pth")
+    (tmp_path / "file").touch()
+    arguments = ["weights.pth"] * (tool == "test") + ["--work-dir", "file/folder"]
+    sentence = refusal(tool, CONFIGS["mmdet"], *arguments, *options("mmdet", digits))
+    assert sentence.startswith("the work directory file/folder cannot be written: ")
+
+
+@pytest.mark.parametrize("tool", ["train", "test"])
+@pytest.mark.parametrize(
+    "content, problem",
+    [(None, "does not exist"), (b"PK\x03\x04cut off", "is damaged or no checkpoint of PyTorch")],
+)
+def test_checkpoint(refusal, digits, tmp_path, tool, content, problem):
+    if content is not None:
+        (tmp_path / "a.pth").write_bytes(content)
+    arguments = {"train": ["--resume", "a.pth"], "test": ["a.pth"]}[tool]
+    sentence = refusal(tool, CONFIGS["mmseg"], *arguments, *options("mmseg", digits))
+    assert sentence == f"the checkpoint a.pth {problem}"
+
+
+@pytest.mark.parametrize(
+    "framework, arguments, more, sentence",
+    [
+        ("mmdet", ["--out", "a.json"], {}, "--out must name a .pkl or .pickle file, got a.json"),
+        ("mmdet", ["--tta"], {}, "--tta needs tta_model in the config"),
+        (
+            "mmdet",
+            ["--tta"],
+            {"tta_model__type": "DetTTAModel", "tta_pipeline": "[]"},
+            "--tta is for boxes only in MMDetection, this model predicts masks",
+        ),
+        (
+            "mmseg",
+            ["--show-dir", "a"],
+            {"default_hooks__visualization": None},
+            "--show and --show-dir need default_hooks.visualization in the config",
+        ),
+    ],
+)
+def test_options_of_test(refusal, digits, framework, arguments, more, sentence):
+    torch.save({}, "weights.pth")
+    arguments = [*arguments, *options(framework, digits, **more)]
+    assert refusal("test", CONFIGS[framework], "weights.pth", *arguments) == sentence
+
+
+@pytest.mark.parametrize(
+    "arguments, more, sentence",
+    [
+        (
+            ["--amp"],
+            {"optim_wrapper__type": "OtherWrapper"},
+            "--amp needs optim_wrapper.type OptimWrapper, got OtherWrapper",
+        ),
+        (
+            ["--auto-scale-lr"],
+            {},
+            "--auto-scale-lr needs auto_scale_lr.base_batch_size in the config",
+        ),
+    ],
+)
+@frameworks
+def test_options_of_train(refusal, digits, framework, arguments, more, sentence):
+    arguments = [*arguments, *options(framework, digits, **more)]
+    assert refusal("train", CONFIGS[framework], *arguments) == sentence
+
+
+@pytest.mark.parametrize(
+    "launcher, sentence",
+    [
+        (
+            "pytorch",
+            "--launcher pytorch is for processes that torchrun has started, "
+            "the environment variable RANK is not set",
+        ),
+        ("slurm", "without a GPU --launcher must be none or pytorch, got slurm"),
+    ],
+)
+def test_launcher_without_a_gpu(refusal, digits, monkeypatch, launcher, sentence):
+    monkeypatch.setattr("elsa_mm.machine.get_device", lambda: "cpu")
+    arguments = ["--launcher", launcher, *options("mmseg", digits)]
+    assert refusal("train", CONFIGS["mmseg"], *arguments) == sentence
+
+
+def test_other_ranks_are_silent(monkeypatch, capfd):
+    monkeypatch.setenv("RANK", "1")
+    assert cli.train(["nothing.py"]) == 2
+    assert capfd.readouterr().err == ""

@@ -1,0 +1,146 @@
+"""The adapter's own parts: whole checkpoints, finding them again, mixed precision on CPUs."""
+
+import os
+
+import pytest
+import torch
+from mmengine.config import Config
+from mmengine.fileio import LocalBackend, get_file_backend
+from mmengine.registry import OPTIM_WRAPPERS
+
+from elsa_mm import machine
+from elsa_mm.checkpoint import find_last_checkpoint
+
+BACKEND = dict(backend="atomic_local")
+
+
+def test_atomic_backend_writes_what_it_is_given(tmp_path):
+    backend = get_file_backend(backend_args=BACKEND)
+    backend.put(b"abc", tmp_path / "new" / "a.pth")
+    backend.put_text("äbc", str(tmp_path / "a.txt"))
+    assert (tmp_path / "new/a.pth").read_bytes() == b"abc"
+    assert (tmp_path / "a.txt").read_text(encoding="utf-8") == "äbc"
+    assert sorted(os.listdir(tmp_path)) == ["a.txt", "new"]
+
+
+def test_atomic_backend_leaves_the_old_file_if_writing_breaks_off(tmp_path, monkeypatch):
+    def put_half(self, obj, filepath):
+        with open(filepath, "wb") as file:
+            file.write(obj[: len(obj) // 2])
+        raise KeyboardInterrupt
+
+    path = tmp_path / "a.pth"
+    path.write_bytes(b"old")
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalBackend, "put", put_half)
+        with pytest.raises(KeyboardInterrupt):
+            get_file_backend(backend_args=BACKEND).put(b"fresh", path)
+    assert path.read_bytes() == b"old"
+    get_file_backend(backend_args=BACKEND).put(b"fresh", path)
+    assert path.read_bytes() == b"fresh" and os.listdir(tmp_path) == ["a.pth"]
+
+
+@pytest.fixture
+def work_dir(tmp_path):
+    for number in (9, 10):
+        torch.save({"iter": number}, tmp_path / f"iter_{number}.pth")
+    torch.save({"weights": "alone"}, tmp_path / "best_iter_11.pth")
+    (tmp_path / "last_checkpoint").write_text("/elsewhere/iter_9.pth")
+    return tmp_path
+
+
+def test_last_checkpoint_is_the_named_one_even_in_a_moved_folder(work_dir):
+    assert find_last_checkpoint(work_dir) == work_dir / "iter_9.pth"
+
+
+def test_last_checkpoint_may_be_in_another_folder(work_dir, tmp_path_factory):
+    other = tmp_path_factory.mktemp("other") / "iter_11.pth"
+    torch.save({}, other)
+    (work_dir / "last_checkpoint").write_text(str(other))
+    assert find_last_checkpoint(work_dir) == other
+
+
+@pytest.mark.parametrize("content", [None, "", "/elsewhere/iter_11.pth"])
+def test_without_a_valid_name_it_is_the_highest_number(work_dir, content):
+    note = work_dir / "last_checkpoint"
+    note.unlink() if content is None else note.write_text(content)
+    assert find_last_checkpoint(work_dir) == work_dir / "iter_10.pth"
+
+
+def test_half_written_checkpoints_are_passed_over(work_dir):
+    (work_dir / "last_checkpoint").write_text(str(work_dir / "iter_10.pth"))
+    newest = work_dir / "iter_10.pth"
+    newest.write_bytes(newest.read_bytes()[:-30])
+    assert find_last_checkpoint(work_dir) == work_dir / "iter_9.pth"
+    (work_dir / "iter_9.pth").write_bytes(b"")
+    assert find_last_checkpoint(work_dir) is None
+
+
+def test_folder_that_does_not_exist_has_no_checkpoint(tmp_path):
+    assert find_last_checkpoint(tmp_path / "nothing") is None
+
+
+class TwoParts(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = torch.nn.Linear(4, 4)
+        self.head = torch.nn.Linear(4, 1)
+        self.seen = []
+
+    def extract_feat(self, x):
+        out = self.backbone(x)
+        self.seen.append(out.dtype)
+        return (out,)
+
+    def forward(self, x):
+        (features,) = self.extract_feat(x)
+        self.seen += [features.dtype, self.head(features).dtype]
+        return self.head(features).sum()
+
+
+def test_cpu_amp_runs_the_features_alone_in_bfloat16():
+    model = TwoParts()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    wrapper = OPTIM_WRAPPERS.build(dict(type="CPUAmpOptimWrapper", optimizer=optimizer))
+    before = model.backbone.weight.detach().clone()
+    with wrapper.optim_context(model):
+        loss = model(torch.randn(2, 4))
+    wrapper.update_params(loss)
+    assert model.seen == [torch.bfloat16, torch.float32, torch.float32]
+    assert model.backbone.weight.dtype == torch.float32
+    assert not torch.equal(before, model.backbone.weight)
+    model.seen.clear()
+    model(torch.randn(2, 4))
+    assert set(model.seen) == {torch.float32}
+
+
+def gpu_config(**options):
+    norm = dict(type="SyncBN", requires_grad=True)
+    return Config(
+        dict(
+            model=dict(type="EncoderDecoder", heads=[dict(norm_cfg=norm), dict(norm_cfg=norm)]),
+            optim_wrapper=dict(type="AmpOptimWrapper", loss_scale="dynamic", optimizer=dict(lr=1)),
+            **options,
+        )
+    )
+
+
+def test_gpu_settings_are_replaced_on_a_cpu(monkeypatch):
+    monkeypatch.setattr(machine, "get_device", lambda: "cpu")
+    cfg = gpu_config(launcher="pytorch", model_wrapper_cfg=dict(find_unused_parameters=True))
+    notes = machine.use_cpu_where_needed(cfg)
+    assert len(notes) == 3 and all(note.startswith("no GPU: ") for note in notes)
+    assert cfg.optim_wrapper == dict(type="CPUAmpOptimWrapper", optimizer=dict(lr=1))
+    assert [head.norm_cfg.type for head in cfg.model.heads] == ["BN", "BN"]
+    assert cfg.model_wrapper_cfg.device_ids is None
+    assert cfg.model_wrapper_cfg.find_unused_parameters
+
+
+@pytest.mark.parametrize("device, options", [("cuda", {"launcher": "pytorch"}), ("cpu", {})])
+def test_what_works_is_left_alone(monkeypatch, device, options):
+    monkeypatch.setattr(machine, "get_device", lambda: device)
+    cfg = gpu_config(**options)
+    cfg.optim_wrapper.type = "AmpOptimWrapper" if device == "cuda" else "OptimWrapper"
+    before = cfg.to_dict()
+    assert machine.use_cpu_where_needed(cfg) == []
+    assert cfg.to_dict() == before

@@ -1,0 +1,173 @@
+"""Trainings of seconds through the command lines: ours, MMDetection's and MMSegmentation's."""
+
+import json
+import math
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import cv2
+import pytest
+import torch
+from mm_tiny import CONFIGS, REPOSITORY, options
+
+frameworks = pytest.mark.parametrize("framework", CONFIGS)
+METRICS = {"mmdet": ["coco/bbox_mAP", "coco/segm_mAP"], "mmseg": ["mIoU", "aAcc"]}
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+
+
+def start(*command, cwd, output):
+    return subprocess.Popen(
+        [sys.executable, *map(str, command)],
+        cwd=cwd,
+        env=ENVIRONMENT,
+        stdout=output.open("w"),
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
+
+
+def run(*command, cwd):
+    """Runs a command that must succeed; returns what it printed."""
+    output = Path(cwd, "output.txt")
+    process = start(*command, cwd=cwd, output=output)
+    try:
+        status = process.wait(timeout=300)
+    finally:
+        kill(process)
+    assert status == 0, output.read_text()[-4000:]
+    return output.read_text()
+
+
+def kill(process):
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for(path, process, seconds=200):
+    end = time.monotonic() + seconds
+    while not path.is_file():
+        assert process.poll() is None and time.monotonic() < end, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def iterations(output):
+    """Numbers of the training iterations in a log."""
+    return [int(number) for number in re.findall(r"Iter\(train\) *\[ *(\d+)/", output)]
+
+
+def last_metrics(output, framework):
+    return {name: float(re.findall(rf" {name}: (\S+)", output)[-1]) for name in METRICS[framework]}
+
+
+@pytest.fixture(scope="module")
+def trained(digits, tmp_path_factory):
+    """A training that is killed after its first checkpoint and resumed; one for each framework."""
+    done = {}
+
+    def train(framework):
+        if framework not in done:
+            done[framework] = kill_and_resume(framework, digits, tmp_path_factory.mktemp(framework))
+        return done[framework]
+
+    return train
+
+
+def kill_and_resume(framework, digits, folder):
+    command = [REPOSITORY / "tools/train.py", CONFIGS[framework], "--work-dir", "runs", "--resume"]
+    values = options(
+        framework, digits, default_hooks__checkpoint__interval=2, train_cfg__val_interval=1000
+    )
+    output = folder / "killed.txt"
+    process = start(*command, *values, cwd=folder, output=output)
+    try:
+        wait_for(folder / "runs/last_checkpoint", process)
+    finally:
+        kill(process)
+    checkpoint = (folder / "runs/last_checkpoint").read_text()
+    number = int(re.search(r"iter_(\d+)\.pth$", checkpoint)[1])
+    resumed = run(*command, *values, f"train_cfg.max_iters={number + 3}", cwd=folder)
+    return folder, number, output.read_text(), resumed
+
+
+@frameworks
+def test_killed_training_goes_on_from_its_checkpoint(trained, framework):
+    _, number, killed, resumed = trained(framework)
+    assert "--resume: no checkpoint in runs, training starts from the beginning" in killed
+    assert iterations(killed)[:2] == [1, 2]
+    assert f"resumed epoch: 0, iter: {number}" in resumed
+    assert iterations(resumed) == [number + 1, number + 2, number + 3]
+    assert "no checkpoint in" not in resumed
+
+
+@frameworks
+def test_resumed_training_has_the_state_of_the_killed_one(trained, framework):
+    folder, number, _, _ = trained(framework)
+    last = torch.load(folder / f"runs/iter_{number + 3}.pth", weights_only=False)
+    assert last["meta"]["iter"] == number + 3
+    assert {int(state["step"]) for state in last["optimizer"]["state"].values()} == {number + 3}
+    assert {scheduler["_global_step"] for scheduler in last["param_schedulers"]} == {number + 3}
+    assert not list((folder / "runs").glob("*.part"))
+
+
+@frameworks
+def test_training_evaluates_and_the_test_tool_agrees(trained, framework, digits):
+    folder, number, _, resumed = trained(framework)
+    arguments = [CONFIGS[framework], f"runs/iter_{number + 3}.pth", "--work-dir", "evaluated"]
+    out = {"mmdet": "predictions.pkl", "mmseg": "predictions"}[framework]
+    arguments += ["--out", out, "--show-dir", "painted"]
+    arguments += [] if framework == "mmdet" else ["--tta"]
+    tool = REPOSITORY / "tools/test.py"
+    output = run(tool, *arguments, *options(framework, digits), cwd=folder)
+    metrics = last_metrics(output, framework)
+    (saved,) = (folder / "evaluated").glob("*/2*.json")
+    assert metrics == pytest.approx(
+        {name: json.loads(saved.read_text())[name] for name in metrics}, abs=1e-3
+    )
+    assert all(math.isfinite(value) for value in last_metrics(resumed, framework).values())
+    if framework == "mmdet":
+        assert metrics == last_metrics(resumed, framework)
+        predictions = pickle.loads((folder / out).read_bytes())
+        assert [sample["img_id"] for sample in predictions] == [1, 2, 3, 4]
+        assert all(len(sample["pred_instances"]["masks"]) for sample in predictions)
+        painted = list((folder / "evaluated").glob("*/painted/*.jpg"))
+    else:
+        predictions = sorted((folder / out).glob("*.png"))
+        assert [path.stem for path in predictions] == [f"{i:06d}" for i in range(1, 5)]
+        labels = cv2.imread(str(predictions[0]), cv2.IMREAD_UNCHANGED)
+        assert labels.shape == (96, 96) and labels.min() >= 1 and labels.max() <= 11
+        painted = list((folder / "painted").rglob("*.png"))
+    assert len(painted) == 4
+
+
+@frameworks
+def test_the_frameworks_own_tool_runs_the_config(digits, tmp_path, framework):
+    tool = Path(find_spec(framework).origin).parent / ".mim/tools/train.py"
+    values = options(framework, digits, train_cfg__max_iters=2)
+    output = run(tool, CONFIGS[framework], "--work-dir", "runs", *values, cwd=tmp_path)
+    assert iterations(output) == [1, 2]
+    assert (tmp_path / "runs/last_checkpoint").read_text().endswith("iter_2.pth")
+    assert set(last_metrics(output, framework)) == set(METRICS[framework])
+
+
+@frameworks
+def test_two_processes_in_mixed_precision(digits, tmp_path, framework):
+    values = options(framework, digits, train_cfg__max_iters=2)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    tool = [REPOSITORY / "tools/train.py", CONFIGS[framework], "--launcher", "pytorch", "--amp"]
+    output = run(*launch, *tool, "--work-dir", "runs", *values, cwd=tmp_path)
+    assert "no GPU: the processes communicate through gloo" in output
+    assert "no GPU: mixed precision is bfloat16" in output
+    assert ("no GPU: BatchNorm instead of SyncBN" in output) == (framework == "mmseg")
+    assert "GPU number: 2" in output
+    assert iterations(output) == [1, 2]
+    assert set(last_metrics(output, framework)) == set(METRICS[framework])
+    state = torch.load(tmp_path / "runs/iter_2.pth", weights_only=False)
+    assert not [name for name in state["state_dict"] if name.startswith("module.")]
