@@ -17,6 +17,7 @@ TINY = {
     "MODEL.ELSA_SWIN.FREE_ARCH.KERNEL_SIZE": 3,
     "MODEL.ELSA_SWIN.FREE_ARCH.WINDOW_SIZE": 3,
     "MODEL.FPN.OUT_CHANNELS": 8,
+    "MODEL.FPN.NORM": "",
     "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
     "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
     # So that a model that has hardly learnt detects something.

@@ -42,7 +42,7 @@ def test_named_arch(arch):
 
 def test_free_arch_from_the_digits_file():
     assert elsa_swin_arch(load_config(CONFIG)) == dict(
-        embed_dim=48, depths=[1, 1, 2, 1], num_heads=[2, 4, 8, 16], group_width=8, window_size=5
+        embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], group_width=8, window_size=5
     )
 
 
