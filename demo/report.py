@@ -9,7 +9,6 @@ import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
-import numpy as np
 from tabulate import tabulate
 
 from demo.predictions import draw_predictions
@@ -70,23 +69,13 @@ def validation_line(data: Path) -> str:
     )
 
 
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Running mean over up to 5 values, to see a noisy loss's course."""
-    width = min(5, len(values))
-    padded = np.pad(values, (width - 1, 0), mode="edge")
-    return np.convolve(padded, np.ones(width) / width, mode="valid")
-
-
 def _draw_curves(runs: Sequence["Run"], path: Path) -> Path:
     figure, axes = plt.subplots(2, len(runs), figsize=(4.6 * len(runs), 6.4), squeeze=False)
     for column, run in enumerate(runs):
         curves = run.training.curves(run.out)
         top, bottom = axes[:, column]
         top.set_title(f"{run.training.framework}: {run.training.task}")
-        steps, losses = list(curves.loss), np.array(list(curves.loss.values()))
-        if steps:
-            top.plot(steps, losses, color="tab:blue", alpha=0.3)
-            top.plot(steps, _smooth(losses), color="tab:blue")
+        top.plot(list(curves.loss), list(curves.loss.values()))
         top.set_ylabel("training loss")
         top.set_ylim(bottom=0)
         for name, values in curves.metrics.items():
