@@ -90,9 +90,8 @@ def _load_mmdetection(
 ) -> tuple[torch.nn.Module, Callable[..., Any]]:
     from mmdet.apis import inference_detector, init_detector
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     model = init_detector(
-        str(training.config_path), str(checkpoint), palette="random", device=device
+        str(training.config_path), str(checkpoint), palette="random", device="cpu"
     )
 
     def predict(image: np.ndarray) -> Instances:
@@ -113,8 +112,7 @@ def _load_mmsegmentation(
 ) -> tuple[torch.nn.Module, Callable[..., Any]]:
     from mmseg.apis import inference_model, init_model
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = init_model(str(training.config_path), str(checkpoint), device=device)
+    model = init_model(str(training.config_path), str(checkpoint), device="cpu")
 
     def predict(image: np.ndarray) -> np.ndarray:
         labels: np.ndarray = inference_model(model, image).pred_sem_seg.data[0].cpu().numpy()

@@ -14,7 +14,7 @@ from typing import Any
 from tqdm import tqdm
 
 from demo.digits import DigitsError, make_dataset
-from demo.trainings import REPOSITORY, TRAININGS, Training, environment
+from demo.trainings import REPOSITORY, TRAININGS, Training
 
 POLL_SECONDS = 1.0
 LOG_LINES = 15
@@ -86,7 +86,7 @@ class Run:
                 process = subprocess.Popen(
                     self.training.command(self.out, resume),
                     cwd=REPOSITORY,
-                    env=environment(),
+                    env=self.training.environment(),
                     stdin=subprocess.DEVNULL,
                     stdout=stream,
                     stderr=subprocess.STDOUT,

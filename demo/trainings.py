@@ -76,6 +76,11 @@ class Training(ABC):
     def percent(self, value: float) -> float:
         return value
 
+    def environment(self) -> dict[str, str]:
+        """Environment variables: the repository importable, output not held back."""
+        paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
+        return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+
     def checkpoint(self, out: Path) -> Path | None:
         """The newest checkpoint, which both frameworks name in a file `last_checkpoint`."""
         pointer = out / "last_checkpoint"
@@ -130,9 +135,12 @@ class Detectron2Training(Training):
 
 
 class OpenMMLabTraining(Training):
-    """A training through MMEngine's runner."""
+    """A training through MMEngine's runner, on the CPU: `make setup` builds mmcv for CPUs only."""
 
     keys = ("step", "loss")
+
+    def environment(self) -> dict[str, str]:
+        return super().environment() | {"CUDA_VISIBLE_DEVICES": ""}
 
     def command(self, out: Path, resume: bool) -> list[str]:
         script = str(REPOSITORY / "tools" / "train.py")
@@ -183,9 +191,3 @@ TRAININGS: tuple[Training, ...] = (
     MMDetectionTraining(),
     MMSegmentationTraining(),
 )
-
-
-def environment() -> dict[str, str]:
-    """Environment of a training: the repository importable, output not held back."""
-    paths = [str(REPOSITORY), *filter(None, [os.environ.get("PYTHONPATH")])]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
