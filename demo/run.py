@@ -134,7 +134,7 @@ class Run:
 
     def _show(self, bar: "tqdm[Any]") -> None:
         curves = self.training.curves(self.out)
-        figures = {f"{name}": f"{value:.1f}" for name, value in curves.final.items()}
+        figures = {name: f"{value:.1f}" for name, value in curves.final.items()}
         if curves.loss:
             bar.n = min(max(curves.loss) + 1, self.training.iterations)
             figures = {"loss": f"{curves.loss[max(curves.loss)]:.3f}", **figures}
