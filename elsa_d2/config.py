@@ -8,9 +8,8 @@ from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
+from elsa_core.errors import UsageError, one_line
 from elsa_core.variants import VARIANTS, Arch
-
-from .errors import UsageError, one_line
 
 FREE = "free"
 

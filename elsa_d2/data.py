@@ -10,7 +10,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from .errors import UsageError, one_line
+from elsa_core.errors import UsageError, one_line
 
 
 def register_coco_datasets(cfg: CfgNode) -> None:

@@ -12,10 +12,11 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.solver import build_lr_scheduler
 
+from elsa_core.errors import UsageError, one_line
+
 from . import backbone
 from .checkpoint import AtomicCheckpointer
 from .data import check_dataset, register_coco_datasets
-from .errors import UsageError, one_line
 from .optimizer import build_optimizer
 
 

@@ -12,9 +12,10 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed
 
+from elsa_core.errors import UsageError, one_line
+
 from . import preflight
 from .checkpoint import find_last_checkpoint
-from .errors import UsageError, one_line
 from .machine import join_cpu_processes, use_cpu_where_needed
 
 EXIT_STATUS = (

@@ -9,7 +9,8 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from torch import distributed
 
-from .errors import UsageError
+from elsa_core.errors import UsageError
+
 from .preflight import walk
 
 

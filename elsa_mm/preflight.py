@@ -12,8 +12,9 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
+from elsa_core.errors import UsageError, one_line
+
 from .checkpoint import is_whole_checkpoint
-from .errors import UsageError, one_line
 
 BACKBONE = "ELSASwin"
 IMPORT_LINE = "custom_imports = dict(imports=['elsa_mm'])"
