@@ -24,9 +24,9 @@ PHOTOGRAPHS = {
 }  # fmt: skip
 PARTS = tuple(PHOTOGRAPHS)
 
-OBJECTS = (2, 5)  # digits an image, both ends included
-HEIGHT = (0.28, 0.55)  # of a digit's ink before the rotation, as a fraction of the image size
-ROTATION = 25.0  # degrees to either side, so that 6 and 9 stay apart
+OBJECTS = (2, 4)  # digits an image, both ends included
+HEIGHT = (0.42, 0.58)  # of a digit's ink before the rotation, as a fraction of the image size
+ROTATION = 12.0  # degrees to either side, so that 6 and 9 stay apart
 OPACITY = (0.85, 1.0)
 MIN_VISIBLE = 0.75  # fraction of each digit that the later ones leave to be seen
 ATTEMPTS = 100  # digits and places tried for one object

@@ -16,7 +16,7 @@ written to OUT:
   annotations/instances_{training,validation}.json   COCO layout: RLE masks, category ids 1..10
   meta.json                                          options, counts, checksum
 
-Each image shows 2 to 5 digits on a random crop of a photograph. Digits and photographs of the
+Each image shows 2 to 4 digits on a random crop of a photograph. Digits and photographs of the
 validation part never occur in the training part. The same options give the same files. If OUT
 already holds them, nothing is done; an interrupted run leaves nothing behind in OUT.
 

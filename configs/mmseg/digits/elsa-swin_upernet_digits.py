@@ -9,7 +9,7 @@ _base_ = [
 loss_decode = dict(class_weight=[0.15] + [1.0] * 10)
 
 model = dict(
-    data_preprocessor=dict(size=(160, 160)),
+    data_preprocessor=dict(size=(96, 96)),
     decode_head=dict(num_classes=11, loss_decode=loss_decode),
     auxiliary_head=dict(num_classes=11, loss_decode=loss_decode),
 )

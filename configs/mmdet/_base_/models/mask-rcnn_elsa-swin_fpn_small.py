@@ -1,4 +1,4 @@
-# A Mask R-CNN small enough to be trained on a CPU within minutes, for objects of 30 to 90 pixels
+# A Mask R-CNN small enough to be trained on a CPU within minutes, for objects of 30 to 95 pixels
 # that are higher than wide.
 _base_ = ["mask-rcnn_elsa-swin_fpn.py"]
 

@@ -1,10 +1,10 @@
 # One cycle of AdamW, counted in iterations.
-max_iters = 600
+max_iters = 2400
 max_lr = 2e-3
 
 optim_wrapper = dict(
     type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=max_lr, betas=(0.9, 0.999), weight_decay=0.05),
+    optimizer=dict(type="AdamW", lr=max_lr, betas=(0.9, 0.99), weight_decay=0.05),
     paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
 )
 warmup_iters = max_iters // 10
@@ -13,7 +13,7 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=warmup_iters, end=max_iters),
 ]
 
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=300)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=600)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 
