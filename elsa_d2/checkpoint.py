@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import IO, Any
@@ -10,12 +11,28 @@ from typing import IO, Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
+from elsa_weights import tensors_for
+
 
 class AtomicCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, but each file appears complete or not at all.
 
-    ``save_dir`` is a folder of a local file system.
+    A model with an ELSA-Swin also loads every file that `elsa_weights` can convert: original
+    checkpoints, OpenMMLab's, safetensors. ``save_dir`` is a folder of a local file system.
     """
+
+    def _load_file(self, filename: str) -> dict[str, Any]:
+        names = self.model.state_dict()
+        if not any(name.endswith("patch_embed.proj.weight") for name in names):
+            return super()._load_file(filename)
+        if not filename.endswith((".pkl", ".safetensors")):
+            try:
+                loaded = super()._load_file(filename)
+            except pickle.UnpicklingError:  # objects that torch does not know: read as data below
+                loaded = {"model": {}}
+            if any(name.removeprefix("module.") in names for name in loaded["model"]):
+                return loaded
+        return {"model": tensors_for(self.model, filename)}
 
     def save(self, name: str, **extra: Any) -> None:
         if not self.save_dir or not self.save_to_disk:

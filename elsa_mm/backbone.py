@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
-from mmengine.model import BaseModule
+from mmengine.logging import print_log
+from mmengine.model import BaseModule, PretrainedInit
 from mmengine.registry import MODELS
+from torch import Tensor
 
 from elsa_core import ELSASwin as CoreELSASwin
+from elsa_weights import load_backbone, report
 
 
 # The root registry: MMDetection, MMSegmentation and MMPretrain all look there last.
@@ -16,9 +20,10 @@ class ELSASwin(CoreELSASwin, BaseModule):
     """`elsa_core.ELSASwin` that takes OpenMMLab's ``init_cfg``.
 
     All other arguments, the feature maps and the parameter names are those of `elsa_core`. Without
-    ``init_cfg``, `init_weights` keeps the initialisation that the constructor has made. Pretrained
-    weights of a whole detector or segmentor need its prefix:
-    ``dict(type="Pretrained", checkpoint=..., prefix="backbone.")``.
+    ``init_cfg``, `init_weights` keeps the initialisation that the constructor has made.
+
+    ``dict(type="Pretrained", checkpoint=...)`` takes every local file that `elsa_weights` can
+    convert, original checkpoints among them, without executing anything in it; no prefix is needed.
     """
 
     def __init__(
@@ -26,3 +31,31 @@ class ELSASwin(CoreELSASwin, BaseModule):
     ) -> None:
         super().__init__(*args, **kwargs)
         self.init_cfg = init_cfg
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Maps [B, C_i, H_i, W_i] of an image [B, 3, H, W], contiguous in this order.
+
+        `elsa_core` returns channels-last views. Convolutions pass their strides on, and mmcv's
+        RoIAlign reads such maps as if they were contiguous, without an error.
+        """
+        return tuple(feature.contiguous() for feature in super().forward(x))
+
+    def init_weights(self) -> None:
+        """As BaseModule. Raises UsageError for a pretrained file with another backbone."""
+        configs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []
+        files = [config for config in configs if _is_local_pretrained(config)]
+        if self.is_init or not files:
+            super().init_weights()
+            return
+        kept, self.init_cfg = self.init_cfg, [c for c in configs if c not in files]
+        super().init_weights()
+        self.init_cfg = kept
+        for config in files:
+            conversion = load_backbone(self, os.path.expanduser(config["checkpoint"]))
+            print_log(f"{config['checkpoint']}: {report.text(conversion)}", logger="current")
+
+
+def _is_local_pretrained(config: dict[str, Any]) -> bool:
+    return config.get("type") in ("Pretrained", PretrainedInit) and os.path.isfile(
+        os.path.expanduser(config["checkpoint"])
+    )

@@ -6,8 +6,12 @@ import os
 import re
 import zipfile
 from pathlib import Path
+from typing import Any
 
 from mmengine.fileio import LocalBackend, register_backend
+from mmengine.runner import CheckpointLoader
+
+from elsa_weights import safetensors
 
 
 @register_backend("atomic_local")
@@ -54,8 +58,23 @@ def _number(path: Path) -> int | None:
 
 
 def is_whole_checkpoint(path: str | Path) -> bool:
-    """Whether a file is a complete archive of torch.save, or a pickle from before PyTorch 1.6."""
+    """Whether a file is a complete archive of torch.save, a pickle from before PyTorch 1.6, or
+    begins as a safetensors file does."""
     if zipfile.is_zipfile(path):
         return True
     with open(path, "rb") as file:
-        return file.read(1) == b"\x80"
+        head = file.read(9)
+    return head[:1] == b"\x80" or safetensors.is_safetensors(head, os.path.getsize(path))
+
+
+@CheckpointLoader.register_scheme(r".*\.safetensors$", force=True)
+def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
+    """What MMEngine loads where a checkpoint's name ends in .safetensors, on the CPU.
+
+    Raises FileNotFoundError, and UsageError for a damaged file.
+    """
+    filename = os.path.expanduser(filename)
+    if not os.path.isfile(filename):
+        raise FileNotFoundError(f"{filename} can not be found.")
+    tensors, meta = safetensors.load(filename)
+    return {"state_dict": tensors, "meta": meta}

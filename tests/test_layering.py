@@ -52,6 +52,22 @@ def test_elsa_core_needs_torch_alone():
         assert imported_packages(file) <= allowed, file
 
 
+def test_elsa_weights_needs_torch_alone_but_for_its_comparison_of_frameworks():
+    files = sources("elsa_weights")
+    assert {"read.py", "convert.py", "write.py"} <= {file.name for file in files}
+    allowed = sys.stdlib_module_names | {"torch", "elsa_core", "elsa_weights"}
+    verify = ROOT / "elsa_weights" / "verify"
+    for file in files:
+        if verify not in file.parents:
+            assert imported_packages(file) <= allowed, file
+    code = (
+        "import sys, elsa_weights, elsa_weights.cli, elsa_weights.verify\n"
+        f"assert not set(sys.modules) & {set(OPENMMLAB) | {'detectron2', 'elsa_d2', 'elsa_mm'}!r}\n"
+    )
+    result = run(code)
+    assert result.returncode == 0, result.stderr
+
+
 @pytest.mark.parametrize("package", FORBIDDEN)
 def test_adapters_know_their_own_framework_only(package):
     for file in sources(package):

@@ -1,0 +1,144 @@
+"""The command line of tools/convert_weights.py."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from elsa_core.errors import UsageError
+
+from . import report
+from .convert import TARGETS
+from .files import convert_file
+
+DETAILS = """\
+SRC may be an original checkpoint (classification, detection, segmentation), one of Detectron2,
+MMDetection, MMSegmentation or MMPretrain with an ELSA-Swin, a bare backbone, or an ImageNet
+checkpoint of stock Swin (for --to backbone). What it is, and the architecture, is read from its
+tensors. SRC: .pth, .safetensors or Detectron2's .pkl; DST: .pth or .safetensors.
+
+targets:
+  backbone    initialises a backbone: MODEL.WEIGHTS, or init_cfg=dict(type='Pretrained', ...)
+  detectron2  MODEL.WEIGHTS of Mask R-CNN, Cascade Mask R-CNN, UPerNet
+  mmdet       load_from, or the checkpoint of tools/test.py: Mask R-CNN, Cascade Mask R-CNN
+  mmseg       the same for UPerNet
+  mmpretrain  ImageClassifier with out_indices=(last,), GlobalAveragePooling and LinearClsHead
+  original    the names and the container of the original release
+
+exit status: 0 done, 1 --verify found a difference that matters, 2 an error (one sentence on
+standard error; DST is as it was before, unless --verify alone failed after "wrote:"), 130
+interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        return run(options)
+    except UsageError as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        return _fail(f"the Python package {error.name} is missing in {sys.executable}")
+    except MemoryError:
+        return _fail(f"{options.source} does not fit into memory")
+    except KeyboardInterrupt:
+        _fail(f"interrupted, {options.destination} is as it was before")
+        return 130
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="convert_weights.py",
+        description="Moves weights between the original release, Detectron2 and OpenMMLab.",
+        epilog=DETAILS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="SRC", help="checkpoint to read")
+    parser.add_argument("destination", metavar="DST", help="file to write, never SRC itself")
+    parser.add_argument("--to", required=True, choices=list(TARGETS), help="what DST is for")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take or leave averaged weights; default: take them for the base variant, whose "
+        "published weights they are",
+    )
+    parser.add_argument(
+        "--keep-training-state",
+        action="store_true",
+        help="keep optimizer, iteration and the like, within one framework",
+    )
+    parser.add_argument(
+        "--anchor-sizes",
+        type=int,
+        metavar="N",
+        help="anchor sizes per pyramid level of a detector that has other than 3 anchors at a "
+        "position, because the frameworks order them differently",
+    )
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="execute the code that SRC asks for; a pickle can do anything that you can do",
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="run one image through Detectron2 and OpenMMLab and print the largest differences",
+    )
+    parser.add_argument("--image", help="image for --verify; default: a drawn one")
+    parser.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="config for --verify, .yaml for Detectron2 and .py for OpenMMLab; default: ours of "
+        "the same method, with the sizes of SRC",
+    )
+    parser.add_argument("--report", metavar="FILE", help="write the fate of each tensor as JSON")
+    parser.add_argument("-v", "--verbose", action="store_true", help="name every tensor")
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    if (options.image or options.config) and not options.verify:
+        raise UsageError("--image and --config belong to --verify")
+    if options.report and os.path.exists(options.report):
+        for name in (options.source, options.destination):
+            if os.path.exists(name) and os.path.samefile(name, options.report):
+                raise UsageError(f"--report {options.report} would overwrite {name}")
+    conversion = convert_file(
+        options.source,
+        options.destination,
+        options.to,
+        ema=options.ema,
+        trust=options.trust_pickle,
+        keep_training_state=options.keep_training_state,
+        anchor_sizes=options.anchor_sizes,
+    )
+    print(report.text(conversion, verbose=options.verbose))
+    print(f"wrote: {options.destination} ({os.path.getsize(options.destination) / 1e6:.1f} MB)")
+    if options.report:
+        _write_report(options.report, json.dumps(report.record(conversion), indent=1))
+    if not options.verify:
+        return 0
+    from .verify import verify
+
+    differences = verify(conversion, options.destination, options.image, options.config)
+    print(differences)
+    return 0 if differences.same else 1
+
+
+def _write_report(path: str, content: str) -> None:
+    try:
+        with open(path, "w", encoding="utf-8") as file:
+            file.write(content + "\n")
+    except OSError as error:
+        raise UsageError(f"--report {path} cannot be written: {error.strerror}") from error
+
+
+def _fail(sentence: str) -> int:
+    print(f"convert_weights: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2

@@ -1,0 +1,128 @@
+"""Whole files: converted to other files, or read straight into a model of another framework."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor, nn
+
+from elsa_core.errors import UsageError
+
+from . import write
+from .convert import Conversion, convert
+from .names import D2_BACKBONES, RULES
+from .read import read_checkpoint
+from .recognise import DETECTRON2, Source, recognise
+
+_Result = TypeVar("_Result")
+# A tensor that every ELSA-Swin has.
+_MARK = "patch_embed.proj.weight"
+
+
+def read_source(path: str | os.PathLike, *, trust: bool = False, ema: bool | None = None) -> Source:
+    """Raises UsageError, which names the file, where it cannot be read or is nothing known."""
+    checkpoint = read_checkpoint(path, trust=trust)
+    return in_file(path, lambda: recognise(checkpoint, ema=ema))
+
+
+def in_file(path: str | os.PathLike, action: Callable[[], _Result]) -> _Result:
+    """The result of ``action``; a UsageError about a file's content gets its name."""
+    try:
+        return action()
+    except UsageError as error:
+        raise UsageError(f"{os.fspath(path)} cannot be converted: {error}") from error
+
+
+def convert_file(
+    source: str | os.PathLike,
+    destination: str | os.PathLike,
+    to: str,
+    *,
+    ema: bool | None = None,
+    trust: bool = False,
+    keep_training_state: bool = False,
+    anchor_sizes: int | None = None,
+) -> Conversion:
+    """Converts a checkpoint file; the arguments are those of `recognise` and `convert`.
+
+    Raises UsageError where that is impossible, in one sentence; then nothing was written.
+    """
+    source, destination = os.fspath(source), os.fspath(destination)
+    if keep_training_state and not destination.endswith(".pth"):
+        raise UsageError(f"the training state can only be kept in a .pth file, got {destination}")
+    checkpoint = read_checkpoint(source, trust=trust)
+    write.check_destination(source, destination)
+
+    def understand() -> tuple[Conversion, dict[str, Any]]:
+        result = convert(recognise(checkpoint, ema=ema), to, anchor_sizes=anchor_sizes)
+        return result, write.training_state(result) if keep_training_state else {}
+
+    conversion, training = in_file(source, understand)
+    dropped = [key for key in conversion.source.training if key not in training]
+    conversion.dropped += [(key, "training state") for key in dropped]
+    meta = write.metadata(conversion, source, write.sha256(source))
+    write.write_checkpoint(destination, conversion, meta, training)
+    return conversion
+
+
+def load_backbone(backbone: nn.Module, path: str | os.PathLike) -> Conversion:
+    """Loads what any convertible checkpoint has for an `elsa_core.ELSASwin`, and says what it was.
+
+    Raises UsageError as `convert_file`, or where the checkpoint's backbone has another architecture
+    than ``backbone``; then nothing was loaded.
+    """
+    source = read_source(path)
+    conversion = in_file(path, lambda: convert(source, "backbone"))
+    _check_fit(path, conversion, backbone.state_dict())
+    backbone.load_state_dict(conversion.tensors, strict=False)
+    return conversion
+
+
+def tensors_for(model: nn.Module, path: str | os.PathLike) -> dict[str, Tensor]:
+    """A checkpoint of any framework with the names of a Detectron2 model.
+
+    The detector or segmentor that the model is gives all of its tensors, anything else the backbone
+    alone.
+
+    Raises UsageError as `load_backbone`, or where the model has not exactly one ELSA-Swin.
+    """
+    names = model.state_dict()
+    prefixes = [name.removesuffix(_MARK) for name in names if name.endswith(_MARK)]
+    if len(prefixes) != 1:
+        raise UsageError(f"{os.fspath(path)} needs a model with one ELSA-Swin, got {len(prefixes)}")
+    (prefix,) = prefixes
+    source = read_source(path)
+    if prefix == D2_BACKBONES.get(source.kind) and _has_heads(names, source.kind):
+        if source.family == DETECTRON2:
+            return dict(source.tensors.values())
+        return in_file(path, lambda: convert(source, "detectron2")).tensors
+    conversion = in_file(path, lambda: convert(source, "backbone"))
+    _check_fit(path, conversion, names, prefix)
+    return {prefix + name: tensor for name, tensor in conversion.tensors.items()}
+
+
+def _has_heads(names: Mapping[str, Tensor], kind: str) -> bool:
+    parts = {rule.d2.split(".")[0] for rule in RULES[kind]}
+    return parts <= {name.split(".")[0] for name in names}
+
+
+def _check_fit(
+    path: str | os.PathLike, conversion: Conversion, names: Mapping[str, Tensor], prefix: str = ""
+) -> None:
+    """Raises UsageError unless the tensors are those under ``prefix``, but for output norms."""
+    given = {prefix + name: tensor for name, tensor in conversion.tensors.items()}
+    absent = {prefix + name for name, _ in conversion.absent}
+    wrong = [
+        name
+        for name in {**given, **{n: t for n, t in names.items() if n.startswith(prefix)}}
+        if not name.startswith(f"{prefix}norm")
+        and name not in absent
+        and (name not in given or name not in names or given[name].shape != names[name].shape)
+    ]
+    if wrong:
+        raise UsageError(
+            f"{os.fspath(path)} has another backbone than the model: it is {conversion.source}, "
+            f"and they differ in {len(wrong)} tensors, the first is {wrong[0]}"
+        )

@@ -1,0 +1,300 @@
+"""Reads pickles without running them: known data becomes inert stand-ins, the rest is refused."""
+
+from __future__ import annotations
+
+import pickle
+import struct
+import warnings
+from collections import OrderedDict
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Classes of data that training tools leave in checkpoints. They are never imported.
+DATA_CLASSES = {
+    "addict.addict": {"Dict"},
+    "argparse": {"Namespace"},
+    "collections": {"Counter", "defaultdict", "deque"},
+    "datetime": {"date", "datetime", "time", "timedelta", "timezone"},
+    "detectron2.config.config": {"CfgNode"},
+    "easydict": {"EasyDict"},
+    "fvcore.common.config": {"CfgNode"},
+    "mmcv.utils.config": {"Config", "ConfigDict"},
+    "mmengine.config.config": {"Config", "ConfigDict"},
+    "mmengine.logging.history_buffer": {"HistoryBuffer"},
+    "pathlib": {"Path", "PosixPath", "PurePath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+    "pathlib._local": {"PosixPath", "PurePosixPath", "PureWindowsPath", "WindowsPath"},
+    "types": {"SimpleNamespace"},
+    "yacs.config": {"CfgNode"},
+    **{
+        module: {"bool", "dict", "float", "int", "list", "object", "str", "tuple"}
+        for module in ("builtins", "__builtin__")
+    },
+    "numpy": {
+        *("bool", "bool_", "float16", "float32", "float64", "int8", "int16", "int32", "int64"),
+        *("ndarray", "str_", "uint8", "uint16", "uint32", "uint64"),
+    },
+    "numpy.dtypes": {"Float64DType", "Float32DType", "Int64DType", "UInt32DType", "BoolDType"},
+}
+NUMPY_CORES = ("numpy.core", "numpy._core")
+# numpy's codes of element types: [torch's type, code in the struct module].
+ELEMENTS = {
+    "f2": (torch.float16, "e"),
+    "f4": (torch.float32, "f"),
+    "f8": (torch.float64, "d"),
+    "i1": (torch.int8, "b"),
+    "i2": (torch.int16, "h"),
+    "i4": (torch.int32, "i"),
+    "i8": (torch.int64, "q"),
+    "u1": (torch.uint8, "B"),
+    "u2": (torch.uint16, "H"),
+    "u4": (torch.uint32, "I"),
+    "u8": (torch.uint64, "Q"),
+    "b1": (torch.bool, "?"),
+}
+
+
+class NeedsCode(pickle.UnpicklingError):
+    """A pickle that wants something imported which is not known to be mere data."""
+
+
+class Inert(dict):
+    """In place of an object whose class is not imported: holds its parts, does nothing."""
+
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__()
+        self.args = args
+
+    def __new__(cls, *args: Any, **named: Any) -> Inert:
+        return super().__new__(cls)
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def append(self, item: Any) -> None:
+        pass
+
+    def extend(self, items: Any) -> None:
+        pass
+
+    __hash__ = object.__hash__  # type: ignore[assignment]
+
+
+class DType:
+    """A numpy element type: what pickles say of it."""
+
+    def __init__(self, code: Any, *_: Any) -> None:
+        self.code = str(code).lstrip("<=|")
+        self.big_endian = self.code.startswith(">")
+
+    def __setstate__(self, state: Any) -> None:
+        self.big_endian = state[1] == ">"
+
+    def lookup(self) -> tuple[torch.dtype, str]:
+        if self.big_endian or self.code not in ELEMENTS:
+            raise pickle.UnpicklingError(f"numpy elements of type {self.code!r} are not supported")
+        return ELEMENTS[self.code]
+
+
+class Array:
+    """A numpy array; ``tensor`` has its values, without a copy."""
+
+    tensor: Tensor
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, column_major, raw = state
+        self.tensor = tensor_of(raw, dtype, shape, "F" if column_major else "C")
+
+
+def tensor_of(raw: Any, dtype: DType, shape: Any, order: str = "C") -> Tensor:
+    """Raises UnpicklingError where ``shape`` claims more elements than ``raw`` has."""
+    if isinstance(raw, str):  # Python 2
+        raw = raw.encode("latin1")
+    if not isinstance(raw, (bytes, bytearray)):
+        raise pickle.UnpicklingError("arrays of Python objects are not supported")
+    kind, _ = dtype.lookup()
+    count = 1
+    for size in shape:
+        count *= size
+    if count * kind.itemsize != len(raw):
+        raise pickle.UnpicklingError(
+            f"an array claims {count * kind.itemsize} bytes and has {len(raw)}"
+        )
+    if not count:
+        return torch.empty(shape, dtype=kind)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")  # nobody writes
+        values = torch.frombuffer(raw, dtype=kind)
+    if order == "C":
+        return values.reshape(shape)
+    return values.reshape(shape[::-1]).permute(*range(len(shape) - 1, -1, -1))
+
+
+def _scalar(dtype: DType, raw: Any = b"") -> Any:
+    raw = raw.encode("latin1") if isinstance(raw, str) else raw
+    if not isinstance(raw, bytes) or dtype.code not in ELEMENTS:
+        return Inert()
+    return struct.unpack("<" + dtype.lookup()[1], raw)[0]
+
+
+def _frombuffer(raw: Any, dtype: DType, shape: Any, order: str, *_: Any) -> Array:
+    array = Array()
+    array.tensor = tensor_of(raw, dtype, shape, order)
+    return array
+
+
+def _encode(text: str, encoding: str = "utf-8") -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise NeedsCode(f"the codec {encoding}")
+    return text.encode("latin1")
+
+
+def _bytearray(data: Any = b"", *_: Any) -> bytearray:
+    if isinstance(data, str):
+        data = data.encode("latin1")
+    if not isinstance(data, (bytes, bytearray)):  # a number would be a size to allocate
+        raise pickle.UnpicklingError("a byte array without its bytes")
+    return bytearray(data)
+
+
+def _getattr(owner: Any, name: str) -> Inert:
+    if not isinstance(owner, Inert) and not (isinstance(owner, type) and issubclass(owner, Inert)):
+        raise NeedsCode(f"the attribute {name!r}")
+    return Inert()
+
+
+def _reconstructor(kind: Any, *_: Any) -> Inert:
+    if not (isinstance(kind, type) and issubclass(kind, Inert)):
+        raise NeedsCode("copyreg._reconstructor")
+    return kind()
+
+
+def _functions() -> dict[tuple[str, str], Any]:
+    """What takes the place of the functions that data is pickled with.
+
+    New ones for every pickle, which may set attributes on what it is given.
+    """
+    functions: dict[tuple[str, str], Any] = {
+        ("collections", "OrderedDict"): OrderedDict,
+        ("_codecs", "encode"): lambda *args: _encode(*args),
+        ("torch", "Size"): torch.Size,
+        ("torch", "device"): lambda *args: torch.device("cpu"),
+        ("torch._utils", "_rebuild_tensor"): lambda *args: torch._utils._rebuild_tensor(*args),
+        ("torch._utils", "_rebuild_tensor_v2"): lambda *args: torch._utils._rebuild_tensor_v2(
+            *args[:6]
+        ),
+        ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+        ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
+        ("numpy", "dtype"): type("dtype", (DType,), {}),
+    }
+    for core in NUMPY_CORES:
+        functions[f"{core}.multiarray", "scalar"] = lambda *args: _scalar(*args)
+        functions[f"{core}.multiarray", "_reconstruct"] = lambda *_: Array()
+        functions[f"{core}.numeric", "_frombuffer"] = lambda *args: _frombuffer(*args)
+    for module in ("builtins", "__builtin__"):
+        functions[module, "set"] = set
+        functions[module, "frozenset"] = frozenset
+        functions[module, "complex"] = complex
+        functions[module, "slice"] = slice
+        functions[module, "bytearray"] = lambda *args: _bytearray(*args)
+        functions[module, "bytes"] = lambda *args: bytes(_bytearray(*args))
+        functions[module, "getattr"] = lambda *args: _getattr(*args)
+    for module in ("copyreg", "copy_reg"):
+        functions[module, "_reconstructor"] = lambda *args: _reconstructor(*args)
+    return functions
+
+
+class DataUnpickler(pickle.Unpickler):
+    """An unpickler that imports nothing.
+
+    Raises NeedsCode with the name of the first class or function that is no known data.
+    """
+
+    def __init__(self, file: Any, **options: Any) -> None:
+        super().__init__(file, **options)
+        self.functions = _functions()
+        self.classes: dict[tuple[str, str], type[Inert]] = {}
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.functions:
+            return self.functions[module, name]
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if name not in DATA_CLASSES.get(module, ()):
+            raise NeedsCode(f"{module}.{name}")
+        return self.classes.setdefault((module, name), type(name, (Inert,), {}))
+
+
+def _load(file: Any, **options: Any) -> Any:
+    return DataUnpickler(file, **options).load()
+
+
+# What torch.load takes as its ``pickle_module``.
+DATA_PICKLE = SimpleNamespace(
+    Unpickler=DataUnpickler,
+    load=_load,
+    UnpicklingError=pickle.UnpicklingError,
+    __name__="elsa_weights.unpickle",
+)
+
+
+class _Claim:
+    """A storage or tensor of ``numel`` elements of ``itemsize`` bytes, not allocated."""
+
+    def __init__(self, numel: int, itemsize: int) -> None:
+        self.numel, self.itemsize = numel, itemsize
+
+
+class ClaimUnpickler(DataUnpickler):
+    """Allocates no tensor; checks that tensors stay inside their storages.
+
+    ``claims`` has the bytes that each storage claims, by its key.
+
+    Raises NeedsCode as `DataUnpickler`, and UnpicklingError for tensors larger than their storage.
+    """
+
+    def __init__(self, file: Any, **options: Any) -> None:
+        super().__init__(file, **options)
+        self.claims: dict[str, int] = {}
+        for name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
+            self.functions["torch._utils", name] = lambda *args: _check_tensor(*args)
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("torch", "torch.cuda", "torch.storage") and name.endswith("Storage"):
+            return _Kind(name)
+        return super().find_class(module, name)
+
+    def persistent_load(self, pid: Any) -> Any:
+        # ("storage", kind, key, place, number of elements, [view]); anything else wants a module.
+        if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] not in ("storage",):
+            raise NeedsCode("the source of a module")
+        kind, key, numel = pid[1], str(pid[2]), pid[4]
+        if not isinstance(kind, _Kind) or not isinstance(numel, int) or numel < 0:
+            raise pickle.UnpicklingError("a tensor's storage is not described as it should be")
+        self.claims[key] = max(self.claims.get(key, 0), numel * kind.itemsize)
+        return _Claim(numel, kind.itemsize)
+
+
+class _Kind:
+    """A storage class by its name."""
+
+    def __init__(self, name: str) -> None:
+        sizes = {"Double": 8, "Long": 8, "ComplexFloat": 8, "ComplexDouble": 16, "Float": 4}
+        sizes |= {"Int": 4, "Half": 2, "BFloat16": 2, "Short": 2}
+        self.itemsize = sizes.get(name.removesuffix("Storage"), 1)
+
+
+def _check_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Any:
+    numbers = [offset, *size, *stride]
+    if not isinstance(storage, _Claim) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+        raise pickle.UnpicklingError("a tensor is not described as it should be")
+    count = 1
+    for length in size:
+        count *= length
+    if count > storage.numel:
+        raise pickle.UnpicklingError(
+            f"a tensor claims {count} elements and has room for {storage.numel}"
+        )
+    return _Claim(count, storage.itemsize)

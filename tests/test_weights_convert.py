@@ -1,0 +1,418 @@
+"""Every tensor of a checkpoint is converted, dropped for a reason, or an error."""
+
+import pytest
+import torch
+from weights_models import (
+    CLASSES,
+    KINDS,
+    TINY,
+    classification,
+    classifier_tensors,
+    detector,
+    original,
+    published_sizes,
+    save,
+    sizes,
+    swin,
+    with_bookkeeping,
+)
+from weights_models import same as same_tensors
+
+from elsa_core import VARIANTS, ELSASwin
+from elsa_core.errors import UsageError
+from elsa_core.variants import Arch
+from elsa_weights import TARGETS, convert, convert_file, read_checkpoint, recognise
+from elsa_weights.shapes import backbone_shapes
+
+MM = {"mask_rcnn": "mmdet", "cascade_mask_rcnn": "mmdet", "upernet": "mmseg"}
+every_kind = pytest.mark.parametrize("kind", KINDS)
+wrapped = pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "module"])
+
+
+def tensors(checkpoint, to, **options):
+    return convert(recognise(checkpoint), to, **options).tensors
+
+
+def accounted(conversion, checkpoint):
+    """That no tensor of the source is lost, and none of the target comes from nowhere."""
+    names = [name for name, _ in conversion.dropped]
+    assert sorted([*conversion.moved.values(), *names]) == sorted(checkpoint)
+    added = [name for name, _ in conversion.added]
+    assert sorted([*conversion.moved, *added]) == sorted(conversion.tensors)
+    assert all(reason for _, reason in conversion.dropped + conversion.added)
+
+
+@pytest.mark.parametrize("variant", ["tiny", "small"])
+@every_kind
+def test_round_trips_of_published_models_are_exact(kind, variant):
+    arch = VARIANTS[variant]
+    first = detector(kind, arch, published_sizes(kind))
+    there = tensors({"state_dict": first}, "detectron2")
+    assert not there.keys() & {n for n in first if not n.startswith("backbone.")}
+    back = tensors({"model": there}, MM[kind])
+    assert list(back) == list(first) and same_tensors(back, first)
+    old = with_bookkeeping(first, arch)
+    assert same_tensors(tensors({"model": there}, "original"), old)
+    assert same_tensors(tensors({"state_dict": old}, "detectron2"), there)
+
+
+@wrapped
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+@every_kind
+def test_files_of_the_original(tmp_path, kind, wrapped, suffix):
+    path = save(tmp_path, original(kind, wrapped=wrapped))
+    first = with_bookkeeping(detector(kind))
+    result = convert_file(path, tmp_path / f"d2{suffix}", "detectron2")
+    assert result.source.family == "original" and result.source.kind == kind
+    assert result.source.arch == TINY and result.sizes == sizes(kind)
+    dropped = dict(result.dropped)
+    assert {"optimizer", "amp"} < dropped.keys()
+    bookkeeping = [name for name in dropped if name.endswith("relative_id")]
+    assert len(bookkeeping) == 2
+    convert_file(tmp_path / f"d2{suffix}", tmp_path / f"mm{suffix}", MM[kind])
+    convert_file(tmp_path / f"mm{suffix}", tmp_path / f"back{suffix}", "original")
+    back = read_checkpoint(tmp_path / f"back{suffix}")
+    assert same_tensors(back["state_dict"], first)
+    if suffix == ".pth":
+        assert back["meta"]["CLASSES"] == CLASSES
+
+
+@every_kind
+def test_every_tensor_is_accounted_for(kind):
+    checkpoint = original(kind)
+    for to in ("detectron2", MM[kind], "original", "backbone"):
+        accounted(convert(recognise(checkpoint), to), checkpoint["state_dict"])
+
+
+@every_kind
+def test_element_types_are_kept(kind):
+    half = {n: t.half() if t.is_floating_point() else t for n, t in detector(kind).items()}
+    there = tensors(half, "detectron2")
+    assert {t.dtype for t in there.values()} == {t.dtype for t in half.values()}
+    assert same_tensors(tensors(there, MM[kind]), half)
+
+
+def test_counters_of_batch_norm_are_optional():
+    first = detector("cascade_mask_rcnn")
+    frozen = {n: t for n, t in first.items() if not n.endswith("num_batches_tracked")}
+    assert len(frozen) < len(first)
+    there = tensors(frozen, "detectron2")
+    assert not [name for name in there if name.endswith("num_batches_tracked")]
+    assert same_tensors(tensors(there, "mmdet"), frozen)
+
+
+@wrapped
+def test_classifier_initialises_a_backbone(wrapped):
+    checkpoint = classification(wrapped=wrapped)
+    result = convert(recognise(checkpoint), "backbone")
+    model = ELSASwin(TINY)
+    model.load_state_dict(result.tensors, strict=True)
+    first = classifier_tensors()
+    for name, value in model.state_dict().items():
+        if name.startswith("norm"):
+            assert value.unique().tolist() == [1.0 if name.endswith("weight") else 0.0]
+        else:
+            assert torch.equal(value, first[name]), name
+    assert {n for n, _ in result.dropped} > {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    accounted(result, first)
+
+
+@pytest.mark.parametrize(
+    "variant, wish, wanted",
+    [(None, None, False), (None, True, True), ("base", None, True), ("base", False, False)],
+)
+def test_averaged_weights(variant, wish, wanted):
+    arch = VARIANTS[variant] if variant else TINY
+    source = recognise(classification(arch), ema=wish)
+    assert source.ema is wanted
+    _, tensor = source.tensors["head.weight"]
+    assert torch.equal(tensor, classifier_tensors(arch, seed=int(wanted))["head.weight"])
+
+
+def test_averaged_weights_that_are_not_there():
+    with pytest.raises(UsageError, match="no EMA weights"):
+        recognise(original("upernet"), ema=True)
+
+
+def test_mmpretrain_and_back():
+    first = classifier_tensors()
+    there = tensors(first, "mmpretrain")
+    plain = {n: t for n, t in first.items() if not n.endswith("relative_id")}
+    assert set(there) == {
+        *(f"backbone.{n}" for n in plain if n.split(".")[0] not in ("norm", "head")),
+        *("backbone.norm3.weight", "backbone.norm3.bias", "head.fc.weight", "head.fc.bias"),
+    }
+    assert torch.equal(there["backbone.norm3.bias"], first["norm.bias"])
+    assert same_tensors(tensors(there, "original"), first)
+    backbone = {n.removeprefix("backbone."): t for n, t in there.items() if n[:4] != "head"}
+    ELSASwin(TINY, out_indices=(3,)).load_state_dict(backbone, strict=True)
+
+
+@every_kind
+def test_backbone_of_a_whole_model(kind):
+    first = detector(kind)
+    wanted = {n.removeprefix("backbone."): t for n, t in first.items() if n[:9] == "backbone."}
+    assert same_tensors(tensors({"state_dict": first}, "backbone"), wanted)
+    assert same_tensors(tensors({"model": tensors(first, "detectron2")}, "backbone"), wanted)
+    assert same_tensors(tensors(wanted, "backbone"), wanted)
+    other = {**first, "bbox_head.retina_cls.weight": torch.ones(1)}
+    other = {n: t for n, t in other.items() if n.startswith(("backbone.", "bbox_head."))}
+    assert same_tensors(tensors(other, "backbone"), wanted)
+
+
+FREE = dict(embed_dim=12, depths=(1, 2), num_heads=(1, 2), group_width=4, kernel_size=5)
+
+
+@pytest.mark.parametrize(
+    "arch",
+    [
+        *VARIANTS.values(),
+        TINY,
+        *(Arch(**FREE, lam=lam, gamma=gamma) for lam in (0, 1) for gamma in (0, 1)),
+        Arch(**{**FREE, "embed_dim": 14, "group_width": 6}, window_size=5),
+    ],
+)
+def test_shapes_of_backbones_are_those_of_the_model(arch):
+    with torch.device("meta"):
+        model = ELSASwin(arch, out_indices=range(len(arch.depths)))
+    wanted = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    assert backbone_shapes(arch) == wanted
+
+
+def test_ghost_filters_with_both_parts():
+    arch = {**dict(embed_dim=12, depths=(1, 1), num_heads=(1, 2), group_width=4), "lam": 1}
+    state = ELSASwin(arch, out_indices=(0, 1)).state_dict()
+    assert state["layers.0.blocks.0.attn.ghost_head"].dim() == 5
+    assert same_tensors(tensors(state, "backbone"), state)
+
+
+# --- stock Swin
+
+
+def test_swin_attention_of_the_last_stage():
+    """ELSA-Swin's last stage with the converted tensors computes what Swin's formula says."""
+    state = swin()
+    out = tensors(state, "backbone")
+    name = "layers.3.blocks.0.attn."
+    model = ELSASwin(dict(embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4), group_width=8))
+    layer = model.layers[3].blocks[0].attn
+    layer.load_state_dict(
+        {n.removeprefix(name): t for n, t in out.items() if n[: len(name)] == name}
+    )
+    x = torch.rand(1, 7, 7, 192)
+    qkv = x.reshape(49, 192) @ state[name + "qkv.weight"].T + state[name + "qkv.bias"]
+    query, key, value = qkv.reshape(49, 3, 4, 48).permute(1, 2, 0, 3)
+    where = torch.cartesian_prod(torch.arange(7), torch.arange(7))
+    delta = where[:, None] - where[None] + 6  # query minus key
+    table = state[name + "relative_position_bias_table"]
+    bias = table[delta[..., 0] * 13 + delta[..., 1]].permute(2, 0, 1)
+    attention = (query @ key.transpose(1, 2) * 48**-0.5 + bias).softmax(-1)
+    y = (attention @ value).transpose(0, 1).reshape(49, 192)
+    y = y @ state[name + "proj.weight"].T + state[name + "proj.bias"]
+    torch.testing.assert_close(layer(x).reshape(49, 192), y)
+
+
+def test_swin_names_of_openmmlab():
+    """The same numbers, with its order of the merged channels undone by nn.Unfold itself."""
+    public, theirs = tensors(swin(), "backbone"), tensors(swin(mm=True), "backbone")
+    assert public.keys() == theirs.keys()
+    x = torch.rand(1, 24, 6, 6)
+    unfolded = torch.nn.functional.unfold(x, 2, stride=2).transpose(1, 2)
+    slices = [x[:, :, i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
+    sliced = torch.cat(slices, 1).flatten(2).transpose(1, 2)
+    name = "layers.0.downsample."
+    stored = swin(mm=True)
+    expected = (unfolded * stored["stages.0.downsample.norm.weight"]) @ stored[
+        "stages.0.downsample.reduction.weight"
+    ].T
+    got = (sliced * theirs[name + "norm.weight"]) @ theirs[name + "reduction.weight"].T
+    torch.testing.assert_close(got, expected)
+    others = [n for n in public if "downsample" not in n]
+    assert all(torch.equal(public[n], theirs[n]) for n in others)
+
+
+def test_swin_report_names_what_is_not_taken():
+    state = swin()
+    result = convert(recognise({"model": state}), "backbone")
+    accounted(result, state)
+    wanted = ELSASwin(result.source.arch).state_dict()
+    absent = {name for name, _ in result.absent}
+    assert absent | result.tensors.keys() == wanted.keys() and not absent & result.tensors.keys()
+    assert {n.split(".")[-2] for n in absent if "ghost" not in n and "norm" not in n} == {
+        *("0", "2", "pre_proj", "post_proj")
+    }
+    assert {t.shape for n, t in result.tensors.items()} == {wanted[n].shape for n in result.tensors}
+    with pytest.raises(UsageError, match="can become backbone"):
+        convert(recognise(state), "mmpretrain")
+
+
+def test_swin_of_newer_timm():
+    moved = {
+        n.replace(f"layers.{i}.downsample", f"layers.{i + 1}.downsample"): t
+        for n, t in swin().items()
+        for i in [int(n.split(".")[1]) if n.startswith("layers.") else 0]
+    }
+    assert moved.keys() != swin().keys()
+    assert same_tensors(tensors(moved, "backbone"), tensors(swin(), "backbone"))
+
+
+# --- anchors
+
+
+@pytest.mark.parametrize("sizes_per_level, ratios", [(2, 2), (3, 2), (1, 4), (2, 3)])
+def test_anchors_of_several_sizes(sizes_per_level, ratios):
+    pytest.importorskip("detectron2")
+    pytest.importorskip("mmdet")
+    from detectron2.modeling.anchor_generator import DefaultAnchorGenerator
+    from mmdet.models.task_modules.prior_generators import AnchorGenerator
+
+    scales, shapes = [8 + 3 * i for i in range(sizes_per_level)], [0.5 + i for i in range(ratios)]
+    count = sizes_per_level * ratios
+    theirs = AnchorGenerator([4], shapes, scales=scales).gen_base_anchors()[0]
+    ours = DefaultAnchorGenerator(
+        sizes=[[4 * scale for scale in scales]], aspect_ratios=[shapes], strides=[4]
+    ).generate_cell_anchors([4 * scale for scale in scales], shapes)
+    wanted = sizes("mask_rcnn")
+    wanted.anchors = count
+    first = detector("mask_rcnn", TINY, wanted)
+    first["rpn_head.rpn_reg.bias"] = theirs.flatten()
+    first["rpn_head.rpn_cls.bias"] = theirs.prod(1)
+    there = tensors(first, "detectron2", anchor_sizes=sizes_per_level)
+    head = "proposal_generator.rpn_head."
+    torch.testing.assert_close(there[head + "anchor_deltas.bias"].reshape(-1, 4), ours)
+    torch.testing.assert_close(there[head + "objectness_logits.bias"], ours.prod(1))
+    assert same_tensors(tensors(there, "mmdet", anchor_sizes=sizes_per_level), first)
+    if count != 3:
+        with pytest.raises(UsageError, match="--anchor-sizes"):
+            tensors(first, "detectron2")
+    with pytest.raises(UsageError, match="must divide"):
+        tensors(first, "detectron2", anchor_sizes=5)
+
+
+# --- damage
+
+
+def damaged(change, kind="mask_rcnn", to="detectron2"):
+    state = detector(kind)
+    change(state)
+    with pytest.raises(UsageError) as caught:
+        tensors({"state_dict": state}, to)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "backbone.patch_embed.proj.weight",
+        "backbone.layers.1.blocks.0.attn.ghost_head",
+        "backbone.norm2.weight",
+        "neck.fpn_convs.3.conv.bias",
+        "neck.lateral_convs.0.conv.weight",
+        "rpn_head.rpn_cls.weight",
+        "roi_head.bbox_head.fc_cls.weight",
+        "roi_head.mask_head.conv_logits.bias",
+    ],
+)
+def test_missing_tensors_are_named(name):
+    message = damaged(lambda state: state.pop(name))
+    assert name in message and "missing" in message
+
+
+def test_missing_tensors_have_the_names_of_their_framework():
+    state = tensors(detector("mask_rcnn"), "detectron2")
+    del state["backbone.fpn_output5.bias"]
+    with pytest.raises(UsageError, match=r"1 tensor is missing: backbone.fpn_output5.bias"):
+        tensors({"model": state}, "mmdet")
+
+
+@pytest.mark.parametrize("name", ["neck.extra.weight", "backbone.layers.0.blocks.0.gate", "ema_x"])
+def test_unknown_tensors_are_named(name):
+    message = damaged(lambda state: state.update({name: torch.ones(1)}))
+    assert name in message and "no place for 1 tensor" in message
+
+
+def test_unknown_tensors_of_detectron2_are_named():
+    state = tensors(detector("mask_rcnn"), "detectron2")
+    state["roi_heads.keypoint_head.conv.weight"] = torch.ones(1)
+    with pytest.raises(UsageError, match="unknown.*keypoint_head.conv.weight"):
+        tensors({"model": state}, "mmdet")
+
+
+@pytest.mark.parametrize(
+    "name, shape",
+    [
+        ("roi_head.bbox_head.fc_reg.weight", (4, 64)),
+        ("backbone.norm3.bias", (95,)),
+        ("neck.fpn_convs.0.conv.weight", (16, 16, 1, 1)),
+    ],
+)
+def test_wrong_shapes_are_named(name, shape):
+    message = damaged(lambda state: state.update({name: torch.ones(shape)}))
+    assert f"{name} must have" in message and str(list(shape)) in message
+
+
+def test_wrong_element_types_are_named():
+    name = "roi_head.bbox_head.fc_cls.bias"
+    message = damaged(lambda state: state.update({name: state[name].long()}))
+    assert f"{name} must not hold elements of type torch.int64" in message
+
+
+def test_position_biases_in_another_order_are_not_guessed():
+    state = with_bookkeeping(detector("mask_rcnn"))
+    name = "backbone.layers.3.blocks.0.attn.relative_id"
+    state[name] = state[name].flip(0)
+    with pytest.raises(UsageError, match=f"{name} orders the position biases"):
+        recognise(state)
+
+
+def test_detectron2_with_other_pixels():
+    state = tensors(detector("mask_rcnn"), "detectron2")
+    state["pixel_mean"] = torch.tensor([123.675, 116.28, 103.53]).reshape(3, 1, 1)
+    assert same_tensors(tensors(state, "mmdet"), detector("mask_rcnn"))
+    state["pixel_mean"] = state["pixel_mean"].flip(0)
+    with pytest.raises(UsageError, match="RGB"):
+        recognise(state)
+
+
+RESNET = {"conv1.weight": torch.ones(64, 3, 7, 7), "layer1.0.conv1.weight": torch.ones(1)}
+
+
+@pytest.mark.parametrize(
+    "checkpoint, reason",
+    [
+        ({}, "empty dict"),
+        ({"state_dict": {}}, "empty dict"),
+        ([1, 2], "type list"),
+        ({"epoch": 3}, "no tensors, but epoch"),
+        ({"state_dict": {"a": "text"}}, "a is of type str"),
+        ({"state_dict": {"a": torch.ones(2).to_sparse()}}, "sparse"),
+        ({"state_dict": RESNET}, "no ELSA-Swin, nor a Swin: its tensors have names like conv1"),
+        ({f"backbone.{n}": t for n, t in swin().items()} | {"neck.x": torch.ones(1)}, "stock Swin"),
+        ({**swin(), "layers.0.blocks.0.attn.logit_scale": torch.ones(1)}, "Swin V2"),
+    ],
+)
+def test_what_is_no_elsa_swin(checkpoint, reason):
+    with pytest.raises(UsageError) as caught:
+        recognise(checkpoint)
+    assert reason in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "checkpoint, to",
+    [
+        (detector("mask_rcnn"), "mmseg"),
+        (detector("upernet"), "mmdet"),
+        (detector("upernet"), "mmpretrain"),
+        (classifier_tensors(), "detectron2"),
+        (classifier_tensors(), "mmdet"),
+    ],
+)
+def test_impossible_targets_name_the_possible_ones(checkpoint, to):
+    with pytest.raises(UsageError, match=f"which can become .*backbone.* got the target {to}"):
+        tensors(checkpoint, to)
+
+
+def test_unknown_targets_are_refused():
+    with pytest.raises(UsageError, match=", ".join(TARGETS)):
+        tensors(detector("upernet"), "jax")

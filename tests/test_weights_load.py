@@ -1,0 +1,209 @@
+"""Converted and original files where the frameworks' users expect them."""
+
+import logging
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+pytest.importorskip("mmdet")
+
+from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.modeling import build_model
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import load_checkpoint
+from weights_models import (
+    KINDS,
+    TINY,
+    classification,
+    classifier_tensors,
+    detector,
+    original,
+    save,
+    sizes,
+    swin,
+)
+
+import elsa_d2
+import elsa_mm
+from elsa_core.errors import UsageError
+from elsa_weights import convert_file
+from elsa_weights.verify import d2, mm
+
+every_kind = pytest.mark.parametrize("kind", KINDS)
+suffixes = pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+
+
+def detectron2(kind):
+    cfg = elsa_d2.load_config(d2._our_config(kind))
+    cfg.merge_from_list([*d2.overrides(TINY, sizes(kind), kind), "MODEL.DEVICE", "cpu"])
+    return build_model(cfg)
+
+
+def openmmlab(kind):
+    cfg = Config.fromfile(mm._our_config(kind))
+    mm.set_sizes(cfg.model, TINY, sizes(kind), kind)
+    with DefaultScope.overwrite_default_scope("mmdet" if kind != "upernet" else "mmseg"):
+        return MODELS.build(cfg.model)
+
+
+def load_in_d2(model, path, checkpointer=elsa_d2.AtomicCheckpointer):
+    """What Detectron2 itself has to say about missing, unknown and misfitting tensors."""
+    seen = []
+    loader = checkpointer(model)
+    loader._log_incompatible_keys = seen.append
+    loader.resume_or_load(str(path), resume=False)
+    (found,) = seen
+    return set(found.missing_keys), set(found.unexpected_keys), found.incorrect_shapes
+
+
+def backbone_of(model):
+    model = model.backbone
+    return getattr(model, "bottom_up", model).state_dict()
+
+
+@suffixes
+@every_kind
+def test_weights_of_detectron2(tmp_path, kind, suffix):
+    path = save(tmp_path, original(kind))
+    convert_file(path, tmp_path / f"a{suffix}", "detectron2")
+    model = detectron2(kind)
+    assert load_in_d2(model, tmp_path / f"a{suffix}") == (set(), set(), [])
+    first = detector(kind)
+    back = convert_file(tmp_path / f"a{suffix}", tmp_path / "b.pth", "original")
+    assert all(torch.equal(model.state_dict()[old], first[n]) for n, old in back.moved.items())
+    if suffix == ".pth":  # also without our checkpointer
+        assert load_in_d2(model, tmp_path / "a.pth", DetectionCheckpointer) == (set(), set(), [])
+
+
+@suffixes
+@every_kind
+def test_load_from_of_openmmlab(tmp_path, kind, suffix):
+    elsa_d2.AtomicCheckpointer(detectron2(kind), str(tmp_path)).save("model", iteration=3)
+    path = tmp_path / f"a{suffix}"
+    convert_file(tmp_path / "model.pth", path, "mmseg" if kind == "upernet" else "mmdet")
+    model = openmmlab(kind)
+    load_checkpoint(model, str(path), map_location="cpu", strict=True)
+    stored = torch.load(tmp_path / "model.pth")["model"]
+    (name,) = [n for n in stored if n.endswith("fc1.bias") and "blocks" in n and "layers.0" in n]
+    assert torch.equal(backbone_of(model)["layers.0.blocks.0.mlp.fc1.bias"], stored[name])
+
+
+@every_kind
+def test_original_detectors_and_segmentors_load_directly(tmp_path, kind):
+    path = save(tmp_path, original(kind, wrapped=True))
+    model = detectron2(kind)
+    assert load_in_d2(model, path) == (set(), set(), [])
+    assert torch.equal(backbone_of(model)["norm3.bias"], detector(kind)["backbone.norm3.bias"])
+
+
+def heads(names):
+    return {name for name in names if "bottom_up" not in name}
+
+
+@pytest.mark.parametrize("kind", ["mask_rcnn", "upernet"])
+def test_original_classifier_as_weights_of_detectron2(tmp_path, kind):
+    model = detectron2(kind)
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    missing, unknown, wrong = load_in_d2(model, save(tmp_path, classification(wrapped=True)))
+    assert not unknown and not wrong
+    assert missing and not [n for n in missing if ".layers." in n or ".patch_embed." in n]
+    first = classifier_tensors()
+    for name, value in backbone_of(model).items():
+        assert name.startswith("norm") or torch.equal(value, first[name]), name
+    assert all(torch.equal(model.state_dict()[n], before[n]) for n in missing)
+
+
+@pytest.mark.parametrize("checkpointer", [elsa_d2.AtomicCheckpointer, DetectionCheckpointer])
+@pytest.mark.parametrize("kind", ["mask_rcnn", "upernet"])
+def test_one_backbone_file_serves_both_frameworks(tmp_path, kind, checkpointer):
+    path = tmp_path / "backbone.pth"
+    convert_file(save(tmp_path, classification()), path, "backbone")
+    wanted = torch.load(path)["state_dict"]
+    model = detectron2(kind)
+    _, unknown, wrong = load_in_d2(model, path, checkpointer)
+    assert not wrong and not unknown
+    assert all(torch.equal(value, wanted[n]) for n, value in backbone_of(model).items())
+    backbone = MODELS.build(dict(type="ELSASwin", arch=TINY))
+    load_checkpoint(backbone, str(path), map_location="cpu", strict=True)
+    assert all(torch.equal(value, wanted[n]) for n, value in backbone.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    "checkpoint", [classification(), classification(wrapped=True), original("upernet")]
+)
+def test_original_as_pretrained_backbone_of_openmmlab(tmp_path, checkpoint):
+    path = save(tmp_path, checkpoint)
+    init_cfg = dict(type="Pretrained", checkpoint=str(path))
+    backbone = MODELS.build(dict(type="ELSASwin", arch=TINY, init_cfg=init_cfg))
+    backbone.init_weights()
+    plain = {n.removeprefix("module."): t for n, t in checkpoint["state_dict"].items()}
+    for name, value in backbone.state_dict().items():
+        wanted = plain.get(f"backbone.{name}", plain.get(name))
+        assert name.startswith("norm") and wanted is None or torch.equal(value, wanted), name
+    assert backbone.init_cfg == init_cfg and backbone.is_init
+
+
+def test_pretrained_detector_of_detectron2_and_safetensors(tmp_path):
+    path = tmp_path / "a.safetensors"
+    convert_file(save(tmp_path, original("mask_rcnn")), path, "detectron2")
+    init_cfg = dict(type="Pretrained", checkpoint=str(path))
+    backbone = MODELS.build(dict(type="ELSASwin", arch=TINY, init_cfg=init_cfg))
+    backbone.init_weights()
+    first = detector("mask_rcnn")
+    assert all(torch.equal(t, first[f"backbone.{n}"]) for n, t in backbone.state_dict().items())
+
+
+def test_warm_start_from_swin(tmp_path):
+    path = save(tmp_path, {"model": swin()})
+    arch = dict(embed_dim=24, depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4], group_width=4)
+    init_cfg = dict(type="Pretrained", checkpoint=str(path))
+    backbone = MODELS.build(dict(type="ELSASwin", arch=arch, init_cfg=init_cfg))
+    before = backbone.layers[0].blocks[0].attn.ghost_head.clone()
+    backbone.init_weights()
+    name = "layers.1.blocks.0.mlp.fc2.weight"
+    assert torch.equal(backbone.state_dict()[name], swin()[name])
+    assert torch.equal(backbone.layers[0].blocks[0].attn.ghost_head, before)
+
+
+@pytest.mark.parametrize("change", [dict(depths=(1, 1, 2, 2)), dict(embed_dim=24)])
+def test_another_architecture_is_refused(tmp_path, change):
+    path = save(tmp_path, classification())
+    arch = dict(embed_dim=12, depths=(1, 1, 1, 2), num_heads=(1, 2, 3, 4))
+    arch |= dict(group_width=4, kernel_size=3, window_size=3, **change)
+    init_cfg = dict(type="Pretrained", checkpoint=str(path))
+    backbone = MODELS.build(dict(type="ELSASwin", arch=arch, init_cfg=init_cfg))
+    before = {n: t.clone() for n, t in backbone.state_dict().items()}
+    with pytest.raises(UsageError, match="another backbone than the model"):
+        backbone.init_weights()
+    assert all(torch.equal(t, before[n]) for n, t in backbone.state_dict().items())
+
+
+def test_malicious_files_are_not_executed(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return logging.getLogger, ("executed",)
+
+    path = save(tmp_path, {**original("mask_rcnn"), "x": Attack()})
+    with pytest.raises(UsageError, match="execute code"):
+        load_in_d2(detectron2("mask_rcnn"), path)
+    init_cfg = dict(type="Pretrained", checkpoint=str(path))
+    with pytest.raises(UsageError, match="execute code"):
+        MODELS.build(dict(type="ELSASwin", arch=TINY, init_cfg=init_cfg)).init_weights()
+
+
+def test_safetensors_count_as_whole_checkpoints(tmp_path):
+    path = tmp_path / "a.safetensors"
+    convert_file(save(tmp_path, original("mask_rcnn")), path, "mmdet")
+    assert elsa_mm.checkpoint.is_whole_checkpoint(path)
+    path.write_bytes(path.read_bytes()[:4])
+    assert not elsa_mm.checkpoint.is_whole_checkpoint(path)
+
+
+def test_other_models_load_as_ever(tmp_path):
+    model = torch.nn.Linear(2, 3)
+    torch.save({"model": model.state_dict()}, tmp_path / "a.pth")
+    other = torch.nn.Linear(2, 3)
+    assert load_in_d2(other, tmp_path / "a.pth") == (set(), set(), [])
+    assert torch.equal(other.weight, model.weight)
