@@ -10,11 +10,17 @@ import torch
 from detectron2.engine import SimpleTrainer
 from torch import nn
 
+from elsa_core.errors import UsageError
+
+DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+
 
 class AutocastTrainer(SimpleTrainer):
     """Like Detectron2's AMPTrainer, which insists on CUDA, for any type of device.
 
-    float16 with a scaled loss on CUDA, bfloat16 (which needs no scaling) elsewhere.
+    Args:
+        device_type: "cuda", "cpu", ...
+        dtype: float16, whose loss is scaled, or bfloat16, which needs no scaling.
     """
 
     def __init__(
@@ -23,10 +29,11 @@ class AutocastTrainer(SimpleTrainer):
         data_loader: Iterable[Any],
         optimizer: torch.optim.Optimizer,
         device_type: str,
+        dtype: torch.dtype,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.device_type = device_type
-        self.dtype = torch.float16 if device_type == "cuda" else torch.bfloat16
+        self.dtype = dtype
         self.grad_scaler = torch.amp.GradScaler(device_type, enabled=self.dtype == torch.float16)
 
     def run_step(self) -> None:
@@ -51,3 +58,12 @@ class AutocastTrainer(SimpleTrainer):
         # Empty or absent where the checkpoint comes from a CPU or from full precision.
         if scaler := state_dict.get("grad_scaler"):
             self.grad_scaler.load_state_dict(scaler)
+
+
+def amp_dtype(name: str, device_type: str) -> torch.dtype:
+    """What SOLVER.AMP.DTYPE names; "" is float16 on CUDA and bfloat16 elsewhere."""
+    if not name:
+        return torch.float16 if device_type == "cuda" else torch.bfloat16
+    if name not in DTYPES:
+        raise UsageError(f"SOLVER.AMP.DTYPE must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]

@@ -11,11 +11,13 @@ from detectron2.config import CfgNode, get_cfg
 from elsa_core.errors import UsageError, one_line
 from elsa_core.variants import VARIANTS, Arch
 
+from .semantic_config import add_semantic_config
+
 FREE = "free"
 
 
 def add_elsa_swin_config(cfg: CfgNode) -> None:
-    """Adds MODEL.ELSA_SWIN, and the keys of SOLVER and DATASETS that `Trainer` understands."""
+    """Adds MODEL.ELSA_SWIN, and the other keys that `Trainer` and our heads understand."""
     node = cfg.MODEL.ELSA_SWIN = CfgNode()
     # "tiny", "small", "base", or "free": the architecture that FREE_ARCH describes.
     node.ARCH = "tiny"
@@ -40,8 +42,26 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
     # Parameters of the ELSA-Swin backbone whose name contains one of these are not decayed.
     cfg.SOLVER.WEIGHT_DECAY_EXEMPT = ["norm"]
 
+    # "float16", "bfloat16", or "": float16 on CUDA and bfloat16 elsewhere.
+    cfg.SOLVER.AMP.DTYPE = ""
+
+    # Of each stage of ClassSpecificCascadeROIHeads.
+    cfg.MODEL.ROI_BOX_CASCADE_HEAD.LOSS_WEIGHTS = (1.0, 0.5, 0.25)
+
+    # What resizes images: "pil" as in Detectron2, "cv2" as in OpenMMLab.
+    cfg.INPUT.RESIZE = "pil"
+    # In training, with the probability PROB and before everything else: resize to a short edge from
+    # MIN_SIZES, crop to between CROP_SIZE[0] and CROP_SIZE[1] pixels in each direction.
+    cfg.INPUT.MULTI_SCALE_CROP = CfgNode(
+        {"ENABLED": False, "PROB": 0.5, "MIN_SIZES": (400, 500, 600), "CROP_SIZE": (384, 600)}
+    )
+
     # Data sets in COCO's format to register: [name, annotation file, image folder] each.
     cfg.DATASETS.REGISTER_COCO = []
+    # Training images with a shorter edge, in pixels, are left out.
+    cfg.DATALOADER.MIN_IMAGE_SIZE = 0
+
+    add_semantic_config(cfg)
 
 
 def load_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode:

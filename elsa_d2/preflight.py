@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import os
 import tempfile
+import warnings
+from typing import Any
 from urllib.parse import urlparse
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.data import MetadataCatalog
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.solver import build_lr_scheduler
+from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from elsa_core.errors import UsageError, one_line
 
 from . import backbone
+from .amp import amp_dtype
+from .augmentation import resize_class
 from .checkpoint import AtomicCheckpointer
 from .data import check_dataset, register_coco_datasets
 from .optimizer import build_optimizer
+from .schedule import build_lr_scheduler
+from .semantic_config import is_semantic
+from .semantic_data import check_sem_seg_dataset, register_sem_seg_datasets
 
 
 def check_run(
@@ -39,10 +46,11 @@ def check_run(
         machines: that take part.
     """
     _check_processes(cfg, processes, machines)
-    _check_model(cfg)
+    model = _check_model(cfg)
     if not eval_only:
         _check_solver(cfg)
-    _check_weights(cfg, eval_only, resume)
+    _check_weights(cfg, eval_only, resume, model)
+    resize_class(cfg)
     _check_data(cfg, eval_only)
     _check_output(cfg.OUTPUT_DIR)
 
@@ -73,21 +81,48 @@ def _check_processes(cfg: CfgNode, processes: int, machines: int) -> None:
         )
 
 
-def _check_model(cfg: CfgNode) -> None:
-    name = cfg.MODEL.BACKBONE.NAME
-    if name not in BACKBONE_REGISTRY:
-        raise UsageError(f"MODEL.BACKBONE.NAME {name!r} is not registered")
-    build = BACKBONE_REGISTRY.get(name)
+def _check_model(cfg: CfgNode) -> torch.nn.Module | None:
+    """The model without memory for its parameters; None with a backbone that is not ours."""
+    for registry, key, name in (
+        (BACKBONE_REGISTRY, "BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME),
+        (META_ARCH_REGISTRY, "META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE),
+    ):
+        if name not in registry:
+            raise UsageError(f"MODEL.{key} {name!r} is not registered")
+    build = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)
     if build.__module__ != backbone.__name__:
-        return
+        return None
     try:
         with torch.device("meta"):  # builds it without memory and without random numbers
-            build(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
-    except ValueError as error:
+            pyramid = build(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
+            _check_features(cfg, list(pyramid.output_shape()))
+            return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
+    except (KeyError, ValueError) as error:  # a KeyError names a head that is not registered
         raise UsageError(one_line(error)) from error
 
 
+def _check_features(cfg: CfgNode, available: list[str]) -> None:
+    """Whether the backbone, with its neck, gives what the heads take."""
+    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
+        return
+    for part in ("RPN", "ROI_HEADS"):
+        wanted = list(cfg.MODEL[part].IN_FEATURES)
+        if not set(wanted) <= set(available):
+            raise UsageError(
+                f"MODEL.{part}.IN_FEATURES must be among the {', '.join(available)} of "
+                f"{cfg.MODEL.BACKBONE.NAME}, got {', '.join(wanted)}"
+            )
+
+
 def _check_solver(cfg: CfgNode) -> None:
+    head = cfg.MODEL.SEM_SEG_HEAD
+    if is_semantic(cfg) and head.NAME == "UPerNetHead" and "BN" in head.NORM:
+        if cfg.SOLVER.IMS_PER_BATCH < 2:  # a map of one cell has no variance
+            raise UsageError(
+                f"UPerNet with {head.NORM} learns from two or more images at a time, "
+                f"got SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}"
+            )
+    amp_dtype(cfg.SOLVER.AMP.DTYPE, torch.device(cfg.MODEL.DEVICE).type)
     try:
         build_lr_scheduler(cfg, build_optimizer(cfg, torch.nn.Linear(1, 1)))
     except UsageError:
@@ -96,7 +131,9 @@ def _check_solver(cfg: CfgNode) -> None:
         raise UsageError(f"SOLVER does not fit: {one_line(error)}") from error
 
 
-def _check_weights(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
+def _check_weights(
+    cfg: CfgNode, eval_only: bool, resume: bool, model: torch.nn.Module | None
+) -> None:
     checkpointer = AtomicCheckpointer(torch.nn.Identity(), cfg.OUTPUT_DIR)
     if resume and checkpointer.has_checkpoint():
         last = checkpointer.get_checkpoint_file()
@@ -105,6 +142,8 @@ def _check_weights(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
                 f"{cfg.OUTPUT_DIR}/last_checkpoint names {os.path.basename(last)!r}, "
                 "which is not there"
             )
+        if model is not None:
+            _check_fit(last, model)
         return
     weights = urlparse(cfg.MODEL.WEIGHTS)
     if eval_only and not cfg.MODEL.WEIGHTS:
@@ -112,12 +151,65 @@ def _check_weights(cfg: CfgNode, eval_only: bool, resume: bool) -> None:
             "an evaluation needs weights: MODEL.WEIGHTS FILE, or --resume with a checkpoint in "
             f"OUTPUT_DIR {cfg.OUTPUT_DIR}"
         )
-    if weights.path and not weights.scheme and not os.path.isfile(weights.path):
+    if not weights.path or weights.scheme:
+        return
+    if not os.path.isfile(weights.path):
         raise UsageError(f"MODEL.WEIGHTS {weights.path} does not exist")
+    if eval_only and model is not None:
+        _check_fit(weights.path, model)
+
+
+class _FitChecker(AtomicCheckpointer):
+    """Keeps what does not fit instead of logging and skipping it."""
+
+    incompatible: Any = None
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        self.incompatible = incompatible
+
+
+def _check_fit(file: str, model: torch.nn.Module) -> None:
+    """Raises UsageError unless the checkpoint has all parameters of the model, in their shapes."""
+    checker = _FitChecker(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the model takes no values: that is on purpose
+            checker.load(file, checkpointables=[])
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"the checkpoint {file} cannot be loaded: {one_line(error)}") from error
+    shapes = checker.incompatible.incorrect_shapes
+    # A counter that no result depends on and that other tools' checkpoints may lack.
+    counter = "num_batches_tracked"
+    missing = [key for key in checker.incompatible.missing_keys if not key.endswith(counter)]
+    for key, found, wanted in shapes:
+        if key.endswith("cls_score.weight") and found[1:] == wanted[1:]:
+            raise UsageError(
+                f"the checkpoint {file} does not fit the model: it knows {found[0] - 1} classes, "
+                f"but MODEL.ROI_HEADS.NUM_CLASSES is {wanted[0] - 1}"
+            )
+        if key == "sem_seg_head.predictor.weight" and found[1:] == wanted[1:]:
+            raise UsageError(
+                f"the checkpoint {file} does not fit the model: it knows {found[0]} classes, "
+                f"but MODEL.SEM_SEG_HEAD.NUM_CLASSES is {wanted[0]}"
+            )
+    if shapes:
+        key, found, wanted = shapes[0]
+        raise UsageError(
+            f"the checkpoint {file} does not fit the model: {len(shapes)} parameters have another "
+            f"shape, the first is {key} with {tuple(found)} instead of {tuple(wanted)}"
+        )
+    if missing:
+        raise UsageError(
+            f"the checkpoint {file} does not fit the model: it lacks {len(missing)} parameters, "
+            f"the first is {missing[0]}"
+        )
 
 
 def _check_data(cfg: CfgNode, eval_only: bool) -> None:
     register_coco_datasets(cfg)
+    register_sem_seg_datasets(cfg)
     key = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[key]:
         raise UsageError(f"DATASETS.{key} names no data set")
@@ -129,6 +221,12 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
             num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES if rcnn else None,
             annotated=name in train,
         )
+        if is_semantic(cfg):
+            check_sem_seg_dataset(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+        elif MetadataCatalog.get(name).get("evaluator_type") == "sem_seg":
+            raise UsageError(
+                f"data set {name!r} has label maps, which {cfg.MODEL.META_ARCHITECTURE} cannot use"
+            )
 
 
 def _check_output(folder: str) -> None:

@@ -5,17 +5,25 @@ from __future__ import annotations
 import logging
 import os
 import weakref
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model
-from detectron2.evaluation import COCOEvaluator
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
-from .amp import AutocastTrainer
+from .amp import AutocastTrainer, amp_dtype
 from .checkpoint import AtomicCheckpointer
+from .mapper import DetectionMapper, training_dicts
 from .optimizer import build_optimizer
+from .schedule import build_lr_scheduler
+from .semantic import SegmentorWithTTA, SemanticMapper, build_sem_seg_evaluator
+from .semantic_config import is_semantic
+from .tta import with_test_time_augmentation
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +31,8 @@ logger = logging.getLogger(__name__)
 class Trainer(DefaultTrainer):
     """DefaultTrainer with AdamW, COCO evaluation and whole checkpoints; runs without a GPU too.
 
-    On a CPU, several processes share the work through gloo, and SOLVER.AMP means bfloat16.
+    On a CPU, several processes share the work through gloo, and SOLVER.AMP means bfloat16 unless
+    told otherwise.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -37,7 +46,8 @@ class Trainer(DefaultTrainer):
         devices = [comm.get_local_rank()] if device_type == "cuda" else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
         if cfg.SOLVER.AMP.ENABLED:
-            self._trainer = AutocastTrainer(model, data_loader, optimizer, device_type)
+            dtype = amp_dtype(cfg.SOLVER.AMP.DTYPE, device_type)
+            self._trainer = AutocastTrainer(model, data_loader, optimizer, device_type, dtype)
         else:
             self._trainer = SimpleTrainer(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -55,14 +65,59 @@ class Trainer(DefaultTrainer):
                 f"{self.cfg.OUTPUT_DIR} has no checkpoint to resume from: "
                 f"training starts at iteration 0 from {weights}"
             )
+        elif not resume and not self.cfg.MODEL.WEIGHTS:
+            logger.warning("MODEL.WEIGHTS names no file: training starts from random weights")
         super().resume_or_load(resume)
+
+    def build_hooks(self) -> list[hooks.HookBase]:
+        """DefaultTrainer's, and an evaluation with TEST.AUG at the end where that is enabled."""
+        built = super().build_hooks()
+        if self.cfg.TEST.AUG.ENABLED:
+            # Before the writer of metrics, which is last.
+            evaluate = hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
+            built.insert(-1 if comm.is_main_process() else len(built), evaluate)
+        return built
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
+        if is_semantic(cfg):
+            return build_detection_train_loader(cfg, mapper=SemanticMapper(cfg, True))
+        mapper = DetectionMapper(cfg, True)
+        return build_detection_train_loader(cfg, mapper=mapper, dataset=training_dicts(cfg))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
+        mapper = (SemanticMapper if is_semantic(cfg) else DetectionMapper)(cfg, False)
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+    @classmethod
+    def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
+        """As `test`, with TEST.AUG; the keys of the result end in "_TTA"."""
+        logger.info("Evaluation with test-time augmentation")
+        if is_semantic(cfg):
+            model = SegmentorWithTTA(cfg, model)
+        else:
+            cfg, model = with_test_time_augmentation(cfg, model)
+        evaluators = [cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
+        return {f"{key}_TTA": value for key, value in cls.test(cfg, model, evaluators).items()}
+
+    @classmethod
+    def build_lr_scheduler(
+        cls, cfg: CfgNode, optimizer: torch.optim.Optimizer
+    ) -> torch.optim.lr_scheduler.LRScheduler:
+        return build_lr_scheduler(cfg, optimizer)
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
         return build_optimizer(cfg, model)
 
     @classmethod
-    def build_evaluator(cls, cfg: CfgNode, dataset_name: str) -> COCOEvaluator:
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
+    ) -> DatasetEvaluator:
+        """Its files go to a folder in OUTPUT_DIR."""
+        if is_semantic(cfg):
+            return build_sem_seg_evaluator(cfg, dataset_name, folder)
         tasks = ["bbox"]
         if cfg.MODEL.MASK_ON:
             tasks.append("segm")
@@ -71,7 +126,7 @@ class Trainer(DefaultTrainer):
         return COCOEvaluator(
             dataset_name,
             tasks,
-            output_dir=os.path.join(cfg.OUTPUT_DIR, "inference"),
+            output_dir=os.path.join(cfg.OUTPUT_DIR, folder),
             # pycocotools, as in papers and OpenMMLab; few builds have Detectron2's faster one.
             use_fast_impl=False,
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,

@@ -61,6 +61,62 @@ def test_evaluation_alone_gives_the_same_numbers(trained, digits, tool, capsys, 
     assert json.loads((tmp_path / "inference/coco_instances_results.json").read_text())
 
 
+def misfits(state):
+    """What is wrong -> changed weights, and the sentence about it."""
+    head = "roi_heads.box_head.fc1.weight"
+    rows = {key: value[:9] for key, value in state.items() if "cls_score" in key}
+    less = {key: value for key, value in state.items() if "mask_head" not in key}
+    wider = {**state, head: torch.zeros(16, 7)}
+    return {
+        "classes": ({**state, **rows}, "it knows 8 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 10"),
+        "shape": (wider, f"1 parameters have another shape, the first is {head} with (16, 7)"),
+        "lacking": (less, "parameters, the first is roi_heads.mask_head"),
+        "damaged": (None, "cannot be loaded"),
+    }
+
+
+@pytest.mark.parametrize("case", ["classes", "shape", "lacking", "damaged"])
+@pytest.mark.parametrize("resume", [False, True], ids=["weights", "resume"])
+def test_an_evaluation_of_weights_that_do_not_fit_is_refused(
+    trained, digits, tool, capfd, tmp_path, case, resume
+):
+    output, _ = trained
+    weights, sentence = misfits(torch.load(output / "model_final.pth")["model"])[case]
+    file = tmp_path / "weights.pth"
+    if weights is None:
+        file.write_bytes((output / "model_final.pth").read_bytes()[:5000])
+    else:
+        torch.save({"model": weights}, file)
+    keys = overrides(digits, OUTPUT_DIR=str(tmp_path), MODEL__WEIGHTS=str(file))
+    flags = ["--eval-only"]
+    if resume:
+        (tmp_path / "last_checkpoint").write_text("weights.pth")
+        flags.append("--resume")
+    assert tool.main([*flags, "--config-file", CONFIG, *keys]) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith("train_net: ") and sentence in line and str(file) in line
+
+
+def test_test_time_augmentation(trained, digits, tool, tmp_path):
+    output, _ = trained
+    keys = overrides(
+        digits,
+        OUTPUT_DIR=str(tmp_path),
+        MODEL__WEIGHTS=str(output / "model_final.pth"),
+        MODEL__DEVICE="cpu",
+        TEST__AUG__ENABLED=True,
+        TEST__AUG__MIN_SIZES=[96],
+        TEST__AUG__FLIP=False,
+    )
+    results = tool.run(tool.parse_arguments(["--eval-only", "--config-file", CONFIG, *keys]))
+    assert set(results) == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
+    # At the test size and without mirroring, the augmented model is the plain one.
+    for task in ("bbox", "segm"):
+        assert results[f"{task}_TTA"] == pytest.approx(results[task], nan_ok=True, abs=0.5)
+    for folder in ("inference", "inference_TTA"):
+        assert json.loads((tmp_path / folder / "coco_instances_results.json").read_text())
+
+
 def test_resuming_a_finished_run_evaluates_it_again(trained, digits, tool, capsys):
     output, _ = trained
     before = read_metrics(output)
@@ -158,6 +214,21 @@ REFUSALS = {
     "unknown backbone": ([], {"MODEL__BACKBONE__NAME": "build_x"}, "'build_x' is not registered"),
     "unknown optimizer": ([], {"SOLVER__OPTIMIZER": "Lion"}, "one of AdamW, SGD, got 'Lion'"),
     "unknown schedule": ([], {"SOLVER__LR_SCHEDULER_NAME": "X"}, "Unknown LR scheduler: X"),
+    "heads without features": (
+        [],
+        {"MODEL__FPN__IN_FEATURES": ["res2", "res3", "res4"]},
+        "MODEL.RPN.IN_FEATURES must be among the p2, p3, p4, p5 of build_elsa_swin_fpn_backbone, "
+        "got p3, p4, p5, p6",
+    ),
+    "neck without features": (
+        [],
+        {"MODEL__FPN__IN_FEATURES": ["res2", "res4"]},
+        "must be consecutive features of MODEL.ELSA_SWIN.OUT_FEATURES",
+    ),
+    "unknown heads": ([], {"MODEL__ROI_HEADS__NAME": "Heads"}, "No object named 'Heads' found"),
+    "unknown model": ([], {"MODEL__META_ARCHITECTURE": "RCNN"}, "'RCNN' is not registered"),
+    "unknown precision": ([], {"SOLVER__AMP__DTYPE": "half"}, "float16, bfloat16, got 'half'"),
+    "unknown resize": ([], {"INPUT__RESIZE": "opencv"}, "one of pil, cv2, got 'opencv'"),
     "unknown device": ([], {"MODEL__DEVICE": "gpu"}, "MODEL.DEVICE 'gpu' is no device"),
     "unregistered data": ([], {"DATASETS__TRAIN": ["cats"]}, "data set 'cats' is not registered"),
     "no data": ([], {"DATASETS__TRAIN": []}, "DATASETS.TRAIN names no data set"),

@@ -12,8 +12,8 @@ from detectron2.engine import SimpleTrainer, launch
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 
-from elsa_d2 import Trainer, load_config, register_coco_datasets
-from elsa_d2.amp import AutocastTrainer
+from elsa_d2 import Trainer, UsageError, load_config, register_coco_datasets
+from elsa_d2.amp import AutocastTrainer, amp_dtype
 
 
 def make_trainer(data, output, **changes):
@@ -63,6 +63,32 @@ def test_precision_may_change_between_checkpoint_and_resumption(digits, tmp_path
     expected = first.optimizer.state_dict()["state"]
     for index, state in second.optimizer.state_dict()["state"].items():
         assert torch.equal(state["exp_avg"], expected[index]["exp_avg"])
+
+
+@pytest.mark.parametrize(
+    "name, device, dtype",
+    [
+        ("", "cuda", torch.float16),
+        ("", "cpu", torch.bfloat16),
+        ("bfloat16", "cuda", torch.bfloat16),
+        ("float16", "cpu", torch.float16),
+    ],
+)
+def test_type_of_mixed_precision(name, device, dtype):
+    assert amp_dtype(name, device) == dtype
+
+
+def test_unknown_type_of_mixed_precision():
+    with pytest.raises(UsageError, match="one of float16, bfloat16, got 'half'"):
+        amp_dtype("half", "cuda")
+
+
+def test_float16_scales_the_loss_on_the_cpu_too(digits, tmp_path):
+    keys = {"SOLVER__AMP__ENABLED": True, "SOLVER__AMP__DTYPE": "float16"}
+    trainer = make_trainer(digits, tmp_path, MODEL__DEVICE="cpu", **keys)
+    assert trainer._trainer.dtype == torch.float16 and trainer._trainer.grad_scaler.is_enabled()
+    before = trainer._trainer.grad_scaler.get_scale()
+    assert math.isfinite(steps(trainer, 1)["total_loss"][0]) and before > 1
 
 
 @pytest.mark.needs_cuda

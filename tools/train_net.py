@@ -42,6 +42,7 @@ def run(options: argparse.Namespace) -> dict | None:
     from detectron2.utils.logger import setup_logger
 
     from elsa_d2 import AtomicCheckpointer, Trainer, load_config, register_coco_datasets
+    from elsa_d2.semantic_data import register_sem_seg_datasets
     from elsa_d2.trainer import share_cpu_cores, use_available_device
 
     cfg = load_config(options.config_file, options.opts)
@@ -50,13 +51,17 @@ def run(options: argparse.Namespace) -> dict | None:
     cfg.freeze()
     default_setup(cfg, options)
     register_coco_datasets(cfg)
+    register_sem_seg_datasets(cfg)
     if cfg.MODEL.DEVICE == "cpu":
         share_cpu_cores()
     if options.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=options.resume)
-        return Trainer.test(cfg, model)
+        results = Trainer.test(cfg, model)
+        if cfg.TEST.AUG.ENABLED:
+            results.update(Trainer.test_with_tta(cfg, model))
+        return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=options.resume)
     return trainer.train()

@@ -1,0 +1,87 @@
+"""Resizing and cropping as in the published recipe, chosen by keys of INPUT."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from PIL import Image
+
+from elsa_core.errors import UsageError
+
+_METHODS = {
+    Image.NEAREST: cv2.INTER_NEAREST,
+    Image.BILINEAR: cv2.INTER_LINEAR,
+    Image.BICUBIC: cv2.INTER_CUBIC,
+}
+
+
+class OpenCVResizeTransform(T.ResizeTransform):
+    """ResizeTransform by ``cv2.resize``, as OpenMMLab does it, instead of by Pillow."""
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        """Image [H, W] or [H, W, C] in the new size; ``interp`` is one of Pillow's numbers."""
+        method = _METHODS[self.interp if interp is None else interp]
+        size = (self.new_w, self.new_h)
+        # OpenCV takes no mirrored views, as RGB from BGR is, and drops a single channel's axis.
+        resized = cv2.resize(np.ascontiguousarray(img), size, interpolation=method)
+        return resized.reshape(self.new_h, self.new_w, *img.shape[2:])
+
+    def inverse(self) -> OpenCVResizeTransform:
+        return OpenCVResizeTransform(self.new_h, self.new_w, self.h, self.w, self.interp)
+
+
+class OpenCVResizeShortestEdge(T.ResizeShortestEdge):
+    """ResizeShortestEdge by OpenCV, to sizes that are rounded as OpenMMLab rounds them."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        edges = self.short_edge_length
+        size = (
+            np.random.randint(edges[0], edges[1] + 1) if self.is_range else np.random.choice(edges)
+        )
+        if size == 0:
+            return T.NoOpTransform()
+        h, w = image.shape[:2]
+        scale = min(self.max_size / max(h, w), size / min(h, w))
+        return OpenCVResizeTransform(h, w, int(h * scale + 0.5), int(w * scale + 0.5), self.interp)
+
+
+RESIZES = {"pil": T.ResizeShortestEdge, "cv2": OpenCVResizeShortestEdge}
+
+
+def resize_class(cfg: CfgNode) -> type[T.ResizeShortestEdge]:
+    """What INPUT.RESIZE names: "pil" is Detectron2's own, "cv2" OpenMMLab's."""
+    if cfg.INPUT.RESIZE not in RESIZES:
+        raise UsageError(
+            f"INPUT.RESIZE must be one of {', '.join(RESIZES)}, got {cfg.INPUT.RESIZE!r}"
+        )
+    return RESIZES[cfg.INPUT.RESIZE]
+
+
+def configure(
+    cfg: CfgNode, augmentations: Sequence[T.Augmentation], is_train: bool
+) -> list[T.Augmentation]:
+    """Detectron2's augmentations with the resize of INPUT.RESIZE and, where a model is trained
+    with INPUT.MULTI_SCALE_CROP, that crop before them.
+
+    The crop is DETR's (arXiv 2005.12872, section 4): with the probability PROB, an image is resized
+    to a short edge from MIN_SIZES and cropped to between CROP_SIZE[0] and CROP_SIZE[1] pixels.
+    """
+    resize = resize_class(cfg)
+    chosen = [
+        resize(item.short_edge_length, item.max_size, "range" if item.is_range else "choice")
+        if isinstance(item, T.ResizeShortestEdge)
+        else item
+        for item in augmentations
+    ]
+    crop = cfg.INPUT.MULTI_SCALE_CROP
+    if is_train and crop.ENABLED:
+        steps = [
+            resize(list(crop.MIN_SIZES), cfg.INPUT.MAX_SIZE_TRAIN, "choice"),
+            T.RandomCrop("absolute_range", tuple(crop.CROP_SIZE)),
+        ]
+        chosen.insert(0, T.RandomApply(T.AugmentationList(steps), prob=crop.PROB))
+    return chosen

@@ -1,0 +1,235 @@
+"""Cascade Mask R-CNN's heads as the published ELSA-Swin models have them.
+
+Cascade R-CNN (arXiv 1712.00726) in the form that Swin's detectors made common: boxes are regressed
+for each class, each stage has a mask head, and losses are on decoded boxes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
+from detectron2.modeling.box_regression import Box2BoxTransform
+from detectron2.modeling.matcher import Matcher
+from detectron2.modeling.roi_heads import (
+    ROI_BOX_HEAD_REGISTRY,
+    ROI_HEADS_REGISTRY,
+    CascadeROIHeads,
+    FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
+    select_foreground_proposals,
+)
+from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.utils.events import get_event_storage
+from torch import Tensor, nn
+
+from elsa_core.errors import UsageError
+
+from .norm import resolve_norm
+
+Features = dict[str, Tensor]
+Predictions = tuple[Tensor, Tensor]
+
+
+class TwoSidedBoxTransform(Box2BoxTransform):
+    """Box2BoxTransform that limits the logarithm of shrinking as it does that of growing."""
+
+    def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
+        """Boxes [N, 4] moved by deltas [N, k*4], as [N, k*4] in pixels."""
+        deltas = deltas.float()
+        lowest = [-float("inf")] * 2 + [-self.scale_clamp * weight for weight in self.weights[2:]]
+        limited = torch.maximum(deltas.unflatten(1, (-1, 4)), deltas.new_tensor(lowest))
+        return super().apply_deltas(limited.flatten(1), boxes)
+
+
+@ROI_BOX_HEAD_REGISTRY.register()
+class SyncedConvFCHead(FastRCNNConvFCHead):
+    """FastRCNNConvFCHead whose NORM "SyncBN" works on CPUs and without boxes, too."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
+        norm = resolve_norm(cfg.MODEL.ROI_BOX_HEAD.NORM)
+        return {**super().from_config(cfg, input_shape), "conv_norm": norm}
+
+
+class StageMaskHeads(nn.ModuleList):
+    """A mask head for each stage; called as one, at test time, they average their masks."""
+
+    def forward(self, x: Tensor, instances: list[Instances]) -> list[Instances]:
+        """Sets ``pred_masks`` (R_i, 1, M, M), probabilities, of instances with features x."""
+        stages = []
+        for head in self:
+            head(x, instances)
+            stages.append([item.pred_masks for item in instances])
+        for item, masks in zip(instances, zip(*stages, strict=True), strict=True):
+            item.pred_masks = torch.stack(masks).mean(0)
+        return instances
+
+
+@ROI_HEADS_REGISTRY.register()
+class ClassSpecificCascadeROIHeads(CascadeROIHeads):
+    """CascadeROIHeads with a box regression for each class and a mask head for each stage.
+
+    What else differs from Detectron2's: each stage samples its boxes anew, ground truth included,
+    and weighs its losses (ROI_BOX_CASCADE_HEAD.LOSS_WEIGHTS) instead of scaling gradients; at test
+    time the stages' class logits are averaged, not their probabilities.
+    """
+
+    @configurable
+    def __init__(self, *, stage_loss_weights: list[float], **options: Any) -> None:
+        super().__init__(**options)
+        self.stage_loss_weights = list(stage_loss_weights)
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        node, name = cfg.MODEL.ROI_BOX_CASCADE_HEAD, cls.__name__
+        if cfg.MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG:
+            raise UsageError(
+                f"{name} needs MODEL.ROI_BOX_HEAD.CLS_AGNOSTIC_BBOX_REG False, got True "
+                "(CascadeROIHeads is the one for True)"
+            )
+        if cfg.MODEL.KEYPOINT_ON:
+            raise UsageError(f"{name} has no keypoint head, got MODEL.KEYPOINT_ON True")
+        stages = [len(node.IOUS), len(node.BBOX_REG_WEIGHTS), len(node.LOSS_WEIGHTS)]
+        if len(set(stages)) > 1:
+            raise UsageError(
+                "MODEL.ROI_BOX_CASCADE_HEAD must have as many IOUS as BBOX_REG_WEIGHTS and "
+                f"LOSS_WEIGHTS, got {', '.join(map(str, stages))}"
+            )
+        if [node.IOUS[0]] != list(cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS):
+            raise UsageError(
+                "MODEL.ROI_HEADS.IOU_THRESHOLDS must be the first of MODEL.ROI_BOX_CASCADE_HEAD."
+                f"IOUS {list(node.IOUS)}, got {list(cfg.MODEL.ROI_HEADS.IOU_THRESHOLDS)}"
+            )
+        return {**super().from_config(cfg, input_shape), "stage_loss_weights": node.LOSS_WEIGHTS}
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        node = cfg.MODEL.ROI_BOX_CASCADE_HEAD
+        usual = super(CascadeROIHeads, cls)._init_box_head  # StandardROIHeads'
+        parts = [usual(cfg, input_shape) for _ in node.IOUS]
+        heads = [part["box_head"] for part in parts]
+        return {
+            "box_in_features": parts[0]["box_in_features"],
+            "box_pooler": parts[0]["box_pooler"],
+            "box_heads": heads,
+            "box_predictors": [
+                FastRCNNOutputLayers(
+                    cfg, head.output_shape, box2box_transform=TwoSidedBoxTransform(weights=weights)
+                )
+                for head, weights in zip(heads, node.BBOX_REG_WEIGHTS, strict=True)
+            ],
+            "proposal_matchers": [
+                Matcher([iou], [0, 1], allow_low_quality_matches=False) for iou in node.IOUS
+            ],
+        }
+
+    @classmethod
+    def _init_mask_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        if not cfg.MODEL.MASK_ON:
+            return {}
+        usual = super()._init_mask_head
+        parts = [usual(cfg, input_shape) for _ in cfg.MODEL.ROI_BOX_CASCADE_HEAD.IOUS]
+        return {**parts[0], "mask_head": StageMaskHeads(part["mask_head"] for part in parts)}
+
+    def forward(
+        self,
+        images: ImageList,
+        features: Features,
+        proposals: list[Instances],
+        targets: list[Instances] | None = None,
+    ) -> tuple[list[Instances], dict[str, Tensor]]:
+        """As `ROIHeads.forward`; the losses are called loss_{cls,box_reg,mask}_stage{k}."""
+        if not self.training:
+            return super().forward(images, features, proposals)
+        losses: dict[str, Tensor] = {}
+        for stage, weight in enumerate(self.stage_loss_weights):
+            with get_event_storage().name_scope(f"stage{stage}"):
+                proposals = self._sample(stage, proposals, targets)
+                predictions = self._run_stage(features, proposals, stage)
+                found = self.box_predictor[stage].losses(predictions, proposals)
+                found.update(self._mask_losses(stage, features, proposals))
+            losses.update({f"{name}_stage{stage}": weight * found[name] for name in found})
+            if stage + 1 < self.num_cascade_stages:
+                proposals = self._refine(stage, predictions, proposals)
+        return proposals, losses
+
+    def _forward_box(
+        self, features: Features, proposals: list[Instances], targets: None = None
+    ) -> list[Instances]:
+        """Detections of the last stage, scored by the mean logits of all; at test time only."""
+        *earlier, last = range(self.num_cascade_stages)
+        logits = []
+        for stage in earlier:
+            predictions = self._run_stage(features, proposals, stage)
+            logits.append(predictions[0])
+            proposals = self._refine(stage, predictions, proposals)
+        final, deltas = self._run_stage(features, proposals, last)
+        mean = torch.stack([*logits, final]).float().mean(0)
+        detections, _ = self.box_predictor[last].inference((mean, deltas), proposals)
+        return detections
+
+    def _run_stage(self, features: Features, proposals: list[Instances], stage: int) -> Predictions:
+        """Class logits [R, K+1] and box deltas [R, K*4] of all images' proposals."""
+        maps = [features[name] for name in self.box_in_features]
+        pooled = self.box_pooler(maps, [item.proposal_boxes for item in proposals])
+        return self.box_predictor[stage](self.box_head[stage](pooled))
+
+    def _mask_losses(
+        self, stage: int, features: Features, proposals: list[Instances]
+    ) -> dict[str, Tensor]:
+        if not self.mask_on:
+            return {}
+        proposals, _ = select_foreground_proposals(proposals, self.num_classes)
+        maps = [features[name] for name in self.mask_in_features]
+        pooled = self.mask_pooler(maps, [item.proposal_boxes for item in proposals])
+        return self.mask_head[stage](pooled, proposals)
+
+    def _sample(
+        self, stage: int, proposals: list[Instances], targets: list[Instances]
+    ) -> list[Instances]:
+        """`label_and_sample_proposals` with the stage's matcher; says which boxes are targets."""
+        flagged = []
+        for items, value in ((proposals, 0), (targets, 1)):
+            copies = [Instances(item.image_size, **item.get_fields()) for item in items]
+            for copy in copies:
+                device = next(iter(copy.get_fields().values())).device
+                copy.is_target = torch.full((len(copy),), value, dtype=torch.bool, device=device)
+            flagged.append(copies)
+        usual = self.proposal_matcher
+        self.proposal_matcher = self.proposal_matchers[stage]
+        try:
+            return self.label_and_sample_proposals(*flagged)
+        finally:
+            self.proposal_matcher = usual
+
+    @torch.no_grad()
+    def _refine(
+        self, stage: int, predictions: Predictions, proposals: list[Instances]
+    ) -> list[Instances]:
+        """Proposals for the next stage: boxes moved by the regression of their class.
+
+        That is the most likely one that is not the background or, in training, the class of the
+        target that a box matches. Boxes that are targets themselves are left out.
+        """
+        logits, deltas = predictions
+        classes = logits[:, :-1].argmax(1)
+        if self.training:
+            known = torch.cat([item.gt_classes for item in proposals])
+            classes = torch.where(known == self.num_classes, classes, known)
+        rows = torch.arange(len(deltas), device=deltas.device)
+        deltas = deltas.unflatten(1, (-1, 4))[rows, classes]
+        boxes = Boxes.cat([item.proposal_boxes for item in proposals]).tensor
+        boxes = self.box_predictor[stage].box2box_transform.apply_deltas(deltas, boxes)
+        refined = []
+        for item, moved in zip(proposals, boxes.split([len(p) for p in proposals]), strict=True):
+            if self.training:
+                moved = moved[~item.is_target]
+            new = Instances(item.image_size, proposal_boxes=Boxes(moved))
+            new.proposal_boxes.clip(item.image_size)
+            # Sampling with the ground truth wants this field; its value has no effect.
+            new.objectness_logits = moved.new_zeros(len(moved))
+            refined.append(new)
+        return refined

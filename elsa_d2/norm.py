@@ -1,0 +1,50 @@
+"""Batch normalisation over all processes that works on CPUs and with empty inputs, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from detectron2.utils import comm
+from fvcore.nn.distributed import differentiable_all_reduce
+from torch import Tensor, nn
+
+
+class SyncBatchNorm(nn.BatchNorm2d):
+    """BatchNorm2d with the mean and variance of all processes' inputs, on any device.
+
+    Maps [N, C, H, W] to the same shape. Processes may have different N, also 0, which neither
+    `nn.SyncBatchNorm` on CPUs nor Detectron2's convolutions allow; where all have 0, the running
+    statistics stay as they are.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and comm.get_world_size() > 1:
+            return self._synced(input)
+        if input.numel() == 0:
+            # Depends on the parameters, so that these have a gradient in each process.
+            return input + 0 * (self.weight.sum() + self.bias.sum()).to(input.dtype)
+        return super().forward(input)
+
+    def _synced(self, input: Tensor) -> Tensor:
+        x = input.float()
+        dims = [dim for dim in range(x.dim()) if dim != 1]
+        shape = [-1 if dim == 1 else 1 for dim in range(x.dim())]
+        number = x.new_tensor([x.numel() // x.shape[1]])
+        total = differentiable_all_reduce(torch.cat([x.sum(dims), number]))
+        number = total[-1].detach().clamp(min=1)
+        mean = total[:-1] / number
+        centred = x - mean.reshape(shape)
+        variance = differentiable_all_reduce(centred.square().sum(dims)) / number
+        if total[-1] > 0:
+            unbiased = variance.detach() * number / (number - 1).clamp(min=1)
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(unbiased, self.momentum)
+            self.num_batches_tracked += 1
+        scale = self.weight * torch.rsqrt(variance + self.eps)
+        return (centred * scale.reshape(shape) + self.bias.reshape(shape)).to(input.dtype)
+
+
+def resolve_norm(name: str) -> str | Callable[[int], nn.Module]:
+    """What to give to Detectron2's ``get_norm`` for a NORM key: "SyncBN" is `SyncBatchNorm`."""
+    return SyncBatchNorm if name == "SyncBN" else name

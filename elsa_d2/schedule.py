@@ -1,0 +1,64 @@
+"""Learning rate schedules: Detectron2's own, and the polynomial one of segmentation recipes."""
+
+from __future__ import annotations
+
+import detectron2.solver
+import torch
+from detectron2.config import CfgNode
+from detectron2.solver import LRMultiplier
+from fvcore.common.param_scheduler import ParamScheduler
+
+POLY = "WarmupPolyLR"
+
+
+class WarmupPoly(ParamScheduler):
+    """Factor of the learning rate: a linear warm-up, then a power of the part that is left.
+
+    Iteration i of the warm-up has factor + (1 - factor) * i / (warmup_iters - 1); the last one and
+    the first after it both have 1, and the last iteration of all has the end value. These are the
+    values of MMEngine's LinearLR, followed by PolyLR.
+
+    Args:
+        max_iter: iterations of the training.
+        warmup_iters: iterations of the warm-up; all of them where the training is shorter.
+        warmup_factor: in the first iteration.
+        power: of the decay.
+        end_value: in the last iteration.
+    """
+
+    def __init__(
+        self,
+        max_iter: int,
+        warmup_iters: int = 0,
+        warmup_factor: float = 0.0,
+        power: float = 1.0,
+        end_value: float = 0.0,
+    ) -> None:
+        self.max_iter, self.warmup_iters = max_iter, warmup_iters
+        self.warmup_factor, self.power, self.end_value = warmup_factor, power, end_value
+
+    def __call__(self, where: float) -> float:
+        """The factor at ``where`` * max_iter, 0 <= ``where`` <= 1."""
+        iteration = round(where * self.max_iter)
+        if iteration < self.warmup_iters:
+            done = iteration / max(1, self.warmup_iters - 1)
+            return self.warmup_factor + (1 - self.warmup_factor) * done
+        done = (iteration - self.warmup_iters) / max(1, self.max_iter - 1 - self.warmup_iters)
+        return self.end_value + (1 - self.end_value) * max(0.0, 1 - done) ** self.power
+
+
+def build_lr_scheduler(
+    cfg: CfgNode, optimizer: torch.optim.Optimizer
+) -> torch.optim.lr_scheduler.LRScheduler:
+    """What SOLVER.LR_SCHEDULER_NAME names: "WarmupPolyLR", or one of Detectron2's."""
+    solver = cfg.SOLVER
+    if solver.LR_SCHEDULER_NAME != POLY:
+        return detectron2.solver.build_lr_scheduler(cfg, optimizer)
+    factor = WarmupPoly(
+        solver.MAX_ITER,
+        solver.WARMUP_ITERS,
+        solver.WARMUP_FACTOR,
+        solver.POLY_LR_POWER,
+        solver.BASE_LR_END / solver.BASE_LR,
+    )
+    return LRMultiplier(optimizer, factor, solver.MAX_ITER)

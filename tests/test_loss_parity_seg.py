@@ -1,0 +1,215 @@
+"""The published UPerNet in Detectron2 and in MMSegmentation: same weights, same results."""
+
+import re
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+pytest.importorskip("mmseg")
+
+from conftest import REPOSITORY
+from detectron2.modeling import build_model
+from mmcv.transforms import Compose
+from mmengine.config import Config
+from mmengine.dataset import pseudo_collate
+from mmengine.registry import MODELS, init_default_scope
+
+from elsa_d2 import SegmentorWithTTA, SemanticMapper, load_config
+
+CONFIG = REPOSITORY / "configs/detectron2/ADE20K-SemanticSegmentation/upernet_elsa_swin_t_160k.yaml"
+THEIRS = REPOSITORY / "configs/mmseg/_base_/models/upernet_elsa-swin.py"
+RATIOS = (0.75, 1.5)
+SCALE, CROP = (90, 54), (64, 64)
+# MMSegmentation's names, and ours.
+NAMES = [
+    (r"decode_head\.psp_modules\.(\d)\.1\.", r"sem_seg_head.psp\1."),
+    (r"decode_head\.bottleneck\.", "sem_seg_head.psp_bottleneck."),
+    (r"decode_head\.lateral_convs\.(\d)\.", lambda m: f"sem_seg_head.lateral{int(m[1]) + 2}."),
+    (r"decode_head\.fpn_convs\.(\d)\.", lambda m: f"sem_seg_head.fpn_output{int(m[1]) + 2}."),
+    (r"decode_head\.fpn_bottleneck\.", "sem_seg_head.fpn_bottleneck."),
+    (r"decode_head\.conv_seg\.", "sem_seg_head.predictor."),
+    (r"auxiliary_head\.convs\.0\.", "sem_seg_head.aux_conv."),
+    (r"auxiliary_head\.conv_seg\.", "sem_seg_head.aux_predictor."),
+]
+
+
+def our_name(name):
+    for pattern, replacement in NAMES:
+        name = re.sub("^" + pattern, replacement, name)
+    return re.sub(
+        r"(sem_seg_head\..*\.)bn\.", r"\1norm.", re.sub(r"\.conv\.weight$", ".weight", name)
+    )
+
+
+@pytest.fixture(scope="module")
+def models():
+    """Ours and theirs, without dropout and drop path; batch normalisation has seen some data."""
+    torch.manual_seed(0)
+    ours = build_model(config())
+    cfg = Config.fromfile(THEIRS)
+    head = {"num_classes": 150, "dropout_ratio": 0.0}
+    cfg.merge_from_dict(
+        {
+            "model": {
+                "decode_head": head,
+                "auxiliary_head": head,
+                "backbone": {"drop_path_rate": 0.0},
+                "data_preprocessor": {"size": CROP},
+            }
+        }
+    )
+    init_default_scope("mmseg")
+    theirs = MODELS.build(cfg.model)
+    for name, buffer in ours.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_(std=0.3)
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 2.0)
+    state = theirs.state_dict()
+    assert {our_name(name) for name in state} == set(ours.state_dict())
+    theirs.load_state_dict({name: ours.state_dict()[our_name(name)] for name in state})
+    return ours, theirs
+
+
+def config():
+    return load_config(
+        str(CONFIG),
+        [
+            *("MODEL.DEVICE", "cpu", "MODEL.ELSA_SWIN.DROP_PATH_RATE", "0.0"),
+            *("MODEL.SEM_SEG_HEAD.DROPOUT", "0.0"),
+            *("INPUT.SEM_SEG.SCALE", str(SCALE), "INPUT.SEM_SEG.CROP_SIZE", str(CROP)),
+            *("TEST.AUG.RATIOS", str(RATIOS)),
+        ],
+    )
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory):
+    """Images of three shapes with label maps of 150 classes and of none."""
+    folder = tmp_path_factory.mktemp("parity")
+    random = np.random.default_rng(0)
+    records = []
+    for i, size in enumerate([(40, 75), (90, 50), (61, 83)]):
+        image = cv2.resize(random.integers(0, 256, (7, 9, 3), dtype=np.uint8), size[::-1])
+        labels = cv2.resize(
+            random.integers(0, 151, (5, 5), dtype=np.uint8), size[::-1], interpolation=0
+        )
+        cv2.imwrite(str(folder / f"{i}.jpg"), image)
+        cv2.imwrite(str(folder / f"{i}.png"), labels)
+        records.append(
+            {
+                "file_name": str(folder / f"{i}.jpg"),
+                "sem_seg_file_name": str(folder / f"{i}.png"),
+                "reduce_zero_label": True,
+            }
+        )
+    return records
+
+
+def run_pipeline(steps, record):
+    return Compose(steps)(
+        {
+            "img_path": record["file_name"],
+            "seg_map_path": record["sem_seg_file_name"],
+            "reduce_zero_label": True,
+            "seg_fields": [],
+        }
+    )
+
+
+def test_training_losses_and_gradients_agree(models, records):
+    """From the files on, with the same random numbers for the augmentation."""
+    ours, theirs = models
+    mapper = SemanticMapper(config(), True)
+    pipeline = [
+        dict(type="LoadImageFromFile"),
+        dict(type="LoadAnnotations"),
+        dict(type="RandomResize", scale=SCALE, ratio_range=(0.5, 2.0), keep_ratio=True),
+        dict(type="RandomCrop", crop_size=CROP, cat_max_ratio=0.75),
+        dict(type="RandomFlip", prob=0.5),
+        dict(type="PhotoMetricDistortion"),
+        dict(type="PackSegInputs"),
+    ]
+    np.random.seed(1)
+    batch = [mapper(record) for record in records]
+    np.random.seed(1)
+    data = pseudo_collate([run_pipeline(pipeline, record) for record in records])
+    data = theirs.data_preprocessor(data, training=True)
+    assert any((x["sem_seg"] == 255).all(dim=1).any() for x in batch)  # some are padded
+    for x, sample, image in zip(batch, data["data_samples"], data["inputs"], strict=True):
+        assert torch.equal(x["sem_seg"], sample.gt_sem_seg.data[0].long())
+        normal = (x["image"] - ours.pixel_mean) / ours.pixel_std
+        torch.testing.assert_close(normal, image, rtol=1e-5, atol=1e-5)
+
+    for model in models:
+        model.train()
+        model.zero_grad()
+    mine, reference = ours(batch), theirs(**data, mode="loss")
+    for key, their_key in (
+        ("loss_sem_seg", "decode.loss_ce"),
+        ("loss_sem_seg_aux", "aux.loss_ce"),
+    ):
+        assert mine[key].item() == pytest.approx(reference[their_key].item(), rel=1e-4)
+        assert mine[key] > 0.5
+    sum(mine.values()).backward()
+    (reference["decode.loss_ce"] + reference["aux.loss_ce"]).backward()
+    gradients = {name: p.grad for name, p in ours.named_parameters()}
+    for name, parameter in theirs.named_parameters():
+        difference = (gradients[our_name(name)] - parameter.grad).norm()
+        assert difference <= 1e-3 * parameter.grad.norm() + 1e-6, name
+
+
+def test_logits_agree(models, records):
+    ours, theirs = (model.eval() for model in models)
+    mapper = SemanticMapper(config(), False)
+    pipeline = [
+        dict(type="LoadImageFromFile"),
+        dict(type="Resize", scale=SCALE, keep_ratio=True),
+        dict(type="LoadAnnotations"),
+        dict(type="PackSegInputs"),
+    ]
+    for record in records[:2]:
+        x = mapper(record)
+        assert any(side % 4 for side in x["image"].shape[1:])  # the stride does not divide it
+        with torch.no_grad():
+            (mine,) = ours([x])
+            (sample,) = theirs.test_step(pseudo_collate([run_pipeline(pipeline, record)]))
+        expected = sample.seg_logits.data
+        assert expected.shape == mine["sem_seg"].shape == (150, x["height"], x["width"])
+        torch.testing.assert_close(mine["sem_seg"], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_multi_scale_and_flip_testing_agrees(models, records):
+    ours, theirs = (model.eval() for model in models)
+    resizes = [
+        dict(type="Resize", scale=tuple(int(side * r) for side in SCALE), keep_ratio=True)
+        for r in RATIOS
+    ]
+    flips = [dict(type="RandomFlip", prob=p, direction="horizontal") for p in (0.0, 1.0)]
+    pipeline = [
+        dict(type="LoadImageFromFile"),
+        dict(
+            type="TestTimeAug",
+            transforms=[
+                resizes,
+                flips,
+                [dict(type="LoadAnnotations")],
+                [dict(type="PackSegInputs")],
+            ],
+        ),
+    ]
+    record = records[1]
+    data = pseudo_collate([run_pipeline(pipeline, record)])
+    with torch.no_grad():
+        (mine,) = SegmentorWithTTA(config(), ours)([record])
+        samples = [
+            theirs.test_step({key: data[key][i] for key in data})[0] for i in range(len(RATIOS) * 2)
+        ]
+    (sample,) = MODELS.build(dict(type="SegTTAModel", module=theirs)).merge_preds([samples])
+    alone = [sample.seg_logits.data.softmax(dim=0) for sample in samples]
+    torch.testing.assert_close(mine["sem_seg"], torch.stack(alone).mean(0), rtol=1e-4, atol=1e-5)
+    agreement = mine["sem_seg"].argmax(dim=0) == sample.pred_sem_seg.data
+    assert agreement.float().mean() > 0.999
