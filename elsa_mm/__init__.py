@@ -6,5 +6,6 @@ A config imports it with `custom_imports = dict(imports=['elsa_mm'])`.
 from .amp import CPUAmpOptimWrapper
 from .backbone import ELSASwin
 from .checkpoint import AtomicLocalBackend
+from .zoo import get_config_file
 
-__all__ = ["AtomicLocalBackend", "CPUAmpOptimWrapper", "ELSASwin"]
+__all__ = ["AtomicLocalBackend", "CPUAmpOptimWrapper", "ELSASwin", "get_config_file"]

@@ -14,7 +14,7 @@ from torch import distributed
 
 from elsa_core.errors import UsageError, one_line
 
-from . import preflight
+from . import fit, preflight
 from .checkpoint import find_last_checkpoint
 from .machine import join_cpu_processes, use_cpu_where_needed
 
@@ -120,7 +120,11 @@ def _train(options: argparse.Namespace) -> None:
     preflight.check_work_dir(cfg.work_dir)
     notes = _set_resume(cfg, options.resume)
     runner = _build_runner(cfg, notes)
+    fit.check_batch(cfg)
+    if cfg.get("resume") and cfg.get("load_from"):
+        fit.check_weights(runner.model, cfg.load_from)
     preflight.build_data(runner, parts)
+    fit.check_classes(runner, parts)
     runner.train()
 
 
@@ -137,7 +141,9 @@ def _test(options: argparse.Namespace) -> None:
     preflight.check_data(cfg, ["test"])
     preflight.check_work_dir(cfg.work_dir)
     runner = _build_runner(cfg, [])
+    fit.check_weights(runner.model, options.checkpoint)
     preflight.build_data(runner, ["test"])
+    fit.check_classes(runner, ["test"])
     if options.out and not _is_mmseg(cfg):
         runner.test_evaluator.metrics.append(_dump_metric(cfg, options.out))
     runner.test()

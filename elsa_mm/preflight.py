@@ -40,16 +40,23 @@ def check_config(cfg: Config) -> None:
 
 
 def _check_channels(model: dict, features: list[int]) -> None:
-    """Whether the part that takes the backbone's maps expects their channels."""
-    name = "neck" if model.get("neck") else "decode_head"
-    part = model.get(name)
-    if not isinstance(part, dict) or not isinstance(part.get("in_channels"), (list, tuple)):
-        return
-    wanted, got = features, list(part["in_channels"])
-    if isinstance(indices := part.get("in_index"), (list, tuple)):
-        wanted = [features[index] for index in indices if index in range(len(features))]
-    if got != wanted:
-        raise UsageError(f"model.{name}.in_channels must be the backbone's {wanted}, got {got}")
+    """Whether the parts that take the backbone's maps expect their channels."""
+    for name in ["neck"] if model.get("neck") else ["decode_head", "auxiliary_head"]:
+        part = model.get(name)
+        if not isinstance(part, dict) or "in_channels" not in part:
+            continue
+        wanted, got = features, part["in_channels"]
+        indices = part.get("in_index")
+        if isinstance(got, (list, tuple)):
+            got = list(got)
+            if isinstance(indices, (list, tuple)):
+                wanted = [features[index] for index in indices if index in range(len(features))]
+        elif isinstance(indices, int) and indices in range(-len(features), len(features)):
+            wanted = features[indices]
+        else:
+            continue
+        if got != wanted:
+            raise UsageError(f"model.{name}.in_channels must be the backbone's {wanted}, got {got}")
 
 
 def check_work_dir(folder: str) -> None:

@@ -20,7 +20,10 @@ LEAVES = sorted(
 )
 DETECTOR = CONFIGS / "mmdet/digits/mask-rcnn_elsa-swin_fpn_digits.py"
 SEGMENTOR = CONFIGS / "mmseg/digits/elsa-swin_upernet_digits.py"
+CASCADE = max(CONFIGS.glob("mmdet/elsa_swin/cascade*.py"))
 name_of = pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
+# What the published ones hold is for test_mm_published_configs.py and test_recipes.py to say.
+digits_name_of = pytest.mark.parametrize("path", [DETECTOR, SEGMENTOR], ids=lambda path: path.stem)
 
 
 def build(cfg):
@@ -43,10 +46,15 @@ def test_leaf_is_short_and_imports_the_adapter(path):
     cfg = Config.fromfile(path)
     assert cfg.custom_imports.imports == ["elsa_mm"]
     assert cfg.default_scope == path.relative_to(CONFIGS).parts[0]
+
+
+@pytest.mark.parametrize("path", [DETECTOR, SEGMENTOR, CASCADE], ids=lambda path: path.stem)
+def test_config_survives_the_copy_that_a_run_keeps(path):
+    cfg = Config.fromfile(path)
     assert Config.fromstring(cfg.pretty_text, ".py").to_dict() == cfg.to_dict()
 
 
-@name_of
+@digits_name_of
 def test_name_and_content_agree(path):
     cfg = Config.fromfile(path)
     model = build(cfg)
@@ -58,7 +66,7 @@ def test_name_and_content_agree(path):
         assert ("digits" in path.stem) == ("digits" in root)
 
 
-@name_of
+@digits_name_of
 def test_decay_spares_exactly_the_names_with_norm(path):
     cfg = Config.fromfile(path)
     model = build(cfg)
@@ -80,7 +88,7 @@ def test_batch_norm_of_the_heads_is_decayed():
     assert any(".bn." in name and "norm" not in name for name in names)
 
 
-@pytest.mark.parametrize("path", [DETECTOR, SEGMENTOR], ids=lambda path: path.stem)
+@digits_name_of
 def test_digits_schedule_is_one_cycle(path):
     cfg = Config.fromfile(path)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.max_lr)

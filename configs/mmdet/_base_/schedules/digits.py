@@ -1,5 +1,5 @@
 # One cycle of AdamW, counted in iterations.
-max_iters = 700
+max_iters = 600
 max_lr = 1.5e-3
 
 optim_wrapper = dict(
@@ -13,7 +13,7 @@ param_scheduler = [
     dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=warmup_iters, end=max_iters),
 ]
 
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=350)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=300)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 

@@ -1,7 +1,7 @@
 # Handwritten digits on photographs, made by tools/make_digits.py; no flips, which digits do not
 # survive.
 data_root = "data/digits"
-# The images are larger: at this size a training sees three times as many in the same time.
+# Of images of 160 pixels: a training sees more than twice as many of them in the same time.
 scale = (96, 96)
 metainfo = dict(
     classes=('background', '0', '1', '2', '3', '4', '5', '6', '7', '8', '9'),
@@ -15,7 +15,9 @@ metainfo = dict(
 train_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
-    dict(type="Resize", scale=scale),
+    dict(type="RandomResize", scale=scale, ratio_range=(0.85, 1.15), keep_ratio=True),
+    dict(type="RandomRotate", prob=0.5, degree=10),
+    dict(type="RandomCrop", crop_size=scale),
     dict(type="PackSegInputs"),
 ]
 test_pipeline = [

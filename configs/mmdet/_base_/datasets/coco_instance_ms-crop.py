@@ -1,0 +1,35 @@
+# MMDetection's COCO with masks, and the training augmentation of DETR and Sparse R-CNN.
+_base_ = ["mmdet::_base_/datasets/coco_instance.py"]
+
+short_sides = dict(
+    type="RandomChoiceResize",
+    scales=[(side, 1333) for side in range(480, 801, 32)],
+    keep_ratio=True,
+)
+train_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+    dict(type="RandomFlip", prob=0.5),
+    dict(
+        type="RandomChoice",
+        transforms=[
+            [short_sides],
+            [
+                dict(
+                    type="RandomChoiceResize",
+                    scales=[(side, 1333) for side in (400, 500, 600)],
+                    keep_ratio=True,
+                ),
+                dict(
+                    type="RandomCrop",
+                    crop_type="absolute_range",
+                    crop_size=(384, 600),
+                    allow_negative_crop=True,
+                ),
+                short_sides,
+            ],
+        ],
+    ),
+    dict(type="PackDetInputs"),
+]
+train_dataloader = dict(dataset=dict(pipeline=train_pipeline))

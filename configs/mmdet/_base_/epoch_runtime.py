@@ -1,0 +1,6 @@
+# MMDetection's runtime; checkpoints are written whole or not at all, the last 3 are kept.
+_base_ = ["mmdet::_base_/default_runtime.py"]
+
+default_hooks = dict(
+    checkpoint=dict(max_keep_ckpts=3, backend_args=dict(backend="atomic_local")),
+)

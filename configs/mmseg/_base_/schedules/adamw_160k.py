@@ -1,0 +1,20 @@
+# MMSegmentation's 160k iterations and runtime, with AdamW and a warm-up. Checkpoints are written
+# whole or not at all, the last 3 are kept. The paths are explained in models/upernet_elsa-swin.py.
+_base_ = [
+    f"{__import__('mmseg').__path__[0]}/.mim/configs/_base_/default_runtime.py",
+    f"{__import__('mmseg').__path__[0]}/.mim/configs/_base_/schedules/schedule_160k.py",
+]
+
+optim_wrapper = dict(
+    _delete_=True,
+    type="OptimWrapper",
+    optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
+    paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
+)
+param_scheduler = [
+    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),
+    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=1500, end=160000),
+]
+default_hooks = dict(
+    checkpoint=dict(max_keep_ckpts=3, backend_args=dict(backend="atomic_local")),
+)

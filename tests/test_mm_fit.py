@@ -1,0 +1,135 @@
+"""Models, data and checkpoints that do not fit each other: one sentence, before the run begins."""
+
+import json
+
+import pytest
+import torch
+from mm_tiny import CONFIGS, options
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from mmseg.models import SegTTAModel
+from torch import nn
+
+from elsa_core.errors import UsageError
+from elsa_mm import cli, fit
+
+
+@pytest.fixture
+def refusal(monkeypatch, tmp_path, capfd):
+    """Runs a tool that must refuse; returns its sentence."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.chdir(tmp_path)
+    # Formatting the config takes longer than all the rest.
+    monkeypatch.setattr(Config, "pretty_text", property(lambda cfg: cfg.filename))
+
+    def run(tool, *arguments):
+        capfd.readouterr()
+        assert getattr(cli, tool)([str(argument) for argument in arguments]) == 2
+        return capfd.readouterr().err.strip().splitlines()[-1].removeprefix(f"{tool}: ")
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Weights of the digits models, for each framework."""
+    folder = tmp_path_factory.mktemp("weights")
+    for framework, path in CONFIGS.items():
+        with DefaultScope.overwrite_default_scope(framework):
+            state = MODELS.build(Config.fromfile(path).model).state_dict()
+        torch.save({"meta": {}, "state_dict": state}, folder / f"{framework}.pth")
+    return lambda framework: folder / f"{framework}.pth"
+
+
+@pytest.mark.parametrize(
+    "framework, head, classes",
+    [("mmdet", "roi_head.bbox_head", 10), ("mmseg", "decode_head", 11)],
+)
+def test_classes_of_model_and_data(refusal, digits, framework, head, classes):
+    more = {f"model__{head.replace('.', '__')}__num_classes": 7}
+    if framework == "mmseg":  # its losses have a weight for each class
+        more["model__decode_head__loss_decode__class_weight"] = None
+    sentence = refusal("train", CONFIGS[framework], *options(framework, digits, **more))
+    assert (
+        sentence
+        == f"model.{head}.num_classes must be the {classes} classes of the train data, got 7"
+    )
+
+
+def test_annotation_file_without_some_of_the_classes(refusal, digits, tmp_path):
+    content = json.loads((digits / "annotations/instances_training.json").read_text())
+    content["categories"] = [c for c in content["categories"] if c["name"] != "3"]
+    (tmp_path / "part.json").write_text(json.dumps(content))
+    more = {"train_dataloader__dataset__ann_file": tmp_path / "part.json"}
+    assert refusal("train", CONFIGS["mmdet"], *options("mmdet", digits, **more)) == (
+        "the train data's annotation file must have all 10 classes of the data set, "
+        "it has 9 of them"
+    )
+
+
+@pytest.mark.parametrize("tool", ["test", "train"])
+def test_checkpoint_of_another_number_of_classes(refusal, digits, checkpoint, tool):
+    more = {
+        f"model__{head}__{key}": value
+        for head in ("decode_head", "auxiliary_head")
+        for key, value in (("num_classes", 7), ("loss_decode__class_weight", None))
+    }
+    path = checkpoint("mmseg")
+    arguments = [path] if tool == "test" else ["--resume", path]
+    assert refusal(tool, CONFIGS["mmseg"], *arguments, *options("mmseg", digits, **more)) == (
+        f"the checkpoint {path} does not fit the model, is it of another number of classes or "
+        "another backbone: decode_head.conv_seg.weight has the shape (11, 48, 1, 1) instead of "
+        "(7, 48, 1, 1)"
+    )
+
+
+def test_checkpoint_of_another_model(refusal, digits, checkpoint):
+    path = checkpoint("mmseg")
+    sentence = refusal("test", CONFIGS["mmdet"], path, *options("mmdet", digits))
+    assert sentence.startswith(f"the checkpoint {path} does not fit the model: it lacks ")
+    assert sentence.endswith(" parameters, neck.lateral_convs.0.conv.weight for one")
+
+
+@pytest.mark.parametrize("content", [None, [1, 2], {"state_dict": 3}])
+def test_checkpoint_without_weights(tmp_path, content):
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(UsageError, match="a.pth holds no state dict, got "):
+        fit.check_weights(nn.Linear(1, 1), str(tmp_path / "a.pth"))
+
+
+@pytest.mark.parametrize("zip_file", [True, False])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_checkpoint_that_fits(tmp_path, zip_file, prefix):
+    model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm2d(4))
+    state = {prefix + name: value for name, value in model.state_dict().items()}
+    state["bookkeeping"] = torch.zeros(2)
+    path = str(tmp_path / "a.pth")
+    torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=zip_file)
+    fit.check_weights(model, path)
+    fit.check_weights(nn.DataParallel(model), path)
+    model.test_step = None  # what a model under test-time augmentation must have
+    fit.check_weights(SegTTAModel(model), path)
+    fit.check_weights(model, "https://example.org/a.pth")
+
+
+@pytest.mark.parametrize("size", [0, "1.5"])
+def test_empty_batch(refusal, digits, size):
+    values = options("mmdet", digits, train_dataloader__batch_size=size)
+    assert refusal("train", CONFIGS["mmdet"], *values) == (
+        f"train_dataloader.batch_size must be an integer of at least 1, got {size}"
+    )
+
+
+def test_batch_of_one_image_for_batch_normalisation(refusal, digits):
+    values = options("mmseg", digits, train_dataloader__batch_size=1)
+    assert refusal("train", CONFIGS["mmseg"], *values) == (
+        "train_dataloader.batch_size must be at least 2: UPerHead normalises maps of one position "
+        "over the batch (SyncBN), got 1"
+    )
+
+
+def test_auxiliary_head_that_does_not_fit(refusal, digits):
+    values = options("mmseg", digits, model__auxiliary_head__in_channels=64)
+    assert refusal("train", CONFIGS["mmseg"], *values) == (
+        "model.auxiliary_head.in_channels must be the backbone's 128, got 64"
+    )
