@@ -35,7 +35,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--out", default="data/digits", help="folder to make (default: %(default)s)"
     )
     parser.add_argument(
-        "--train", type=int, default=800, help="training images, at least 1 (default: %(default)s)"
+        "--train", type=int, default=1600, help="training images, at least 1 (default: %(default)s)"
     )
     parser.add_argument(
         "--val", type=int, default=200, help="validation images, at least 1 (default: %(default)s)"
