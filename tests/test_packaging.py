@@ -15,20 +15,34 @@ import yaml
 import elsa_core
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("elsa_core", "elsa_d2", "elsa_mm")
+PACKAGES = ("elsa_core", "elsa_d2", "elsa_mm", "elsa_weights")
+SHIPPED = {
+    "configs/detectron2": "elsa_d2/configs",
+    "configs/mmdet": "elsa_mm/.mim/configs/mmdet",
+    "configs/mmseg": "elsa_mm/.mim/configs/mmseg",
+}
+SHIPPED_FILES = {
+    "elsa_d2/tools/train_net.py",
+    *(f"elsa_mm/.mim/{name}" for name in ("tools/train.py", "tools/test.py")),
+    *(f"elsa_mm/.mim/{name}" for name in ("model-index.yml", "MODEL_ZOO.md")),
+}
+FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "model-index.yml", "MODEL_ZOO.md")
 PROBE = 'extern "C" __attribute__((visibility("default"))) int elsa_probe() { return 7; }\n'
 
 
 @pytest.fixture
 def tree(tmp_path):
+    return copy_tree(tmp_path / "tree")
+
+
+def copy_tree(tree):
     """A copy of what packaging reads, with a one-line source in place of csrc."""
-    tree = tmp_path / "tree"
-    tree.mkdir()
-    for name in ("setup.py", "pyproject.toml", "LICENSE"):
+    tree.mkdir(exist_ok=True)
+    for name in FILES:
         shutil.copy(ROOT / name, tree)
     (tree / "README.md").write_text("# ELSA-Swin\n")
     no_caches = shutil.ignore_patterns("__pycache__")
-    for name in (*PACKAGES, "tests", "tools", "demo"):
+    for name in (*PACKAGES, "configs", "tests", "tools", "demo"):
         if (ROOT / name).is_dir():
             shutil.copytree(ROOT / name, tree / name, ignore=no_caches)
     (tree / "elsa_core" / "_C.so").write_text("left by an earlier build")
@@ -63,6 +77,16 @@ def python_files():
     return files | {"elsa_core/py.typed"}
 
 
+def shipped_files():
+    """Configs and command lines, by their place in the wheel."""
+    return SHIPPED_FILES | {
+        f"{target}/{path.relative_to(ROOT / source).as_posix()}"
+        for source, target in SHIPPED.items()
+        for path in (ROOT / source).rglob("*")
+        if path.is_file() and path.suffix in (".py", ".yaml", ".yml")
+    }
+
+
 def package_files(wheel):
     with zipfile.ZipFile(wheel) as archive:
         return {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -73,7 +97,7 @@ def test_wheel_without_extension_is_pure_python(tree):
     assert result.returncode == 0, result.stderr
     wheel = built_wheel(tree)
     assert wheel.name == f"elsa_swin-{elsa_core.__version__}-py3-none-any.whl"
-    assert package_files(wheel) == python_files()
+    assert package_files(wheel) == python_files() | shipped_files()
     assert result.stderr.count("the compiled operator is left out") == 1
 
 
@@ -82,10 +106,99 @@ def test_wheel_with_extension_serves_every_python(tree, tmp_path):
     assert result.returncode == 0, result.stderr
     wheel = built_wheel(tree)
     assert wheel.name.startswith(f"elsa_swin-{elsa_core.__version__}-cp310-abi3-")
-    assert package_files(wheel) == python_files() | {"elsa_core/_C.so"}
+    assert package_files(wheel) == python_files() | shipped_files() | {"elsa_core/_C.so"}
     with zipfile.ZipFile(wheel) as archive:
         library = ctypes.CDLL(archive.extract("elsa_core/_C.so", tmp_path))
     assert library.elsa_probe() == 7
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory):
+    """What `pip install` of a wheel puts into site-packages, made from a source distribution."""
+    tree, site = (tmp_path_factory.mktemp(name) for name in ("tree", "site"))
+    copy_tree(tree)
+    made = run_setup(tree, "sdist", "--formats=gztar", ELSA_BUILD_EXTENSION="0")
+    assert made.returncode == 0, made.stderr
+    (archive,) = (tree / "dist").glob("*.tar.gz")
+    shutil.unpack_archive(archive, tree / "unpacked", filter="data")
+    (source,) = (tree / "unpacked").iterdir()
+    result = run_setup(source, "bdist_wheel", ELSA_BUILD_EXTENSION="0")
+    assert result.returncode == 0, result.stderr
+    with zipfile.ZipFile(built_wheel(source)) as wheel:
+        wheel.extractall(site)
+    return site
+
+
+def run_installed(site, code):
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=site,
+        env=environment,
+        text=True,
+        capture_output=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()
+
+
+def test_installed_wheel_has_the_configs_that_it_was_made_from(installed):
+    for source, target in SHIPPED.items():
+        for path in (ROOT / source).rglob("*.y*ml"):
+            copy = installed / target / path.relative_to(ROOT / source)
+            assert copy.read_bytes() == path.read_bytes()
+
+
+def test_installed_configs_for_detectron2_are_found_and_load(installed):
+    pytest.importorskip("detectron2")
+    name = "COCO-InstanceSegmentation/cascade_mask_rcnn_elsa_swin_s_fpn_3x.yaml"
+    *_, path, arch = run_installed(
+        installed,
+        f"import elsa_d2\npath = elsa_d2.get_config_file({name!r})\nprint(path)\n"
+        "print(elsa_d2.load_config(path).MODEL.ELSA_SWIN.ARCH)\n",
+    )
+    assert (path, arch) == (str(installed / "elsa_d2/configs" / name), "small")
+
+
+def test_installed_configs_for_openmmlab_are_found_and_load(installed):
+    pytest.importorskip("mmdet")
+    pytest.importorskip("mmseg")
+    names = [
+        f"{framework}/elsa_swin/{next((ROOT / 'configs' / framework).glob(leaf)).name}"
+        for framework, leaf in (("mmdet", "elsa_swin/*-s-*.py"), ("mmseg", "elsa_swin/*small*.py"))
+    ]
+    output = run_installed(
+        installed,
+        "import elsa_mm\nfrom mmengine.config import Config\n"
+        f"for name in {names!r}:\n"
+        "    path = elsa_mm.get_config_file(name)\n"
+        "    print(path, Config.fromfile(path).model.backbone.arch)\n",
+    )
+    folder = installed / "elsa_mm/.mim/configs"
+    assert output[-2:] == [f"{folder / name} small" for name in names]
+
+
+def test_openmim_finds_the_model_index(installed):
+    """It takes .mim of the first package, follows the imports, and needs each config."""
+    (info,) = installed.glob("*.dist-info")
+    first = (info / "top_level.txt").read_text().split()[0]
+    folder = installed / first / ".mim"
+    for metafile in yaml.safe_load((folder / "model-index.yml").read_text())["Import"]:
+        content = yaml.safe_load((folder / metafile).read_text())
+        assert content["Models"]
+        for model in content["Models"]:
+            assert (folder / model["Config"]).is_file()
+
+
+def test_config_that_is_not_there():
+    from elsa_core.errors import UsageError
+    from elsa_core.shipped import find_config
+
+    with pytest.raises(UsageError) as error:
+        find_config("mmdet/elsa_swin/mask-rcnn.py", ROOT / "nothing", ROOT / "configs")
+    assert str(error.value).startswith(
+        f"there is no config mmdet/elsa_swin/mask-rcnn.py in {ROOT / 'configs'}, did you mean mmdet"
+    )
 
 
 def test_metadata_replaces_nobodys_torch_or_framework(tree):

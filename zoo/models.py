@@ -1,0 +1,133 @@
+"""What model-index.yml and its metafiles say about the models, checked."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ORIGINS = ("published by the authors", "converted", "trained here")
+MEASURED = ("Training Memory (GB)", "Inference Time (ms/im)")
+
+
+class ZooError(Exception):
+    """What is wrong with a metafile or a model, in one sentence."""
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A result and where it comes from."""
+
+    metric: str
+    value: float
+    origin: str
+    source: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """A row of the zoo: one model, as a config of OpenMMLab and as one of Detectron2."""
+
+    name: str
+    backbone: str
+    method: str
+    schedule: str
+    config: str
+    detectron2_config: str
+    figures: tuple[Figure, ...]
+    measured: dict[str, str]
+    weights: str | None
+    sha256: str | None
+
+    @property
+    def framework(self) -> str:
+        """ "mmdet" or "mmseg"."""
+        return Path(self.config).parts[1]
+
+
+@dataclass(frozen=True)
+class Backbone:
+    """A variant with its published accuracy on ImageNet-1K."""
+
+    name: str
+    arch: str
+    figure: Figure
+
+
+def read_models(root: Path) -> list[Model]:
+    """The models of all metafiles that model-index.yml names, in their order."""
+    models = []
+    for path in _load(root / "model-index.yml")["Import"]:
+        metafile = _load(root / path)
+        collections = [collection["Name"] for collection in metafile["Collections"]]
+        for entry in metafile["Models"]:
+            where = f"{path}, {entry.get('Name')}"
+            try:
+                model = _model(entry, where)
+            except KeyError as error:
+                raise ZooError(f"{where}: {error.args[0]} is missing") from error
+            if entry["In Collection"] not in collections:
+                raise ZooError(f"{where}: the collection {entry['In Collection']} is not there")
+            for config in (model.config, model.detectron2_config):
+                if not (root / config).is_file():
+                    raise ZooError(f"{where}: the config {config} does not exist")
+            models.append(model)
+    return models
+
+
+def read_backbones(path: Path) -> list[Backbone]:
+    """The variants in zoo/backbones.yml."""
+    return [
+        Backbone(
+            entry["Name"],
+            entry["Arch"],
+            _figure("top-1", entry["Top-1"], entry, f"{path.name}, {entry['Name']}"),
+        )
+        for entry in _load(path)
+    ]
+
+
+def _load(path: Path) -> Any:
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _model(entry: dict[str, Any], where: str) -> Model:
+    metadata = entry["Metadata"]
+    name, config = entry["Name"], entry["Config"]
+    if Path(config).stem != name:
+        raise ZooError(f"{where}: the config must have the model's name, got {config}")
+    figures = [
+        _figure(metric, value, result, where)
+        for result in entry["Results"]
+        for metric, value in result["Metrics"].items()
+    ]
+    measured = {key: str(metadata[key]) for key in MEASURED if key in metadata}
+    if measured and not metadata.get("Measured On"):
+        raise ZooError(f"{where}: {', '.join(measured)} needs Measured On, the machine and date")
+    sha256 = metadata.get("SHA256")
+    if entry.get("Weights") and not sha256:
+        raise ZooError(f"{where}: Weights need their SHA256")
+    epochs = metadata.get("Epochs")
+    return Model(
+        name=name,
+        backbone=metadata["Backbone"],
+        method=entry["In Collection"].removeprefix("ELSA-Swin "),
+        schedule=f"{epochs} epochs" if epochs else f"{metadata['Iterations'] // 1000}k iterations",
+        config=config,
+        detectron2_config=metadata["Detectron2 Config"],
+        figures=tuple(figures),
+        measured={key: f"{value} ({metadata['Measured On']})" for key, value in measured.items()},
+        weights=entry.get("Weights"),
+        sha256=sha256,
+    )
+
+
+def _figure(metric: str, value: float, entry: dict[str, Any], where: str) -> Figure:
+    origin, source = entry.get("Origin"), entry.get("Source")
+    if origin not in ORIGINS:
+        raise ZooError(f"{where}: Origin must be one of {', '.join(ORIGINS)}, got {origin}")
+    if not source:
+        raise ZooError(f"{where}: a figure needs its Source")
+    return Figure(metric, value, origin, source)
