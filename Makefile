@@ -5,19 +5,27 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
 	&& echo $$python && break; done)
 VENV := .venv/bin
+ASAN := build/asan
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 DEMO_ARGS ?=
 TEST_ARGS ?=
+# Two test files at a time.
+TWO_FILES := -n 2 --dist loadfile
+ZOO_ARGS ?=
+BENCH_ARGS ?=
 
-.PHONY: help setup demo test test-gpu lint format clean
+.PHONY: help setup demo test test-gpu test-asan bench lint format zoo clean
 
 help:
 	@echo 'make setup     make .venv: pinned packages, mmcv and the extension compiled (Linux, Python 3.10-3.12)'
 	@echo 'make demo      train and evaluate in Detectron2, MMDetection and MMSegmentation (DEMO_ARGS=...)'
 	@echo 'make test      run the tests (TEST_ARGS=...)'
 	@echo 'make test-gpu  run the tests; those that need CUDA fail where there is none'
+	@echo 'make test-asan run the operator tests with AddressSanitizer'
+	@echo 'make bench     measure operator, backbone and detector (BENCH_ARGS="--device cuda")'
 	@echo 'make lint      check style and types, change nothing'
 	@echo 'make format    put Python and C++ files into shape'
+	@echo 'make zoo       make MODEL_ZOO.md from the metafiles and the models (ZOO_ARGS=--check compares)'
 	@echo 'make clean     remove build products and caches; .venv, data and results stay'
 
 setup:
@@ -30,10 +38,27 @@ demo: setup
 	$(VENV)/python -m demo.run $(DEMO_ARGS)
 
 test: setup
-	$(VENV)/python -m pytest -q $(TEST_ARGS)
+	$(VENV)/python -m pytest -q $(TWO_FILES) $(TEST_ARGS)
 
 test-gpu: setup
+	@grep -q nv_fatbin elsa_core/_C.so || FORCE_CUDA=1 $(VENV)/python setup.py build_ext --inplace --force
 	FAIL_WITHOUT_CUDA=1 $(VENV)/python -m pytest -q $(TEST_ARGS)
+
+# A build of its own in build/asan, so that the sanitizer never reaches the installed extension. Its
+# checks are calls and leave out the stack, or the compiler takes many minutes.
+ASAN_FLAGS := -fsanitize=address -fno-omit-frame-pointer --param asan-stack=0 \
+	--param asan-instrumentation-with-call-threshold=0
+test-asan: setup
+	FORCE_CUDA=0 CFLAGS='$(ASAN_FLAGS)' LDFLAGS=-fsanitize=address \
+		$(VENV)/python setup.py -q build_ext --build-lib $(ASAN) --build-temp $(ASAN)/temp
+	cp elsa_core/*.py $(ASAN)/elsa_core/
+	cd $(ASAN) && ASAN_OPTIONS=detect_leaks=0 \
+		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
+		$(CURDIR)/$(VENV)/python -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml \
+		$(or $(addprefix $(CURDIR)/,$(TEST_ARGS)),$(wildcard $(CURDIR)/tests/test_operator*.py))
+
+bench: setup
+	$(VENV)/python -m benchmarks.run $(BENCH_ARGS)
 
 lint: setup
 	$(VENV)/ruff check .
@@ -45,6 +70,9 @@ format: setup
 	$(VENV)/ruff check --fix .
 	$(VENV)/ruff format .
 	$(VENV)/clang-format -i $(CPP_FILES)
+
+zoo: setup
+	$(VENV)/python tools/make_zoo.py $(ZOO_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info elsa_core/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

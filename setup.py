@@ -1,17 +1,23 @@
 """Builds the compiled operator; everything else about the package stands in pyproject.toml.
 
-ELSA_BUILD_EXTENSION=0 leaves the operator out, FORCE_CUDA=1 compiles the CUDA kernels without a GPU
-in sight (for images built elsewhere), MAX_JOBS limits the compilers that run at the same time.
+ELSA_BUILD_EXTENSION=0 leaves the operator out. The CUDA kernels are compiled where there is a GPU
+with a toolkit, or where CUDA_HOME or FORCE_CUDA=1 asks for them (FORCE_CUDA=0 forbids them), for
+the devices in sight, or for TORCH_CUDA_ARCH_LIST, or for all in use. MAX_JOBS limits the compilers
+that run at the same time.
 """
 
 import os
+import re
 import shlex
 import shutil
+import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import setuptools
+from setuptools.command.build_py import build_py
+from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
@@ -23,6 +29,10 @@ CXX_FLAGS = [
     # ATen's parallel_for lives in headers and runs on one thread when compiled without OpenMP.
     "-fopenmp",
 ]
+NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+# Compiled for where no device is in sight, as far as the toolkit knows them; the last one also as
+# PTX, which later devices compile for themselves.
+CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 
 def sources(*patterns: str) -> list[str]:
@@ -54,14 +64,59 @@ def find_compiler() -> bool:
     return False
 
 
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if home:
+        return shutil.which("nvcc", path=Path(home) / "bin")
+    return shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
+
+
+def toolkit_of(nvcc: str) -> str:
+    """The folder of a compiler's toolkit, also where it is a script that runs the real compiler."""
+    command = [nvcc, "--dryrun", "-x", "cu", os.devnull]
+    steps = subprocess.run(command, text=True, capture_output=True).stderr
+    top = re.search(r"^#\$ TOP=(.+)$", steps, re.MULTILINE)
+    return os.path.realpath(top[1].strip('"') if top else Path(nvcc).resolve().parent.parent)
+
+
+def default_archs(nvcc: str) -> str:
+    """The architectures of CUDA_ARCHS that the compiler knows, as torch wants them."""
+    known = subprocess.check_output([nvcc, "--list-gpu-arch"], text=True).split()
+    return ";".join(a for a in CUDA_ARCHS if f"compute_{a.replace('.', '')}" in known) + "+PTX"
+
+
+def find_cuda() -> bool:
+    """Whether to compile the CUDA kernels; tells torch which toolkit and devices to do it for."""
+    import torch
+
+    force = os.environ.get("FORCE_CUDA", "")
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    gpu = torch.cuda.is_available()
+    if force == "0" or not sources("cuda/*.cu") or not (force or named or gpu):
+        return False
+    nvcc = find_nvcc()
+    if torch.version.cuda is None or nvcc is None:
+        obstacle = f"there is no nvcc in {named}/bin" if named else "there is no nvcc on the PATH"
+        if torch.version.cuda is None:
+            obstacle = f"PyTorch {torch.__version__} is built without CUDA"
+        if force:
+            sys.exit(f"elsa-swin: FORCE_CUDA={force} asks for the CUDA kernels, but {obstacle}")
+        say(f"{obstacle}, so the CUDA kernels are left out and the operator is slower on GPUs")
+        return False
+    os.environ["CUDA_HOME"] = toolkit_of(nvcc)
+    if not gpu and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        os.environ["TORCH_CUDA_ARCH_LIST"] = default_archs(nvcc)
+    return True
+
+
 def extension_arguments() -> dict:
     """Arguments of setup() that build elsa_core/_C.so; none where it is not to be built."""
     if os.environ.get("ELSA_BUILD_EXTENSION", "1") == "0":
         say("ELSA_BUILD_EXTENSION=0, so the compiled operator is left out")
         return {}
     try:
-        import torch
-        from torch.utils import cpp_extension
+        with_cuda = find_cuda()
+        from torch.utils import cpp_extension  # looks for CUDA_HOME as soon as it is imported
     except ImportError as error:
         if error.name != "torch":
             raise
@@ -77,16 +132,14 @@ def extension_arguments() -> dict:
         )
         return {}
 
-    cuda_sources = sources("cuda/*.cu")
-    gpu = torch.cuda.is_available() and cpp_extension.CUDA_HOME is not None
-    with_cuda = cuda_sources and (gpu or os.environ.get("FORCE_CUDA", "0") == "1")
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
+    cuda = ["cuda/*.cpp", "cuda/*.cu"] if with_cuda else []
     flags = {"cxx": CXX_FLAGS}
     if with_cuda:
-        flags["nvcc"] = ["-O3", "-std=c++17"]
+        flags["nvcc"] = NVCC_FLAGS
     extension = make(
         "elsa_core._C",
-        sources=sources("*.cpp", "cpu/*.cpp") + (cuda_sources if with_cuda else []),
+        sources=sources("*.cpp", "cpu/*.cpp", *cuda),
         depends=sources("**/*.h", "**/*.cuh"),
         extra_compile_args=flags,
         extra_link_args=["-fopenmp"],
@@ -102,5 +155,49 @@ def extension_arguments() -> dict:
     }
 
 
+class BuildPy(build_py):
+    """Takes the configs and the command lines along, where users of each framework look for them.
+
+    OpenMIM and MMEngine look into .mim of a package.
+    """
+
+    SHIPPED = {
+        "configs/detectron2": "elsa_d2/configs",
+        "tools/train_net.py": "elsa_d2/tools/train_net.py",
+        "configs/mmdet": "elsa_mm/.mim/configs/mmdet",
+        "configs/mmseg": "elsa_mm/.mim/configs/mmseg",
+        "tools/train.py": "elsa_mm/.mim/tools/train.py",
+        "tools/test.py": "elsa_mm/.mim/tools/test.py",
+        "model-index.yml": "elsa_mm/.mim/model-index.yml",
+        "MODEL_ZOO.md": "elsa_mm/.mim/MODEL_ZOO.md",
+    }
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:  # they are found in the repository
+            return
+        for source, target in self.SHIPPED.items():
+            place = Path(self.build_lib, target)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if (ROOT / source).is_dir():
+                shutil.rmtree(place, ignore_errors=True)  # what an earlier build has left
+                caches = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(ROOT / source, place, ignore=caches)
+            else:
+                shutil.copy(ROOT / source, place)
+
+
+class EggInfo(egg_info):
+    """Names elsa_mm first: OpenMIM takes a distribution's first package for the one with .mim."""
+
+    def run(self) -> None:
+        super().run()
+        path = Path(self.egg_info, "top_level.txt")
+        names = sorted(path.read_text().split(), key=lambda name: (name != "elsa_mm", name))
+        path.write_text("".join(f"{name}\n" for name in names))
+
+
 check_wheel()
-setuptools.setup(**extension_arguments())
+arguments = extension_arguments()
+arguments["cmdclass"] = {**arguments.get("cmdclass", {}), "build_py": BuildPy, "egg_info": EggInfo}
+setuptools.setup(**arguments)

@@ -6,14 +6,19 @@ from pathlib import Path
 import torch
 
 
+def binaries() -> list[Path]:
+    """The compiled extension beside this file; empty where it was not built."""
+    return sorted(Path(__file__).parent.glob("_C*.so"))
+
+
 def load_extension() -> bool:
     """Loads ``elsa_core/_C`` into the dispatcher; False, with one warning, where it was not built.
 
     Raises:
         ImportError: the file is there but does not load, as after a change of the PyTorch version.
     """
-    binaries = sorted(Path(__file__).parent.glob("_C*.so"))
-    if not binaries:
+    found = binaries()
+    if not found:
         warnings.warn(
             "elsa_core runs without its compiled operator (slower): it was installed without a C++ "
             "compiler; install one and run 'pip install --no-build-isolation .' again",
@@ -22,10 +27,10 @@ def load_extension() -> bool:
         )
         return False
     try:
-        torch.ops.load_library(binaries[0])
+        torch.ops.load_library(found[0])
     except OSError as error:
         raise ImportError(
-            f"{binaries[0]} does not load with PyTorch {torch.__version__}: build it again with "
+            f"{found[0]} does not load with PyTorch {torch.__version__}: build it again with "
             f"'pip install --no-build-isolation .' ({error})"
         ) from error
     return True

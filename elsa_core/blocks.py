@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from .linear import Linear
+
 
 class PatchEmbed(nn.Module):
     """Image [B, C_in, H, W] -> normalised 4x4 patches [B, ceil(H/4), ceil(W/4), C].
@@ -39,7 +41,7 @@ class PatchMerging(nn.Module):
     def __init__(self, dim: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = Linear(4 * dim, 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         batch, height, width, channels = x.shape
@@ -54,13 +56,17 @@ class MLP(nn.Module):
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.fc1 = Linear(dim, hidden_dim)
         self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.fc2 = Linear(hidden_dim, dim)
         self.drop = nn.Dropout(drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        if self.training and self.drop.p > 0:
+            return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
+        if torch.is_grad_enabled():
+            return self.fc2(self.fc1(x), gelu="input")
+        return self.fc2(self.fc1(x, gelu="output"))
 
 
 class DropPath(nn.Module):

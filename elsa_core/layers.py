@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .linear import Gelu, Linear, linear
 from .operator import elsa_attention
 
 
@@ -21,8 +22,8 @@ class PointwiseConv2d(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.flatten(1), self.bias)
+    def forward(self, x: Tensor, gelu: Gelu = None) -> Tensor:
+        return linear(x, self.weight.flatten(1), self.bias, gelu)
 
 
 class ChannelsLastConv2d(nn.Conv2d):
@@ -72,7 +73,7 @@ class ELSA(nn.Module):
             PointwiseConv2d(dim_qk, kernel_size**2 * num_heads),
         )
         self.ghost_head = self._make_ghost_head(dim)
-        self.post_proj = nn.Linear(dim, dim)
+        self.post_proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _make_ghost_head(self, dim: int) -> nn.Parameter | None:
@@ -100,7 +101,8 @@ class ELSA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.pre_proj(x).split(self.split_sizes, dim=-1)
-        logits = self.attn(query * key)
+        convolution, _, pointwise = self.attn
+        logits = pointwise(convolution(query * key), gelu="input")
         ghost_add, ghost_mul = self.ghost_filters()
         if self.training and self.attn_drop > 0:
             x = self._attend_with_dropout(value, logits, ghost_add, ghost_mul)
@@ -148,11 +150,11 @@ class WindowAttention(nn.Module):
         self.window_size = window_size
         self.shift = shift
         self.attn_drop = attn_drop
-        self.pre_proj = nn.Linear(dim, 3 * dim)
+        self.pre_proj = Linear(dim, 3 * dim)
         self.rb = nn.Parameter(torch.empty(num_heads, (2 * window_size - 1) ** 2))
         nn.init.trunc_normal_(self.rb, std=0.02)
         self.register_buffer("relative_id", relative_position_id(window_size), persistent=False)
-        self.post_proj = nn.Linear(dim, dim)
+        self.post_proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -195,3 +195,46 @@ def test_window_attention_dropout_only_while_training():
     assert not torch.equal(layer(x), layer(x))
     layer.eval()
     assert torch.equal(layer(x), layer(x))
+
+
+@pytest.fixture
+def layer_and_map():
+    torch.manual_seed(0)
+    return ELSA(24, 3, 7, 4), torch.randn(1, 16, 16, 24, requires_grad=True)
+
+
+def test_elsa_keeps_each_map_once_for_the_backward_pass(layer_and_map):
+    """Input, projection, Hadamard product, convolution, logits and result; no GELU, no softmax."""
+    layer, x = layer_and_map
+    parameters = {p.untyped_storage().data_ptr() for p in layer.parameters()}
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        layer(x)
+    channels = 24 + (16 + 16 + 24) + 16 + 16 + 3 * 49 + 24
+    assert sum(kept.values()) <= 4 * 16 * 16 * channels
+
+
+def test_elsa_never_rearranges_a_map(layer_and_map):
+    """Between linear layers, convolution and operator no map is copied, there or back."""
+    layer, x = layer_and_map
+    smallest = 16 * 16 * 16  # numbers of the smallest map
+    with torch.profiler.profile(record_shapes=True) as profile:
+        layer(x).backward(torch.ones_like(x))
+    copies = ("aten::copy_", "aten::clone", "aten::contiguous")
+    shapes = [s for event in profile.events() if event.name in copies for s in event.input_shapes]
+    assert shapes and all(math.prod(shape) < smallest for shape in shapes), shapes
+
+
+def test_ghost_head_is_never_expanded_over_the_batch():
+    layer, x = ELSA(24, 3, 7, 4), torch.randn(5, 8, 8, 24)
+    with torch.profiler.profile(record_shapes=True) as profile:
+        layer(x)
+    calls = [event for event in profile.events() if event.name == "elsa::attention"]
+    assert calls and all(list(event.input_shapes[2]) == [24, 7, 7] for event in calls)

@@ -13,12 +13,16 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <optional>
+#include <string>
+#include <string_view>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
+#include "../problem.h"
 #include "attention_rows.h"
 
 namespace elsa::cpu {
@@ -26,14 +30,19 @@ namespace {
 
 using at::Tensor;
 
+// The best row kernels that the machine has, or fewer: like PyTorch's own, they heed
+// ATEN_CPU_CAPABILITY (default, avx2 or avx512).
 template <typename T>
 const RowKernels<T>& row_kernels() {
   static const RowKernels<T> kernels = [] {
 #if defined(__x86_64__)
-    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
-        __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bw"))
+    const char* wanted = std::getenv("ATEN_CPU_CAPABILITY");
+    const std::string_view limit = wanted ? wanted : "avx512";
+    if (limit != "default" && limit != "avx2" && __builtin_cpu_supports("avx512f") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+        __builtin_cpu_supports("avx512bw"))
       return avx512::row_kernels<T>();
-    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
+    if (limit != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"))
       return avx2::row_kernels<T>();
 #endif
     return portable::row_kernels<T>();
@@ -41,8 +50,7 @@ const RowKernels<T>& row_kernels() {
   return kernels;
 }
 
-struct Problem {
-  int64_t batch, height, width, channels, heads;
+struct Problem : elsa::Problem {
   RowShape row;
 
   int64_t depth() const { return channels / heads; }
@@ -51,44 +59,12 @@ struct Problem {
 
 Problem check(
     const Tensor& value, const Tensor& logits, const std::optional<Tensor>& ghost_add,
-    const std::optional<Tensor>& ghost_mul, int64_t kernel_size, int64_t dilation) {
-  TORCH_CHECK_VALUE(
-      value.dim() == 4 && logits.dim() == 4 &&
-          value.sizes().slice(0, 3) == logits.sizes().slice(0, 3),
-      "elsa::attention: value (B, H, W, C) and logits (B, H, W, G*K*K) must agree in B, H, W, got ",
-      value.sizes(), " and ", logits.sizes());
-  TORCH_CHECK_VALUE(
-      kernel_size > 0 && kernel_size % 2 == 1,
-      "elsa::attention: kernel_size must be odd and positive, got ", kernel_size);
-  TORCH_CHECK_VALUE(dilation > 0, "elsa::attention: dilation must be positive, got ", dilation);
-  const int64_t taps = kernel_size * kernel_size, channels = value.size(3);
-  TORCH_CHECK_VALUE(
-      logits.size(3) > 0 && logits.size(3) % taps == 0,
-      "elsa::attention: logits must have a multiple of ", taps,
-      " channels (kernel_size squared), got ", logits.size(3));
-  const int64_t heads = logits.size(3) / taps;
-  TORCH_CHECK_VALUE(
-      channels > 0 && channels % heads == 0,
-      "elsa::attention: the channels of value must be a multiple of the ", heads, " heads, got ",
-      channels);
-  TORCH_CHECK_TYPE(
-      logits.scalar_type() == value.scalar_type(),
-      "elsa::attention: logits must have the dtype of value, ", value.scalar_type(), ", got ",
-      logits.scalar_type());
-  for (const auto& ghost : {ghost_add, ghost_mul}) {
-    if (!ghost) continue;
-    TORCH_CHECK_VALUE(
-        ghost->sizes() == at::IntArrayRef({channels, kernel_size, kernel_size}),
-        "elsa::attention: ghost filters must have shape (C, K, K) = (", channels, ", ", kernel_size,
-        ", ", kernel_size, "), got ", ghost->sizes());
-    TORCH_CHECK_TYPE(
-        ghost->scalar_type() == value.scalar_type(),
-        "elsa::attention: ghost filters must have the dtype of value, ", value.scalar_type(),
-        ", got ", ghost->scalar_type());
-  }
-  const int64_t depth = RowShape::round_up(channels / heads, kLaneMultiple);
-  return {value.size(0), value.size(1), value.size(2),
-          channels,      heads,         {value.size(2), depth, kernel_size, dilation}};
+    const std::optional<Tensor>& ghost_mul, int64_t kernel_size, int64_t dilation,
+    const Tensor& grad = {}) {
+  const elsa::Problem p =
+      check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad);
+  const int64_t depth = RowShape::round_up(p.channels / p.heads, kLaneMultiple);
+  return {p, {p.width, depth, kernel_size, dilation}};
 }
 
 // Ghost filters (C, K, K) as (G, K*K, depth) in the arithmetic type, padded with zeros.
@@ -103,19 +79,10 @@ Tensor pack_ghost(const std::optional<Tensor>& ghost, const Problem& p, const Te
   return packed;
 }
 
-// The tensor itself where its pixels follow each other at an even distance, as in a slice of a
-// projection's channels; else a contiguous copy. The kernels then need stride(2) alone.
-Tensor evenly_spaced(const Tensor& map) {
-  const int64_t pixel = map.stride(2), row = map.size(2) * pixel;
-  const bool even =
-      map.stride(3) == 1 && map.stride(1) == row && map.stride(0) == map.size(1) * row;
-  return even ? map : map.contiguous();
-}
-
 Tensor unpack_ghost(const Tensor& packed, const Problem& p, const Tensor& like) {
   return packed.narrow(2, 0, p.depth())
       .transpose(1, 2)
-      .reshape({p.channels, p.row.kernel, p.row.kernel})
+      .reshape({p.channels, p.kernel, p.kernel})
       .to(like.scalar_type())
       .contiguous();
 }
@@ -133,14 +100,6 @@ void copy_row(
           source + x * source_stride, source + x * source_stride + depth, out + x * out_stride,
           [](S v) { return static_cast<T>(v); });
   }
-}
-
-template <typename T>
-void transpose_row(
-    const T* source, int64_t width, int64_t depth, int64_t depth_stride, T* out,
-    int64_t out_stride) {
-  for (int64_t x = 0; x < width; ++x)
-    for (int64_t c = 0; c < depth; ++c) out[c * out_stride + x] = source[x * depth_stride + c];
 }
 
 // Logits of a row in the arithmetic type: the tensor's own memory where it has that type already.
@@ -280,7 +239,7 @@ void backward_chunk(
       copy_row(
           value.const_data_ptr<S>() + p.pixel(chunk.b, next) * value.stride(2) + channel,
           value.stride(2), p.width, p.depth(), slot, row.depth);
-      transpose_row(
+      row_kernels<T>().transpose(
           slot, p.width, p.depth(), row.depth, work.value_transposed.slot(next) + radius,
           positions);
     }
@@ -288,7 +247,7 @@ void backward_chunk(
     copy_row(
         grad.const_data_ptr<S>() + p.pixel(chunk.b, y) * grad.stride(2) + channel, grad.stride(2),
         p.width, p.depth(), grad_begin, row.depth);
-    transpose_row(
+    row_kernels<T>().transpose(
         grad_begin, p.width, p.depth(), row.depth, work.grad_transposed.data(), positions);
     const int64_t logits_offset = (p.pixel(chunk.b, y) * p.heads + chunk.g) * taps;
     const auto [row_logits, stride] =
@@ -348,15 +307,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad, const Tensor& value, const Tensor& logits,
     const std::optional<Tensor>& ghost_add, const std::optional<Tensor>& ghost_mul,
     int64_t kernel_size, int64_t dilation) {
-  const Problem p = check(value, logits, ghost_add, ghost_mul, kernel_size, dilation);
-  TORCH_CHECK_VALUE(
-      grad.sizes() == value.sizes(),
-      "elsa::attention_backward: grad must have the shape of value, ", value.sizes(), ", got ",
-      grad.sizes());
-  TORCH_CHECK_TYPE(
-      grad.scalar_type() == value.scalar_type(),
-      "elsa::attention_backward: grad must have the dtype of value, ", value.scalar_type(),
-      ", got ", grad.scalar_type());
+  const Problem p = check(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad);
   const Tensor grads = evenly_spaced(grad), values = evenly_spaced(value),
                all_logits = logits.contiguous();
   Tensor grad_value, grad_logits = at::empty_like(all_logits), grad_add, grad_mul;
@@ -395,6 +346,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
 }
 
 }  // namespace
+
+TORCH_LIBRARY_FRAGMENT(elsa, m) {
+  m.def("cpu_capability() -> str", [] { return std::string(row_kernels<float>().name); });
+}
 
 TORCH_LIBRARY_IMPL(elsa, CPU, m) {
   m.impl("attention", &attention);

@@ -69,6 +69,10 @@ struct RowKernels {
   const char* name;
   void (*forward)(const RowShape&, const ForwardRow<T>&);
   void (*backward)(const RowShape&, const BackwardRow<T>&);
+  // (rows, columns) to (columns, rows), with the distances between rows in numbers.
+  void (*transpose)(
+      const T* source, int64_t rows, int64_t columns, int64_t source_stride, T* out,
+      int64_t out_stride);
 };
 
 namespace portable {

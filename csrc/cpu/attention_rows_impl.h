@@ -1,141 +1,14 @@
 // The row kernels, written with the compiler's vector extension. Included once per instruction set,
-// after ELSA_ROWS_NAMESPACE, _VECTOR_BYTES, _TILE and, but for the portable one, _TARGET are
-// defined.
-//
-// No inline function or template of the standard library may be used below: its code would be
-// compiled for this instruction set and the linker might pick that copy for the whole program.
-#include <cstring>
-
+// after the macros of vectors.h and ELSA_ROWS_TILE are defined.
 #include "attention_rows.h"
-
-#if defined(ELSA_ROWS_TARGET)
-#define ELSA_PRAGMA(text) _Pragma(#text)
-#if defined(__clang__)
-#define ELSA_BEGIN_TARGET(isa) \
-  ELSA_PRAGMA(clang attribute push(__attribute__((target(isa))), apply_to = function))
-#define ELSA_END_TARGET _Pragma("clang attribute pop")
-#else
-#define ELSA_BEGIN_TARGET(isa) ELSA_PRAGMA(GCC target(isa))
-#define ELSA_END_TARGET
-#endif
-ELSA_BEGIN_TARGET(ELSA_ROWS_TARGET)
-#endif
+#include "vectors.h"
+// After vectors.h, which says what they are compiled for.
+#include "softmax.h"
 
 namespace elsa::cpu::ELSA_ROWS_NAMESPACE {
 namespace {
 
-#define ELSA_INLINE inline __attribute__((always_inline))
-
 constexpr int kTile = ELSA_ROWS_TILE;  // positions whose accumulators stay in registers together
-
-template <typename T>
-struct Vector;
-template <>
-struct Vector<float> {
-  typedef float type __attribute__((vector_size(ELSA_ROWS_VECTOR_BYTES)));
-  typedef float unaligned
-      __attribute__((vector_size(ELSA_ROWS_VECTOR_BYTES), aligned(4), may_alias));
-  typedef int32_t bits __attribute__((vector_size(ELSA_ROWS_VECTOR_BYTES)));
-};
-template <>
-struct Vector<double> {
-  typedef double type __attribute__((vector_size(ELSA_ROWS_VECTOR_BYTES)));
-  typedef double unaligned
-      __attribute__((vector_size(ELSA_ROWS_VECTOR_BYTES), aligned(8), may_alias));
-};
-
-template <typename T>
-using vec = typename Vector<T>::type;
-template <typename T>
-constexpr int kLanes = ELSA_ROWS_VECTOR_BYTES / sizeof(T);
-
-template <typename T>
-ELSA_INLINE vec<T> load(const T* p) {
-  return *reinterpret_cast<const typename Vector<T>::unaligned*>(p);
-}
-template <typename T>
-ELSA_INLINE void store(T* p, vec<T> v) {
-  *reinterpret_cast<typename Vector<T>::unaligned*>(p) = v;
-}
-template <typename T>
-ELSA_INLINE vec<T> broadcast(T s) {
-  return vec<T>{} + s;
-}
-
-// exp(x) for x <= 0: range reduction by ln 2 in two parts, then a degree 6 polynomial, within 2
-// ulp; 0 where the result would be subnormal, NaN where x is.
-ELSA_INLINE vec<float> exp_nonpositive(vec<float> x) {
-  const vec<float> rounding = broadcast(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
-  const vec<float> shifted = x * 1.44269504f + rounding;
-  const vec<float> n = shifted - rounding;
-  vec<float> r = x - n * 0.693359375f;
-  r = r + n * 2.12194440e-4f;
-  vec<float> p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * r * r + r + 1.0f;
-  const auto exponent = (reinterpret_cast<Vector<float>::bits>(shifted) + 127) << 23;
-  const vec<float> result = p * reinterpret_cast<vec<float>>(exponent);
-  return x < -87.0f ? vec<float>{} : result;
-}
-ELSA_INLINE vec<double> exp_nonpositive(vec<double> x) {
-  for (int i = 0; i < kLanes<double>; ++i) x[i] = __builtin_exp(x[i]);
-  return x;
-}
-
-template <typename T>
-ELSA_INLINE T lane_sum(vec<T> v) {
-  T lanes[kLanes<T>];
-  memcpy(lanes, &v, sizeof v);
-#pragma GCC unroll 4
-  for (int half = kLanes<T> / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-template <typename T>
-ELSA_INLINE T lane_max(vec<T> v) {
-  T lanes[kLanes<T>];
-  memcpy(lanes, &v, sizeof v);
-#pragma GCC unroll 4
-  for (int half = kLanes<T> / 2; half > 0; half /= 2)
-#pragma GCC unroll 8
-    for (int i = 0; i < half; ++i)
-      lanes[i] = lanes[i + half] > lanes[i] ? lanes[i + half] : lanes[i];
-  return lanes[0];
-}
-
-// Asks for `n` numbers ahead of their use; a head's logits lie too far apart for the machine to
-// foresee.
-template <typename T>
-ELSA_INLINE void prefetch(const T* p, int64_t n) {
-  constexpr int64_t kLine = 64 / sizeof(T);
-  for (int64_t i = 0; i < n + kLine; i += kLine) __builtin_prefetch(p + i);
-}
-
-// Softmax of one position: `taps` logits to `attention`, whose padding becomes 0.
-template <typename T>
-ELSA_INLINE void softmax(const T* logits, T* attention, int64_t taps, int64_t padded_taps) {
-  memcpy(attention, logits, taps * sizeof(T));
-  for (int64_t o = taps; o < padded_taps; ++o) attention[o] = -__builtin_huge_val();
-  vec<T> max = load(attention);
-  for (int64_t o = kLanes<T>; o < padded_taps; o += kLanes<T>) {
-    const vec<T> x = load(attention + o);
-    max = x > max ? x : max;
-  }
-  const vec<T> shift = broadcast(lane_max<T>(max));
-  vec<T> sum{};
-  for (int64_t o = 0; o < padded_taps; o += kLanes<T>) {
-    const vec<T> e = exp_nonpositive(load(attention + o) - shift);
-    sum += e;
-    store(attention + o, e);
-  }
-  const vec<T> scale = broadcast(T(1) / lane_sum<T>(sum));
-  for (int64_t o = 0; o < padded_taps; o += kLanes<T>)
-    store(attention + o, load(attention + o) * scale);
-}
 
 // Adds S taps to kTile outputs of NV vectors each: accumulator[p] += (mul * attention[p] + add) *
 // row[p]. From one tap to the next the attention moves by `attention_step` and the row by
@@ -182,6 +55,7 @@ ELSA_INLINE void for_channels(int64_t depth, const Body& body) {
 template <int K, int D, bool Dense>
 struct Known {
   static constexpr int kStep = K > 0 ? K : 1;  // taps handled at once
+  static constexpr int kTaps = K * K;
   const RowShape& row;
 
   ELSA_INLINE int64_t width() const { return row.width; }
@@ -206,7 +80,7 @@ void forward_row(const Shape& shape, const ForwardRow<T>& row) {
       if (x + p < width) {
         const T* logits = row.logits + (x + p) * row.logits_stride;
         prefetch(logits + kTile * row.logits_stride, taps);
-        softmax(logits, attention, taps, stride);
+        softmax<T, Shape::kTaps>(logits, attention, taps, stride);
       } else {
         memset(attention, 0, stride * sizeof(T));
       }
@@ -246,8 +120,7 @@ void backward_logits(const Shape& shape, const BackwardRow<T>& row) {
   T* grad_weight = weight + taps * kTileMultiple;  // (taps, L)
   for (int64_t x = 0; x < width; x += L) {
     const int64_t n = width - x < L ? width - x : L;
-    for (int64_t p = 0; p < L; ++p)
-      for (int64_t o = 0; o < taps; ++o) weight[o * L + p] = attention[(x + p) * stride + o];
+    transpose_matrix(attention + x * stride, L, taps, stride, weight, L);
     vec<T> dot{};
     for (int64_t ky = 0; ky < kernel; ++ky) {
       for (int64_t kx = 0; kx < kernel; kx += kStep) {
@@ -273,10 +146,9 @@ void backward_logits(const Shape& shape, const BackwardRow<T>& row) {
     }
     for (int64_t o = 0; o < taps; ++o)
       store(grad_weight + o * L, load(weight + o * L) * (load(grad_weight + o * L) - dot));
-    for (int64_t p = 0; p < n; ++p) {
-      T* out = row.grad_logits + (x + p) * row.grad_logits_stride;
-      for (int64_t o = 0; o < taps; ++o) out[o] = grad_weight[o * L + p];
-    }
+    transpose_matrix(
+        grad_weight, taps, n, L, row.grad_logits + x * row.grad_logits_stride,
+        row.grad_logits_stride);
   }
 }
 
@@ -346,10 +218,11 @@ void backward_ghost(const Shape& shape, const BackwardRow<T>& row, T* grad_ghost
 template <typename T, typename Shape, bool Mul>
 void backward_row(const Shape& shape, const BackwardRow<T>& row) {
   const int64_t taps = shape.taps(), stride = shape.padded_taps();
-  for (int64_t x = 0; x < shape.width(); ++x)
-    softmax(
-        row.logits + x * row.logits_stride, row.attention + (shape.span() + x) * stride, taps,
-        stride);
+  for (int64_t x = 0; x < shape.width(); ++x) {
+    const T* logits = row.logits + x * row.logits_stride;
+    prefetch(logits + kTile * row.logits_stride, taps);
+    softmax<T, Shape::kTaps>(logits, row.attention + (shape.span() + x) * stride, taps, stride);
+  }
   backward_logits<T, Shape, Mul>(shape, row);
   backward_value<T, Shape, Mul>(shape, row);
   if (row.grad_ghost_add) backward_ghost<T, Shape, false>(shape, row, row.grad_ghost_add);
@@ -383,6 +256,13 @@ void dispatch(const RowShape& shape, const Row& row) {
   }
 }
 
+template <typename T>
+void transpose_any(
+    const T* source, int64_t rows, int64_t columns, int64_t source_stride, T* out,
+    int64_t out_stride) {
+  transpose_matrix(source, rows, columns, source_stride, out, out_stride);
+}
+
 #define ELSA_STRING_(text) #text
 #define ELSA_STRING(text) ELSA_STRING_(text)
 
@@ -392,17 +272,15 @@ template <>
 RowKernels<float> row_kernels<float>() {
   return {
       ELSA_STRING(ELSA_ROWS_NAMESPACE), dispatch<float, ForwardRow<float>>,
-      dispatch<float, BackwardRow<float>>};
+      dispatch<float, BackwardRow<float>>, transpose_any<float>};
 }
 template <>
 RowKernels<double> row_kernels<double>() {
   return {
       ELSA_STRING(ELSA_ROWS_NAMESPACE), dispatch<double, ForwardRow<double>>,
-      dispatch<double, BackwardRow<double>>};
+      dispatch<double, BackwardRow<double>>, transpose_any<double>};
 }
 
 }  // namespace elsa::cpu::ELSA_ROWS_NAMESPACE
 
-#if defined(ELSA_ROWS_TARGET)
 ELSA_END_TARGET
-#endif

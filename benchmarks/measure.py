@@ -1,0 +1,153 @@
+"""Clocks, memory and the machine's description; every figure comes from interleaved runs."""
+
+from __future__ import annotations
+
+import datetime
+import gc
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+import elsa_core
+from elsa_core import doctor
+
+Run = Callable[[], object]
+
+
+@dataclass
+class Row:
+    """One line of a table. ``ratio`` is the median relative to ELSA's in the same rounds."""
+
+    part: str
+    case: str
+    step: str
+    contender: str
+    median_ms: float
+    fastest_ms: float
+    rounds: int
+    ratio: float
+    peak_mib: float
+
+
+class Clock:
+    """Times one call. On the CPU with one thread it counts the process's own CPU time, so that
+    other work on the machine counts as little as it can; with more threads, and on a GPU, the
+    time that passes."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        own = device.type == "cpu" and torch.get_num_threads() == 1
+        self.name = "CPU time of the process" if own else "wall time"
+        self._now = time.process_time if own else time.perf_counter
+
+    def time(self, run: Run) -> float:
+        """Seconds."""
+        self._wait()
+        start = self._now()
+        run()
+        self._wait()
+        return self._now() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def peak_memory(run: Run, device: torch.device) -> float:
+    """Most memory that PyTorch's allocator held at once during the call, beyond the start, MiB."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        start = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return (torch.cuda.max_memory_allocated(device) - start) / 2**20
+    with torch.profiler.profile(profile_memory=True) as profile:
+        run()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        held += event.nbytes()
+        peak = max(peak, held)
+    return peak / 2**20
+
+
+def compare(
+    part: str,
+    case: str,
+    step: str,
+    runs: Mapping[str, Run],
+    clock: Clock,
+    rounds: int,
+    seconds: float,
+) -> list[Row]:
+    """Rows of all contenders, one call of each per round; the first is what ratios refer to.
+
+    A contender that has used up ``seconds`` sits out the rest, after 2 rounds at least.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    peaks = {}
+    for name, run in runs.items():
+        run()  # compiles, fills caches
+        peaks[name] = peak_memory(run, clock.device)
+    for _ in range(rounds):
+        for name, run in runs.items():
+            if len(times[name]) < 2 or sum(times[name]) < seconds:
+                times[name].append(clock.time(run))
+    first = next(iter(runs))
+    rows = []
+    for name, measured in times.items():
+        median = statistics.median(measured)
+        base = statistics.median(times[first][: len(measured)])
+        figures = (1e3 * median, 1e3 * min(measured), len(measured), median / base, peaks[name])
+        rows.append(Row(part, case, step, name, *figures))
+        print(
+            f"{part:9} {case:24} {step:16} {name:22} {1e3 * median:9.2f} ms "
+            f"{median / base:7.2f}x {peaks[name]:8.1f} MiB",
+            flush=True,
+        )
+    return rows
+
+
+def limits(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
+    """What the machine can do at best: copying and a square matrix product, measured."""
+    device = clock.device
+    source = torch.ones(2**26, dtype=dtype, device=device)  # far larger than any cache
+    target = torch.empty_like(source)
+    side = 8192 if device.type == "cuda" else 1536
+    square = torch.ones(side, side, dtype=dtype, device=device)
+
+    def best(run: Run) -> float:
+        run()
+        return min(clock.time(run) for _ in range(5))
+
+    moved = 2 * source.numel() * source.element_size()
+    return {
+        "copy_gb_per_s": moved / best(lambda: target.copy_(source)) / 1e9,
+        "matrix_product_tflops": 2 * side**3 / best(lambda: square @ square) / 1e12,
+    }
+
+
+def describe(clock: Clock, dtype: torch.dtype) -> dict[str, object]:
+    """The machine and the software, for results that are read later and elsewhere."""
+    report, healthy = doctor.report()
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "date": datetime.date.today().isoformat(),
+        "device": doctor.describe_device(clock.device),
+        "dtype": str(dtype).removeprefix("torch."),
+        "clock": clock.name,
+        "threads": torch.get_num_threads(),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": platform.platform(),
+        "elsa_core": elsa_core.__version__,
+        "doctor": [line for line in report if not line.startswith("extension:")],
+        "self_check": "right" if healthy else "WRONG",
+        "limits": {name: round(value, 3) for name, value in limits(clock, dtype).items()},
+    }

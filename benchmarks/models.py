@@ -1,0 +1,202 @@
+"""The backbone and Mask R-CNN, inference and training step, beside the stock Swin of mmdet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+
+from elsa_core import VARIANTS, ELSASwin, layers
+
+from .measure import Clock, Row, Run, compare
+from .operator import KERNEL, unfold_path
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs/mmdet/elsa_swin"
+CONFIG = "mask-rcnn_elsa-swin-{}-p4-w7_fpn_amp-ms-crop-1x_coco.py"
+
+
+def measure_backbones(
+    clock: Clock,
+    dtype: torch.dtype,
+    names: Sequence[str],
+    size: tuple[int, int],
+    rounds: int,
+    budget: float,
+) -> list[Row]:
+    rows = []
+    for name in names:
+        image = torch.randn(1, 3, *size, device=clock.device)
+        ours = ELSASwin(name).to(clock.device)
+        stock = _stock_swin(name).to(clock.device)
+        case = f"{name} {size[0]}x{size[1]}"
+        for step, make in {"inference": _inference, "training step": _training}.items():
+            plain = make(ours, image, dtype)
+            runs = {
+                "elsa": plain,
+                "stock swin": make(stock, image, dtype),
+                "elsa, unfold path": _on_unfold_path(plain),
+            }
+            rows += compare("backbone", case, step, runs, clock, rounds, budget)
+    return rows
+
+
+def measure_detectors(
+    clock: Clock,
+    dtype: torch.dtype,
+    names: Sequence[str],
+    size: tuple[int, int],
+    rounds: int,
+    budget: float,
+) -> list[Row]:
+    rows = []
+    for name in names:
+        ours, stock = (_detector(name, which).to(clock.device) for which in ("elsa", "swin"))
+        case = f"{name} {size[0]}x{size[1]}"
+        for step, make in {"inference": _detection, "training step": _detector_training}.items():
+            runs = {
+                "elsa": make(ours, size, clock, dtype),
+                "stock swin": make(stock, size, clock, dtype),
+            }
+            rows += compare("mask rcnn", case, step, runs, clock, rounds, budget)
+    return rows
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Models keep float32 parameters and compute in dtype, as in training."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _inference(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Run:
+    def run() -> None:
+        model.eval()
+        with torch.no_grad(), _autocast(image.device, dtype):
+            model(image)
+
+    return run
+
+
+def _training(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Run:
+    def run() -> None:
+        model.train()
+        model.zero_grad(set_to_none=True)
+        with _autocast(image.device, dtype):
+            outs = model(image)
+        sum(out.float().mean() for out in outs).backward()
+
+    return run
+
+
+def _on_unfold_path(run: Run) -> Run:
+    """The same model with every operator replaced by the unfold path."""
+
+    def attention(
+        value: Tensor, logits: Tensor, ghost_add: Tensor, ghost_mul: None, *, kernel_size: int
+    ) -> Tensor:
+        assert kernel_size == KERNEL and ghost_mul is None
+        if torch.is_autocast_enabled(value.device.type):
+            ghost_add = ghost_add.to(value.dtype)
+        out = unfold_path(
+            value.permute(0, 3, 1, 2), logits.permute(0, 3, 1, 2).contiguous(), ghost_add
+        )
+        return out.permute(0, 2, 3, 1)
+
+    def patched() -> None:
+        with mock.patch.object(layers, "elsa_attention", attention):
+            run()
+
+    return patched
+
+
+def _stock_options(name: str) -> dict[str, object]:
+    arch = VARIANTS[name]
+    return {
+        "embed_dims": arch.embed_dim,
+        "depths": arch.depths,
+        "num_heads": arch.num_heads,
+        "window_size": arch.window_size,
+        "drop_path_rate": 0.0,
+    }
+
+
+def _stock_swin(name: str) -> nn.Module:
+    from mmdet.models.backbones import SwinTransformer
+
+    return SwinTransformer(**_stock_options(name))
+
+
+def _detector(name: str, backbone: str) -> nn.Module:
+    from mmdet.registry import MODELS
+    from mmdet.utils import register_all_modules
+    from mmengine.config import Config
+
+    register_all_modules(init_default_scope=True)
+    config = Config.fromfile(CONFIGS / CONFIG.format(name[0]))
+    if backbone == "swin":
+        config.model.backbone = {"type": "SwinTransformer", **_stock_options(name)}
+    else:
+        config.model.backbone.drop_path_rate = 0.0
+    config.model.backbone.pop("init_cfg", None)
+    torch.manual_seed(0)
+    return MODELS.build(config.model)
+
+
+def _samples(size: tuple[int, int], device: torch.device) -> list[object]:
+    """One image's ground truth: 8 boxes with their masks, half the image wide."""
+    import numpy
+    from mmdet.structures import DetDataSample
+    from mmdet.structures.mask import BitmapMasks
+    from mmengine.structures import InstanceData
+
+    height, width = size
+    corner = torch.linspace(0, 0.5, 8)[:, None]
+    boxes = torch.cat([corner * width, corner * height], 1)
+    boxes = torch.cat([boxes, boxes + torch.tensor([width / 2, height / 2])], 1)
+    masks = numpy.zeros((8, height, width), dtype=numpy.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[top:bottom, left:right] = 1
+    sample = DetDataSample(
+        metainfo={
+            "img_shape": size,
+            "ori_shape": size,
+            "pad_shape": size,
+            "batch_input_shape": size,
+            "scale_factor": (1.0, 1.0),
+        }
+    )
+    sample.gt_instances = InstanceData(
+        bboxes=boxes.to(device),
+        labels=torch.arange(8, device=device),
+        masks=BitmapMasks(masks, height, width),
+    )
+    return [sample]
+
+
+def _detection(model: nn.Module, size: tuple[int, int], clock: Clock, dtype: torch.dtype) -> Run:
+    image = torch.randn(1, 3, *size, device=clock.device)
+
+    def run() -> None:
+        model.eval()
+        with torch.no_grad(), _autocast(clock.device, dtype):
+            model(image, _samples(size, clock.device), mode="predict")
+
+    return run
+
+
+def _detector_training(
+    model: nn.Module, size: tuple[int, int], clock: Clock, dtype: torch.dtype
+) -> Run:
+    image = torch.randn(1, 3, *size, device=clock.device)
+
+    def run() -> None:
+        model.train()
+        model.zero_grad(set_to_none=True)
+        torch.manual_seed(0)  # which proposals are sampled
+        with _autocast(clock.device, dtype):
+            losses = model(image, _samples(size, clock.device), mode="loss")
+        total, _ = model.parse_losses(losses)
+        total.backward()
+
+    return run

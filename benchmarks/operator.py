@@ -1,0 +1,119 @@
+"""The operator at the stage shapes of the published models, beside other ways to compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from itertools import product
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from elsa_core import VARIANTS, elsa_attention
+
+from .measure import Clock, Row, Run, compare
+
+KERNEL = 7
+# (height, width) of the image; and the two shapes that the project's targets are about.
+IMAGES = [(224, 224), (512, 512), (800, 1344)]
+HEADLINES = [(100, 152, 96, 3), (50, 76, 384, 12)]
+Shape = tuple[int, int, int, int]  # height, width, channels, heads
+
+
+def stage_shapes() -> Iterator[Shape]:
+    """Of all ELSA stages of T (S has the same) and B at every image size, largest maps last."""
+    found = set()
+    for arch, (height, width) in product(VARIANTS.values(), IMAGES):
+        for stage, heads in enumerate(arch.num_heads[:-1]):
+            stride = 4 * 2**stage
+            found.add((height // stride, width // stride, arch.embed_dim * 2**stage, heads))
+    yield from sorted(found)
+
+
+def unfold_path(value: Tensor, logits: Tensor, ghost_add: Tensor) -> Tensor:
+    """Every K*K neighbourhood laid out in memory, as without a kernel of one's own.
+
+    Channels first, its own layout: value [B, C, H, W], logits [B, G * K * K, H, W], ghost filters
+    [C, K, K] -> [B, C, H, W].
+    """
+    batch, channels, height, width = value.shape
+    taps = KERNEL**2
+    heads = logits.shape[1] // taps
+    patches = F.unfold(value, KERNEL, padding=KERNEL // 2)
+    patches = patches.view(batch, heads, channels // heads, taps, height * width)
+    attention = logits.view(batch, heads, 1, taps, height * width).softmax(3)
+    weights = attention + ghost_add.view(1, heads, channels // heads, taps, 1)
+    return (weights * patches).sum(3).view(batch, channels, height, width)
+
+
+def unfold_bytes(shape: Shape, dtype: torch.dtype) -> int:
+    """What the unfold path's forward and backward hold at once, about."""
+    height, width, channels, _ = shape
+    return 5 * height * width * channels * KERNEL**2 * dtype.itemsize
+
+
+def _contenders(
+    shape: Shape, device: torch.device, dtype: torch.dtype, memory: int, compiled: bool
+) -> dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor]]:
+    """Name -> function, its inputs and a gradient of its output, all in the layout it likes."""
+    height, width, channels, heads = shape
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, device=device, dtype=dtype).requires_grad_()
+
+    filters = draw(channels, KERNEL, KERNEL)
+    last = [draw(1, height, width, channels), draw(1, height, width, heads * KERNEL**2), filters]
+    first = [draw(1, channels, height, width), draw(1, heads * KERNEL**2, height, width), filters]
+
+    def elsa(value: Tensor, logits: Tensor, ghost_add: Tensor) -> Tensor:
+        return elsa_attention(value, logits, ghost_add, kernel_size=KERNEL)
+
+    found = {"elsa": (elsa, last, torch.ones_like(last[0]))}
+    if unfold_bytes(shape, dtype) < memory:
+        found["unfold"] = (unfold_path, first, torch.ones_like(first[0]))
+        if compiled:
+            fused = torch.compile(unfold_path, dynamic=False)
+            found["torch.compile of unfold"] = (fused, first, torch.ones_like(first[0]))
+    if find_spec("natten"):
+        import natten
+
+        qkv = [draw(1, height, width, heads, channels // heads) for _ in range(3)]
+
+        def na2d(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return natten.na2d(query, key, value, kernel_size=KERNEL)
+
+        found["natten na2d"] = (na2d, qkv, torch.ones_like(qkv[0]))
+    return found
+
+
+def measure_operator(
+    clock: Clock, dtype: torch.dtype, quick: bool, memory: int, rounds: int, seconds: float
+) -> list[Row]:
+    """Forward, and forward with backward, at every shape.
+
+    On the CPU only the headline shapes meet torch.compile, which takes up to a minute for each.
+    """
+    shapes = HEADLINES if quick else [*HEADLINES, *stage_shapes()]
+    rows: list[Row] = []
+    for shape in shapes:
+        torch._dynamo.reset()
+        compiled = clock.device.type == "cuda" or shape in HEADLINES
+        forward: dict[str, Run] = {}
+        both: dict[str, Run] = {}
+        for name, parts in _contenders(shape, clock.device, dtype, memory, compiled).items():
+            forward[name] = lambda parts=parts: _forward(*parts)
+            both[name] = lambda parts=parts: _both(*parts)
+        case = f"{shape[0]}x{shape[1]}x{shape[2]} {shape[3]} heads"
+        rows += compare("operator", case, "forward", forward, clock, rounds, seconds)
+        rows += compare("operator", case, "forward+backward", both, clock, rounds, seconds)
+    return rows
+
+
+def _forward(function: Callable[..., Tensor], inputs: list[Tensor], _: Tensor) -> None:
+    with torch.no_grad():
+        function(*inputs)
+
+
+def _both(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> None:
+    torch.autograd.grad(function(*inputs), inputs, grad)

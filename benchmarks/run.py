@@ -1,0 +1,128 @@
+"""Command line: ``python -m benchmarks.run`` measures and writes a folder of results."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import sys
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import torch
+
+from elsa_core.errors import UsageError
+
+from .measure import Clock, Row, describe
+from .models import measure_backbones, measure_detectors
+from .operator import measure_operator
+from .plots import draw
+
+PARTS = ("operator", "backbone", "detector")
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.run",
+        description="Measure the operator, the backbone and Mask R-CNN beside what a user would "
+        "pick instead: medians of interleaved runs, ratios, peak memory. Writes a table and a plot "
+        "for each part, and the machine.",
+    )
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--part", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--quick", action="store_true", help="the headline shapes and T only")
+    parser.add_argument(
+        "--variant",
+        nargs="+",
+        choices=("tiny", "small"),
+        help="whose models are measured (default: both, with --quick tiny)",
+    )
+    parser.add_argument(
+        "--threads",
+        type=int,
+        default=1,
+        help="of PyTorch on the CPU; with 1, the default, CPU time is counted instead of wall time",
+    )
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=2,
+        metavar=("HEIGHT", "WIDTH"),
+        help="of the models' input (default: 512 512 on the CPU, 800 1344 on a GPU)",
+    )
+    parser.add_argument("--rounds", type=int, default=7, help="of every comparison")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="after which a contender sits out more rounds"
+    )
+    parser.add_argument(
+        "--memory-gib", type=float, default=8.0, help="most that the unfold path may take"
+    )
+    parser.add_argument("--out", type=Path, help="folder of the results (default: by device, date)")
+    options = parser.parse_args(arguments)
+    for name in ("threads", "rounds", "seconds", "memory_gib"):
+        if getattr(options, name) <= 0:
+            raise UsageError(
+                f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}"
+            )
+    if options.size and min(options.size) < 32:
+        raise UsageError(f"--size must be at least 32 32, got {options.size[0]} {options.size[1]}")
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise UsageError("--device cuda needs a CUDA device, and PyTorch finds none")
+    return options
+
+
+def measure(
+    options: argparse.Namespace, clock: Clock, dtype: torch.dtype
+) -> Iterator[tuple[str, list[Row]]]:
+    """Each part's name and rows, as soon as they are there."""
+    height, width = options.size or ((512, 512) if options.device == "cpu" else (800, 1344))
+    rounds, seconds, quick = options.rounds, options.seconds, options.quick
+    names = options.variant or (["tiny"] if quick else ["tiny", "small"])
+    if "operator" in options.part:
+        memory = int(options.memory_gib * 2**30)
+        yield "operator", measure_operator(clock, dtype, quick, memory, rounds, seconds)
+    if "backbone" in options.part:
+        size = (height, width)
+        yield "backbone", measure_backbones(clock, dtype, names, size, rounds, seconds)
+    if "detector" in options.part:
+        size = (height, width)
+        yield "detector", measure_detectors(clock, dtype, names, size, rounds, seconds)
+
+
+def write(folder: Path, part: str, rows: list[Row], machine: dict[str, object]) -> None:
+    """<part>.csv and <part>.png, and the machine beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
+    with (folder / f"{part}.csv").open("w", newline="") as file:
+        table = csv.DictWriter(file, [field.name for field in fields(Row)], lineterminator="\n")
+        table.writeheader()
+        for line in map(asdict, rows):
+            table.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()})
+    draw(folder / f"{part}.png", part, rows, machine)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        options = parse(arguments)
+    except UsageError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
+    warnings.filterwarnings("ignore")
+    torch.manual_seed(0)
+    torch.set_num_threads(options.threads)
+    clock, dtype = Clock(torch.device(options.device)), getattr(torch, options.dtype)
+    machine = describe(clock, dtype)
+    print(json.dumps(machine, indent=2), flush=True)
+    folder = options.out or RESULTS / f"{machine['date']}-{options.device}-{options.dtype}"
+    for part, rows in measure(options, clock, dtype):
+        write(folder, part, rows, machine)
+        print(f"{part} written to {folder}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,90 @@
+// What the CUDA kernels take and write. Plain pointers to device memory: the kernels know no
+// tensor.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+namespace elsa::cuda {
+
+// A map (B, H, W, channels): neighbouring pixels are `stride` numbers apart, in all of the map, and
+// the channels of a pixel follow each other.
+template <typename S>
+struct Map {
+  S* data;
+  int64_t stride;
+};
+
+// The softmax of one head and position without its taps: attention = exp(logit - max) * scale.
+// Two numbers rather than log(sum), whose rounding would spoil the attention of large logits.
+template <typename T>
+struct Softmax {
+  T max, scale;
+};
+
+// Sums and softmax are computed in T: float, or double for double.
+template <typename S>
+struct ArithmeticType {
+  using type = float;
+};
+template <>
+struct ArithmeticType<double> {
+  using type = double;
+};
+template <typename S>
+using Arithmetic = typename ArithmeticType<S>::type;
+
+// Ghost filters are (C, K, K) and contiguous, or null for none.
+template <typename S>
+struct Operands {
+  int64_t batch, height, width, heads;
+  int depth;  // channels per head
+  int kernel;
+  int64_t dilation;
+  Map<const S> value, logits;
+  const S *ghost_add, *ghost_mul;
+
+  int64_t pixels() const { return batch * height * width; }
+};
+
+template <typename S>
+struct Forward {
+  Operands<S> operands;
+  S* out;  // (B, H, W, C), contiguous as all results are
+};
+
+template <typename S>
+struct Backward {
+  Operands<S> operands;
+  Map<const S> grad;
+  S *grad_value, *grad_logits;
+  S *grad_add, *grad_mul;  // (C, K, K), null where the filter is
+  // Work space: softmax (B, H, W, G), and sums over a part of the pixels (parts, K*K, C) for each
+  // ghost filter that is there.
+  Softmax<Arithmetic<S>>* softmax;
+  int64_t parts;
+  Arithmetic<S>*add_parts, *mul_parts;
+};
+
+// Kernels for any size, in attention_any.cu. The largest kernel is bounded by shared memory.
+inline constexpr int64_t kLargestKernel = 77;
+template <typename S>
+void forward_any(const Forward<S>& call, cudaStream_t stream);
+template <typename S>
+void backward_any(const Backward<S>& call, cudaStream_t stream);
+int64_t ghost_parts_any(int64_t pixels, int64_t filter_size);
+
+// Kernels for what the published models use, in attention_k7.cu: K = 7, 32 channels per head,
+// dilation 1, no ghost_mul, not in double precision. Maps must be aligned to 16 bytes, pixel by
+// pixel.
+template <typename S>
+void forward_k7(const Forward<S>& call, cudaStream_t stream);
+template <typename S>
+void backward_k7(const Backward<S>& call, cudaStream_t stream);
+int64_t ghost_parts_k7(int64_t rows);
+// Bytes of shared memory that a block needs at most.
+template <typename S>
+int64_t shared_bytes_k7();
+
+}  // namespace elsa::cuda

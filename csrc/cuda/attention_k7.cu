@@ -1,0 +1,293 @@
+// Kernels for K = 7, 32 channels per head, dilation 1 and no multiplicative filter, as in all
+// published models.
+#include <algorithm>
+
+#include "attention_k7.cuh"
+
+namespace elsa::cuda {
+namespace k7 {
+namespace {
+
+// Parts of a block's shared memory, in bytes; each a multiple of 16.
+constexpr int64_t kWeightBytes = kWeights * sizeof(float);
+constexpr int64_t kFilterBytes = kFilter * sizeof(float);
+template <typename S>
+constexpr int64_t kGatherBytes =
+    kWeightBytes + kFilterBytes + int64_t{kHaloRows} * kGatherPitch<S> * sizeof(S);
+template <typename S>
+constexpr int64_t kLogitsBytes =
+    kWeightBytes + (int64_t{kHaloRows} * kValuePitch<S> + int64_t{kRows} * kGradPitch<S>)*sizeof(S);
+constexpr int64_t kGhostBytes = int64_t{kWarps} * kTaps * kDepth * sizeof(float);
+static_assert(kWeightBytes % 16 == 0 && kFilterBytes % 16 == 0);
+static_assert(kValuePitch<__half> % 8 == 0 && kGatherPitch<__half> % 8 == 0);
+
+template <typename S>
+__global__ void __launch_bounds__(kThreads) forward_kernel(Forward<S> call) {
+  extern __shared__ float4 shared[];
+  float* weights = reinterpret_cast<float*>(shared);
+  float* filter = weights + kWeights;
+  S* values = reinterpret_cast<S*>(filter + kFilter);
+  const Operands<S>& a = call.operands;
+  const Tile t = tile_of_block(a);
+  load_tile<kHaloRows, kHaloColumns, kGatherPitch<S>>(
+      values, a.value, a, t, t.top - kRadius, t.left - kRadius);
+  load_logits(weights, a, t);
+  load_filter<false>(filter, a, t);
+  __syncthreads();
+  {
+    float* own = weights + weights_at(threadIdx.x / kColumns, threadIdx.x % kColumns);
+    float taps[kTaps];
+    read_taps(taps, own);
+    softmax(taps);
+    write_taps(own, taps);
+  }
+  __syncthreads();
+  gather(values, weights, filter, a, t, call.out);
+}
+
+// Gradient of the logits, and the softmax for the kernel that follows. For the products over
+// channels a thread has all taps of one row of the kernel, for a strip of positions.
+template <typename S>
+__global__ void __launch_bounds__(kThreads) logits_kernel(Backward<S> call) {
+  extern __shared__ float4 shared[];
+  float* weights = reinterpret_cast<float*>(shared);
+  S* values = reinterpret_cast<S*>(weights + kWeights);
+  S* grads = values + kHaloRows * kValuePitch<S>;
+  const Operands<S>& a = call.operands;
+  const Tile t = tile_of_block(a);
+  load_tile<kHaloRows, kHaloColumns, kValuePitch<S>>(
+      values, a.value, a, t, t.top - kRadius, t.left - kRadius);
+  load_tile<kRows, kColumns, kGradPitch<S>>(grads, call.grad, a, t, t.top, t.left);
+  load_logits(weights, a, t);
+  __syncthreads();
+
+  // 7 * 16 threads have work here, the last 16 have none.
+  const int row = threadIdx.x % kRows, left = threadIdx.x / kRows % 2 * kStrip;
+  const int ky = threadIdx.x / (2 * kRows);
+  float products[kStrip][kKernel] = {};
+  if (ky < kKernel) {
+    const S* value = values + (row + ky) * kValuePitch<S> + left * kDepth;
+    const S* grad = grads + row * kGradPitch<S> + left * kDepth;
+#pragma unroll 1
+    for (int channel = 0; channel < kDepth; channel += 4) {
+      float4 pixels[kWindow];
+#pragma unroll
+      for (int i = 0; i < kWindow; ++i) pixels[i] = load4(value + i * kDepth + channel);
+#pragma unroll
+      for (int i = 0; i < kStrip; ++i) {
+        const float4 g = load4(grad + i * kDepth + channel);
+#pragma unroll
+        for (int kx = 0; kx < kKernel; ++kx) {
+          const float4& v = pixels[i + kx];
+          float& product = products[i][kx];
+          product += g.x * v.x;
+          product += g.y * v.y;
+          product += g.z * v.z;
+          product += g.w * v.w;
+        }
+      }
+    }
+  }
+
+  // From here on a thread has one position; its logits make room for its products.
+  const int own_row = threadIdx.x / kColumns, own_column = threadIdx.x % kColumns;
+  float* own = weights + weights_at(own_row, own_column);
+  float attention[kTaps];
+  read_taps(attention, own);
+  const Softmax<float> normaliser = softmax(attention);
+  if (inside(a, t.top + own_row, t.left + own_column))
+    call.softmax[pixel_at(a, t, t.top + own_row, t.left + own_column) * a.heads + t.head] =
+        normaliser;
+  __syncthreads();
+  if (ky < kKernel) {
+#pragma unroll
+    for (int i = 0; i < kStrip; ++i) {
+      const float* row_products = products[i];
+      float* to = weights + weights_at(row, left + i) + ky * kTapRow;
+      store4(to, {row_products[0], row_products[1], row_products[2], row_products[3]});
+      store4(to + 4, {row_products[4], row_products[5], row_products[6], 0.0f});
+    }
+  }
+  __syncthreads();
+  {
+    float grad_attention[kTaps], dot = 0;
+    read_taps(grad_attention, own);
+#pragma unroll
+    for (int o = 0; o < kTaps; ++o) dot += attention[o] * grad_attention[o];
+#pragma unroll
+    for (int o = 0; o < kTaps; ++o) attention[o] *= grad_attention[o] - dot;
+    write_taps(own, attention);
+  }
+  __syncthreads();
+
+  const int lane = threadIdx.x % kWarp, other = lane + kWarp;
+  for (int tile_row = threadIdx.x / kWarp; tile_row < kRows; tile_row += kWarps) {
+    if (t.top + tile_row >= a.height) break;
+    const int64_t first = pixel_at(a, t, t.top + tile_row, t.left);
+    S* to = call.grad_logits + (first * a.heads + t.head) * kTaps;
+#pragma unroll 8
+    for (int column = 0; column < kColumns; ++column, to += a.heads * kTaps) {
+      if (t.left + column >= a.width) break;
+      const float* from = weights + weights_at(tile_row, column);
+      store(to + lane, from[slot(lane)]);
+      if (other < kTaps) store(to + other, from[slot(other)]);
+    }
+  }
+}
+
+// Attention with which the positions around the tile's positions q read them, sorted by q: the
+// weights of a sum over taps in reverse order, which is the gradient of the values. A quarter of a
+// warp reads one row of taps of a position p.
+template <typename S>
+__device__ void load_readers(
+    float* weights, const Softmax<float>* normalisers, const Operands<S>& a, const Tile& t) {
+  constexpr int kQuarters = kWarp / 8, kSteps = (kHaloColumns + kQuarters - 1) / kQuarters;
+  const int kx = threadIdx.x % 8, quarter = threadIdx.x % kWarp / 8;
+  const int64_t left = t.left - kRadius;
+  for (int i = threadIdx.x / kWarp; i < kKernel * kRows; i += kWarps) {
+    const int ky = i / kRows, row = i % kRows, tap = ky * kKernel + kx;
+    const int64_t y = t.top + row - (ky - kRadius);
+    const bool row_inside = y >= 0 && y < a.height;
+    const int64_t first = pixel_at(a, t, y, left);
+    const S* logits = a.logits.data + first * a.logits.stride + t.head * kTaps + tap;
+    const Softmax<float>* of_row = normalisers + first * a.heads + t.head;
+    float* out = weights + weights_at(row, 0) + slot(kTaps - 1 - tap);
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int from = step * kQuarters + quarter, column = from - 2 * kRadius + kx;
+      if (kx >= kKernel || column < 0 || column >= kColumns) continue;
+      float attention = 0;
+      if (row_inside && left + from >= 0 && left + from < a.width) {
+        const Softmax<float> normaliser = of_row[from * a.heads];
+        const float logit = number(logits[from * a.logits.stride]);
+        attention = __expf(logit - normaliser.max) * normaliser.scale;
+      }
+      out[column * kWeightPitch] = attention;
+    }
+  }
+}
+
+template <typename S>
+__global__ void __launch_bounds__(kThreads) value_kernel(Backward<S> call) {
+  extern __shared__ float4 shared[];
+  float* weights = reinterpret_cast<float*>(shared);
+  float* filter = weights + kWeights;
+  S* grads = reinterpret_cast<S*>(filter + kFilter);
+  const Operands<S>& a = call.operands;
+  const Tile t = tile_of_block(a);
+  load_tile<kHaloRows, kHaloColumns, kGatherPitch<S>>(
+      grads, call.grad, a, t, t.top - kRadius, t.left - kRadius);
+  load_readers(weights, call.softmax, a, t);
+  load_filter<true>(filter, a, t);
+  __syncthreads();
+  gather(grads, weights, filter, a, t, call.grad_value);
+}
+
+// Gradient of the additive filters, summed over a part of the image rows. A lane has a channel, its
+// warp walks along a row, and a window of 7 x 7 values moves along in registers.
+template <typename S>
+__global__ void __launch_bounds__(kThreads, 3) ghost_kernel(Backward<S> call, int64_t rows_a_part) {
+  extern __shared__ float4 shared[];
+  float* sums = reinterpret_cast<float*>(shared);  // [warp][tap][channel]
+  const Operands<S>& a = call.operands;
+  const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
+  const int64_t head = blockIdx.x, rows = a.batch * a.height;
+  const int64_t begin = blockIdx.y * rows_a_part;
+  const int64_t end = begin + rows_a_part < rows ? begin + rows_a_part : rows;
+  float sum[kKernel][kKernel] = {};
+  const int64_t pitch = a.width * a.value.stride;
+  for (int64_t row = begin + warp; row < end; row += kWarps) {
+    const int64_t y = row % a.height;
+    const S* grad = call.grad.data + row * a.width * call.grad.stride + head * kDepth + lane;
+    const S* value = a.value.data + row * pitch + head * kDepth + lane;
+    // Rows of the image that the window covers, a bit for each.
+    int rows_inside = 0;
+#pragma unroll
+    for (int ky = 0; ky < kKernel; ++ky)
+      if (y + ky >= kRadius && y + ky - kRadius < a.height) rows_inside |= 1 << ky;
+    int64_t x_read = 0;
+    const auto read_column = [&](float (&column)[kKernel]) {
+      const int valid = x_read < a.width ? rows_inside : 0;
+#pragma unroll
+      for (int ky = 0; ky < kKernel; ++ky)
+        column[ky] = valid >> ky & 1 ? number(value[(ky - kRadius) * pitch]) : 0.0f;
+      value += a.value.stride;
+      ++x_read;
+    };
+    // Column x + kx - 3 is in slot (x + kx) % 7; the next one is read a step ahead.
+    float window[kKernel][kKernel] = {}, next[kKernel], next_grad = number(*grad);
+#pragma unroll
+    for (int column = 0; column < kRadius; ++column) read_column(window[column + kRadius]);
+    read_column(next);
+#pragma unroll 1
+    for (int64_t x = 0; x < a.width;) {
+#pragma unroll
+      for (int step = 0; step < kKernel; ++step) {
+        if (x == a.width) break;
+        const float g = next_grad;
+        grad += call.grad.stride;
+        next_grad = ++x < a.width ? number(*grad) : 0.0f;
+        float (&newest)[kKernel] = window[(step + kKernel - 1) % kKernel];
+#pragma unroll
+        for (int ky = 0; ky < kKernel; ++ky) newest[ky] = next[ky];
+        read_column(next);
+#pragma unroll
+        for (int kx = 0; kx < kKernel; ++kx)
+#pragma unroll
+          for (int ky = 0; ky < kKernel; ++ky) sum[ky][kx] += g * window[(step + kx) % kKernel][ky];
+      }
+    }
+  }
+#pragma unroll
+  for (int o = 0; o < kTaps; ++o)
+    sums[(warp * kTaps + o) * kDepth + lane] = sum[o / kKernel][o % kKernel];
+  __syncthreads();
+  for (int o = warp; o < kTaps; o += kWarps) {
+    float total = 0;
+    for (int i = 0; i < kWarps; ++i) total += sums[(i * kTaps + o) * kDepth + lane];
+    call.add_parts[((blockIdx.y * kTaps + o) * a.heads + head) * kDepth + lane] = total;
+  }
+}
+
+}  // namespace
+}  // namespace k7
+
+template <typename S>
+int64_t shared_bytes_k7() {
+  return std::max({k7::kGatherBytes<S>, k7::kLogitsBytes<S>, k7::kGhostBytes});
+}
+
+template <typename S>
+void forward_k7(const Forward<S>& call, cudaStream_t stream) {
+  const dim3 blocks(static_cast<unsigned>(k7::tile_count(call.operands)));
+  launch(k7::forward_kernel<S>, blocks, k7::kThreads, k7::kGatherBytes<S>, stream, call);
+}
+
+int64_t ghost_parts_k7(int64_t rows) {
+  return std::clamp<int64_t>((rows + k7::kWarps - 1) / k7::kWarps, 1, 128);
+}
+
+template <typename S>
+void backward_k7(const Backward<S>& call, cudaStream_t stream) {
+  const Operands<S>& a = call.operands;
+  const dim3 blocks(static_cast<unsigned>(k7::tile_count(a)));
+  launch(k7::logits_kernel<S>, blocks, k7::kThreads, k7::kLogitsBytes<S>, stream, call);
+  launch(k7::value_kernel<S>, blocks, k7::kThreads, k7::kGatherBytes<S>, stream, call);
+  if (!a.ghost_add) return;
+  const int64_t rows = a.batch * a.height;
+  launch(
+      k7::ghost_kernel<S>, dim3(static_cast<unsigned>(a.heads), static_cast<unsigned>(call.parts)),
+      k7::kThreads, k7::kGhostBytes, stream, call, (rows + call.parts - 1) / call.parts);
+  launch_sum_parts(call, stream);
+}
+
+#define ELSA_INSTANTIATE(S)                                    \
+  template void forward_k7(const Forward<S>&, cudaStream_t);   \
+  template void backward_k7(const Backward<S>&, cudaStream_t); \
+  template int64_t shared_bytes_k7<S>();
+ELSA_INSTANTIATE(float)
+ELSA_INSTANTIATE(__half)
+ELSA_INSTANTIATE(__nv_bfloat16)
+#undef ELSA_INSTANTIATE
+
+}  // namespace elsa::cuda

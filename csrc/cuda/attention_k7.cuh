@@ -1,0 +1,235 @@
+// Tiles of the kernels for K = 7 and 32 channels per head: what lies in shared memory, how it gets
+// there, and the sum over taps that the forward pass and the gradient of the values share.
+#pragma once
+
+#include "device.cuh"
+
+namespace elsa::cuda::k7 {
+
+constexpr int kKernel = 7, kRadius = 3, kTaps = 49, kDepth = 32;
+
+// A block computes kRows x kColumns positions of one head and has one thread for each of them. In
+// the products over taps a thread has kStrip neighbours of a row instead.
+constexpr int kRows = 8, kColumns = 16, kStrip = 8;
+constexpr int kThreads = kRows * kColumns, kWarps = kThreads / kWarp;
+constexpr int kHaloRows = kRows + 2 * kRadius, kHaloColumns = kColumns + 2 * kRadius;
+constexpr int kWindow = kStrip + 2 * kRadius;
+
+// Weights of a position: a row of taps takes 8 numbers, to be read in steps of 16 bytes. The
+// distances of positions and rows are such that the threads of a quarter of a warp that read
+// neighbours, of a row or of a column, meet in no memory bank.
+constexpr int kTapRow = 8, kWeightPitch = kKernel * kTapRow + 4;
+constexpr int kWeightRow = kColumns * kWeightPitch + 4, kWeights = kRows * kWeightRow;
+// Filters: 32 channels of a tap, likewise apart.
+constexpr int kFilterPitch = kDepth + 4, kFilter = kTaps * kFilterPitch;
+
+// Numbers from row to row of a tile of pixels: `padding` bytes more than the pixels take.
+template <typename S>
+constexpr int tile_pitch(int columns, int padding) {
+  return columns * kDepth + padding / static_cast<int>(sizeof(S));
+}
+// The sum over taps reads half a warp's 16-bit numbers from two rows at once, the gradient of the
+// logits reads all rows of a column at once.
+template <typename S>
+constexpr int kGatherPitch = tile_pitch<S>(kHaloColumns, 64);
+template <typename S>
+constexpr int kValuePitch = tile_pitch<S>(kHaloColumns, 16);
+template <typename S>
+constexpr int kGradPitch = tile_pitch<S>(kColumns, 16);
+
+// Where a block is: image, head, and the first position of its tile.
+struct Tile {
+  int64_t image, top, left;
+  int head;
+};
+
+template <typename S>
+__host__ __device__ int64_t tile_count(const Operands<S>& a) {
+  return a.batch * ((a.height + kRows - 1) / kRows) * ((a.width + kColumns - 1) / kColumns) *
+         a.heads;
+}
+
+// Heads change fastest: neighbouring blocks read the same pixels' logits. A grid has fewer than
+// 2^31 blocks, so that 32 bits do.
+template <typename S>
+__device__ Tile tile_of_block(const Operands<S>& a) {
+  const auto heads = static_cast<unsigned>(a.heads);
+  const auto rows = static_cast<unsigned>((a.height + kRows - 1) / kRows);
+  const auto columns = static_cast<unsigned>((a.width + kColumns - 1) / kColumns);
+  const unsigned tile = blockIdx.x / heads, strip = tile / columns, image = strip / rows;
+  return {
+      image, static_cast<int64_t>(strip - image * rows) * kRows,
+      static_cast<int64_t>(tile - strip * columns) * kColumns,
+      static_cast<int>(blockIdx.x - tile * heads)};
+}
+
+template <typename S>
+__device__ bool inside(const Operands<S>& a, int64_t y, int64_t x) {
+  return y >= 0 && y < a.height && x >= 0 && x < a.width;
+}
+template <typename S>
+__device__ int64_t pixel_at(const Operands<S>& a, const Tile& t, int64_t y, int64_t x) {
+  return (t.image * a.height + y) * a.width + x;
+}
+
+__device__ inline float4 load4(const float* from) { return *reinterpret_cast<const float4*>(from); }
+__device__ inline float4 load4(const __half* from) {
+  const __half2* pairs = reinterpret_cast<const __half2*>(from);
+  const float2 low = __half22float2(pairs[0]), high = __half22float2(pairs[1]);
+  return {low.x, low.y, high.x, high.y};
+}
+__device__ inline float4 load4(const __nv_bfloat16* from) {
+  const __nv_bfloat162* pairs = reinterpret_cast<const __nv_bfloat162*>(from);
+  const float2 low = __bfloat1622float2(pairs[0]), high = __bfloat1622float2(pairs[1]);
+  return {low.x, low.y, high.x, high.y};
+}
+__device__ inline void store4(float* to, float4 x) { *reinterpret_cast<float4*>(to) = x; }
+__device__ inline void store4(__half* to, float4 x) {
+  reinterpret_cast<__half2*>(to)[0] = __floats2half2_rn(x.x, x.y);
+  reinterpret_cast<__half2*>(to)[1] = __floats2half2_rn(x.z, x.w);
+}
+__device__ inline void store4(__nv_bfloat16* to, float4 x) {
+  reinterpret_cast<__nv_bfloat162*>(to)[0] = __floats2bfloat162_rn(x.x, x.y);
+  reinterpret_cast<__nv_bfloat162*>(to)[1] = __floats2bfloat162_rn(x.z, x.w);
+}
+
+// Copies the head's channels of Rows x Columns pixels from (top, left) into shared memory, zeros
+// where they are outside of the map. A warp copies row after row.
+template <int Rows, int Columns, int Pitch, typename S>
+__device__ void load_tile(
+    S* tile, const Map<const S>& map, const Operands<S>& a, const Tile& t, int64_t top,
+    int64_t left) {
+  constexpr int kPack = 16 / sizeof(S), kPacks = kDepth / kPack, kRow = Columns * kPacks;
+  const int lane = threadIdx.x % kWarp;
+  for (int row = threadIdx.x / kWarp; row < Rows; row += kWarps) {
+    const bool row_inside = top + row >= 0 && top + row < a.height;
+    const S* from = map.data + pixel_at(a, t, top + row, left) * map.stride + t.head * kDepth;
+#pragma unroll
+    for (int step = 0; step < (kRow + kWarp - 1) / kWarp; ++step) {
+      const int i = step * kWarp + lane, column = i / kPacks, channel = i % kPacks * kPack;
+      if (i >= kRow) break;
+      uint4 pack = {0, 0, 0, 0};
+      if (row_inside && left + column >= 0 && left + column < a.width)
+        pack = *reinterpret_cast<const uint4*>(from + column * map.stride + channel);
+      *reinterpret_cast<uint4*>(tile + row * Pitch + column * kDepth + channel) = pack;
+    }
+  }
+}
+
+// Additive filters of the head as [tap][channel], the taps in reverse order if Flip; zeros where
+// there are none.
+template <bool Flip, typename S>
+__device__ void load_filter(float* filter, const Operands<S>& a, const Tile& t) {
+  const int64_t first = static_cast<int64_t>(t.head) * kDepth * kTaps;
+#pragma unroll 4
+  for (int i = threadIdx.x; i < kDepth * kTaps; i += kThreads) {
+    const int channel = i / kTaps, tap = i % kTaps;
+    filter[(Flip ? kTaps - 1 - tap : tap) * kFilterPitch + channel] =
+        a.ghost_add ? number(a.ghost_add[first + i]) : 0.0f;
+  }
+}
+
+__device__ inline int slot(int tap) { return tap / kKernel * kTapRow + tap % kKernel; }
+__device__ inline int weights_at(int row, int column) {
+  return row * kWeightRow + column * kWeightPitch;
+}
+
+// Logits of the tile's positions, zeros outside of the map. A warp reads those of one position
+// after the other.
+template <typename S>
+__device__ void load_logits(float* weights, const Operands<S>& a, const Tile& t) {
+  const int lane = threadIdx.x % kWarp, other = lane + kWarp;
+  for (int row = threadIdx.x / kWarp; row < kRows; row += kWarps) {
+    const bool row_inside = t.top + row < a.height;
+    const S* logits =
+        a.logits.data + pixel_at(a, t, t.top + row, t.left) * a.logits.stride + t.head * kTaps;
+#pragma unroll 8
+    for (int column = 0; column < kColumns; ++column, logits += a.logits.stride) {
+      const bool valid = row_inside && t.left + column < a.width;
+      float* out = weights + weights_at(row, column);
+      out[slot(lane)] = valid ? number(logits[lane]) : 0.0f;
+      if (other < kTaps) out[slot(other)] = valid ? number(logits[other]) : 0.0f;
+    }
+  }
+}
+
+// The taps of one position, between shared memory and registers.
+__device__ inline void read_taps(float (&taps)[kTaps], const float* from) {
+#pragma unroll
+  for (int ky = 0; ky < kKernel; ++ky) {
+    const float4 low = load4(from + ky * kTapRow), high = load4(from + ky * kTapRow + 4);
+    const float row[kTapRow] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+    for (int kx = 0; kx < kKernel; ++kx) taps[ky * kKernel + kx] = row[kx];
+  }
+}
+__device__ inline void write_taps(float* to, const float (&taps)[kTaps]) {
+#pragma unroll
+  for (int ky = 0; ky < kKernel; ++ky) {
+    const float* row = taps + ky * kKernel;
+    store4(to + ky * kTapRow, {row[0], row[1], row[2], row[3]});
+    store4(to + ky * kTapRow + 4, {row[4], row[5], row[6], 0.0f});
+  }
+}
+
+// Turns the logits of one position into attention.
+__device__ inline Softmax<float> softmax(float (&taps)[kTaps]) {
+  float max = taps[0];
+#pragma unroll
+  for (int o = 1; o < kTaps; ++o) max = fmaxf(max, taps[o]);
+  float sum = 0;
+#pragma unroll
+  for (int o = 0; o < kTaps; ++o) {
+    taps[o] = __expf(taps[o] - max);
+    sum += taps[o];
+  }
+  const float scale = 1 / sum;
+#pragma unroll
+  for (int o = 0; o < kTaps; ++o) taps[o] *= scale;
+  return {max, scale};
+}
+
+// out[q, c] = sum over taps of (weights[q, o] + filter[o, c]) * tile[q + o, c], for all positions q
+// of the tile and all channels c of the head. A thread has 4 channels of a strip of positions, so
+// that a pixel that it reads serves up to 7 of them, and a weight 4 channels.
+template <typename S>
+__device__ void gather(
+    const S* tile, const float* weights, const float* filter, const Operands<S>& a, const Tile& t,
+    S* out) {
+  const int channel = threadIdx.x % 8 * 4, left = threadIdx.x / 16 % 2 * kStrip;
+  const int row = threadIdx.x / kWarp * 2 + threadIdx.x / 8 % 2;
+  float4 sum[kStrip] = {};
+#pragma unroll 1
+  for (int ky = 0; ky < kKernel; ++ky) {
+    const S* source = tile + (row + ky) * kGatherPitch<S> + left * kDepth + channel;
+    float4 pixels[kWindow], filters[kKernel];
+#pragma unroll
+    for (int i = 0; i < kWindow; ++i) pixels[i] = load4(source + i * kDepth);
+#pragma unroll
+    for (int kx = 0; kx < kKernel; ++kx)
+      filters[kx] = load4(filter + (ky * kKernel + kx) * kFilterPitch + channel);
+#pragma unroll
+    for (int i = 0; i < kStrip; ++i) {
+      const float* from = weights + weights_at(row, left + i) + ky * kTapRow;
+      const float4 low = load4(from), high = load4(from + 4);
+      const float taps[kTapRow] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+#pragma unroll
+      for (int kx = 0; kx < kKernel; ++kx) {
+        const float4 &f = filters[kx], &p = pixels[i + kx];
+        sum[i].x += (taps[kx] + f.x) * p.x;
+        sum[i].y += (taps[kx] + f.y) * p.y;
+        sum[i].z += (taps[kx] + f.z) * p.z;
+        sum[i].w += (taps[kx] + f.w) * p.w;
+      }
+    }
+  }
+  const int64_t y = t.top + row;
+#pragma unroll
+  for (int i = 0; i < kStrip; ++i) {
+    const int64_t x = t.left + left + i;
+    if (inside(a, y, x))
+      store4(out + (pixel_at(a, t, y, x) * a.heads + t.head) * kDepth + channel, sum[i]);
+  }
+}
+
+}  // namespace elsa::cuda::k7

@@ -1,0 +1,107 @@
+"""torch.compile and torch.export of the whole backbone: one graph, for every size."""
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounterWithBackend
+
+from elsa_core import ELSASwin, elsa_attention
+from elsa_core.layers import ELSA
+
+ARCH = {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2], "group_width": 4}
+
+
+def make_model(**options):
+    torch.manual_seed(0)
+    return ELSASwin(ARCH, out_indices=(0, 1), **options)
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    torch._dynamo.reset()
+
+
+def outputs_and_gradients(model, image):
+    model.zero_grad()
+    outs = model(image)
+    sum(out.square().sum() for out in outs).backward()
+    return [*outs, *(p.grad.clone() for p in model.parameters())]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"with_cp": True}, {"drop_path_rate": 0.3, "drop_rate": 0.1}], ids=str
+)
+def test_training_without_graph_break(options):
+    model = make_model(**options)
+    image = torch.randn(2, 3, 40, 36)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    results = outputs_and_gradients(compiled, image)
+    if "drop_path_rate" in options:  # other random numbers: only finite
+        assert all(result.isfinite().all() for result in results)
+        return
+    for result, expected in zip(results, outputs_and_gradients(model, image), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_training_in_autocast_without_graph_break():
+    model = make_model()
+    image = torch.randn(1, 3, 32, 32)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        results, expected = compiled(image), model(image)
+    for result, reference in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=0.05, atol=0.05)
+
+
+def test_attention_dropout_without_graph_break():
+    layer = ELSA(12, 3, 3, 4, attn_drop=0.5)
+    out = torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(1, 5, 6, 12))
+    out.sum().backward()
+    assert layer.ghost_head.grad.isfinite().all()
+
+
+def test_one_compilation_for_every_size():
+    """Inference: the first size, then once more for all the others."""
+    model = make_model().eval()
+    counter = CompileCounterWithBackend("eager")
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    with torch.no_grad():
+        for height, width in [(64, 64), (72, 88), (65, 79), (90, 70), (101, 83)]:
+            image = torch.randn(1, 3, height, width)
+            for result, expected in zip(compiled(image), model(image), strict=True):
+                torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    assert counter.frame_count <= 3
+
+
+def test_export_with_dynamic_size():
+    model = make_model().eval()
+    dynamic = torch.export.Dim.DYNAMIC
+    program = torch.export.export(
+        model, (torch.randn(1, 3, 64, 72),), dynamic_shapes=({2: dynamic, 3: dynamic},)
+    )
+    names = {str(node.target) for node in program.graph.nodes}
+    assert "elsa.attention.default" in names
+    image = torch.randn(1, 3, 97, 83)
+    for result, expected in zip(program.module()(image), model(image), strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_inductor():
+    """The default compiler: its code relies on the strides that the fake kernels promise."""
+
+    def function(x, logits):
+        return elsa_attention(x[..., 4:], logits, kernel_size=3).sigmoid()
+
+    x, logits = torch.randn(1, 5, 6, 12), torch.randn(1, 5, 6, 18)
+    with torch.no_grad():
+        result = torch.compile(function, fullgraph=True)(x, logits)
+        torch.testing.assert_close(result, function(x, logits))
+
+
+def test_function_transforms_are_refused_by_name():
+    value, logits = torch.randn(1, 4, 4, 4), torch.randn(1, 4, 4, 9)
+
+    def total(value):
+        return elsa_attention(value, logits, kernel_size=3).square().sum()
+
+    with pytest.raises(NotImplementedError, match="elsa::attention.*double backward"):
+        torch.autograd.functional.hessian(total, value)

@@ -1,0 +1,305 @@
+"""The CUDA kernels against the operator's definition. All of it needs a GPU."""
+
+import pytest
+import torch
+
+from elsa_core import elsa_attention, elsa_attention_reference
+
+pytestmark = pytest.mark.needs_cuda
+
+GHOSTS = {"none": (), "add": ("add",), "mul": ("mul",), "both": ("add", "mul")}
+SHAPES = {  # batch, height, width, channels, heads
+    "published": (1, 9, 19, 64, 2),
+    "one pixel": (1, 1, 1, 8, 2),
+    "one head": (1, 5, 4, 12, 1),
+    "odd": (2, 7, 11, 30, 3),
+    "one channel a head": (1, 6, 5, 3, 3),
+    "many channels a head": (1, 6, 5, 70, 1),
+    "batch 0": (0, 4, 4, 8, 2),
+    "height 0": (1, 0, 4, 8, 2),
+}
+PUBLISHED = {  # 32 channels a head, for the kernels of K = 7
+    "one pixel": (1, 1, 1, 32, 1),
+    "one tile": (2, 8, 16, 64, 2),
+    "a tile and a bit": (1, 9, 17, 96, 3),
+    "narrow": (3, 70, 3, 32, 1),
+    "wide": (1, 3, 150, 64, 2),
+    "stage 1": (2, 50, 76, 96, 3),
+    "stage 3": (1, 14, 14, 384, 12),
+}
+
+
+def make_inputs(shape, kernel_size, ghosts=("add",), dtype=torch.float32, device="cuda", seed=0):
+    batch, height, width, channels, heads = shape
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*size):
+        numbers = torch.randn(*size, generator=generator, dtype=torch.float64)
+        return numbers.to(device, dtype).requires_grad_()
+
+    filters = (channels, kernel_size, kernel_size)
+    return [
+        draw(batch, height, width, channels),
+        draw(batch, height, width, heads * kernel_size**2),
+        draw(*filters) if "add" in ghosts else None,
+        draw(*filters) if "mul" in ghosts else None,
+    ]
+
+
+def doubles(inputs):
+    return [None if t is None else t.detach().double().requires_grad_() for t in inputs]
+
+
+def value_and_gradients(function, inputs, kernel_size=7, dilation=1):
+    out = function(*inputs, kernel_size=kernel_size, dilation=dilation)
+    generator = torch.Generator().manual_seed(1)
+    # Numbers that all types hold exactly, so that all precisions answer the same question.
+    grad = torch.randn(out.shape, generator=generator).bfloat16().to(out)
+    return [out, *torch.autograd.grad(out, [t for t in inputs if t is not None], grad)]
+
+
+def assert_agrees(inputs, kernel_size=7, dilation=1):
+    """Operator and its definition in double precision: the judge must not add errors of its own."""
+    results = value_and_gradients(elsa_attention, inputs, kernel_size, dilation)
+    expected = value_and_gradients(elsa_attention_reference, doubles(inputs), kernel_size, dilation)
+    for result, reference in zip(results, expected, strict=True):
+        scale = reference.abs().max().item() if reference.numel() else 0
+        tolerance = (1e-11 if result.dtype == torch.float64 else 1e-5) * max(1, scale)
+        torch.testing.assert_close(result, reference.to(result.dtype), rtol=0, atol=tolerance)
+
+
+def test_extension_has_cuda_kernels():
+    """Without them the other tests would judge the default kernels."""
+    for name in ("elsa::attention", "elsa::attention_backward"):
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), (
+            "the extension has no CUDA kernels: build it again where there are nvcc and a GPU"
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize(
+    "kernel_size, dilation", [(1, 1), (3, 1), (3, 2), (5, 1), (7, 1), (7, 2), (9, 1), (13, 1)]
+)
+@pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_agrees_with_reference(shape, ghosts, kernel_size, dilation, dtype):
+    assert_agrees(make_inputs(shape, kernel_size, ghosts, dtype), kernel_size, dilation)
+
+
+@pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
+@pytest.mark.parametrize("shape", PUBLISHED.values(), ids=PUBLISHED)
+def test_published_shapes_agree_with_reference(shape, ghosts):
+    assert_agrees(make_inputs(shape, 7, ghosts))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel_size", [3, 7])
+@pytest.mark.parametrize("shape", PUBLISHED.values(), ids=PUBLISHED)
+def test_low_precision_rounds_once(shape, kernel_size, dtype):
+    """At most twice the error of plain PyTorch in that precision, against double precision."""
+    inputs = make_inputs(shape, kernel_size, ("add",), dtype)
+    exact = value_and_gradients(elsa_attention_reference, doubles(inputs), kernel_size)
+    plain = value_and_gradients(elsa_attention_reference, inputs, kernel_size)
+    ours = value_and_gradients(elsa_attention, inputs, kernel_size)
+    for result, other, truth in zip(ours, plain, exact, strict=True):
+        assert result.dtype == dtype
+        # A result that plain PyTorch has exactly may still be off by one rounding.
+        rounding = torch.finfo(dtype).eps / 2 * truth.abs().max()
+        error = (result - truth).abs().max()
+        assert error <= max(2 * (other - truth).abs().max(), rounding)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("kernel_size", [3, 7])
+@pytest.mark.parametrize("offset", [0, 3, 8, 16], ids="offset {}".format)
+def test_strided_inputs(offset, kernel_size, dtype):
+    """Slices of wider maps, aligned or not, and maps in another order."""
+    contiguous = make_inputs((2, 10, 18, 64, 2), kernel_size, ("add",), dtype)
+
+    def restride(tensor):
+        reverse = tuple(reversed(range(tensor.dim())))
+        other = tensor.detach().permute(reverse).contiguous().permute(reverse)
+        assert not other.is_contiguous()
+        return other.requires_grad_()
+
+    def slice_of_channels(tensor):
+        beside = torch.full_like(tensor[..., :1], float("nan")).detach()
+        wider = torch.cat([beside.expand(*beside.shape[:-1], offset), tensor.detach(), beside], -1)
+        return wider[..., offset : offset + tensor.shape[-1]].requires_grad_()
+
+    expected = value_and_gradients(elsa_attention, contiguous, kernel_size)
+    for change in (slice_of_channels, restride):
+        strided = [tensor if tensor is None else change(tensor) for tensor in contiguous]
+        results = value_and_gradients(elsa_attention, strided, kernel_size)
+        assert all(result.is_contiguous() for result in results[:1])
+        for result, reference in zip(results, expected, strict=True):
+            assert torch.equal(result, reference)
+
+
+@pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
+@pytest.mark.parametrize("kernel_size, dilation", [(3, 1), (3, 2), (7, 1)])
+def test_gradcheck(ghosts, kernel_size, dilation):
+    assert torch.autograd.gradcheck(
+        lambda *tensors: elsa_attention(*tensors, kernel_size=kernel_size, dilation=dilation),
+        make_inputs((2, 3, 4, 6, 2), kernel_size, ghosts, torch.float64),
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("kernel_size", [3, 7])
+@pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
+def test_opcheck(ghosts, kernel_size):
+    inputs = make_inputs((2, 4, 5, 64, 2), kernel_size, ghosts)
+    torch.library.opcheck(torch.ops.elsa.attention.default, (*inputs, kernel_size, 1))
+    tensors = [None if t is None else t.detach() for t in inputs]
+    grad = torch.ones_like(tensors[0])
+    backward = torch.ops.elsa.attention_backward
+    torch.library.opcheck(backward.default, (grad, *tensors, kernel_size, 1))
+    assert all(t.is_contiguous() for t in backward(grad, *tensors, kernel_size, 1))
+
+
+@pytest.mark.parametrize("ghosts", [("add",), ("add", "mul")], ids=["add", "both"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_are_deterministic(dtype, ghosts):
+    inputs = make_inputs((4, 60, 77, 96, 3), 7, ghosts, dtype)
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [value_and_gradients(elsa_attention, inputs) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for run in runs[1:]:
+        assert all(map(torch.equal, run, runs[0]))
+
+
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_runs_on_the_current_stream(kernel_size):
+    """Behind a long wait on the current stream the inputs change; other streams would see the old
+    ones."""
+    shape = (1, 20, 30, 64, 2)
+    inputs = make_inputs(shape, kernel_size)
+    expected = value_and_gradients(elsa_attention, inputs, kernel_size)
+    late = [t if t is None else torch.zeros_like(t).requires_grad_() for t in inputs]
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        torch.cuda._sleep(100_000_000)
+        with torch.no_grad():
+            for to, source in zip(late, inputs, strict=True):
+                if to is not None:
+                    to.copy_(source)
+        results = value_and_gradients(elsa_attention, late, kernel_size)
+        assert all(map(torch.equal, results, expected))
+
+
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_second_device(kernel_size):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    inputs = make_inputs((1, 20, 30, 64, 2), kernel_size)
+    expected = value_and_gradients(elsa_attention, inputs, kernel_size)
+    others = make_inputs((1, 20, 30, 64, 2), kernel_size, device="cuda:1")
+    with torch.cuda.device(0):
+        results = value_and_gradients(elsa_attention, others, kernel_size)
+    for result, reference in zip(results, expected, strict=True):
+        assert result.device == torch.device("cuda:1")
+        assert torch.equal(result.cpu(), reference.cpu())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_computes_in_its_own_type(dtype):
+    inputs = make_inputs((1, 9, 17, 64, 2), 7)
+    with torch.autocast("cuda", dtype=dtype):
+        out = elsa_attention(inputs[0].to(dtype), *inputs[1:], kernel_size=7)
+    assert out.dtype == dtype
+    grads = torch.autograd.grad(out.float().sum(), inputs[:3])
+    assert [grad.dtype for grad in grads] == [torch.float32] * 3
+
+
+def test_compiles_without_graph_break():
+    inputs = make_inputs((1, 9, 17, 64, 2), 7)
+    compiled = torch.compile(elsa_attention, fullgraph=True, backend="aot_eager")
+    results = value_and_gradients(compiled, inputs)
+    assert all(map(torch.equal, results, value_and_gradients(elsa_attention, inputs)))
+
+
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_can_be_captured_in_a_graph(kernel_size):
+    inputs = [t if t is None else t.detach() for t in make_inputs((1, 9, 17, 64, 2), kernel_size)]
+    expected = elsa_attention(*inputs, kernel_size=kernel_size)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = elsa_attention(*inputs, kernel_size=kernel_size)
+    out.zero_()
+    graph.replay()
+    assert torch.equal(out, expected)
+
+
+@pytest.mark.parametrize("ghosts", [("add",), ("add", "mul")], ids=["add", "both"])
+def test_memory_stays_near_that_of_inputs_and_results(ghosts):
+    """Nothing of the size C * K * K * H * W, 49 times the values, is ever held."""
+    inputs = make_inputs((2, 100, 152, 96, 3), 7, ghosts)
+    needed = sum(t.nbytes for t in inputs if t is not None)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    out = elsa_attention(*inputs, kernel_size=7)
+    torch.autograd.grad(out.sum(), [t for t in inputs if t is not None])
+    peak = torch.cuda.max_memory_allocated() - before
+    sums_of_filters = 2 * 256 * inputs[2].nbytes
+    assert peak <= 1.5 * needed + 2 * out.nbytes + sums_of_filters
+
+
+@pytest.mark.parametrize("channels, kernel_size", [(32, 7), (12, 3)])
+@pytest.mark.parametrize("logits", [1e4, -1e4, 0.0])
+def test_extreme_logits(logits, channels, kernel_size):
+    inputs = make_inputs((1, 9, 17, channels, 1), kernel_size)
+    extreme = torch.full_like(inputs[1], logits)
+    extreme[..., kernel_size**2 // 2] += 1
+    inputs[1] = extreme.detach().requires_grad_()
+    assert_agrees(inputs, kernel_size)
+
+
+@pytest.mark.parametrize("channels, kernel_size", [(32, 7), (12, 3)])
+def test_nan_and_infinite_logits_stay_where_they_are(channels, kernel_size):
+    value, logits, add, _ = make_inputs((1, 9, 17, channels, 1), kernel_size)
+    logits = logits.detach().clone()
+    logits[0, 2, 3, 4] = float("nan")
+    logits[0, 4, 1, :8] = float("-inf")
+    logits[0, 8, 16] = float("-inf")
+    result = elsa_attention(value, logits, add, kernel_size=kernel_size)
+    expected = elsa_attention_reference(value, logits, add, kernel_size=kernel_size)
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert result[0, 2, 3].isnan().all() and result[0, 8, 16].isnan().all()
+    assert result.isnan().any(-1).sum() == 2
+
+
+def test_indices_need_more_than_32_bits():
+    """Maps of more than 2^31 logits: the last rows alone give the same as within the whole map."""
+    height, width = 8192, 5376
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of free device memory")
+    value = torch.randn(1, height, width, 32, device="cuda", dtype=torch.float16)
+    logits = torch.randn(1, height, width, 49, device="cuda", dtype=torch.float16)
+    grad = torch.randn_like(value)
+    assert logits.numel() > 2**31
+    rows = slice(height - 32, height)
+    part = [tensor[:, rows].contiguous() for tensor in (grad, value, logits)]
+    out = torch.ops.elsa.attention(value, logits, None, None, 7, 1)[:, -16:]
+    assert torch.equal(out, elsa_attention(*part[1:], kernel_size=7)[:, -16:])
+    whole = torch.ops.elsa.attention_backward(grad, value, logits, None, None, 7, 1)
+    alone = torch.ops.elsa.attention_backward(*part, None, None, 7, 1)
+    for result, reference in zip(whole[:2], alone[:2], strict=True):
+        assert torch.equal(result[:, -16:], reference[:, -16:])
+
+
+def test_dispatcher_refuses_what_the_kernels_cannot_read():
+    value, logits, _, _ = (
+        None if t is None else t.detach() for t in make_inputs((1, 5, 5, 4, 2), 3)
+    )
+    attention = torch.ops.elsa.attention
+    with pytest.raises(ValueError, match="logits must be on the device of value, cuda:0, got cpu"):
+        attention(value, logits.cpu(), None, None, 3, 1)
+    with pytest.raises(TypeError, match="logits must have the dtype of value, Float, got Double"):
+        attention(value, logits.double(), None, None, 3, 1)
+    wide = logits.new_zeros(1, 5, 5, 2 * 79**2)
+    with pytest.raises(ValueError, match="kernel_size must be at most 77 on CUDA devices, got 79"):
+        attention(value, wide, None, None, 79, 1)

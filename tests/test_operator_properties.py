@@ -1,0 +1,167 @@
+"""What holds for the operator at any shape, stride and value, with any of its CPU kernels."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from elsa_core import elsa_attention, elsa_attention_reference
+
+SETTINGS = settings(max_examples=30, deadline=None, derandomize=True)
+EXTREMES = [0.0, 1e4, -1e4, 88.0, -87.5, -104.0, 3e38, -3e38]
+
+
+def run(function, tensors, **options):
+    tensors = [None if t is None else t.detach().requires_grad_() for t in tensors]
+    out = function(*tensors, **options)
+    generator = torch.Generator().manual_seed(7)
+    grad = torch.randn(out.shape, generator=generator).to(out.dtype)
+    return [out, *torch.autograd.grad(out, [t for t in tensors if t is not None], grad)]
+
+
+@st.composite
+def problems(draw):
+    """Tensors in double precision and the options of a call."""
+    kernel = draw(st.sampled_from([1, 3, 5, 7, 9]))
+    heads, depth = draw(st.integers(1, 4)), draw(st.sampled_from([1, 3, 8, 16, 17, 32, 40]))
+    shape = (draw(st.integers(0, 2)), draw(st.integers(1, 20)), draw(st.integers(1, 21)))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+
+    def tensor(*size):
+        numbers = torch.randn(*size, generator=generator, dtype=torch.float64)
+        layout = draw(st.sampled_from(["contiguous", "reversed", "slice", "every second"]))
+        if layout == "reversed":
+            order = tuple(reversed(range(numbers.dim())))
+            return numbers.permute(order).contiguous().permute(order)
+        if layout == "slice":
+            return torch.cat([numbers, numbers], -1)[..., size[-1] :]
+        if layout == "every second":
+            return numbers.repeat_interleave(2, 1)[:, ::2]
+        return numbers
+
+    channels = heads * depth
+    filters = (channels, kernel, kernel)
+    tensors = [
+        tensor(*shape, channels),
+        tensor(*shape, heads * kernel**2),
+        tensor(*filters) if draw(st.booleans()) else None,
+        tensor(*filters) if draw(st.booleans()) else None,
+    ]
+    return tensors, {"kernel_size": kernel, "dilation": draw(st.integers(1, 3))}
+
+
+@SETTINGS
+@given(problems())
+def test_agrees_with_reference(problem):
+    tensors, options = problem
+    singles = [None if t is None else t.float() for t in tensors]
+    exact = [None if t is None else t.double() for t in singles]
+    results = run(elsa_attention, singles, **options)
+    for result, truth in zip(results, run(elsa_attention_reference, exact, **options), strict=True):
+        scale = truth.abs().max().item() if truth.numel() else 0
+        torch.testing.assert_close(result.double(), truth, rtol=0, atol=2e-5 * max(1, scale))
+
+
+@SETTINGS
+@given(problems(), st.data())
+def test_extreme_logits_are_those_of_a_softmax(problem, data):
+    tensors, options = problem
+    value, logits, add, mul = [None if t is None else t.float().contiguous() for t in tensors]
+    flat = logits.view(-1)
+    for _ in range(min(8, flat.numel())):
+        place = data.draw(st.integers(0, flat.numel() - 1))
+        flat[place] = data.draw(st.sampled_from([*EXTREMES, -torch.inf]))
+    if options["kernel_size"] == 1:
+        flat.clamp_(min=-3e38)  # a row of nothing but -infinity has a test of its own
+    result = elsa_attention(value, logits, add, mul, **options)
+    exact = [None if t is None else t.double() for t in (value, logits, add, mul)]
+    expected = elsa_attention_reference(*exact, **options)
+    assert result.isfinite().all()
+    torch.testing.assert_close(result.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kernel", [3, 7, 9])
+@pytest.mark.parametrize("poison", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_undefined_rows_are_nan_as_with_a_softmax(poison, kernel):
+    """A NaN, a +infinity or nothing but -infinity among a head's logits: that head, there, is NaN
+    (forward, and in the gradient of those logits), and nothing else is."""
+    torch.manual_seed(0)
+    taps = kernel**2
+    value, logits = torch.randn(1, 6, 9, 64), torch.randn(1, 6, 9, 2 * taps)
+    logits[0, 3, 4, taps : (2 * taps if poison == -torch.inf else taps + 1)] = poison
+    add = torch.randn(64, kernel, kernel)
+    results = run(elsa_attention, [value, logits, add], kernel_size=kernel)
+    expected = run(elsa_attention_reference, [value, logits, add], kernel_size=kernel)
+    torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+    assert results[0].isnan().sum() == 32 and results[0][0, 3, 4, 32:].isnan().all()
+
+
+@pytest.mark.parametrize("kernel", [3, 7])
+def test_softmax_is_within_few_units_in_the_last_place(kernel):
+    """The exponential's error over its whole range, seen through a value of ones: the attention of
+    one position at a time, by a multiplicative ghost filter that picks one tap."""
+    taps = kernel**2
+    logits = torch.linspace(0, -86, 64 * (taps - 1)).view(1, 64, 1, taps - 1)
+    logits = torch.cat([logits, torch.zeros(1, 64, 1, 1)], -1)
+    value = torch.zeros(1, 64, 1, taps)
+    middle = kernel // 2
+    value[...] = 1
+    pick = torch.zeros(taps, kernel, kernel)
+    pick[:, middle, middle] = 1
+    for shift in range(taps):
+        turned = logits.roll(shift, -1)
+        result = elsa_attention(value, turned, None, pick, kernel_size=kernel)[..., 0]
+        exact = turned.double().softmax(-1)[..., taps // 2]
+        error = ((result.double() - exact) / exact).abs().max().item()
+        assert error < 8 * torch.finfo(torch.float32).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(1, 9, 10, 64, 2), (2, 5, 21, 51, 3)], ids=str)
+@pytest.mark.parametrize("ghosts", [(True, False), (True, True), (False, False)], ids=str)
+def test_low_precision_is_at_most_twice_as_far_off_as_plain_pytorch(ghosts, shape, dtype):
+    torch.manual_seed(0)
+    batch, height, width, channels, heads = shape
+    tensors = [torch.randn(batch, height, width, channels), torch.randn(*shape[:3], heads * 49)]
+    tensors += [torch.randn(channels, 7, 7) if there else None for there in ghosts]
+    low = [None if t is None else t.to(dtype) for t in tensors]
+    exact = run(
+        elsa_attention_reference, [None if t is None else t.double() for t in low], kernel_size=7
+    )
+    plain = run(elsa_attention_reference, low, kernel_size=7)
+    for result, other, truth in zip(
+        run(elsa_attention, low, kernel_size=7), plain, exact, strict=True
+    ):
+        assert result.dtype == dtype
+        assert (result - truth).abs().max() <= 2 * (other - truth).abs().max()
+
+
+CHECK = """
+import torch
+from elsa_core import doctor
+assert torch.ops.elsa.cpu_capability() == {expected!r}, torch.ops.elsa.cpu_capability()
+lines, healthy = doctor.report()
+assert healthy, lines
+from tests_properties import test_undefined_rows_are_nan_as_with_a_softmax as undefined
+from tests_properties import test_softmax_is_within_few_units_in_the_last_place as exact
+undefined(torch.nan, 7), undefined(-torch.inf, 7), undefined(torch.inf, 3), exact(7)
+"""
+
+
+@pytest.mark.parametrize("limit, expected", [("default", "portable"), ("avx2", "avx2")])
+def test_narrower_kernels(limit, expected):
+    """The kernels that this machine would not choose."""
+    best = torch.ops.elsa.cpu_capability()
+    if expected == "avx2" and best == "portable":
+        pytest.skip("this machine has no AVX2")
+    program = CHECK.format(expected=expected).replace("tests_properties", __name__)
+    environment = {**os.environ, "ATEN_CPU_CAPABILITY": limit}
+    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.path.dirname(__file__)])
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
