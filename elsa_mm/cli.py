@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -105,6 +106,8 @@ def _run(tool: str, main: Callable[[argparse.Namespace], None], options: argpars
         return 130
     finally:
         if distributed.is_initialized():
+            # The model holds on to the group, whose threads must end before the interpreter does.
+            gc.collect()
             distributed.destroy_process_group()
     return 0
 

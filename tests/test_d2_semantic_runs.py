@@ -200,7 +200,8 @@ def test_data_sets_and_models_of_different_kinds_are_refused(digits, tmp_path, t
     assert tool.main(["--config-file", DIGITS, *keys]) == 2
     assert "data set 'x' has no label maps" in capfd.readouterr().err
     detector = str(CONFIGS / "digits/mask_rcnn_elsa_swin_digits.yaml")
-    keys = overrides(digits, DATASETS__TRAIN=[NAMES[0]], **output)
+    no_coco = {"DATASETS__REGISTER_COCO": []}
+    keys = overrides(digits, DATASETS__TRAIN=[NAMES[0]], **no_coco, **output)
     assert tool.main(["--config-file", detector, *keys]) == 2
     assert "has label maps, which GeneralizedRCNN cannot use" in capfd.readouterr().err
 

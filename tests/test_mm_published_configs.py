@@ -12,8 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 from mmdet.datasets import CocoDataset
+from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from mmseg.visualization import SegLocalVisualizer
 
 from elsa_mm import cli
 
@@ -168,6 +170,14 @@ def last_state():
     return torch.load(path, weights_only=False, mmap=True, map_location="cpu")
 
 
+@pytest.fixture
+def fresh_visualizer():
+    """Losses go to the work folder of the process's first runner as long as its visualizer lives."""
+    for kind in (DetLocalVisualizer, SegLocalVisualizer):
+        kind._instance_dict.clear()
+
+
+@pytest.mark.usefixtures("fresh_visualizer")
 @pytest.mark.parametrize("method", ["mask-rcnn", "cascade-mask-rcnn", "elsa-swin"])
 def test_short_training_evaluates_saves_and_resumes(method, coco, digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

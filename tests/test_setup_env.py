@@ -382,9 +382,9 @@ def test_make_help_names_every_target():
 
 
 @pytest.mark.parametrize(
-    ("failing", "status"), [("", 0), ("test", 1), ("lint", 1), ("test lint", 1)]
+    ("failing", "status"), [("", 0), ("test", 1), ("lint", 1), ("zoo", 1), ("test lint", 1)]
 )
-def test_ci_run_fails_when_tests_or_lint_fail(tmp_path, failing, status):
+def test_ci_run_fails_when_a_part_of_it_fails(tmp_path, failing, status):
     log = tmp_path / "log"
     fake = tmp_path / "make"
     fake.write_text(
@@ -394,4 +394,4 @@ def test_ci_run_fails_when_tests_or_lint_fail(tmp_path, failing, status):
     path = f"{tmp_path}:{os.environ['PATH']}"
     result = subprocess.run([ROOT / ".ci" / "run"], env={"PATH": path, "CI": "true"})
     assert result.returncode == status
-    assert log.read_text().split() == ["test", "lint"]
+    assert log.read_text().split() == ["test", "lint", "zoo"]
