@@ -218,7 +218,7 @@ REFUSALS = {
         [],
         {"MODEL__FPN__IN_FEATURES": ["res2", "res3", "res4"]},
         "MODEL.RPN.IN_FEATURES must be among the p2, p3, p4, p5 of build_elsa_swin_fpn_backbone, "
-        "got p3, p4, p5, p6",
+        "got p2, p3, p4, p5, p6",
     ),
     "neck without features": (
         [],

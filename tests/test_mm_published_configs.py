@@ -172,7 +172,7 @@ def last_state():
 
 @pytest.fixture
 def fresh_visualizer():
-    """Losses go to the work folder of the process's first runner as long as its visualizer lives."""
+    """The visualizer of a process lives on and writes to the first work folder."""
     for kind in (DetLocalVisualizer, SegLocalVisualizer):
         kind._instance_dict.clear()
 

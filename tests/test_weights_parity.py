@@ -276,8 +276,6 @@ def test_same_average_precision_in_both_directions(digits, tmp_path):
                 ["parity", str(annotations), f"{digits}/images/validation"],
             ],
             "DATASETS.TEST": ["parity"],
-            "MODEL.RPN.IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"],
-            "MODEL.ANCHOR_GENERATOR.SIZES": [[32 * 2**i, 45.2 * 2**i] for i in range(5)],
             "INPUT.MIN_SIZE_TEST": 96,
         },
     )
