@@ -202,6 +202,8 @@ def _enable_auto_scale_lr(cfg: Config) -> None:
 def _set_resume(cfg: Config, resume: str | None) -> list[str]:
     """Sets what to resume from; returns what there is to say about it."""
     if resume is None:
+        if cfg.get("load_from"):
+            preflight.check_checkpoint(cfg.load_from)
         return []
     if resume == "auto":
         checkpoint = find_last_checkpoint(cfg.work_dir)

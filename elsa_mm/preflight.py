@@ -12,6 +12,7 @@ from mmengine.config import Config
 from mmengine.registry import MODELS
 from mmengine.runner import Runner
 
+import elsa_weights
 from elsa_core.errors import UsageError, one_line
 
 from .checkpoint import is_whole_checkpoint
@@ -71,13 +72,15 @@ def check_work_dir(folder: str) -> None:
 
 
 def check_checkpoint(path: str) -> None:
-    """Raises UsageError if a local checkpoint is missing or was cut off; URLs pass."""
+    """Raises UsageError if a local checkpoint is missing or was cut off, or if MMEngine, which
+    trusts every pickle, would execute code in reading it; URLs pass."""
     if "://" in path:
         return
     if not os.path.isfile(path):
         raise UsageError(f"the checkpoint {path} does not exist")
     if not is_whole_checkpoint(path):
         raise UsageError(f"the checkpoint {path} is damaged or no checkpoint of PyTorch")
+    elsa_weights.check_checkpoint(path)
 
 
 def check_data(cfg: Config, parts: Sequence[str]) -> None:

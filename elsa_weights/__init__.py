@@ -5,13 +5,14 @@ torch is the only dependency; `elsa_weights.verify` imports the frameworks that 
 
 from .convert import TARGETS, Conversion, convert
 from .files import convert_file, load_backbone, tensors_for
-from .read import read_checkpoint
+from .read import check_checkpoint, read_checkpoint
 from .recognise import Source, recognise
 
 __all__ = [
     "TARGETS",
     "Conversion",
     "Source",
+    "check_checkpoint",
     "convert",
     "convert_file",
     "load_backbone",

@@ -54,16 +54,25 @@ def read_checkpoint(path: str | os.PathLike, *, trust: bool = False) -> Any:
         UsageError: the file cannot be read, is damaged, claims to be larger than it is, or needs
             code to be executed and is not trusted.
     """
-    path = os.fspath(path)
+    return _guarded(os.fspath(path), trust, load=True)
+
+
+def check_checkpoint(path: str | os.PathLike) -> None:
+    """Raises UsageError where `read_checkpoint` would refuse a file; keeps no tensors in memory."""
+    _guarded(os.fspath(path), trust=False, load=False)
+
+
+def _guarded(path: str, trust: bool, load: bool) -> Any:
+    """`_read`, whose errors become sentences."""
     if os.path.isdir(path):
         raise UsageError(f"{path} is a directory, not a checkpoint file")
     try:
         with open(path, "rb") as file:
-            return _read(file, path, trust)
+            return _read(file, path, trust, load)
     except NeedsCode as error:
         raise UsageError(
-            f"{path} is refused, because reading it would execute code ({error}): "
-            f"if you trust its origin, say so with {TRUST_FLAG}"
+            f"{path} is refused, because reading it would execute code ({error}): if you trust its "
+            f"origin, let tools/convert_weights.py read it with {TRUST_FLAG}"
         ) from error
     except UsageError:
         raise
@@ -74,29 +83,31 @@ def read_checkpoint(path: str | os.PathLike, *, trust: bool = False) -> Any:
         raise UsageError(f"{path} is damaged or no checkpoint: {why[:300]}") from error
 
 
-def _read(file: IO[bytes], path: str, trust: bool) -> Any:
+def _read(file: IO[bytes], path: str, trust: bool, load: bool) -> Any:
     size = os.fstat(file.fileno()).st_size
     if not size:
         raise UsageError(f"{path} is empty")
     head = file.read(9)
     file.seek(0)
     if safetensors.is_safetensors(head, size):
+        if not load:
+            return None
         tensors, metadata = safetensors.load(path)
         return {"state_dict": tensors, "meta": metadata}
     if head[:4] == b"PK\x03\x04":
-        return _read_zip(file, path, size, trust)
+        return _read_zip(file, path, size, trust, load)
     if head[:1] != b"\x80":
         raise UsageError(f"{path} is neither a PyTorch, a safetensors nor a pickle file")
     if _is_legacy(file, size):
-        return _read_legacy(file, size, trust)
+        return _read_legacy(file, size, trust, load)
     counted = CountedFile(file, Progress("reading", size), size)
-    load = pickle.Unpickler if trust else DataUnpickler
-    result = load(counted, encoding="latin1").load()
+    unpickler = pickle.Unpickler if trust else DataUnpickler
+    result = unpickler(counted, encoding="latin1").load()
     counted.progress.close()
     return result
 
 
-def _read_zip(file: IO[bytes], path: str, size: int, trust: bool) -> Any:
+def _read_zip(file: IO[bytes], path: str, size: int, trust: bool, load: bool) -> Any:
     if not zipfile.is_zipfile(file):
         raise UsageError(f"{path} is cut off: the end of the archive is missing")
     with zipfile.ZipFile(file) as archive:
@@ -124,7 +135,7 @@ def _read_zip(file: IO[bytes], path: str, size: int, trust: bool) -> Any:
                         f"{names.get(f'{root}data/{key}', 0)} for it"
                     )
     file.seek(0)
-    return _torch_load(file, size, trust)
+    return _torch_load(file, size, trust) if load else None
 
 
 def _is_legacy(file: IO[bytes], size: int) -> bool:
@@ -136,7 +147,7 @@ def _is_legacy(file: IO[bytes], size: int) -> bool:
     return number == _LEGACY_NUMBER
 
 
-def _read_legacy(file: IO[bytes], size: int, trust: bool) -> Any:
+def _read_legacy(file: IO[bytes], size: int, trust: bool, load: bool) -> Any:
     if not trust:
         counted = CountedFile(file, Progress("", 0, show=False), size)
         for _ in range(3):  # magic number, version, description of the machine
@@ -147,7 +158,7 @@ def _read_legacy(file: IO[bytes], size: int, trust: bool) -> Any:
         if claimed > size:
             raise pickle.UnpicklingError(f"its tensors claim {claimed} bytes, it has {size}")
         file.seek(0)
-    return _torch_load(file, size, trust)
+    return _torch_load(file, size, trust) if load else None
 
 
 def _torch_load(file: IO[bytes], size: int, trust: bool) -> Any:

@@ -205,9 +205,11 @@ def shrunk(data, output, **changes):
 
 
 @each_model
-def test_a_shrunk_leaf_trains_evaluates_saves_and_resumes(digits, tmp_path, tool, method, variant):
-    # The schedules differ in numbers that the tests above look at.
-    file = leaf(method, variant, {"t": "1x", "s": "3x"}[variant])
+@pytest.mark.parametrize("schedule", ["1x", "3x"])
+def test_a_shrunk_leaf_trains_evaluates_saves_and_resumes(
+    digits, tmp_path, tool, method, variant, schedule
+):
+    file = leaf(method, variant, schedule)
     output = tmp_path / "out"
     arguments = ["--config-file", str(file)]
     try:

@@ -1,6 +1,7 @@
 """Wrong use of tools/train.py and tools/test.py: exit status 2 and one sentence, at once."""
 
 import json
+import os
 import shutil
 
 import pytest
@@ -234,3 +235,24 @@ def test_other_ranks_are_silent(monkeypatch, capfd):
     monkeypatch.setenv("RANK", "1")
     assert cli.train(["nothing.py"]) == 2
     assert capfd.readouterr().err == ""
+
+
+class Attack:
+    """A pickle that makes a folder when it is read."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@frameworks
+@pytest.mark.parametrize("use", ["test", "resume", "load_from"])
+def test_checkpoint_that_would_run_a_program(refusal, digits, tmp_path, framework, use):
+    torch.save({"state_dict": {}, "meta": Attack()}, "attack.pth")
+    values = options(
+        framework, digits, **({"load_from": "attack.pth"} if use == "load_from" else {})
+    )
+    arguments = {"test": ["attack.pth"], "resume": ["--resume", "attack.pth"], "load_from": []}[use]
+    tool = "test" if use == "test" else "train"
+    sentence = refusal(tool, CONFIGS[framework], *arguments, *values)
+    assert sentence.startswith("attack.pth is refused, because reading it would execute code")
+    assert not (tmp_path / "executed").exists()

@@ -45,16 +45,6 @@ def is_detector(path):
     return path.parts[-3] == "mmdet"
 
 
-def leaf(method, arch="t"):
-    """The shortest config of a method."""
-    (path,) = (
-        path
-        for path in LEAVES
-        if path.name.startswith(method) and f"-{arch}" in path.name and "-3x_" not in path.name
-    )
-    return path
-
-
 def test_all_published_models_are_there():
     words = [(DETECTOR if is_detector(p) else SEGMENTOR).fullmatch(p.stem) for p in LEAVES]
     found = sorted((m["method"], m["arch"][0], m["schedule"]) for m in words)
@@ -178,12 +168,11 @@ def fresh_visualizer():
 
 
 @pytest.mark.usefixtures("fresh_visualizer")
-@pytest.mark.parametrize("method", ["mask-rcnn", "cascade-mask-rcnn", "elsa-swin"])
-def test_short_training_evaluates_saves_and_resumes(method, coco, digits, tmp_path, monkeypatch):
+@every_leaf
+def test_short_training_evaluates_saves_and_resumes(path, coco, digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     # Formatting a long config takes longer than the rest of a run this short.
     monkeypatch.setattr(Config, "pretty_text", property(lambda cfg: cfg.filename))
-    path = leaf(method)
     detector = is_detector(path)
     options = short(path, coco if detector else digits)
     run("train", path, "--work-dir", "runs", **options)
@@ -194,7 +183,7 @@ def test_short_training_evaluates_saves_and_resumes(method, coco, digits, tmp_pa
     run("train", path, "--work-dir", "runs", "--resume", **options)
     state = last_state()
     assert state["meta"]["iter"] == 2
-    if method != "cascade-mask-rcnn":
+    if "cascade" not in path.name:
         assert {int(values["step"]) for values in state["optimizer"]["state"].values()} == {2}
     logs = sorted(Path("runs").glob("*/vis_data/2*.json"))
     lines = [json.loads(line) for log in logs for line in log.read_text().splitlines()]
