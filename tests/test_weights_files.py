@@ -285,7 +285,10 @@ def detector_of(arch, kind="mask_rcnn"):
 
 
 def test_large_checkpoint_is_converted_fast_and_in_little_memory(tmp_path):
-    """A cascade of 110M parameters: at most 30 s and 2.2 times its size."""
+    """A cascade of 110M parameters: at most 30 s, and 1.2 times its size beyond what torch takes.
+
+    With torch that is about 2.2 times; how much of its libraries counts as resident varies.
+    """
     arch = VARIANTS["small"]
     tensors = detector_of(arch, "cascade_mask_rcnn")
     tensors = in_memory(with_bookkeeping(tensors, arch))
@@ -296,19 +299,22 @@ def test_large_checkpoint_is_converted_fast_and_in_little_memory(tmp_path):
         "import re, sys, time\n"
         f"sys.path.insert(0, {str(TOOL.parents[1])!r})\n"
         "from elsa_weights.cli import main\n"
+        # Not ru_maxrss, which begins with the size of the process that this one comes from.
+        "def peak():\n"
+        "    status = open('/proc/self/status').read()\n"
+        "    return int(re.search(r'VmHWM:\\s+(\\d+)', status)[1]) * 1024\n"
+        "before = peak()\n"
         "start = time.process_time()\n"
         f"status = main([{str(path)!r}, {str(tmp_path / 'd2.pth')!r}, '--to', 'detectron2'])\n"
-        # Not ru_maxrss, which begins with the size of the process that this one comes from.
-        "peak = int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) * 1024\n"
-        "print(status, time.process_time() - start, peak)\n"
+        "print(status, time.process_time() - start, peak() - before)\n"
     )
     del tensors
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True
     )
-    status, seconds, peak = map(float, result.stdout.splitlines()[-1].split())
+    status, seconds, more = map(float, result.stdout.splitlines()[-1].split())
     assert status == 0 and seconds < 30
-    assert peak < 2.2 * size
+    assert more < 1.2 * size
 
 
 def test_progress_is_shown_on_terminals_only(tmp_path, source, capsys, monkeypatch):
