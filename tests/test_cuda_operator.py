@@ -1,13 +1,14 @@
 """The CUDA kernels against the operator's definition. All of it needs a GPU."""
 
+import operator_inputs
 import pytest
 import torch
+from operator_inputs import GHOSTS
 
 from elsa_core import elsa_attention, elsa_attention_reference
 
 pytestmark = pytest.mark.needs_cuda
 
-GHOSTS = {"none": (), "add": ("add",), "mul": ("mul",), "both": ("add", "mul")}
 SHAPES = {  # batch, height, width, channels, heads
     "published": (1, 9, 19, 64, 2),
     "one pixel": (1, 1, 1, 8, 2),
@@ -30,20 +31,7 @@ PUBLISHED = {  # 32 channels a head, for the kernels of K = 7
 
 
 def make_inputs(shape, kernel_size, ghosts=("add",), dtype=torch.float32, device="cuda", seed=0):
-    batch, height, width, channels, heads = shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*size):
-        numbers = torch.randn(*size, generator=generator, dtype=torch.float64)
-        return numbers.to(device, dtype).requires_grad_()
-
-    filters = (channels, kernel_size, kernel_size)
-    return [
-        draw(batch, height, width, channels),
-        draw(batch, height, width, heads * kernel_size**2),
-        draw(*filters) if "add" in ghosts else None,
-        draw(*filters) if "mul" in ghosts else None,
-    ]
+    return operator_inputs.make_inputs(shape, kernel_size, ghosts, dtype, device, seed)
 
 
 def doubles(inputs):

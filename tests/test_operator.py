@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from operator_inputs import GHOSTS, make_inputs
 
 import elsa_core
 from elsa_core import _fallback, elsa_attention, elsa_attention_reference
 from elsa_core.operator import has_extension
 
-GHOSTS = {"none": (), "add": ("add",), "mul": ("mul",), "both": ("add", "mul")}
 SHAPES = {  # batch, height, width, channels, heads
     "published": (1, 5, 19, 64, 2),
     "one pixel": (1, 1, 1, 8, 2),
@@ -24,24 +24,6 @@ SHAPES = {  # batch, height, width, channels, heads
     "batch 0": (0, 4, 4, 8, 2),
     "height 0": (1, 0, 4, 8, 2),
 }
-
-
-def make_inputs(shape, kernel_size, ghosts=("add",), dtype=torch.float64, seed=0):
-    batch, height, width, channels, heads = shape
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*size):
-        return (
-            torch.randn(*size, generator=generator, dtype=torch.float64).to(dtype).requires_grad_()
-        )
-
-    filters = (channels, kernel_size, kernel_size)
-    return [
-        draw(batch, height, width, channels),
-        draw(batch, height, width, heads * kernel_size**2),
-        draw(*filters) if "add" in ghosts else None,
-        draw(*filters) if "mul" in ghosts else None,
-    ]
 
 
 def value_and_gradients(function, inputs, kernel_size, dilation):
