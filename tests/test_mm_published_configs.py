@@ -20,7 +20,9 @@ from mmseg.visualization import SegLocalVisualizer
 from elsa_mm import cli
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-LEAVES = sorted(CONFIGS.glob("mm*/elsa_swin/*.py"))
+LEAVES = sorted(
+    [*CONFIGS.glob("mmdet/elsa_swin/*_coco.py"), *CONFIGS.glob("mmseg/elsa_swin/*_ade20k-*.py")]
+)
 DETECTOR = re.compile(
     r"(?P<method>(cascade-)?mask-rcnn)_elsa-swin-(?P<arch>[ts])-p4-w7_fpn_"
     r"(?P<head>4conv1fc-giou_)?amp-ms-crop-(?P<schedule>[13])x_coco"

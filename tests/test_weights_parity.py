@@ -25,7 +25,7 @@ import elsa_d2
 from demo.digits import SEGMENTATION_CLASSES
 from elsa_core.errors import UsageError
 from elsa_core.variants import Arch
-from elsa_weights import cli, convert_file
+from elsa_weights import cli, convert_file, read_checkpoint
 from elsa_weights.verify import mm, verify
 from elsa_weights.verify.compare import Outcome, compare
 
@@ -226,7 +226,10 @@ def train_mm(cfg, checkpoint, iterations):
     cfg.param_scheduler = []
     cfg.experiment_name = f"train_{Path(checkpoint).stem}"
     Runner.from_cfg(cfg).train()
-    return Path(cfg.work_dir) / f"iter_{iterations}.pth"
+    trained = Path(cfg.work_dir) / f"iter_{iterations}.pth"
+    before, after = (read_checkpoint(path)["state_dict"] for path in (checkpoint, trained))
+    assert not any(torch.equal(before[name], after[name]) for name in before if "lateral" in name)
+    return trained
 
 
 def annotate(cfg, checkpoint, digits, path):
@@ -291,7 +294,7 @@ def test_same_average_precision_in_both_directions(digits, tmp_path):
             results.append(ours[task]["AP"] / 100)
             assert other[f"coco/{task}_mAP"] == pytest.approx(results[-1], abs=6e-4)
             assert other[f"coco/{task}_mAP_50"] == pytest.approx(ours[task]["AP50"] / 100, abs=6e-4)
-    assert results[0] > 0.05 and results[0] != results[2], results
+    assert min(results) > 0.05, results
 
 
 def test_same_mean_iou_in_both_directions(digits, tmp_path):
@@ -324,4 +327,4 @@ def test_same_mean_iou_in_both_directions(digits, tmp_path):
         results.append(evaluate_mm(theirs, tmp_path / "back.pth")["mIoU"])  # percent
         ours = evaluate_d2(cfg, tmp_path / "d2.pth")["sem_seg"]["mIoU"]
         assert ours == pytest.approx(results[-1], abs=6e-3)
-    assert results[0] != results[1] and min(results) > 0.5
+    assert min(results) > 0.5

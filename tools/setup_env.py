@@ -38,6 +38,7 @@ from detectron2 import model_zoo
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from mmcv.ops import nms
 from mmdet.models import MaskRCNN
+from mmpretrain.models import ImageClassifier
 from mmseg.models import EncoderDecoder
 
 model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
