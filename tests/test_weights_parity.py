@@ -222,7 +222,7 @@ def train_mm(cfg, checkpoint, iterations):
     cfg.load_from = str(checkpoint)
     cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=1000)
     cfg.train_dataloader.batch_size = 2
-    cfg.optim_wrapper.optimizer.lr = 1e-3
+    cfg.optim_wrapper.optimizer.lr = 1e-5
     cfg.param_scheduler = []
     cfg.experiment_name = f"train_{Path(checkpoint).stem}"
     Runner.from_cfg(cfg).train()
