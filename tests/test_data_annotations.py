@@ -1,0 +1,263 @@
+"""Files in COCO's format: what is wrong in them is counted, by rule, with examples."""
+
+import copy
+import json
+
+import numpy as np
+import pycocotools.mask
+import pytest
+from data_trees import SIZE, coco_content, image
+
+from elsa_data.annotations import validate
+from elsa_data.check import check_annotations
+from elsa_data.coco import first_problem, read_coco
+from elsa_data.errors import DataError
+from elsa_data.rle import compressed_counts
+
+WIDTH, HEIGHT = SIZE
+
+
+@pytest.fixture
+def content():
+    """3 images with 4 annotations of 2 categories."""
+    content = coco_content(["a.jpg", "b.jpg", "c.jpg"], 2)
+    extra = {**content["annotations"][1], "id": 9}
+    return {**content, "annotations": [*content["annotations"], extra]}
+
+
+def test_good_annotations_have_no_findings(content):
+    assert validate("f", content) == [] and first_problem(content) is None
+
+
+def change(**values):
+    """Changes the last annotation."""
+    return lambda content: content["annotations"][-1].update(values)
+
+
+def change_image(**values):
+    return lambda content: content["images"][0].update(values)
+
+
+def change_category(**values):
+    return lambda content: content["categories"][0].update(values)
+
+
+def drop(key):
+    return lambda content: content["annotations"][-1].pop(key)
+
+
+def rle(counts, size=(HEIGHT, WIDTH)):
+    return change(segmentation={"size": list(size), "counts": counts})
+
+
+DAMAGES = {
+    "no image of that id": (change(image_id=77), "error", "unknown-image", "of image 77"),
+    "no image id": (drop("image_id"), "error", "unknown-image", "annotation 9"),
+    "no category of that id": (change(category_id=3), "error", "unknown-category", "category 3"),
+    "category id of a list": (change(category_id=[1]), "error", "unknown-category", "[1]"),
+    "annotation id twice": (change(id=1), "error", "duplicate-annotation-id", "1"),
+    "image id twice": (change_image(id=1), "error", "duplicate-image-id", "1"),
+    "category id twice": (change_category(id=2), "error", "duplicate-category-id", "2"),
+    "no annotation id": (drop("id"), "error", "no-annotation-id", "None"),
+    "category without a name": (change_category(name=""), "error", "no-category-name", "1"),
+    "file named twice": (
+        change_image(file_name="b.jpg"),
+        "warning",
+        "duplicate-file-name",
+        "b.jpg",
+    ),
+    "no file name": (change_image(file_name=None), "error", "no-file-name", "image 0"),
+    "image without a size": (change_image(width=0), "error", "image-size", "image 0"),
+    "no box": (drop("bbox"), "error", "box-form", "annotation 9: None"),
+    "box of 3 numbers": (change(bbox=[1, 2, 3]), "error", "box-form", "[1, 2, 3]"),
+    "box of words": (change(bbox=["1", 2, 3, 4]), "error", "box-form", "'1'"),
+    "box that is not a number": (change(bbox=[1, 2, float("nan"), 4]), "error", "box-form", "nan"),
+    "box without width": (change(bbox=[1, 2, 0, 4]), "warning", "box-without-area", "[1, 2, 0, 4]"),
+    "box turned round": (change(bbox=[5, 5, -2, 4]), "warning", "box-without-area", "-2"),
+    "box over the edge": (change(bbox=[20, 2, 6, 4]), "warning", "box-outside", "in 24x16"),
+    "box off the image": (change(bbox=[24, 2, 6, 4]), "error", "box-off-image", "[24, 2, 6, 4]"),
+    "no area": (drop("area"), "error", "no-area", "annotation 9"),
+    "empty mask": (change(segmentation=[]), "error", "no-mask", "annotation 9"),
+    "mask of a word": (change(segmentation="mask"), "error", "mask-form", "annotation 9"),
+    "polygon of 2 points": (
+        change(segmentation=[[1, 1, 9, 9]]),
+        "warning",
+        "polygon-short",
+        "annotation 9",
+    ),
+    "polygon of 7 numbers": (
+        change(segmentation=[[1, 1, 9, 1, 9, 9, 5]]),
+        "warning",
+        "polygon-short",
+        "annotation 9",
+    ),
+    "polygon of words": (change(segmentation=[["a"] * 6]), "error", "polygon-form", "annotation 9"),
+    "polygon of numbers in no list": (
+        change(segmentation=[1, 1, 9, 1, 9, 9]),
+        "error",
+        "polygon-form",
+        "annotation 9",
+    ),
+    "polygon on one point": (
+        change(segmentation=[[3, 3, 3, 3, 3, 3]]),
+        "warning",
+        "mask-empty",
+        "annotation 9",
+    ),
+    "polygon far away": (
+        change(segmentation=[[1e9, 1, 2e9, 1, 2e9, 9]]),
+        "error",
+        "polygon-off-image",
+        "annotation 9",
+    ),
+    "RLE too short": (rle([10, 20]), "error", "rle-broken", "annotation 9"),
+    "RLE too long": (rle([10, 2000]), "error", "rle-broken", "annotation 9"),
+    "RLE of negative numbers": (rle([-1, 385]), "error", "rle-form", "annotation 9"),
+    "RLE cut off": (rle("c26>0000"), "error", "rle-broken", "annotation 9"),
+    "RLE of other characters": (rle("\x01\x02 é"), "error", "rle-form", "annotation 9"),
+    "RLE without counts": (change(segmentation={"size": [1]}), "error", "rle-form", "annotation 9"),
+    "RLE of another size": (rle([4, 4], (4, 2)), "error", "rle-size", "annotation 9"),
+    "RLE of nothing": (rle([WIDTH * HEIGHT]), "warning", "mask-empty", "annotation 9"),
+    "unused category": (
+        lambda content: content["categories"].append({"id": 3, "name": "rare"}),
+        "warning",
+        "unused-category",
+        "rare",
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil, level, rule, example", DAMAGES.values(), ids=DAMAGES)
+def test_damage_is_found(content, spoil, level, rule, example):
+    spoil(content)
+    found = {finding.rule: finding for finding in validate("f", content)}
+    finding = found[rule]
+    assert finding.level == level and finding.count == 1 and "{" not in finding.text
+    assert example in " ".join(finding.examples)
+    follow_up = {"polygon-short": {"mask-empty"}, "duplicate-image-id": {"unknown-image"}}
+    follow_up |= {"duplicate-category-id": {"unknown-category"}}
+    rest = {other for other in found if found[other].level == "error"} - {rule, "unused-category"}
+    assert rest <= follow_up.get(rule, set())
+
+
+def test_findings_are_counted_with_the_first_few_as_examples(content):
+    for number in range(2000):
+        content["annotations"].append(
+            {**copy.deepcopy(content["annotations"][-1]), "id": 100 + number, "image_id": 50}
+        )
+    (finding,) = validate("f", content)
+    assert finding.count == 2000 and finding.text.startswith("2,000 annotations belong to images")
+    assert [text.split()[1] for text in finding.examples] == ["100", "101", "102"]
+
+
+def test_the_tolerance_at_the_edge(content):
+    change(bbox=[20, 2, 4.9, 4])(content)
+    assert validate("f", content) == []
+    assert [one.rule for one in validate("f", content, tolerance=0.5)] == ["box-outside"]
+
+
+def test_boxes_alone_are_worth_a_warning_only(content):
+    for one in content["annotations"]:
+        del one["segmentation"]
+    (finding,) = validate("f", content)
+    assert finding.rule == "no-masks" and finding.level == "warning"
+
+
+def test_number_of_categories(content):
+    (finding,) = validate("f", content, categories=80)
+    assert finding.text == "has 2 categories instead of 80" and finding.level == "error"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_compressed_counts_are_those_of_pycocotools(seed):
+    random = np.random.default_rng(seed)
+    height, width = random.integers(1, 300, 2)
+    mask = (random.random((height, width)) < random.random() ** 3).astype(np.uint8)
+    if seed % 2:  # long runs
+        mask = np.repeat(np.repeat(mask, 23, axis=0), 9, axis=1)
+    flat = mask.ravel(order="F")
+    edges = np.flatnonzero(np.diff(flat, prepend=0)).tolist()
+    counts = np.diff([0, *edges, flat.size]).tolist()
+    encoded = pycocotools.mask.encode(np.asfortranarray(mask))["counts"].decode()
+    assert compressed_counts(encoded) == counts
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        (None, "No such file"),
+        ("", "is empty"),
+        ('{"images": [', "is cut off or not JSON"),
+        (b"\xff\xfe\x00".decode("latin-1"), "is cut off or not JSON"),
+        ("[]", "has no list of images"),
+        ('{"images": [], "annotations": [], "categories": [3]}', "has no list of categories"),
+    ],
+)
+def test_files_that_are_none(tmp_path, text, message):
+    file = tmp_path / "a.json"
+    if text is not None:
+        file.write_bytes(text.encode("latin-1"))
+    with pytest.raises(DataError, match=message) as error:
+        read_coco(str(file))
+    assert str(error.value).startswith(str(file))
+
+
+@pytest.mark.parametrize(
+    "name, sentence",
+    [
+        ("no image of that id", "annotation 9 belongs to image 77, which is not in the file"),
+        ("no category of that id", "annotation 9 has category 3, which is not in the file"),
+        ("annotation id twice", "annotation 1: its id is missing or there twice"),
+        ("box of 3 numbers", "annotation 9 must have a bbox of 4 numbers, got [1, 2, 3]"),
+        (
+            "RLE of negative numbers",
+            "annotation 9 must have polygons or RLE with size and counts as its segmentation",
+        ),
+        (
+            "RLE without counts",
+            "annotation 9 must have polygons or RLE with size and counts as its segmentation",
+        ),
+        ("box of words", "annotation 9 must have a bbox of 4 numbers, got ['1', 2, 3, 4]"),
+    ],
+)
+def test_what_no_training_survives(content, name, sentence):
+    DAMAGES[name][0](content)
+    assert first_problem(content) == sentence
+
+
+def test_other_formats_are_left_alone(content):
+    panoptic = {"image_id": 1, "file_name": "b.png", "segments_info": [{"id": 3}]}
+    assert first_problem({**content, "annotations": [panoptic]}) is None
+    assert first_problem({key: content[key] for key in ("images", "categories")}) is None
+
+
+@pytest.mark.parametrize("key", ["id", "width", "height"])
+def test_an_image_entry_without(content, key):
+    del content["images"][1][key]
+    assert first_problem(content) == f"image b.jpg has no {key}, got None"
+
+
+@pytest.fixture
+def files(content, tmp_path):
+    for one in content["images"]:
+        image(tmp_path / "images" / one["file_name"])
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    return str(tmp_path / "a.json"), str(tmp_path / "images")
+
+
+def test_a_users_own_file_is_checked_with_its_images(files, tmp_path):
+    report = check_annotations(*files, 2)
+    assert not report.findings and report.opened == 3
+    (tmp_path / "images/a.jpg").unlink()
+    (tmp_path / "images/b.jpg").write_bytes(b"no image")
+    image(tmp_path / "images/c.jpg")
+    content = json.loads((tmp_path / "a.json").read_text())
+    content["images"][2]["width"] = 30
+    (tmp_path / "a.json").write_text(json.dumps(content))
+    found = {
+        finding.where.rsplit("/", 1)[1]: finding for finding in check_annotations(*files).errors
+    }
+    assert set(found) == {"a.json", "b.jpg", "c.jpg"}
+    assert "1 of 3 images have no file" in found["a.json"].text
+    assert found["b.jpg"].text == "is no image of a known kind, or empty"
+    assert found["c.jpg"].text == "is 24x16 pixels, its annotations say 30x16"
