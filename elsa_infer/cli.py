@@ -1,0 +1,118 @@
+"""The command line of tools/demo.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from elsa_core.errors import UsageError
+
+DETAILS = """\
+The config says the framework: .yaml is Detectron2, .py MMDetection or MMSegmentation. CHECKPOINT
+may come from the other framework or from the original release; nothing in it is executed.
+
+DIR gets a picture of each image (NAME.jpg), a label map (NAME_labels.png) for segmentation, a video
+(NAME.mp4) for each video, and results.json for all of them. docs/inference.md explains its fields.
+
+exit status: 0 done, 1 some inputs could not be read (each is named, the others are done), 2 an
+error (one sentence on standard error), 130 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        return run(options)
+    except UsageError as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        return _fail(f"the Python package {error.name} is missing in {sys.executable}")
+    except KeyboardInterrupt:
+        _fail(f"interrupted, what is in {options.out} is whole, results.json is not of this run")
+        return 130
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="demo.py",
+        description="Shows what a trained model finds in images and videos.",
+        epilog=DETAILS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "inputs", nargs="+", metavar="INPUT", help="image, video, folder or quoted pattern"
+    )
+    parser.add_argument("--config", required=True, help="file, or configs/... of the package")
+    parser.add_argument("--weights", required=True, metavar="CHECKPOINT")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--score-threshold",
+        type=float,
+        default=0.5,
+        metavar="S",
+        help="objects with a lower score are left out, default: 0.5",
+    )
+    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument(
+        "--opts",
+        "--cfg-options",
+        nargs="+",
+        default=[],
+        dest="options",
+        metavar="OPTION",
+        help="config settings: KEY VALUE ... for Detectron2, KEY=VALUE ... for OpenMMLab",
+    )
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    if not 0 <= options.score_threshold <= 1:
+        raise UsageError(f"--score-threshold must be in [0, 1], got {options.score_threshold}")
+    from .inputs import find_inputs
+    from .models import load_predictor
+    from .outputs import make_folder, write_json
+    from .runs import Demo
+
+    files = find_inputs(options.inputs)
+    make_folder(options.out)
+    predictor = load_predictor(
+        options.config, options.weights, device=options.device, options=options.options
+    )
+    if predictor.note:
+        print(f"demo: {predictor.note}", file=sys.stderr)
+    demo = Demo(predictor, options.out, options.score_threshold)
+    for file in _progress(files):
+        demo.process(file)
+    record = {
+        "schema": 1,
+        "framework": predictor.framework,
+        "task": predictor.task,
+        "config": options.config,
+        "weights": options.weights,
+        "classes": predictor.classes,
+        "score_threshold": options.score_threshold if predictor.task == "detection" else None,
+        "images": demo.images,
+        "videos": demo.videos,
+        "failed": demo.failed,
+    }
+    path = os.path.join(options.out, "results.json")
+    write_json(path, record)
+    done = len(demo.images) + len(demo.videos)
+    print(f"wrote: {path} and the pictures of {done} of {len(files)} inputs")
+    for failure in demo.failed:
+        print(f"demo: {failure['reason']}", file=sys.stderr)
+    return 1 if demo.failed else 0
+
+
+def _progress(files: list[str]) -> Iterator[Any]:
+    from tqdm import tqdm
+
+    yield from tqdm(files, unit="file", disable=None)  # None: on a terminal only
+
+
+def _fail(sentence: str) -> int:
+    print(f"demo: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2

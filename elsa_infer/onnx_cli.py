@@ -1,0 +1,116 @@
+"""The command line of tools/export_onnx.py."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from elsa_core import VARIANTS, ELSASwin
+from elsa_core.errors import UsageError
+
+DETAILS = """\
+What is exported:
+  --config of a UPerNet   the model: image [B, 3, H, W], RGB, 0..255 -> logits [B, K, H, W]
+  --config of a detector, or --part backbone
+                          the backbone: the same image -> a map of each stage, res2 ... res5
+  --arch                  the bare backbone: image normalised -> res2 ... res5
+
+B, H and W may be anything in each run. The file is compared with PyTorch over three sizes before
+it is written: at most 1e-4, absolute for maps, relative to the largest logit for logits.
+
+exit status: 0 done, 2 an error (one sentence on standard error; OUT is as it was), 130 interrupted
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    try:
+        return run(options)
+    except UsageError as error:
+        return _fail(str(error))
+    except ModuleNotFoundError as error:
+        return _fail(f"the Python package {error.name} is missing in {sys.executable}")
+    except KeyboardInterrupt:
+        _fail(f"interrupted, {options.out} is as it was before")
+        return 130
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="export_onnx.py",
+        description="Exports ELSA-Swin, alone or in a UPerNet, to ONNX.",
+        epilog=DETAILS,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--config", help="Detectron2 .yaml or OpenMMLab .py, or configs/...")
+    what.add_argument("--arch", choices=list(VARIANTS), help="a bare backbone")
+    parser.add_argument("--weights", metavar="CHECKPOINT", help="default: random weights")
+    parser.add_argument("--out", required=True, help="the .onnx file to write")
+    parser.add_argument(
+        "--part",
+        choices=["auto", "backbone", "model"],
+        default="auto",
+        help="of a config's model; auto: the model where it is a UPerNet, else the backbone",
+    )
+    parser.add_argument(
+        "--opts",
+        "--cfg-options",
+        nargs="+",
+        default=[],
+        dest="options",
+        metavar="OPTION",
+        help="config settings: KEY VALUE ... for Detectron2, KEY=VALUE ... for OpenMMLab",
+    )
+    return parser.parse_args(arguments)
+
+
+def run(options: argparse.Namespace) -> int:
+    if not options.out.endswith(".onnx"):
+        raise UsageError(f"--out must end in .onnx, got {options.out}")
+    if options.arch and (options.options or options.part != "auto"):
+        raise UsageError("--opts and --part belong to --config")
+    folder = os.path.dirname(options.out) or "."
+    if not os.path.isdir(folder):
+        raise UsageError(f"the folder {folder} of --out does not exist")
+    from .onnx_export import TOLERANCE, Backbone, export, wrap
+
+    metadata = {}
+    if options.arch:
+        backbone = ELSASwin(options.arch)
+        if options.weights:
+            from elsa_weights import load_backbone
+
+            load_backbone(backbone, options.weights)
+        module = Backbone(backbone, None)
+    else:
+        from .models import load_predictor
+
+        predictor = load_predictor(
+            options.config, options.weights, device="cpu", options=options.options
+        )
+        module = wrap(predictor, options.part)
+        if "logits" in module.names:
+            metadata["classes"] = ",".join(predictor.classes)
+    if not options.weights:
+        print("export_onnx: without --weights the weights are random", file=sys.stderr)
+    _say("exporting ...")
+    for difference in export(module, options.out, metadata=metadata):
+        size = "x".join(map(str, difference.shape))
+        print(f"{size}: onnxruntime and PyTorch differ by {difference.value:.1e}")
+    print(
+        f"wrote: {options.out} ({os.path.getsize(options.out) / 1e6:.1f} MB, at most {TOLERANCE:g})"
+    )
+    return 0
+
+
+def _say(text: str) -> None:
+    if sys.stderr.isatty():
+        print(text, file=sys.stderr)
+
+
+def _fail(sentence: str) -> int:
+    print(f"export_onnx: {' '.join(sentence.split())}", file=sys.stderr)
+    return 2

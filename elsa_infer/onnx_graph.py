@@ -1,0 +1,264 @@
+"""ELSA-Swin in standard ONNX operators, for images of any size.
+
+What `elsa_core` computes, written a second time as a graph: tracing the backbone with symbolic
+sizes takes minutes, writing it takes a second. Whoever exports compares the two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir
+import torch
+from onnxscript import opset20 as op
+from torch import Tensor, nn
+
+from elsa_core import ELSASwin
+from elsa_core.blocks import Block, PatchEmbed, PatchMerging
+from elsa_core.layers import ELSA, WindowAttention
+
+# An end of a Slice that lies behind every map's.
+_END = 2**63 - 1
+# A value of the graph; onnxscript's classes for it differ with the tool that records.
+Value = Any
+
+
+def backbone(module: ELSASwin, image: Value) -> list[Value]:
+    """`ELSASwin.forward` in evaluation: [B, C, H, W] -> [B, C_i, H_i, W_i] of each output."""
+    x = _patch_embed(module.patch_embed, image)
+    outputs = []
+    for index, stage in enumerate(module.layers):
+        for block in stage.blocks:
+            x = _block(block, x)
+        if index in module.out_indices:
+            out = _layer_norm(getattr(module, f"norm{index}"), x)
+            outputs.append(op.Transpose(out, perm=[0, 3, 1, 2]))
+        if index == module.out_indices[-1]:
+            break
+        x = _patch_merging(stage.downsample, x)
+    return outputs
+
+
+def elsa_attention(
+    value: Value,
+    logits: Value,
+    ghost_add: Value | None,
+    ghost_mul: Value | None,
+    *,
+    channels: int,
+    heads: int,
+    kernel_size: int,
+    dilation: int = 1,
+) -> Value:
+    """`elsa_core.elsa_attention`, offset by offset in buffers of the value's size.
+
+    The additive filters are a depthwise convolution, so that the loop is about the attention alone.
+    """
+    width, margin = channels // heads, kernel_size // 2 * dilation
+    # [B, G, C/G, H, W] and [B, G, K*K, H, W]: long rows, along which one weight counts for C/G.
+    split = op.Reshape(value, _ints(0, 0, 0, heads, width))
+    value_maps = op.Transpose(split, perm=[0, 3, 4, 1, 2])
+    padded = op.Pad(value_maps, _ints(0, 0, 0, margin, margin, 0, 0, 0, margin, margin))
+    attention = op.Softmax(op.Reshape(logits, _ints(0, 0, 0, heads, kernel_size**2)), axis=-1)
+    attention = op.Transpose(attention, perm=[0, 3, 4, 1, 2])
+    out = None
+    for offset in range(kernel_size**2):
+        ky, kx = divmod(offset, kernel_size)
+        start = (ky * dilation, kx * dilation)
+        # Counted from the far end, which needs no size.
+        end = [first - 2 * margin or _END for first in start]
+        window = op.Slice(padded, _ints(*start), _ints(*end), _ints(3, 4))
+        if ghost_mul is not None:
+            factor = op.Slice(ghost_mul, _ints(ky, kx), _ints(ky + 1, kx + 1), _ints(1, 2))
+            window = op.Mul(window, op.Reshape(factor, _ints(1, heads, width, 1, 1)))
+        weight = op.Slice(attention, _ints(offset), _ints(offset + 1), _ints(2))
+        term = op.Mul(window, weight)
+        out = term if out is None else op.Add(out, term)
+    out = op.Reshape(op.Transpose(out, perm=[0, 3, 4, 1, 2]), _ints(0, 0, 0, channels))
+    if ghost_add is None:
+        return out
+    local = op.Conv(
+        op.Transpose(value, perm=[0, 3, 1, 2]),
+        op.Unsqueeze(ghost_add, _ints(1)),
+        group=channels,
+        pads=[margin] * 4,
+        dilations=[dilation] * 2,
+    )
+    return op.Add(out, op.Transpose(local, perm=[0, 2, 3, 1]))
+
+
+def adaptive_average_pool(x: Value, size: Sequence[int]) -> Value:
+    """`F.adaptive_avg_pool2d`, [B, C, H, W] -> [B, C, *size], for a map whose size is not known.
+
+    A product with two matrices that hold each cell's share in the means.
+    """
+    shape = op.Shape(x, start=2, end=4)
+    height, width = op.Slice(shape, _ints(0), _ints(1)), op.Slice(shape, _ints(1), _ints(2))
+    rows, columns = _shares(height, size[0]), _shares(width, size[1])
+    return op.MatMul(op.MatMul(rows, x), op.Transpose(columns, perm=[1, 0]))
+
+
+def _shares(length: Value, cells: int) -> Value:
+    """[cells, length]: 1 / n where a position is one of the n of a cell, else 0."""
+    cell = np.arange(cells, dtype=np.int64)[:, None]
+    begin = op.Div(op.Mul(_constant(cell), length), _ints(cells))
+    end = op.Div(op.Add(op.Mul(_constant(cell + 1), length), _ints(cells - 1)), _ints(cells))
+    position = op.Range(_scalar(0), op.Squeeze(length), _scalar(1))
+    inside = op.And(op.GreaterOrEqual(position, begin), op.Less(position, end))
+    return op.Div(op.Cast(inside, to=1), op.Cast(op.Sub(end, begin), to=1))
+
+
+def _patch_embed(module: PatchEmbed, image: Value) -> Value:
+    size = _ints(module.patch_size)
+    missing = op.Mod(op.Neg(op.Shape(image, start=2, end=4)), size)
+    image = op.Pad(image, op.Concat(_ints(0, 0, 0, 0, 0, 0), missing, axis=0))
+    assert module.proj.bias is not None
+    x = op.Conv(
+        image,
+        _constant(module.proj.weight),
+        _constant(module.proj.bias),
+        strides=[module.patch_size] * 2,
+    )
+    return _layer_norm(module.norm, op.Transpose(x, perm=[0, 2, 3, 1]))
+
+
+def _patch_merging(module: PatchMerging, x: Value) -> Value:
+    odd = op.Mod(op.Shape(x, start=1, end=3), _ints(2))
+    x = _pad_map(x, odd)
+    neighbours = [
+        op.Slice(x, _ints(row, column), _ints(_END, _END), _ints(1, 2), _ints(2, 2))
+        for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))
+    ]
+    x = _layer_norm(module.norm, op.Concat(*neighbours, axis=3))
+    return _linear(x, module.reduction.weight, module.reduction.bias)
+
+
+def _block(block: Block, x: Value) -> Value:
+    attention = _elsa if isinstance(block.attn, ELSA) else _window_attention
+    x = op.Add(x, attention(block.attn, _layer_norm(block.norm1, x)))  # type: ignore[operator]
+    mlp = block.mlp
+    hidden = _linear(_layer_norm(block.norm2, x), mlp.fc1.weight, mlp.fc1.bias)
+    return op.Add(x, _linear(op.Gelu(hidden), mlp.fc2.weight, mlp.fc2.bias))
+
+
+def _elsa(module: ELSA, x: Value) -> Value:
+    projected = _linear(x, module.pre_proj.weight.flatten(1), module.pre_proj.bias)
+    dim_qk, _, channels = module.split_sizes
+    query = op.Slice(projected, _ints(0), _ints(dim_qk), _ints(3))
+    key = op.Slice(projected, _ints(dim_qk), _ints(2 * dim_qk), _ints(3))
+    value = op.Slice(projected, _ints(2 * dim_qk), _ints(_END), _ints(3))
+    convolution, _, pointwise = module.attn
+    logits = op.Conv(
+        op.Transpose(op.Mul(query, key), perm=[0, 3, 1, 2]),
+        _constant(convolution.weight),
+        _constant(convolution.bias),
+        group=convolution.groups,
+        pads=[*convolution.padding] * 2,
+    )
+    logits = op.Gelu(op.Transpose(logits, perm=[0, 2, 3, 1]))
+    logits = _linear(logits, pointwise.weight.flatten(1), pointwise.bias)
+    add, mul = (None if f is None else _constant(f) for f in module.ghost_filters())
+    x = elsa_attention(
+        value,
+        logits,
+        add,
+        mul,
+        channels=channels,
+        heads=module.num_heads,
+        kernel_size=module.kernel_size,
+    )
+    return _linear(x, module.post_proj.weight, module.post_proj.bias)
+
+
+def _window_attention(module: WindowAttention, x: Value) -> Value:
+    window, heads, shift = module.window_size, module.num_heads, module.shift
+    area, channels = window**2, module.post_proj.in_features
+    width = channels // heads
+    batch, size = op.Shape(x, start=0, end=1), op.Shape(x, start=1, end=3)
+    windows = op.Div(op.Add(size, _ints(window - 1)), _ints(window))
+    rows, columns = op.Slice(windows, _ints(0), _ints(1)), op.Slice(windows, _ints(1), _ints(2))
+    full = op.Mul(windows, _ints(window))
+    x = _roll(_pad_map(x, op.Sub(full, size)), shift)
+    x = _linear(x, module.pre_proj.weight, module.pre_proj.bias)
+    x = op.Reshape(
+        x, op.Concat(batch, rows, _ints(window), columns, _ints(window, 3, heads, width), axis=0)
+    )
+    x = op.Transpose(x, perm=[5, 0, 1, 3, 6, 2, 4, 7])
+    count = op.Mul(rows, columns)
+    x = op.Reshape(x, op.Concat(_ints(3), batch, count, _ints(heads, area, width), axis=0))
+    value, query, key = (op.Squeeze(part, _ints(0)) for part in op.Split(x, num_outputs=3, axis=0))
+    scale = _constant(np.float32(width**-0.5))
+    logits = op.MatMul(op.Mul(query, scale), op.Transpose(key, perm=[0, 1, 2, 4, 3]))
+    bias = module.rb[:, module.relative_id].reshape(heads, area, area)
+    logits = op.Add(logits, _constant(bias))
+    if shift:
+        logits = op.Add(logits, _shift_mask(rows, columns, window, shift))
+    x = op.MatMul(op.Softmax(logits, axis=-1), value)
+    x = op.Reshape(x, op.Concat(batch, rows, columns, _ints(heads, window, window, width), axis=0))
+    x = op.Transpose(x, perm=[0, 1, 4, 2, 5, 3, 6])
+    x = _roll(op.Reshape(x, op.Concat(batch, full, _ints(channels), axis=0)), -shift)
+    x = op.Slice(x, _ints(0, 0), size, _ints(1, 2))
+    return _linear(x, module.post_proj.weight, module.post_proj.bias)
+
+
+def _shift_mask(rows: Value, columns: Value, window: int, shift: int) -> Value:
+    """`elsa_core.layers.shift_mask` with an axis for the heads."""
+
+    def regions(count: Value, *shape: int) -> Value:
+        length = op.Mul(count, _ints(window))
+        position = op.Range(_scalar(0), op.Squeeze(length), _scalar(1))
+        borders = [op.Sub(length, _ints(width)) for width in (window, shift)]
+        parts = [op.Cast(op.GreaterOrEqual(position, border), to=7) for border in borders]
+        return op.Reshape(op.Add(*parts), _ints(*shape))
+
+    region = op.Add(
+        op.Mul(regions(rows, -1, 1, window, 1), _ints(3)), regions(columns, 1, -1, 1, window)
+    )
+    region = op.Reshape(region, _ints(-1, 1, 1, window**2))
+    apart = op.Not(op.Equal(region, op.Transpose(region, perm=[0, 1, 3, 2])))
+    return op.Mul(op.Cast(apart, to=1), _constant(np.float32(-100)))
+
+
+def _pad_map(x: Value, missing: Value) -> Value:
+    """[B, H, W, C] with so many zeros more at the bottom and right.
+
+    Without Pad's input of axes, which onnxruntime 1.23 gets wrong when it moves transpositions.
+    """
+    return op.Pad(x, op.Concat(_ints(0, 0, 0, 0, 0), missing, _ints(0), axis=0))
+
+
+def _roll(x: Value, shift: int) -> Value:
+    """The map moved up and left by ``shift`` positions, what leaves it comes in at the far end."""
+    if not shift:
+        return x
+    for axis in (1, 2):
+        first = op.Slice(x, _ints(0), _ints(shift), _ints(axis))
+        rest = op.Slice(x, _ints(shift), _ints(_END), _ints(axis))
+        x = op.Concat(rest, first, axis=axis)
+    return x
+
+
+def _layer_norm(norm: nn.LayerNorm, x: Value) -> Value:
+    weight, bias = _constant(norm.weight), _constant(norm.bias)
+    return op.LayerNormalization(x, weight, bias, axis=-1, epsilon=norm.eps)[0]
+
+
+def _linear(x: Value, weight: Tensor, bias: Tensor | None) -> Value:
+    x = op.MatMul(x, _constant(weight.t()))
+    return x if bias is None else op.Add(x, _constant(bias))
+
+
+def _constant(array: Any) -> Value:
+    if isinstance(array, Tensor):
+        array = array.detach().to("cpu", torch.float32).contiguous().numpy()
+    return op.Constant(value=onnx_ir.tensor(np.asarray(array)))
+
+
+def _ints(*values: int) -> Value:
+    return op.Constant(value_ints=list(values))
+
+
+def _scalar(value: int) -> Value:
+    return op.Constant(value_int=value)

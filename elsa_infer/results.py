@@ -1,0 +1,102 @@
+"""What a model finds in an image, the same for both frameworks, and its form in JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Instances:
+    """Objects, best first.
+
+    ``labels`` [N], ``scores`` [N], ``boxes`` [N, 4] in pixels (x1, y1, x2, y2), ``masks``
+    [N, H, W] of bool or None.
+    """
+
+    labels: np.ndarray
+    scores: np.ndarray
+    boxes: np.ndarray
+    masks: np.ndarray | None = None
+
+    def above(self, score: float) -> Instances:
+        """Those with at least this score, best first."""
+        order = np.argsort(-self.scores, kind="stable")
+        keep = order[self.scores[order] >= score]
+        masks = None if self.masks is None else self.masks[keep]
+        return Instances(self.labels[keep], self.scores[keep], self.boxes[keep], masks)
+
+    def enlarged(self, factor: int) -> Instances:
+        masks = self.masks
+        if masks is not None:
+            masks = masks.repeat(factor, axis=1).repeat(factor, axis=2)
+        return Instances(self.labels, self.scores, self.boxes * factor, masks)
+
+    def record(self, classes: Sequence[str]) -> dict[str, Any]:
+        """{"instances": [...]}; masks are COCO's run-length encoding."""
+        entries = []
+        for index, label in enumerate(self.labels.tolist()):
+            entry = {
+                "class": classes[label],
+                "id": label,
+                "score": round(float(self.scores[index]), 6),
+                "box": [round(float(value), 2) for value in self.boxes[index]],
+            }
+            if self.masks is not None:
+                entry["mask"] = _encode(self.masks[index])
+            entries.append(entry)
+        return {"instances": entries}
+
+
+@dataclass(frozen=True)
+class Segmentation:
+    """``labels`` [H, W]: the class of each pixel."""
+
+    labels: np.ndarray
+
+    def enlarged(self, factor: int) -> Segmentation:
+        return Segmentation(self.labels.repeat(factor, axis=0).repeat(factor, axis=1))
+
+    def record(self, classes: Sequence[str]) -> dict[str, Any]:
+        """{"segmentation": {"classes": [...]}}, the class of most pixels first."""
+        labels, pixels = np.unique(self.labels, return_counts=True)
+        pairs = sorted(zip(labels.tolist(), pixels.tolist(), strict=True), key=lambda p: -p[1])
+        entries = [{"class": classes[i], "id": i, "pixels": count} for i, count in pairs]
+        return {"segmentation": {"classes": entries}}
+
+    def label_map(self) -> np.ndarray:
+        """For a PNG of one channel: 8 bits, or 16 where there are more than 256 classes."""
+        wide = self.labels.size and self.labels.max() > 255
+        return self.labels.astype(np.uint16 if wide else np.uint8)
+
+
+Result = Instances | Segmentation
+
+
+def enlarge(image: np.ndarray, result: Result, least: int = 480) -> tuple[np.ndarray, Result]:
+    """Image [H, W, 3] and result, by a whole factor, so that labels find room in small images."""
+    factor = max(1, round(least / max(1, min(image.shape[:2]))))
+    if factor == 1:
+        return image, result
+    image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
+    return image, result.enlarged(factor)
+
+
+def _encode(mask: np.ndarray) -> dict[str, Any]:
+    from pycocotools import mask as coco
+
+    code = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode()}
+
+
+def palette(classes: int) -> list[tuple[int, int, int]]:
+    """A bright RGB colour for each class; neighbours in number are far apart in hue."""
+    hues = (np.arange(classes) * 0.61803 % 1 * 180).astype(np.uint8)
+    values = np.where(np.arange(classes) % 2, 255, 215).astype(np.uint8)
+    colours = np.stack([hues, np.full_like(hues, 210), values], axis=-1)[None]
+    rgb = cv2.cvtColor(colours, cv2.COLOR_HSV2RGB)[0]
+    return [(int(r), int(g), int(b)) for r, g, b in rgb]

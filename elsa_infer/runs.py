@@ -1,0 +1,85 @@
+"""One input after the other: predicted, drawn, written, recorded."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from .inputs import Unreadable, is_video, open_video, read_image
+from .models import Predictor
+from .outputs import Names, VideoFile, whole_file, write_image
+from .results import Instances, Result, Segmentation, enlarge
+
+
+class Demo:
+    """Writes pictures and videos to a folder and keeps the records for results.json.
+
+    ``images``, ``videos``: a record for each input that went well; ``failed``: "file" and "reason"
+    of the others.
+    """
+
+    def __init__(self, predictor: Predictor, folder: str, score: float) -> None:
+        self.predictor, self.folder, self.score = predictor, folder, score
+        self.names = Names()
+        self.images: list[dict[str, Any]] = []
+        self.videos: list[dict[str, Any]] = []
+        self.failed: list[dict[str, str]] = []
+
+    def process(self, path: str) -> None:
+        """An input that cannot be read is recorded; other errors are raised."""
+        try:
+            if is_video(path):
+                self.videos.append(self._video(path))
+            else:
+                image = read_image(path)
+                self.images.append(self._image(path, image))
+        except Unreadable as error:
+            self.failed.append({"file": path, "reason": str(error)})
+
+    def _image(self, path: str, image: np.ndarray) -> dict[str, Any]:
+        result = self._predict(image)
+        stem = self.names.stem(path)
+        record = self._record(image, result)
+        if isinstance(result, Segmentation):
+            name = f"{stem}_labels.png"
+            write_image(os.path.join(self.folder, name), result.label_map())
+            record["segmentation"]["label_map"] = name
+        name = f"{stem}.jpg"
+        write_image(os.path.join(self.folder, name), self._draw(image, result))
+        return {"file": path, "picture": name, **record}
+
+    def _video(self, path: str) -> dict[str, Any]:
+        name = f"{self.names.stem(path)}.mp4"
+        frames: list[dict[str, Any]] = []
+        size: dict[str, int] = {}
+        with open_video(path) as video, whole_file(os.path.join(self.folder, name)) as part:
+            out = VideoFile(part, video.rate)
+            try:
+                bar = tqdm(
+                    video, path, video.frames or None, unit="frame", disable=None, leave=False
+                )
+                for index, frame in enumerate(bar):
+                    result = self._predict(frame)
+                    record = self._record(frame, result)
+                    size = {side: record.pop(side) for side in ("width", "height")}
+                    frames.append({"frame": index, **record})
+                    out.add(self._draw(frame, result))
+            finally:
+                out.close()
+            if not frames:
+                raise Unreadable(f"{path} has no frame that can be read")
+        return {"file": path, "picture": name, **size, "rate": video.rate, "frames": frames}
+
+    def _predict(self, image: np.ndarray) -> Result:
+        result = self.predictor.predict(image)
+        return result.above(self.score) if isinstance(result, Instances) else result
+
+    def _draw(self, image: np.ndarray, result: Result) -> np.ndarray:
+        return self.predictor.draw(*enlarge(image, result))
+
+    def _record(self, image: np.ndarray, result: Result) -> dict[str, Any]:
+        height, width = image.shape[:2]
+        return {"width": width, "height": height, **result.record(self.predictor.classes)}
