@@ -1,0 +1,153 @@
+"""Draws neighbourhood filters: over the photograph, and enlarged beside each other."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from matplotlib import colormaps
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import Normalize
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+
+from .attention import View
+
+# Signed filters are white at 0; attention is never negative.
+SIGNED, UNSIGNED = "RdBu_r", "viridis"
+PANEL, OVERVIEW = 1.75, 5.5  # inches
+
+
+def draw(view: View) -> Figure:
+    """The photograph with each neighbourhood in its place, then a row of panels for each pixel:
+    what it sees, its attention, the ghost filters, and the effective filters."""
+    kinds = _kinds(view)
+    rows, columns = len(view.pixels), 1 + len(kinds)
+    height, width = view.photo.shape[:2]
+    wide = columns * PANEL + 0.6
+    tall = min(OVERVIEW, wide * height / width)
+    figure = Figure(figsize=(wide, tall + rows * PANEL + 1.6), dpi=150, layout="constrained")
+    figure.suptitle(f"{view.title}\n{view.of}", fontsize=10)
+    upper, lower = figure.subfigures(2, 1, height_ratios=[tall + 0.5, rows * PANEL + 0.6])
+    _draw_overview(upper.subplots(), view, kinds[-1])
+    axes = lower.subplots(rows, columns, squeeze=False)
+    for row, pixel in enumerate(view.pixels):
+        _draw_seen(axes[row, 0], view, pixel, _color(row))
+        for column, (title, filters, norm, name) in enumerate(kinds, start=1):
+            panel = axes[row, column]
+            panel.imshow(filters[row], cmap=name, norm=norm)
+            _frame(panel, _color(row))
+            if row == 0:
+                panel.set_title(title, fontsize=8)
+    for column, (_, _, norm, name) in enumerate(kinds, start=1):
+        bar = lower.colorbar(
+            ScalarMappable(norm, name), ax=axes[:, column], location="bottom", shrink=0.85
+        )
+        bar.ax.tick_params(labelsize=6)
+        bar.ax.locator_params(nbins=4)
+    axes[0, 0].set_title("what it sees", fontsize=8)
+    return figure
+
+
+def to_png(figure: Figure) -> bytes:
+    """The content of a PNG file."""
+    content = io.BytesIO()
+    figure.savefig(content, format="png")
+    return content.getvalue()
+
+
+def neighbourhood_extent(
+    pixel: tuple[int, int], stride: int, size: int
+) -> tuple[int, int, int, int]:
+    """Left, right, top and bottom, in pixels, of the ``size`` x ``size`` cells around a pixel's."""
+    left, top = (side // stride * stride - size // 2 * stride for side in pixel)
+    return left, left + size * stride, top, top + size * stride
+
+
+_Kind = tuple[str, np.ndarray, Normalize, str]
+
+
+def _kinds(view: View) -> list[_Kind]:
+    """Title, filters [n, K, K], range and colours of each kind; the last is the effective one."""
+    attention: _Kind = (
+        "attention",
+        view.attention,
+        Normalize(0, float(view.attention.max())),
+        UNSIGNED,
+    )
+    if not view.ghosts:
+        return [attention]
+    shape = view.effective.shape
+    ghosts: list[_Kind] = [
+        (f"ghost, {name}", np.broadcast_to(ghost, shape), _around_zero(ghost), SIGNED)
+        for name, ghost in view.ghosts.items()
+    ]
+    return [
+        attention,
+        *ghosts,
+        ("effective", view.effective, _around_zero(view.effective), SIGNED),
+    ]
+
+
+def _around_zero(filters: np.ndarray) -> Normalize:
+    bound = float(np.abs(filters).max())
+    return Normalize(-bound, bound)
+
+
+def _draw_overview(panel: Axes, view: View, kind: _Kind) -> None:
+    _, filters, norm, name = kind
+    height, width = view.photo.shape[:2]
+    panel.imshow(view.photo, extent=(0, width, height, 0))
+    size = filters.shape[-1]
+    for row, pixel in enumerate(view.pixels):
+        left, right, top, bottom = neighbourhood_extent(pixel, view.stride, size)
+        # The stronger a weight, the less of the photograph is seen through it.
+        colors = colormaps[name](norm(filters[row]))
+        colors[..., 3] = 0.25 + 0.7 * np.abs(filters[row]) / np.abs(filters).max()
+        panel.imshow(colors, extent=(left, right, bottom, top), interpolation="nearest")
+        panel.add_patch(
+            Rectangle(
+                (left, top), right - left, bottom - top, fill=False, edgecolor=_color(row), lw=1.5
+            )
+        )
+        panel.plot(*pixel, "+", color=_color(row), markersize=6)
+        panel.annotate(
+            f"{pixel[0]},{pixel[1]}",
+            (left, top),
+            xytext=(2, 2),
+            textcoords="offset points",
+            fontsize=6,
+            color="white",
+            bbox=dict(boxstyle="square,pad=0.15", fc=_color(row), ec="none"),
+        )
+    panel.set_xlim(0, width)
+    panel.set_ylim(height, 0)
+    panel.set_axis_off()
+
+
+def _draw_seen(
+    panel: Axes, view: View, pixel: tuple[int, int], color: tuple[float, float, float]
+) -> None:
+    """The part of the photograph that the neighbourhood covers; grey where it leaves the image."""
+    size = view.effective.shape[-1]
+    left, right, top, bottom = neighbourhood_extent(pixel, view.stride, size)
+    height, width = view.photo.shape[:2]
+    panel.set_facecolor("0.6")
+    panel.imshow(view.photo, extent=(0, width, height, 0))
+    panel.plot(*pixel, "+", color=color, markersize=7)
+    panel.set_xlim(left, right)
+    panel.set_ylim(bottom, top)
+    panel.set_ylabel(f"{pixel[0]},{pixel[1]}", fontsize=7)
+    _frame(panel, color)
+
+
+def _frame(panel: Axes, color: tuple[float, float, float]) -> None:
+    panel.set_xticks([])
+    panel.set_yticks([])
+    for spine in panel.spines.values():
+        spine.set(edgecolor=color, linewidth=1.5)
+
+
+def _color(row: int) -> tuple[float, float, float]:
+    return colormaps["tab10"](row % 10)[:3]

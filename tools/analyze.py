@@ -1,0 +1,12 @@
+"""Shows what a model is made of, and what ELSA attends to in an image."""
+
+import sys
+from pathlib import Path
+
+# An installed copy goes first: it has the compiled operator, a bare clone may not.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from elsa_inspect.cli import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main())
