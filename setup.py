@@ -165,6 +165,7 @@ class BuildPy(build_py):
         "configs/detectron2": "elsa_d2/configs",
         "tools/train_net.py": "elsa_d2/tools/train_net.py",
         "configs/mmdet": "elsa_mm/.mim/configs/mmdet",
+        "configs/mmpretrain": "elsa_mm/.mim/configs/mmpretrain",
         "configs/mmseg": "elsa_mm/.mim/configs/mmseg",
         "tools/train.py": "elsa_mm/.mim/tools/train.py",
         "tools/test.py": "elsa_mm/.mim/tools/test.py",

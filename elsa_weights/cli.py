@@ -64,7 +64,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         default=None,
         help="take or leave averaged weights; default: take them for the base variant, whose "
-        "published weights they are",
+        "published weights they are, and where they are the checkpoint's own state_dict",
     )
     parser.add_argument(
         "--keep-training-state",

@@ -58,13 +58,17 @@ class Conversion:
         self.added.append((name, reason))
 
 
-def convert(source: Source, to: str, *, anchor_sizes: int | None = None) -> Conversion:
+def convert(
+    source: Source, to: str, *, anchor_sizes: int | None = None, keep_norm: bool = False
+) -> Conversion:
     """What ``source`` is in the framework ``to``, one of `TARGETS`. No tensor is copied.
 
     Args:
         anchor_sizes: anchor sizes per pyramid level, each with all ratios. Needed between
             Detectron2 and OpenMMLab where a position has other than three anchors, since the two
             order anchors of several sizes differently.
+        keep_norm: a backbone made from a classifier gets the classifier's norm at its last output,
+            as another classifier wants it, not a new one, as detection and segmentation do.
 
     Raises:
         UsageError: ``source`` cannot become that, or lacks tensors, has unknown ones or ones of
@@ -84,7 +88,7 @@ def convert(source: Source, to: str, *, anchor_sizes: int | None = None) -> Conv
     if source.family == SWIN:
         _convert_swin(result)
     elif to == "backbone":
-        _take_backbone(result)
+        _take_backbone(result, keep_norm)
     elif source.kind in MODELS:
         _convert_model(result, anchor_sizes)
     else:
@@ -140,17 +144,25 @@ def _convert_classifier(result: Conversion) -> None:
             _add_bookkeeping(result, name, "")
 
 
-def _take_backbone(result: Conversion) -> None:
+def _take_backbone(result: Conversion, keep_norm: bool) -> None:
     source = result.source
     whole = source.kind not in (CLASSIFIER, BACKBONE)
     expected = backbone_shapes(source.arch)
+    last = f"norm{len(source.arch.depths) - 1}."
+    keep_norm &= source.kind == CLASSIFIER
     if not whole:
-        missing = {name for name in _output_norms(expected) if not _has(source, name)}
+        missing = {
+            name
+            for name in _output_norms(expected)
+            if not _has(source, name) and not (keep_norm and name.startswith(last))
+        }
         expected = {name: shape for name, shape in expected.items() if name not in missing}
     taken: dict[str, tuple[str, Tensor]] = {}
     for name, (old, tensor) in source.tensors.items():
         if whole and name.startswith("backbone."):
             taken[name.removeprefix("backbone.")] = (old, tensor)
+        elif keep_norm and name.startswith("norm."):
+            taken[name.replace("norm.", last)] = (old, tensor)
         elif whole or name.split(".")[0] in ("head", "norm"):
             part = "the model" if whole else "the classifier"
             result.dropped.append((old, f"part of {part}, not of the backbone"))

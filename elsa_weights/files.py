@@ -70,11 +70,15 @@ def convert_file(
 def load_backbone(backbone: nn.Module, path: str | os.PathLike) -> Conversion:
     """Loads what any convertible checkpoint has for an `elsa_core.ELSASwin`, and says what it was.
 
+    A backbone that returns the last stage's map alone is taken for a classifier's and also gets the
+    norm of a classifier's checkpoint.
+
     Raises UsageError as `convert_file`, or where the checkpoint's backbone has another architecture
     than ``backbone``; then nothing was loaded.
     """
     source = read_source(path)
-    conversion = in_file(path, lambda: convert(source, "backbone"))
+    last_only = tuple(backbone.out_indices) == (len(backbone.num_features) - 1,)
+    conversion = in_file(path, lambda: convert(source, "backbone", keep_norm=last_only))
     _check_fit(path, conversion, backbone.state_dict())
     backbone.load_state_dict(conversion.tensors, strict=False)
     return conversion

@@ -30,11 +30,22 @@ ORIGINAL, OPENMMLAB, DETECTRON2, MMPRETRAIN, BACKBONE_FILE, SWIN = (
 CLASSIFIER, BACKBONE, OTHER = "classifier", "backbone", "other"
 
 TRAINING_STATE = {
-    *("amp", "amp_scaler", "epoch", "iteration", "loss_scaler", "lr_scheduler", "message_hub"),
+    *(
+        "amp",
+        "amp_scaler",
+        "ema_state_dict",
+        "epoch",
+        "iteration",
+        "loss_scaler",
+        "lr_scheduler",
+        "message_hub",
+    ),
     *("optimizer", "param_schedulers", "scaler", "scheduler", "trainer"),
 }
 _WEIGHTS = ("state_dict", "model")
 _EMA = "state_dict_ema"
+# MMEngine's EMAHook puts the averaged weights into state_dict and the trained ones here.
+_NOT_AVERAGED = "ema_state_dict"
 # RGB order, as Detectron2's older checkpoints store it: ours has the same input in every framework.
 _PIXELS = {
     "pixel_mean": (123.675, 116.28, 103.53),
@@ -81,7 +92,8 @@ def recognise(checkpoint: Any, *, ema: bool | None = None) -> Source:
 
     Args:
         ema: take the averaged weights of a classification training; None: where they are the
-            published ones, i.e. for the base variant.
+            published ones, i.e. for the base variant, and where they are a checkpoint's own
+            ``state_dict``, as with OpenMMLab's EMAHook.
 
     Raises:
         UsageError: there is nothing that this package knows.
@@ -92,6 +104,11 @@ def recognise(checkpoint: Any, *, ema: bool | None = None) -> Source:
     if not checkpoint:
         raise UsageError("it holds an empty dict")
     weights, rest = _unwrap(checkpoint)
+    if isinstance(rest.get(_NOT_AVERAGED), Mapping):
+        averaged = ema is not False
+        source = _recognise(_tensors(weights if averaged else _trained(rest.pop(_NOT_AVERAGED))))
+        source.ema = averaged
+        return _with_rest(source, rest)
     tensors = _tensors(weights)
     if _EMA in rest or ema:
         source = _recognise(_tensors(rest[_EMA])) if isinstance(rest.get(_EMA), Mapping) else None
@@ -115,6 +132,11 @@ def _unwrap(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str,
         names = ", ".join(map(str, list(checkpoint)[:5]))
         raise UsageError(f"it holds no tensors, but {names}")
     return checkpoint, {}
+
+
+def _trained(state: Mapping[str, Any]) -> dict[str, Any]:
+    """The model's tensors in an EMAHook's state, without its count of steps."""
+    return {name: value for name, value in state.items() if str(name).startswith("module.")}
 
 
 def _tensors(weights: Mapping[str, Any]) -> dict[str, Tensor]:

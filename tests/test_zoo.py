@@ -17,9 +17,10 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import nn
 
 import elsa_core
+import elsa_d2
 from elsa_mm import cli
 from zoo import counts, page
-from zoo.models import ORIGINS, ZooError, read_backbones, read_models
+from zoo.models import ORIGINS, ZooError, read_models
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "MODEL_ZOO.md").read_text()
@@ -45,7 +46,6 @@ def root(tmp_path):
 def fast_counts(monkeypatch):
     """Counting is tested by itself and takes most of the time."""
     monkeypatch.setattr(page, "_Measure", lambda root: lambda model: (48_647_226, 269_000_000_000))
-    monkeypatch.setattr(page, "_backbone_table", lambda backbones, sources: "")
 
 
 @pytest.fixture
@@ -65,9 +65,10 @@ def edit(root):
     "arch, millions, giga", [("tiny", 29, 4.8), ("small", 53, 9.6), ("base", 93, 16.7)]
 )
 def test_classification_counts(arch, millions, giga):
-    model = counts.backbone_model(arch)
-    assert round(counts.classifier_parameters(model) / 1e6) == millions
-    assert round(counts.classifier_operations(model) / 1e9, 1) == giga
+    name = f"elsa-swin-{arch}_8xb128_in1k.py"
+    model = counts.openmmlab_model(ROOT / "configs/mmpretrain/elsa_swin" / name)
+    assert round(counts.parameters(model) / 1e6) == millions
+    assert round(counts.classifier_operations(model, (224, 224)) / 1e9, 1) == giga
 
 
 def test_operations_of_elsa_by_hand():
@@ -83,28 +84,28 @@ def test_operations_of_elsa_by_hand():
     window = 36 * (24 * 72 + 24 * 24) + 2 * 36 * 9 * 24
     mlp += 36 * 2 * 24 * 4 * 24
     expected = patches + elsa + mlp + merging + window
-    assert counts._operations(model, (48, 48)) == expected
+    assert counts.operations(model, (48, 48)) == expected
 
 
 @pytest.mark.parametrize(
-    "framework, config, count, giga",
+    "framework, config, dataset, giga",
     [
         # As the Swin Transformer's paper (arXiv 2103.14030) and its detection code state them.
-        ("mmdet", "swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py", "detector", 267),
+        ("mmdet", "swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py", "COCO", 267),
         (
             "mmseg",
             "swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
-            "segmentor",
+            "ADE20K",
             945,
         ),
     ],
 )
-def test_counting_agrees_with_published_figures_of_stock_swin(framework, config, count, giga):
+def test_counting_agrees_with_published_figures_of_stock_swin(framework, config, dataset, giga):
     folder = Path(importlib.util.find_spec(framework).origin).parent / ".mim/configs"
     cfg = Config.fromfile(folder / config)
     with DefaultScope.overwrite_default_scope(framework):
         model = MODELS.build(cfg.model).eval()
-    counted = getattr(counts, f"{count}_operations")(model) / 1e9
+    counted = counts.OPERATIONS[framework](model, counts.SIZES[dataset]) / 1e9
     assert counted == pytest.approx(giga, rel=2e-3)
 
 
@@ -114,18 +115,53 @@ def test_operator_without_a_formula_is_refused():
             return torch.ops.elsa.attention_backward(x, x, x, None, None, 1, 1)
 
     with pytest.raises(NotImplementedError, match="no formula for elsa.attention_backward"):
-        counts._operations(lambda x: Model()(x.new_empty(1, 2, 2, 3)), (4, 4))
+        counts.operations(lambda x: Model()(x.new_empty(1, 2, 2, 3)), (4, 4))
 
 
 def test_every_figure_in_the_zoo_has_an_origin_and_a_source():
-    models, backbones = read_models(ROOT), read_backbones(ROOT / "zoo/backbones.yml")
-    figures = [f for row in models for f in row.figures] + [b.figure for b in backbones]
-    assert len(models) == 10 and len(figures) == 8 * 2 + 2 * 4 + 2 + 3
+    models = read_models(ROOT)
+    figures = [f for row in models for f in row.figures]
+    assert len(models) == 8 + 2 + 4 + 3 and len(figures) == 8 * 2 + 2 * 4 + 2 + 3
     assert all(figure.origin in ORIGINS and figure.source for figure in figures)
     # All are the authors' so far, and none of their checkpoints has been converted.
     assert {figure.origin for figure in figures} == {"published by the authors"}
     for figure in figures:
         assert f"| {figure.value} |" in PAGE
+
+
+def test_gpus_make_the_batch_that_the_configs_are_for():
+    batches = {"COCO": 16, "ADE20K": 16, "Cityscapes": 8, "ImageNet-1K": 1024}
+    # One of each: the bases are common.
+    for model in {(m.framework, m.dataset): m for m in read_models(ROOT)}.values():
+        cfg = Config.fromfile(ROOT / model.config)
+        images = cfg.train_dataloader.batch_size * model.gpus
+        assert images == batches[model.dataset] == cfg.auto_scale_lr.base_batch_size
+        if model.detectron2_config:
+            other = elsa_d2.load_config(str(ROOT / model.detectron2_config))
+            assert other.SOLVER.IMS_PER_BATCH == images
+
+
+def test_models_without_figures_are_said_to_have_none():
+    models = read_models(ROOT)
+    assert {m.dataset for m in models if not m.figures} == {"Cityscapes"}
+    sections = dict(part.split("\n", 1) for part in PAGE.split("\n## ")[1:])
+    for dataset in counts.SIZES:
+        without = f"The authors publish no figures for {dataset}" in sections[dataset]
+        assert without == (dataset == "Cityscapes")
+        rows = [line for line in sections[dataset].splitlines() if line.startswith("| ELSA-Swin-")]
+        assert len(rows) == sum(model.dataset == dataset for model in models)
+
+
+def test_metafiles_are_read_by_openmim():
+    """Through the package that it reads them with."""
+    modelindex = pytest.importorskip("modelindex.load_model_index")
+    index = modelindex.load(str(ROOT / "model-index.yml"))
+    index.build_models_with_collections()
+    models = read_models(ROOT)
+    assert {m.name: m.config for m in index.models} == {m.name: m.config for m in models}
+    for read, model in zip(index.models, models, strict=True):
+        metrics = {k: v for result in read.results or [] for k, v in result.metrics.items()}
+        assert metrics == {figure.metric: figure.value for figure in model.figures}
 
 
 def test_page_is_made_from_what_the_metafiles_say(root, edit, fast_counts):
@@ -165,6 +201,11 @@ def test_page_is_made_from_what_the_metafiles_say(root, edit, fast_counts):
         (lambda m: m.update(Name="other"), "the config must have the model's name"),
         (lambda m: m["Metadata"].update({"Detectron2 Config": "a.yaml"}), "a.yaml does not exist"),
         (lambda m: m.pop("Results"), "Results is missing"),
+        (lambda m: m.update({"In Collection": "other"}), "the collection other is not there"),
+        (
+            lambda m: m["Metadata"].update({"Training Resources": "a GPU"}),
+            "Training Resources must be like '8 GPUs with 2 images each', got a GPU",
+        ),
     ],
 )
 def test_wrong_metafile(root, edit, capsys, change, sentence):
@@ -200,7 +241,9 @@ def test_check_finds_a_stale_page(root, fast_counts, capsys):
 def test_commands_of_the_page_are_understood(tmp_path, monkeypatch):
     """By the parsers of the tools, with files that exist."""
     commands = [line for line in PAGE.splitlines() if " tools/" in line and line[0] in "tp"]
-    assert len(commands) == 4 * 10
+    models = {model.config: model for model in read_models(ROOT)}
+    by_detectron2 = {model.detectron2_config: model for model in models.values()}
+    assert len(commands) == 4 * 14 + 2 * 3
     options = load_tool("train_net")
     for line in commands:
         words = shlex.split(line)
@@ -209,17 +252,18 @@ def test_commands_of_the_page_are_understood(tmp_path, monkeypatch):
         assert (ROOT / tool).is_file()
         if tool == "tools/train_net.py":
             parsed = options.parse_arguments(arguments)
-            assert parsed.num_gpus == 8 and "MODEL.WEIGHTS" in parsed.opts
             config = parsed.config_file
+            assert parsed.num_gpus == by_detectron2[config].gpus
+            assert "MODEL.WEIGHTS" in parsed.opts
         else:
-            assert words[:3] == ["torchrun", "--nproc-per-node", "8"]
             config = arguments[0]
+            assert words[:3] == ["torchrun", "--nproc-per-node", str(models[config].gpus)]
             assert "--launcher" in arguments
             assert ("CHECKPOINT" in arguments) == (tool == "tools/test.py")
         assert (ROOT / config).is_file()
     # One of each for OpenMMLab, up to the files that are not there.
     monkeypatch.chdir(tmp_path)
-    for line in commands[0:2]:
+    for line in [*commands[:2], *commands[-2:]]:
         words = shlex.split(line)
         arguments = [word for word in words[4:] if word not in ("--launcher", "pytorch")]
         assert getattr(cli, Path(words[3]).stem)([str(ROOT / arguments[0]), *arguments[1:]]) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import yaml
 
 ORIGINS = ("published by the authors", "converted", "trained here")
 MEASURED = ("Training Memory (GB)", "Inference Time (ms/im)")
+RESOURCES = re.compile(r"(\d+) GPUs with (\d+) images? each")
 
 
 class ZooError(Exception):
@@ -28,14 +30,20 @@ class Figure:
 
 @dataclass(frozen=True)
 class Model:
-    """A row of the zoo: one model, as a config of OpenMMLab and as one of Detectron2."""
+    """A row of the zoo: one model, as a config of OpenMMLab and, classifiers apart, of Detectron2.
+
+    ``gpus``: what it is trained on. ``figures`` is empty where nobody has published or measured
+    any.
+    """
 
     name: str
     backbone: str
     method: str
+    dataset: str
     schedule: str
+    gpus: int
     config: str
-    detectron2_config: str
+    detectron2_config: str | None
     figures: tuple[Figure, ...]
     measured: dict[str, str]
     weights: str | None
@@ -43,17 +51,8 @@ class Model:
 
     @property
     def framework(self) -> str:
-        """ "mmdet" or "mmseg"."""
+        """ "mmdet", "mmpretrain" or "mmseg"."""
         return Path(self.config).parts[1]
-
-
-@dataclass(frozen=True)
-class Backbone:
-    """A variant with its published accuracy on ImageNet-1K."""
-
-    name: str
-    arch: str
-    figure: Figure
 
 
 def read_models(root: Path) -> list[Model]:
@@ -61,40 +60,29 @@ def read_models(root: Path) -> list[Model]:
     models = []
     for path in _load(root / "model-index.yml")["Import"]:
         metafile = _load(root / path)
-        collections = [collection["Name"] for collection in metafile["Collections"]]
+        collections = {c["Name"]: c["Metadata"] for c in metafile["Collections"]}
         for entry in metafile["Models"]:
             where = f"{path}, {entry.get('Name')}"
+            if entry.get("In Collection") not in collections:
+                raise ZooError(f"{where}: the collection {entry.get('In Collection')} is not there")
             try:
-                model = _model(entry, where)
+                model = _model(entry, collections[entry["In Collection"]], where)
             except KeyError as error:
                 raise ZooError(f"{where}: {error.args[0]} is missing") from error
-            if entry["In Collection"] not in collections:
-                raise ZooError(f"{where}: the collection {entry['In Collection']} is not there")
             for config in (model.config, model.detectron2_config):
-                if not (root / config).is_file():
+                if config and not (root / config).is_file():
                     raise ZooError(f"{where}: the config {config} does not exist")
             models.append(model)
     return models
-
-
-def read_backbones(path: Path) -> list[Backbone]:
-    """The variants in zoo/backbones.yml."""
-    return [
-        Backbone(
-            entry["Name"],
-            entry["Arch"],
-            _figure("top-1", entry["Top-1"], entry, f"{path.name}, {entry['Name']}"),
-        )
-        for entry in _load(path)
-    ]
 
 
 def _load(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def _model(entry: dict[str, Any], where: str) -> Model:
-    metadata = entry["Metadata"]
+def _model(entry: dict[str, Any], collection: dict[str, Any], where: str) -> Model:
+    """What a model's own metadata do not say, its collection's do."""
+    metadata = {**collection, **entry["Metadata"]}
     name, config = entry["Name"], entry["Config"]
     if Path(config).stem != name:
         raise ZooError(f"{where}: the config must have the model's name, got {config}")
@@ -110,13 +98,22 @@ def _model(entry: dict[str, Any], where: str) -> Model:
     if entry.get("Weights") and not sha256:
         raise ZooError(f"{where}: Weights need their SHA256")
     epochs = metadata.get("Epochs")
+    resources = RESOURCES.fullmatch(metadata["Training Resources"])
+    if not resources:
+        raise ZooError(
+            f"{where}: Training Resources must be like '8 GPUs with 2 images each', "
+            f"got {metadata['Training Resources']}"
+        )
+    framework = Path(config).parts[1]
     return Model(
         name=name,
         backbone=metadata["Backbone"],
         method=entry["In Collection"].removeprefix("ELSA-Swin "),
+        dataset=metadata["Training Data"],
         schedule=f"{epochs} epochs" if epochs else f"{metadata['Iterations'] // 1000}k iterations",
+        gpus=int(resources[1]),
         config=config,
-        detectron2_config=metadata["Detectron2 Config"],
+        detectron2_config=None if framework == "mmpretrain" else metadata["Detectron2 Config"],
         figures=tuple(figures),
         measured={key: f"{value} ({metadata['Measured On']})" for key, value in measured.items()},
         weights=entry.get("Weights"),

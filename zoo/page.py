@@ -6,54 +6,58 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from . import counts
-from .models import MEASURED, Backbone, Figure, Model, ZooError, read_backbones, read_models
+from .models import MEASURED, Figure, Model, ZooError, read_models
 
 PAGE = "MODEL_ZOO.md"
-GPUS = 8
 INTRODUCTION = """\
 # Model zoo
 
 <!-- Made by `make zoo` from model-index.yml, its metafiles and the models themselves. -->
 
-Each row is one model, as a config of OpenMMLab and as one of Detectron2 with the same parameters.
+Each row is one model, as a config of OpenMMLab and, classifiers apart, as one of Detectron2 with
+the same parameters.
 
 - Every figure names its origin: *published by the authors* (not measured here), *converted* (their
   weights, converted and evaluated here) or *trained here*, and the number of its source.
 - Parameters and operations are counted here, from the models that the configs build. An operation
-  is a multiply-add ("FLOPs" in papers), for one image: of {detection} on COCO, with
-  {proposals} proposals and {detections} masks; of {segmentation} on ADE20K; of {classification} on
-  ImageNet-1K.
+  is a multiply-add ("FLOPs" in papers), for one image, which is
+  {sizes};
+  detectors have {proposals} proposals and {detections} masks.
 - Peak memory and speed have a column where they were measured, a checkpoint where there is one.
+"""
+NO_FIGURES = """\
+The authors publish no figures for {dataset}, and none have been measured here yet. These configs
+are the frameworks' own recipes for it, with ELSA-Swin and its optimiser.
 """
 COMMANDS = """\
 ## Commands
 
-All trainings are for 8 GPUs with 2 images each. `BACKBONE.pth` is a backbone of ImageNet-1K,
-`CHECKPOINT` what a training has left or a checkpoint from above. COCO is expected in `data/coco`
-and ADE20K in `data/ade/ADEChallengeData2016` by the configs of OpenMMLab, and both where
-`DETECTRON2_DATASETS` points to by those of Detectron2. Interrupted trainings go on with `--resume`.
-MMDetection's and MMSegmentation's own `tools/train.py` and `tools/test.py` take the same arguments.
+Trainings are for as many GPUs as their commands name. `BACKBONE.pth` is a checkpoint of
+ImageNet-1K, `CHECKPOINT` what a training has left or a checkpoint from above. The configs of
+OpenMMLab expect COCO in `data/coco`, ADE20K in `data/ade/ADEChallengeData2016`, Cityscapes in
+`data/cityscapes` and ImageNet in `data/imagenet`, those of Detectron2 all of them where
+`DETECTRON2_DATASETS` points to. Interrupted trainings go on with `--resume`. The `tools/train.py`
+and `tools/test.py` of MMDetection, MMSegmentation and MMPretrain take the same arguments.
 """
 
 
 def make_page(root: Path) -> str:
     """The text of MODEL_ZOO.md; raises ZooError for what does not agree."""
-    models, backbones = read_models(root), read_backbones(Path(__file__).parent / "backbones.yml")
+    models = read_models(root)
     measure = _Measure(root)
+    sizes = [f"{_pixels(size)} of {dataset}" for dataset, size in counts.SIZES.items()]
     sections = [
         INTRODUCTION.format(
-            detection=_pixels(counts.DETECTION_SIZE),
-            proposals=counts.PROPOSALS,
-            detections=counts.DETECTIONS,
-            segmentation=_pixels(counts.SEGMENTATION_SIZE),
-            classification=_pixels(counts.CLASSIFICATION_SIZE),
+            sizes=", ".join(sizes), proposals=counts.PROPOSALS, detections=counts.DETECTIONS
         )
     ]
+    if unknown := {model.dataset for model in models} - counts.SIZES.keys():
+        raise ZooError(f"the data set {min(unknown)} needs a size in zoo/counts.py")
     sources: list[str] = []
-    for title, framework in (("COCO", "mmdet"), ("ADE20K", "mmseg")):
-        rows = [model for model in models if model.framework == framework]
-        sections.append(f"## {title}\n\n{_model_table(rows, measure, sources)}")
-    sections.append(f"## ImageNet-1K\n\n{_backbone_table(backbones, sources)}")
+    for dataset in counts.SIZES:
+        rows = [model for model in models if model.dataset == dataset]
+        note = "" if any(row.figures for row in rows) else NO_FIGURES.format(dataset=dataset) + "\n"
+        sections.append(f"## {dataset}\n\n{note}{_model_table(rows, measure, sources)}")
     listed = "".join(f"{number}. {source}\n" for number, source in enumerate(sources, 1))
     sections.append(f"## Sources\n\n{listed}")
     sections.append(COMMANDS)
@@ -71,21 +75,22 @@ class _Measure:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.known: dict[tuple[str, str], tuple[int, int]] = {}
+        self.known: dict[tuple[str, ...], tuple[int, int]] = {}
 
     def __call__(self, model: Model) -> tuple[int, int]:
         built = counts.openmmlab_model(self.root / model.config)
         size = counts.parameters(built)
-        other = counts.parameters(counts.detectron2_model(self.root / model.detectron2_config))
-        if size != other:
-            raise ZooError(
-                f"{model.config} has {size:,} parameters, {model.detectron2_config} has {other:,}"
-            )
-        key = (model.method, model.backbone)
+        if model.detectron2_config:
+            other = counts.parameters(counts.detectron2_model(self.root / model.detectron2_config))
+            if size != other:
+                raise ZooError(
+                    f"{model.config} has {size:,} parameters, {model.detectron2_config} has "
+                    f"{other:,}"
+                )
+        key = (model.method, model.backbone, model.dataset)
         if key not in self.known:
-            detector = model.framework == "mmdet"
-            count = counts.detector_operations if detector else counts.segmentor_operations
-            self.known[key] = size, count(built)
+            count = counts.OPERATIONS[model.framework]
+            self.known[key] = size, count(built, counts.SIZES[model.dataset])
         if self.known[key][0] != size:
             raise ZooError(f"{model.config} has another number of parameters than its like")
         return self.known[key]
@@ -96,7 +101,8 @@ def _model_table(
 ) -> str:
     metrics = sorted({figure.metric for model in models for figure in model.figures})
     measured = [key for key in MEASURED if any(key in model.measured for model in models)]
-    names = ["backbone", "method", "schedule", *metrics, "origin of the figures"]
+    names = ["backbone", "method", "schedule", *metrics]
+    names += ["origin of the figures"] if metrics else []
     names += ["parameters", "operations", *measured, "checkpoint", "configs"]
     rows = []
     for model in models:
@@ -107,26 +113,20 @@ def _model_table(
                 model.method,
                 model.schedule,
                 *(_values(model.figures, metric) for metric in metrics),
-                _origins(model.figures, sources),
+                *([_origins(model.figures, sources)] if metrics else []),
                 *_sizes(parameters, operations),
                 *(model.measured.get(key, "-") for key in measured),
                 _checkpoint(model),
-                f"[OpenMMLab]({model.config}), [Detectron2]({model.detectron2_config})",
+                _configs(model),
             ]
         )
     return _table(names, rows)
 
 
-def _backbone_table(backbones: Sequence[Backbone], sources: list[str]) -> str:
-    rows = []
-    for backbone in backbones:
-        built = counts.backbone_model(backbone.arch)
-        sizes = counts.classifier_parameters(built), counts.classifier_operations(built)
-        figure = backbone.figure
-        rows.append(
-            [backbone.name, str(figure.value), _origins([figure], sources), *_sizes(*sizes)]
-        )
-    return _table(["backbone", "top-1", "origin of the figure", "parameters", "operations"], rows)
+def _configs(model: Model) -> str:
+    links = f"[OpenMMLab]({model.config})"
+    other = model.detectron2_config
+    return f"{links}, [Detectron2]({other})" if other else links
 
 
 def _values(figures: Sequence[Figure], metric: str) -> str:
@@ -156,19 +156,21 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def _commands(model: Model) -> str:
-    launch = f"torchrun --nproc-per-node {GPUS}"
-    detectron2 = f"python tools/train_net.py --config-file {model.detectron2_config}"
+    launch = f"torchrun --nproc-per-node {model.gpus}"
     tta = model.framework == "mmseg"
-    lines = [
-        "# OpenMMLab",
-        f"{launch} tools/train.py {model.config} --launcher pytorch --cfg-options "
-        "model.backbone.init_cfg.type=Pretrained model.backbone.init_cfg.checkpoint=BACKBONE.pth",
-        f"{launch} tools/test.py {model.config} CHECKPOINT --launcher pytorch"
-        + (" --tta" if tta else ""),
-        "# Detectron2",
-        f"{detectron2} --num-gpus {GPUS} MODEL.WEIGHTS BACKBONE.pth",
-        f"{detectron2} --num-gpus {GPUS} --eval-only MODEL.WEIGHTS CHECKPOINT"
-        + (" TEST.AUG.ENABLED True" if tta else ""),
-    ]
-    title = f"### {model.method}, {model.backbone}, {model.schedule}"
+    train = f"{launch} tools/train.py {model.config} --launcher pytorch"
+    test = f"{launch} tools/test.py {model.config} CHECKPOINT --launcher pytorch"
+    if model.framework != "mmpretrain":
+        train += " --cfg-options model.backbone.init_cfg.type=Pretrained"
+        train += " model.backbone.init_cfg.checkpoint=BACKBONE.pth"
+    lines = ["# OpenMMLab", train, test + (" --tta" if tta else "")]
+    if model.detectron2_config:
+        detectron2 = f"python tools/train_net.py --config-file {model.detectron2_config}"
+        lines += [
+            "# Detectron2",
+            f"{detectron2} --num-gpus {model.gpus} MODEL.WEIGHTS BACKBONE.pth",
+            f"{detectron2} --num-gpus {model.gpus} --eval-only MODEL.WEIGHTS CHECKPOINT"
+            + (" TEST.AUG.ENABLED True" if tta else ""),
+        ]
+    title = f"### {model.method}, {model.backbone}, {model.dataset}, {model.schedule}"
     return "\n".join([title, "", "```sh", *lines, "```", ""])
