@@ -5,9 +5,9 @@ The same options give the same bytes (with the same versions of the libraries).
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ from demo.digit_painter import PARTS, Painter, Sample
 from demo.whole_folder import publish, workspace
 
 GENERATOR = "elsa-swin digits"
+STANDARD = "standard"  # the layout that `make_dataset` writes
 VERSION = 5  # raise it whenever the same options would give other bytes
 CLASSES = tuple("0123456789")
 PALETTE = (  # RGB, one colour a class
@@ -74,19 +75,20 @@ def make_dataset(
     one, is replaced only with `force`, a folder with other files never. Raises DigitsError for
     options out of range and for such folders, OSError where the folder cannot be written.
     """
-    options = _checked(Options(train, val, size, seed))
+    options = checked(Options(train, val, size, seed))
     out = Path(out).resolve()
-    summary = _existing(out, options, force)
+    summary = existing(out, options, force)
     if summary is None:
         with workspace(out) as new:
-            summary = _existing(out, options, force)  # another run may have just finished
+            summary = existing(out, options, force)  # another run may have just finished
             if summary is None:
                 summary = _write(new, options, progress)._replace(path=out)
                 publish(new, out)
     return summary
 
 
-def _checked(options: Options) -> Options:
+def checked(options: Options) -> Options:
+    """The options; raises DigitsError for those out of range."""
     for name, count in (("train", options.train), ("val", options.val)):
         if count < 1:
             raise DigitsError(f"{name} must be at least 1 image, got {name}={count}")
@@ -97,8 +99,11 @@ def _checked(options: Options) -> Options:
     return options
 
 
-def _existing(out: Path, options: Options, force: bool) -> Summary | None:
-    """The data set at `out` if it is the wanted one, None if the place may be written."""
+def existing(out: Path, options: Options, force: bool, layout: str = STANDARD) -> Summary | None:
+    """The data set at `out` if it is the wanted one, None if the place may be written.
+
+    Raises DigitsError, as `make_dataset`, for a place that holds something else.
+    """
     if not out.exists():
         return None
     if not out.is_dir():
@@ -108,16 +113,18 @@ def _existing(out: Path, options: Options, force: bool) -> Summary | None:
     meta = _read_meta(out)
     if meta is None:
         raise DigitsError(f"{out} holds other files and no digits data set, name another folder")
-    if meta["version"] == VERSION and meta["options"] == options._asdict():
+    found = meta.get("layout", STANDARD)
+    if (meta["version"], meta["options"], found) == (VERSION, options._asdict(), layout):
         if _is_whole(out, meta):
             return Summary(out, False, meta["images"], meta["objects"])
         problem = "has changed or missing files"
     else:
         made_with = " ".join(f"{name}={value}" for name, value in meta["options"].items())
+        made_with += "" if found == layout else f" layout={found}"
         problem = f"was made with {made_with} (generator version {meta['version']})"
     if not force:
         raise DigitsError(f"{out} {problem}, --force replaces it")
-    foreign = sorted(_names(out) - {*_files(meta["images"]), "meta.json"})
+    foreign = sorted(file_names(out) - {*_files(meta), "meta.json"})
     if foreign:
         raise DigitsError(
             f"{out} also holds files of others ({foreign[0]}), move them or name another folder"
@@ -140,17 +147,22 @@ def _read_meta(out: Path) -> dict | None:
 
 def _is_whole(out: Path, meta: dict) -> bool:
     try:
-        return _checksum(out, meta["images"]) == meta["sha256"]
+        return checksum(out, _files(meta)) == meta["sha256"]
     except FileNotFoundError:
         return False
 
 
-def _names(folder: Path) -> set[str]:
+def file_names(folder: Path) -> set[str]:
+    """All files in a folder and below it, relative to it."""
     return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}
 
 
-def _files(images: dict[str, int]) -> Iterator[str]:
+def _files(meta: dict) -> Iterable[str]:
     """Names of all files of a data set but meta.json, relative to its folder."""
+    return meta["files"] if "files" in meta else _standard_files(meta["images"])
+
+
+def _standard_files(images: dict[str, int]) -> Iterator[str]:
     for part in PARTS:
         for image_id in range(1, images[part] + 1):
             yield f"images/{part}/{image_id:06d}.jpg"
@@ -158,10 +170,10 @@ def _files(images: dict[str, int]) -> Iterator[str]:
         yield f"annotations/instances_{part}.json"
 
 
-def _checksum(folder: Path, images: dict[str, int]) -> str:
-    """SHA-256 over the names and the SHA-256 of all files; FileNotFoundError if one is missing."""
+def checksum(folder: Path, names: Iterable[str]) -> str:
+    """SHA-256 over the names and the SHA-256 of files; FileNotFoundError if one is missing."""
     total = hashlib.sha256()
-    for name in _files(images):
+    for name in names:
         digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
         total.update(f"{digest}  {name}\n".encode())
     return total.hexdigest()
@@ -174,16 +186,22 @@ def _write(folder: Path, options: Options, progress: bool) -> Summary:
     with tqdm(total=total, desc="digits", unit="img", mininterval=0.5, disable=not progress) as bar:
         for part in PARTS:
             objects[part] = _write_part(folder, part, images[part], options, bar)
+    summary = Summary(folder, True, images, objects)
+    write_meta(summary, options, sha256=checksum(folder, _standard_files(images)))
+    return summary
+
+
+def write_meta(summary: Summary, options: Options, **more: Any) -> None:
+    """Writes meta.json: the options, the counts, and `more`, such as the checksum."""
     meta = {
         "generator": GENERATOR,
         "version": VERSION,
         "options": options._asdict(),
-        "images": images,
-        "objects": objects,
-        "sha256": _checksum(folder, images),
+        "images": summary.images,
+        "objects": summary.objects,
+        **more,
     }
-    (folder / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
-    return Summary(folder, True, images, objects)
+    (summary.path / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
 
 
 def _write_part(folder: Path, part: str, count: int, options: Options, bar: tqdm) -> int:

@@ -1,8 +1,35 @@
-"""The one kind of error that a run is refused with before it starts."""
+"""The one kind of error that a run is refused with, or ends with, in one sentence."""
+
+from __future__ import annotations
+
+import re
+
+# How the text of a traceback ends that another process has handed over as a message.
+_LAST_LINE = re.compile(r"^(?:elsa_core\.errors\.\w+): ", re.MULTILINE)
 
 
 class UsageError(ValueError):
-    """Something that the caller can put right, in one sentence."""
+    """Something that the caller can put right, in one sentence.
+
+    A DataLoader's worker that raises one arrives as the same class, with the worker's whole
+    traceback as its message: what is kept of that is the sentence.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(sentence_in(message) or message)
+
+
+class DamagedFileError(UsageError):
+    """A file that turned out to be damaged when it was read, in the middle of a run.
+
+    Unlike what is found before a run, other processes than the one that read it do not know.
+    """
+
+
+def sentence_in(text: str) -> str | None:
+    """The sentence of the UsageError that a traceback's text ends with, None without one."""
+    ends = list(_LAST_LINE.finditer(text))
+    return text[ends[-1].end() :].strip() if ends else None
 
 
 def one_line(error: BaseException) -> str:

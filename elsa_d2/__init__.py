@@ -5,10 +5,12 @@ from elsa_core.errors import UsageError
 from .backbone import ELSASwin, build_elsa_swin_backbone, build_elsa_swin_fpn_backbone
 from .cascade import ClassSpecificCascadeROIHeads, SyncedConvFCHead
 from .checkpoint import AtomicCheckpointer
+from .cityscapes import register_cityscapes_datasets
 from .config import add_elsa_swin_config, load_config
 from .data import register_coco_datasets
 from .mapper import DetectionMapper, Predictor
 from .optimizer import build_optimizer
+from .proposals import ProbabilityRPN
 from .schedule import build_lr_scheduler
 from .semantic import SegmentorWithTTA, SemanticMapper, build_sem_seg_evaluator
 from .semantic_data import register_sem_seg_datasets
@@ -24,6 +26,7 @@ __all__ = [
     "DetectionMapperTTA",
     "ELSASwin",
     "Predictor",
+    "ProbabilityRPN",
     "SegmentorWithTTA",
     "SemanticMapper",
     "SyncedConvFCHead",
@@ -39,6 +42,7 @@ __all__ = [
     "build_sem_seg_evaluator",
     "get_config_file",
     "load_config",
+    "register_cityscapes_datasets",
     "register_coco_datasets",
     "register_sem_seg_datasets",
 ]

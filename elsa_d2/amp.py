@@ -1,14 +1,16 @@
-"""Training steps in mixed precision, on a GPU or on a CPU."""
+"""Training steps in mixed precision and of parts of a batch, on a GPU or on a CPU."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from detectron2.engine import SimpleTrainer
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from elsa_core.errors import UsageError
 
@@ -20,7 +22,11 @@ class AutocastTrainer(SimpleTrainer):
 
     Args:
         device_type: "cuda", "cpu", ...
-        dtype: float16, whose loss is scaled, or bfloat16, which needs no scaling.
+        dtype: float16, whose loss is scaled, bfloat16, which needs no scaling, or float32 for full
+            precision.
+        parts: the model takes each batch in so many equal parts, one after the other, and the
+            optimizer steps once. A loss is the mean over the parts, as it is over the processes
+            of a distributed training.
     """
 
     def __init__(
@@ -30,25 +36,39 @@ class AutocastTrainer(SimpleTrainer):
         optimizer: torch.optim.Optimizer,
         device_type: str,
         dtype: torch.dtype,
+        parts: int = 1,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.device_type = device_type
         self.dtype = dtype
+        self.parts = parts
         self.grad_scaler = torch.amp.GradScaler(device_type, enabled=self.dtype == torch.float16)
 
     def run_step(self) -> None:
         start = time.perf_counter()
         data = next(self._data_loader_iter)
         data_time = time.perf_counter() - start
-        with torch.autocast(self.device_type, self.dtype):
-            losses = self.model(data)
-            loss = sum(losses.values())
+        size = len(data) // self.parts
         self.optimizer.zero_grad()
-        self.grad_scaler.scale(loss).backward()
+        means: dict[str, Tensor] = {}
+        for part in range(self.parts):
+            for name, loss in self._backward(data[part * size : (part + 1) * size], part).items():
+                means[name] = means.get(name, 0) + loss / self.parts
         self.after_backward()
-        self._write_metrics(losses, data_time)
+        self._write_metrics(means, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def _backward(self, data: list[Any], part: int) -> dict[str, Tensor]:
+        """Adds the gradients of a part; the processes share them after the last one."""
+        alone = isinstance(self.model, DistributedDataParallel) and part + 1 < self.parts
+        with self.model.no_sync() if alone else nullcontext():
+            enabled = self.dtype != torch.float32
+            with torch.autocast(self.device_type, self.dtype if enabled else None, enabled=enabled):
+                losses = self.model(data)
+                loss = sum(losses.values()) / self.parts
+            self.grad_scaler.scale(loss).backward()
+        return {name: loss.detach() for name, loss in losses.items()}
 
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}

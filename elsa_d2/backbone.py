@@ -53,7 +53,12 @@ class ELSASwin(elsa_core.ELSASwin, Backbone):
         self._out_feature_strides = {names[i]: 2 ** (i + 2) for i in stages}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        return dict(zip(self._out_features, super().forward(x), strict=True))
+        """Maps [B, C_i, H_i, W_i] of an image [B, 3, H, W], contiguous in this order.
+
+        As in OpenMMLab, so that what follows rounds in the same way there and here.
+        """
+        maps = (feature.contiguous() for feature in super().forward(x))
+        return dict(zip(self._out_features, maps, strict=True))
 
 
 @BACKBONE_REGISTRY.register()

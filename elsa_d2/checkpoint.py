@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
+from elsa_core.files import replacing
 from elsa_weights import tensors_for
 
 
@@ -18,7 +17,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, but each file appears complete or not at all.
 
     A model with an ELSA-Swin also loads every file that `elsa_weights` can convert: original
-    checkpoints, OpenMMLab's, safetensors. ``save_dir`` is a folder of a local file system.
+    checkpoints, OpenMMLab's, safetensors. ``save_dir`` is a folder of a local file system; `save`
+    raises UsageError where it cannot be written.
     """
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -47,19 +47,3 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
-
-
-@contextmanager
-def replacing(path: str) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes the place of ``path`` when all went well."""
-    temporary = f"{path}.part"
-    try:
-        with open(temporary, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise

@@ -45,6 +45,13 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
     # "float16", "bfloat16", or "": float16 on CUDA and bfloat16 elsewhere.
     cfg.SOLVER.AMP.DTYPE = ""
 
+    # The model takes each batch in so many parts, one after the other; IMS_PER_BATCH images still
+    # make one step of the optimizer.
+    cfg.SOLVER.ACCUMULATE_STEPS = 1
+    # The IMS_PER_BATCH that BASE_LR and BASE_LR_END are for: they change in proportion to the one
+    # in use, nothing else does. 0: they are taken as they are.
+    cfg.SOLVER.BASE_BATCH_SIZE = 0
+
     # Of each stage of ClassSpecificCascadeROIHeads.
     cfg.MODEL.ROI_BOX_CASCADE_HEAD.LOSS_WEIGHTS = (1.0, 0.5, 0.25)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import Any
 
@@ -10,7 +9,9 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
-from elsa_core.errors import UsageError, one_line
+from elsa_core.errors import UsageError
+from elsa_data.coco import first_problem, missing_files, read_json
+from elsa_data.errors import DataError
 
 
 def register_coco_datasets(cfg: CfgNode) -> None:
@@ -70,20 +71,12 @@ def check_dataset(name: str, num_classes: int | None = None, annotated: bool = T
 
 
 def _read_json(name: str, json_file: str) -> Any:
-    what = f"annotation file {json_file} of data set {name!r}"
     try:
-        with open(json_file, "rb") as file:
-            content = file.read()
-    except OSError as error:
+        return read_json(json_file)
+    except DataError as error:
         raise UsageError(
-            f"{what} cannot be read: {error.strerror} (working directory: {os.getcwd()})"
+            f"annotation file of data set {name!r}: {error} (working directory: {os.getcwd()})"
         ) from error
-    if not content.strip():
-        raise UsageError(f"{what} is empty")
-    try:
-        return json.loads(content)
-    except ValueError as error:
-        raise UsageError(f"{what} is cut off or not JSON: {one_line(error)}") from error
 
 
 def _check_annotations(name: str, json_file: str, coco: Any, annotated: bool) -> None:
@@ -100,19 +93,15 @@ def _check_annotations(name: str, json_file: str, coco: Any, annotated: bool) ->
             raise UsageError(f"{what} has no {key}")
     if not all(isinstance(image, dict) and "file_name" in image for image in coco["images"]):
         raise UsageError(f"{what} has images without a file_name")
+    if problem := first_problem(coco):
+        raise UsageError(f"{what}: {problem}")
 
 
 def _check_images(name: str, image_root: str, file_names: list[str]) -> None:
-    """Reads each folder once: far cheaper than asking for every file on a network drive."""
     what = f"image folder {image_root} of data set {name!r}"
     if not os.path.isdir(image_root):
         raise UsageError(f"{what} does not exist (working directory: {os.getcwd()})")
-    paths = [os.path.split(os.path.join(image_root, file_name)) for file_name in file_names]
-    present = {
-        folder: set(os.listdir(folder)) if os.path.isdir(folder) else set()
-        for folder in {folder for folder, _ in paths}
-    }
-    missing = [file for folder, file in paths if file not in present[folder]]
+    missing = missing_files(image_root, file_names)
     if missing:
         raise UsageError(
             f"{what} lacks {len(missing)} of {len(file_names)} images, the first is {missing[0]}"

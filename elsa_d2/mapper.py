@@ -8,13 +8,15 @@ from typing import Any
 import pycocotools.mask
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
-from detectron2.data.detection_utils import build_augmentation
+from detectron2.data.detection_utils import SizeMismatchError, build_augmentation
 from detectron2.data.transforms import TransformList
 from detectron2.engine import DefaultPredictor
 
-from elsa_core.errors import UsageError
+from elsa_core.errors import DamagedFileError, UsageError, one_line
+from elsa_data.images import reason
 
 from .augmentation import configure
+from .checkpoint import AtomicCheckpointer
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +26,9 @@ class DetectionMapper(DatasetMapper):
 
     With INPUT.MASK_FORMAT "bitmask", polygons are drawn at the image's own size and then resized,
     cropped and flipped with it.
+
+    Raises DamagedFileError, which names the file, for an image that cannot be read or has another
+    size than its annotations say, and for masks that cannot be used.
     """
 
     @classmethod
@@ -32,7 +37,29 @@ class DetectionMapper(DatasetMapper):
         augmentations = configure(cfg, options["augmentations"], is_train)
         return {**options, "augmentations": augmentations}
 
+    def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        try:
+            return super().__call__(dataset_dict)
+        except UsageError:
+            raise
+        except SizeMismatchError as error:  # which names the file
+            raise DamagedFileError(one_line(error)) from error
+        except (OSError, SyntaxError) as error:  # SyntaxError: PIL's word for a broken PNG
+            path = dataset_dict["file_name"]
+            raise DamagedFileError(f"image {path} cannot be read: {reason(error, path)}") from error
+
     def _transform_annotations(
+        self, dataset_dict: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]
+    ) -> None:
+        name = dataset_dict["file_name"]
+        try:
+            self._transform(dataset_dict, transforms, image_shape)
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
+            raise DamagedFileError(
+                f"the annotations of image {name} cannot be used: {one_line(error)}"
+            ) from error
+
+    def _transform(
         self, dataset_dict: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]
     ) -> None:
         if self.use_instance_mask and self.instance_mask_format == "bitmask":
@@ -46,10 +73,17 @@ class DetectionMapper(DatasetMapper):
 
 
 class Predictor(DefaultPredictor):
-    """DefaultPredictor with the resize of INPUT.RESIZE."""
+    """DefaultPredictor with the resize of INPUT.RESIZE, for weights of every framework."""
 
     def __init__(self, cfg: CfgNode) -> None:
+        weights = cfg.MODEL.WEIGHTS
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.WEIGHTS = ""
         super().__init__(cfg)
+        if weights:
+            AtomicCheckpointer(self.model).load(weights)
+        self.cfg.MODEL.WEIGHTS = weights
         (self.aug,) = configure(cfg, build_augmentation(cfg, False), False)
 
 

@@ -20,6 +20,7 @@ from . import backbone
 from .amp import amp_dtype
 from .augmentation import resize_class
 from .checkpoint import AtomicCheckpointer
+from .cityscapes import check_cityscapes_dataset, is_cityscapes, register_cityscapes_datasets
 from .data import check_dataset, register_coco_datasets
 from .optimizer import build_optimizer
 from .schedule import build_lr_scheduler
@@ -51,7 +52,7 @@ def check_run(
         _check_solver(cfg)
     _check_weights(cfg, eval_only, resume, model)
     resize_class(cfg)
-    _check_data(cfg, eval_only)
+    _check_data(cfg, eval_only, machines)
     _check_output(cfg.OUTPUT_DIR)
 
 
@@ -78,6 +79,26 @@ def _check_processes(cfg: CfgNode, processes: int, machines: int) -> None:
         raise UsageError(
             f"SOLVER.IMS_PER_BATCH must be a multiple of the {world} processes, "
             f"got {cfg.SOLVER.IMS_PER_BATCH}"
+        )
+    _check_batch(cfg, cfg.SOLVER.IMS_PER_BATCH // world)
+
+
+def _check_batch(cfg: CfgNode, images: int) -> None:
+    """Args: images: of a process in an iteration."""
+    solver = cfg.SOLVER
+    if solver.ACCUMULATE_STEPS < 1 or images % solver.ACCUMULATE_STEPS:
+        raise UsageError(
+            f"SOLVER.ACCUMULATE_STEPS must divide the {images} images of a process, "
+            f"got {solver.ACCUMULATE_STEPS}"
+        )
+    if solver.BASE_BATCH_SIZE < 0:
+        raise UsageError(
+            f"SOLVER.BASE_BATCH_SIZE must be 0 or more images, got {solver.BASE_BATCH_SIZE}"
+        )
+    if solver.BASE_BATCH_SIZE and solver.REFERENCE_WORLD_SIZE:
+        raise UsageError(
+            "SOLVER.BASE_BATCH_SIZE and SOLVER.REFERENCE_WORLD_SIZE both scale the learning rate: "
+            f"give one of them, got {solver.BASE_BATCH_SIZE} and {solver.REFERENCE_WORLD_SIZE}"
         )
 
 
@@ -117,10 +138,16 @@ def _check_features(cfg: CfgNode, available: list[str]) -> None:
 def _check_solver(cfg: CfgNode) -> None:
     head = cfg.MODEL.SEM_SEG_HEAD
     if is_semantic(cfg) and head.NAME == "UPerNetHead" and "BN" in head.NORM:
-        if cfg.SOLVER.IMS_PER_BATCH < 2:  # a map of one cell has no variance
+        images = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE_STEPS
+        if images < 2:  # a map of one cell has no variance
             raise UsageError(
                 f"UPerNet with {head.NORM} learns from two or more images at a time, "
                 f"got SOLVER.IMS_PER_BATCH {cfg.SOLVER.IMS_PER_BATCH}"
+                + (
+                    f" in {cfg.SOLVER.ACCUMULATE_STEPS} steps"
+                    if cfg.SOLVER.ACCUMULATE_STEPS > 1
+                    else ""
+                )
             )
     amp_dtype(cfg.SOLVER.AMP.DTYPE, torch.device(cfg.MODEL.DEVICE).type)
     try:
@@ -207,9 +234,10 @@ def _check_fit(file: str, model: torch.nn.Module) -> None:
         )
 
 
-def _check_data(cfg: CfgNode, eval_only: bool) -> None:
+def _check_data(cfg: CfgNode, eval_only: bool, machines: int) -> None:
     register_coco_datasets(cfg)
     register_sem_seg_datasets(cfg)
+    register_cityscapes_datasets(cfg)
     key = "TEST" if eval_only else "TRAIN"
     if not cfg.DATASETS[key]:
         raise UsageError(f"DATASETS.{key} names no data set")
@@ -221,7 +249,11 @@ def _check_data(cfg: CfgNode, eval_only: bool) -> None:
             num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES if rcnn else None,
             annotated=name in train,
         )
-        if is_semantic(cfg):
+        if is_cityscapes(name):
+            check_cityscapes_dataset(
+                cfg, name, is_semantic(cfg), name in cfg.DATASETS.TEST, machines
+            )
+        elif is_semantic(cfg):
             check_sem_seg_dataset(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
         elif MetadataCatalog.get(name).get("evaluator_type") == "sem_seg":
             raise UsageError(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 import detectron2.solver
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver import LRMultiplier
 from fvcore.common.param_scheduler import ParamScheduler
 
+logger = logging.getLogger(__name__)
 POLY = "WarmupPolyLR"
 
 
@@ -62,3 +65,27 @@ def build_lr_scheduler(
         solver.BASE_LR_END / solver.BASE_LR,
     )
     return LRMultiplier(optimizer, factor, solver.MAX_ITER)
+
+
+def scale_lr(cfg: CfgNode) -> CfgNode:
+    """SOLVER.BASE_LR and BASE_LR_END in proportion to IMS_PER_BATCH / BASE_BATCH_SIZE.
+
+    Returns a config of its own where they change, with BASE_BATCH_SIZE 0.
+    """
+    solver = cfg.SOLVER
+    if not solver.BASE_BATCH_SIZE:
+        return cfg
+    factor = solver.IMS_PER_BATCH / solver.BASE_BATCH_SIZE
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.SOLVER.BASE_LR, cfg.SOLVER.BASE_LR_END = (
+        solver.BASE_LR * factor,
+        solver.BASE_LR_END * factor,
+    )
+    cfg.SOLVER.BASE_BATCH_SIZE = 0
+    logger.info(
+        f"SOLVER.BASE_LR {cfg.SOLVER.BASE_LR:g} for batches of {solver.IMS_PER_BATCH}, "
+        f"from {solver.BASE_LR:g} for {solver.BASE_BATCH_SIZE}"
+    )
+    cfg.freeze()
+    return cfg

@@ -44,6 +44,9 @@ def add_semantic_config(cfg: CfgNode) -> None:
     # reduce_zero_label] each. The classes are a list of names or a file with one a line. With
     # reduce_zero_label, 0 stands for no class and classes begin at 1; 255 always stands for none.
     cfg.DATASETS.REGISTER_SEM_SEG = []
+    # Folders in Cityscapes' layout to register: [name, folder, part, task] each; the part is that
+    # of leftImg8bit/PART, the task "instance_seg" or "sem_seg".
+    cfg.DATASETS.REGISTER_CITYSCAPES = []
 
 
 def is_semantic(cfg: CfgNode) -> bool:

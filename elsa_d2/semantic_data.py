@@ -13,7 +13,8 @@ from detectron2.data.datasets import load_sem_seg
 from detectron2.data.detection_utils import read_image as read_any_image
 from PIL import Image
 
-from elsa_core.errors import UsageError, one_line
+from elsa_core.errors import DamagedFileError, UsageError
+from elsa_data.images import reason
 
 IGNORE = 255
 IMAGE_EXTENSIONS = (".jpg", ".jpeg", ".png")
@@ -80,11 +81,11 @@ def _image_extension(folder: str) -> str:
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:
-    """[H, W, 3] in 0..255. Raises UsageError, which names the file, where it is not whole."""
+    """[H, W, 3] in 0..255. Raises DamagedFileError, which names the file, where it is not whole."""
     try:
         return read_any_image(path, image_format)
     except (OSError, SyntaxError, ValueError) as error:  # SyntaxError: PIL's word for a broken PNG
-        raise UsageError(f"image {path} cannot be read: {one_line(error)}") from error
+        raise DamagedFileError(f"image {path} cannot be read: {reason(error, path)}") from error
 
 
 def read_labels(path: str, num_classes: int, reduce_zero_label: bool = False) -> np.ndarray:
@@ -96,22 +97,22 @@ def read_labels(path: str, num_classes: int, reduce_zero_label: bool = False) ->
         reduce_zero_label: in the file, 0 stands for no class and the classes begin at 1.
 
     Raises:
-        UsageError: for a file that is no such image, and for other labels.
+        DamagedFileError: for a file that is no such image, and for other labels.
     """
     try:
         with Image.open(path) as file:
             labels = np.array(file)
     except (OSError, SyntaxError, ValueError) as error:
-        raise UsageError(f"label map {path} cannot be read: {one_line(error)}") from error
+        raise DamagedFileError(f"label map {path} cannot be read: {reason(error, path)}") from error
     if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
-        raise UsageError(
+        raise DamagedFileError(
             f"a label map must have one channel of whole numbers, got {path} of shape "
             f"{labels.shape} and type {labels.dtype}"
         )
     first = int(reduce_zero_label)
     wrong = labels[(labels >= num_classes + first) & (labels != IGNORE)]
     if wrong.size:
-        raise UsageError(
+        raise DamagedFileError(
             f"labels must be {first}..{num_classes + first - 1} for {num_classes} classes, or "
             f"{'0 or ' * first}{IGNORE} for none, got {wrong.max()} in {path}"
         )
@@ -161,12 +162,12 @@ def check_sem_seg_dataset(name: str, num_classes: int) -> None:
 def read_pair(
     record: dict[str, Any], image_format: str, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Image [H, W, 3] and label map [H, W] of a record. Raises UsageError as their readers do."""
+    """Image [H, W, 3] and label map [H, W] of a record. Raises DamagedFileError for broken ones."""
     image = read_image(record["file_name"], image_format)
     path = record["sem_seg_file_name"]
     labels = read_labels(path, num_classes, record.get("reduce_zero_label", False))
     if image.shape[:2] != labels.shape:
-        raise UsageError(
+        raise DamagedFileError(
             f"a label map must be as large as its image, got {path} of {labels.shape} pixels for "
             f"{image.shape[:2]}"
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import weakref
@@ -16,13 +17,18 @@ from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
+from elsa_core.stop import FAILED, Ended, spare_workers
+
 from .amp import AutocastTrainer, amp_dtype
 from .checkpoint import AtomicCheckpointer
+from .cityscapes import build_cityscapes_evaluator, is_cityscapes
 from .mapper import DetectionMapper, training_dicts
 from .optimizer import build_optimizer
-from .schedule import build_lr_scheduler
+from .order import continue_order, torch_loader
+from .schedule import build_lr_scheduler, scale_lr
 from .semantic import SegmentorWithTTA, SemanticMapper, build_sem_seg_evaluator
 from .semantic_config import is_semantic
+from .stop import CarefulCheckpointer, StopHook
 from .tta import with_test_time_augmentation
 
 logger = logging.getLogger(__name__)
@@ -32,22 +38,26 @@ class Trainer(DefaultTrainer):
     """DefaultTrainer with AdamW, COCO evaluation and whole checkpoints; runs without a GPU too.
 
     On a CPU, several processes share the work through gloo, and SOLVER.AMP means bfloat16 unless
-    told otherwise.
+    told otherwise. SIGTERM and SIGUSR1 end a training at the next iteration, whose state is saved:
+    `train` then raises `elsa_core.stop.Ended`, as it does where a checkpoint cannot be written.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's own __init__ cannot do without CUDA for DDP and AMP.
         TrainerBase.__init__(self)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size())
+        cfg = scale_lr(self.auto_scale_workers(cfg, comm.get_world_size()))
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         device_type = torch.device(cfg.MODEL.DEVICE).type
         devices = [comm.get_local_rank()] if device_type == "cuda" else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
-        if cfg.SOLVER.AMP.ENABLED:
-            dtype = amp_dtype(cfg.SOLVER.AMP.DTYPE, device_type)
-            self._trainer = AutocastTrainer(model, data_loader, optimizer, device_type, dtype)
+        amp, parts = cfg.SOLVER.AMP, cfg.SOLVER.ACCUMULATE_STEPS
+        if amp.ENABLED or parts > 1:
+            dtype = amp_dtype(amp.DTYPE, device_type) if amp.ENABLED else torch.float32
+            self._trainer = AutocastTrainer(
+                model, data_loader, optimizer, device_type, dtype, parts
+            )
         else:
             self._trainer = SimpleTrainer(model, data_loader, optimizer)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
@@ -69,9 +79,30 @@ class Trainer(DefaultTrainer):
             logger.warning("MODEL.WEIGHTS names no file: training starts from random weights")
         super().resume_or_load(resume)
 
+    def train(self) -> Any:
+        try:
+            return super().train()
+        except Ended:
+            comm.synchronize()  # the first process to exit takes the others with it
+            raise
+        except OSError as error:  # of the log or the metrics, on a disk that has become full
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            file = error.filename or f"a file in {self.cfg.OUTPUT_DIR}"
+            raise Ended(FAILED, f"{file} cannot be written: {error.strerror}") from error
+
     def build_hooks(self) -> list[hooks.HookBase]:
-        """DefaultTrainer's, and an evaluation with TEST.AUG at the end where that is enabled."""
+        """DefaultTrainer's; one that stops the training and one that keeps the order of the data;
+        and an evaluation with TEST.AUG at the end where that is enabled."""
         built = super().build_hooks()
+        periodic = None
+        for place, hook in enumerate(built):
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                built[place] = periodic = CarefulCheckpointer(self.checkpointer, hook.period)
+        evaluations = (i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
+        built.insert(next(evaluations, len(built)), StopHook(self.checkpointer, periodic))
+        if order := continue_order(torch_loader(self.data_loader), self.cfg.SOLVER.IMS_PER_BATCH):
+            built.insert(0, order)
         if self.cfg.TEST.AUG.ENABLED:
             # Before the writer of metrics, which is last.
             evaluate = hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
@@ -81,14 +112,19 @@ class Trainer(DefaultTrainer):
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
         if is_semantic(cfg):
-            return build_detection_train_loader(cfg, mapper=SemanticMapper(cfg, True))
-        mapper = DetectionMapper(cfg, True)
-        return build_detection_train_loader(cfg, mapper=mapper, dataset=training_dicts(cfg))
+            loader = build_detection_train_loader(cfg, mapper=SemanticMapper(cfg, True))
+        else:
+            mapper, dataset = DetectionMapper(cfg, True), training_dicts(cfg)
+            loader = build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
+        spare_workers(torch_loader(loader))
+        return loader
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
         mapper = (SemanticMapper if is_semantic(cfg) else DetectionMapper)(cfg, False)
-        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+        spare_workers(loader)
+        return loader
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
@@ -115,7 +151,9 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
     ) -> DatasetEvaluator:
-        """Its files go to a folder in OUTPUT_DIR."""
+        """Its files go to a folder in OUTPUT_DIR; those for cityscapesscripts are not kept."""
+        if is_cityscapes(dataset_name):
+            return build_cityscapes_evaluator(dataset_name)
         if is_semantic(cfg):
             return build_sem_seg_evaluator(cfg, dataset_name, folder)
         tasks = ["bbox"]

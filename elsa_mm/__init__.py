@@ -6,6 +6,15 @@ A config imports it with `custom_imports = dict(imports=['elsa_mm'])`.
 from .amp import CPUAmpOptimWrapper
 from .backbone import ELSASwin
 from .checkpoint import AtomicLocalBackend
+from .stop import StoppableCheckpointHook
+from .strategy import ELSAFSDPStrategy
 from .zoo import get_config_file
 
-__all__ = ["AtomicLocalBackend", "CPUAmpOptimWrapper", "ELSASwin", "get_config_file"]
+__all__ = [
+    "AtomicLocalBackend",
+    "CPUAmpOptimWrapper",
+    "ELSAFSDPStrategy",
+    "ELSASwin",
+    "StoppableCheckpointHook",
+    "get_config_file",
+]

@@ -41,7 +41,9 @@ class ELSASwin(CoreELSASwin, BaseModule):
         return tuple(feature.contiguous() for feature in super().forward(x))
 
     def init_weights(self) -> None:
-        """As BaseModule. Raises UsageError for a pretrained file with another backbone."""
+        """As BaseModule. Raises UsageError for a pretrained file that is not there or has another
+        backbone.
+        """
         configs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []
         files = [config for config in configs if _is_local_pretrained(config)]
         if self.is_init or not files:
@@ -56,6 +58,8 @@ class ELSASwin(CoreELSASwin, BaseModule):
 
 
 def _is_local_pretrained(config: dict[str, Any]) -> bool:
-    return config.get("type") in ("Pretrained", PretrainedInit) and os.path.isfile(
-        os.path.expanduser(config["checkpoint"])
-    )
+    """Whether it names a file, and not an address such as "https://..." or "torchvision://..."."""
+    if config.get("type") not in ("Pretrained", PretrainedInit):
+        return False
+    path = os.path.expanduser(config["checkpoint"])
+    return os.path.isfile(path) or ":" not in path

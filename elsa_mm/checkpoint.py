@@ -11,6 +11,7 @@ from typing import Any
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.runner import CheckpointLoader
 
+from elsa_core.files import replacing
 from elsa_weights import safetensors
 
 
@@ -20,13 +21,14 @@ class AtomicLocalBackend(LocalBackend):
 
     MMEngine's own writes in place. Here, a process that is killed while it writes leaves the
     file's previous content, and beside it a ``.part`` file that the next attempt overwrites. Used
-    with ``CheckpointHook(backend_args=dict(backend="atomic_local"))``.
+    with ``CheckpointHook(backend_args=dict(backend="atomic_local"))``. Raises UsageError where a
+    file cannot be written.
     """
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
-        part = f"{filepath}.part"
-        super().put(obj, part)
-        os.replace(part, filepath)
+        os.makedirs(os.path.dirname(filepath) or ".", exist_ok=True)
+        with replacing(filepath) as file:
+            file.write(obj)
 
     def put_text(self, obj: str, filepath: str | Path, encoding: str = "utf-8") -> None:
         self.put(obj.encode(encoding), filepath)
@@ -40,13 +42,16 @@ def find_last_checkpoint(folder: str | Path) -> Path | None:
     """
     folder = Path(folder)
     candidates = []
-    if (note := folder / "last_checkpoint").is_file():
-        named = Path(note.read_text().strip())
+    note = folder / "last_checkpoint"
+    if note.is_file() and (name := note.read_text().strip()):
+        named = Path(name)
         candidates += [folder / named.name, named]
     numbered = [path for path in folder.glob("*.pth") if _number(path) is not None]
     candidates += sorted(numbered, key=_number, reverse=True)
     for path in candidates:
         if path.is_file() and is_whole_checkpoint(path):
+            return path
+        if path.is_dir() and any(path.iterdir()):  # DeepSpeed's
             return path
     return None
 

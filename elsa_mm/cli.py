@@ -13,15 +13,17 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed
 
-from elsa_core.errors import UsageError, one_line
+from elsa_core.errors import DamagedFileError, UsageError, one_line
+from elsa_core.stop import Ended
 
 from . import fit, preflight
 from .checkpoint import find_last_checkpoint
 from .machine import join_cpu_processes, use_cpu_where_needed
 
 EXIT_STATUS = (
-    "exit status: 0 done, 1 a run that failed, 2 a run that was refused (one sentence on standard "
-    "error), 130 interrupted"
+    "exit status: 0 done, 1 a run that failed, 2 a run that was refused or met a damaged file (one "
+    "sentence on standard error), 130 interrupted, 143 or 138 a training stopped by SIGTERM or "
+    "SIGUSR1, with its state saved"
 )
 
 
@@ -97,9 +99,13 @@ def _run(tool: str, main: Callable[[argparse.Namespace], None], options: argpars
     try:
         main(options)
     except UsageError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, DamagedFileError):
             print(f"{tool}: {error}", file=sys.stderr)
         return 2
+    except Ended as end:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{tool}: {end.sentence}", file=sys.stderr)
+        return end.code
     except KeyboardInterrupt:
         hint = "; --resume goes on from the last checkpoint" if tool == "train" else ""
         print(f"{tool}: interrupted{hint}", file=sys.stderr)
@@ -122,10 +128,11 @@ def _train(options: argparse.Namespace) -> None:
     preflight.check_data(cfg, parts)
     preflight.check_work_dir(cfg.work_dir)
     notes = _set_resume(cfg, options.resume)
+    _make_stoppable(cfg)
     runner = _build_runner(cfg, notes)
     fit.check_batch(cfg)
-    if cfg.get("resume") and cfg.get("load_from"):
-        fit.check_weights(runner.model, cfg.load_from)
+    if cfg.get("resume") and os.path.isfile(cfg.get("load_from") or ""):
+        fit.check_weights(fit.model_of(runner), cfg.load_from)
     preflight.build_data(runner, parts)
     fit.check_classes(runner, parts)
     runner.train()
@@ -144,7 +151,7 @@ def _test(options: argparse.Namespace) -> None:
     preflight.check_data(cfg, ["test"])
     preflight.check_work_dir(cfg.work_dir)
     runner = _build_runner(cfg, [])
-    fit.check_weights(runner.model, options.checkpoint)
+    fit.check_weights(fit.model_of(runner), options.checkpoint)
     preflight.build_data(runner, ["test"])
     fit.check_classes(runner, ["test"])
     if options.out and not _is_mmseg(cfg):
@@ -182,6 +189,14 @@ def _build_runner(cfg: Config, notes: list[str]) -> Runner:
     return runner
 
 
+def _make_stoppable(cfg: Config) -> None:
+    """Gives configs that come with MMEngine's checkpoints ours."""
+    hooks = cfg.setdefault("default_hooks", {})
+    hook = hooks.setdefault("checkpoint", dict(type="CheckpointHook", interval=1))
+    if hook is not None and hook.get("type", "CheckpointHook") == "CheckpointHook":
+        hook["type"] = "StoppableCheckpointHook"
+
+
 def _enable_amp(cfg: Config) -> None:
     wrapper = cfg.optim_wrapper
     kind = wrapper.get("type", "OptimWrapper")
@@ -197,6 +212,8 @@ def _enable_auto_scale_lr(cfg: Config) -> None:
     if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
         raise UsageError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
     cfg.auto_scale_lr.enable = True
+    # MMEngine compares with the images of an iteration, not with those of an optimizer's step.
+    cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get("accumulative_counts", 1)
 
 
 def _set_resume(cfg: Config, resume: str | None) -> list[str]:
@@ -227,10 +244,13 @@ def _enable_painting(cfg: Config, options: argparse.Namespace) -> None:
     hook = (cfg.get("default_hooks") or {}).get("visualization")
     if hook is None:
         raise UsageError("--show and --show-dir need default_hooks.visualization in the config")
-    hook.draw = True
     if options.show:
         hook.show = True
         hook.wait_time = options.wait_time
+    if cfg.get("default_scope") == "mmpretrain":
+        hook.update(enable=True, interval=1, out_dir=options.show_dir)
+        return
+    hook.draw = True
     if options.show_dir and _is_mmseg(cfg):
         cfg.visualizer.save_dir = options.show_dir
     elif options.show_dir:

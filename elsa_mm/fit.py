@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -9,13 +10,17 @@ from collections.abc import Mapping, Sequence
 import torch
 from mmengine.config import Config
 from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import distributed, nn
 
 from elsa_core.errors import UsageError
 
-# Heads that tell the data's classes apart; an RPN does not.
-_HEADS = re.compile(r"(.+\.)?(bbox_head|mask_head|decode_head|auxiliary_head)(\.\d+)?")
+# What has one output or label for each class of the data; an RPN has not.
+_HEADS = re.compile(
+    r"(module\.)*(data_preprocessor|head)|"
+    r"(.+\.)?(bbox_head|mask_head|decode_head|auxiliary_head)(\.\d+)?"
+)
 
 
 def check_classes(runner: Runner, parts: Sequence[str]) -> None:
@@ -26,7 +31,7 @@ def check_classes(runner: Runner, parts: Sequence[str]) -> None:
     """
     heads = {
         name: module.num_classes
-        for name, module in runner.model.named_modules()
+        for name, module in model_of(runner).named_modules()
         if _HEADS.fullmatch(name) and isinstance(getattr(module, "num_classes", None), int)
     }
     for part in parts:
@@ -37,8 +42,9 @@ def check_classes(runner: Runner, parts: Sequence[str]) -> None:
             continue
         for name, number in heads.items():
             if number != len(classes):
+                place = name if name == "data_preprocessor" else f"model.{name}"
                 raise UsageError(
-                    f"model.{name}.num_classes must be the {len(classes)} classes of the {part} "
+                    f"{place}.num_classes must be the {len(classes)} classes of the {part} "
                     f"data, got {number}"
                 )
         found = getattr(dataset, "cat_ids", None)
@@ -47,6 +53,14 @@ def check_classes(runner: Runner, parts: Sequence[str]) -> None:
                 f"the {part} data's annotation file must have all {len(classes)} classes of the "
                 f"data set, it has {len(found)} of them"
             )
+
+
+def model_of(runner: Runner) -> nn.Module:
+    """The runner's model; where it is built later (FlexibleRunner), one without memory."""
+    if isinstance(runner.model, nn.Module):
+        return runner.model
+    with torch.device("meta"):
+        return MODELS.build(copy.deepcopy(runner.model))
 
 
 def check_batch(cfg: Config) -> None:

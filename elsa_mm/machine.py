@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 from datetime import timedelta
 
 from mmengine.config import Config
@@ -12,6 +13,8 @@ from torch import distributed
 from elsa_core.errors import UsageError
 
 from .preflight import walk
+
+_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
 
 
 def use_cpu_where_needed(cfg: Config) -> list[str]:
@@ -33,13 +36,15 @@ def use_cpu_where_needed(cfg: Config) -> list[str]:
 def join_cpu_processes(cfg: Config) -> None:
     """Joins the other processes where MMEngine, which asks for a CUDA device first, cannot.
 
-    Raises UsageError if the launcher is not torchrun.
+    Raises UsageError if the launcher is neither torchrun nor Slurm.
     """
     launcher = cfg.get("launcher", "none")
     if launcher == "none" or get_device() != "cpu":
         return
-    if launcher != "pytorch":
-        raise UsageError(f"without a GPU --launcher must be none or pytorch, got {launcher}")
+    if launcher == "slurm":
+        _read_slurm()
+    elif launcher != "pytorch":
+        raise UsageError(f"without a GPU --launcher must be none, pytorch or slurm, got {launcher}")
     if missing := [
         name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ
     ]:
@@ -50,6 +55,21 @@ def join_cpu_processes(cfg: Config) -> None:
     seconds = (cfg.get("env_cfg") or {}).get("dist_cfg", {}).get("timeout")
     timeout = None if seconds is None else timedelta(seconds=seconds)
     distributed.init_process_group("gloo", timeout=timeout)
+
+
+def _read_slurm() -> None:
+    """Sets the variables of torchrun from those of srun, as MMEngine does on GPUs."""
+    for name, source in _SLURM.items():
+        if source not in os.environ:
+            raise UsageError(
+                "--launcher slurm is for processes that srun has started, "
+                f"the environment variable {source} is not set"
+            )
+        os.environ[name] = os.environ[source]
+    if "MASTER_ADDR" not in os.environ:
+        hosts = ["scontrol", "show", "hostnames", os.environ["SLURM_NODELIST"]]
+        os.environ["MASTER_ADDR"] = subprocess.check_output(hosts, text=True).split()[0]
+    os.environ.setdefault("MASTER_PORT", "29500")
 
 
 def _use_bfloat16(cfg: Config) -> None:

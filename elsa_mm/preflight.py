@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,11 +15,17 @@ from mmengine.runner import Runner
 
 import elsa_weights
 from elsa_core.errors import UsageError, one_line
+from elsa_data.coco import first_problem, missing_files, read_json
+from elsa_data.errors import DataError
 
 from .checkpoint import is_whole_checkpoint
+from .reading import check_label_maps, watch_reading
 
 BACKBONE = "ELSASwin"
 IMPORT_LINE = "custom_imports = dict(imports=['elsa_mm'])"
+# What MMEngine and MMPretrain say of data sets without images, and of one with other classes.
+_NO_IMAGES = ("need at least one array to concatenate", "Found 0 files in subfolders of")
+_CLASS_FOLDERS = re.compile(r"number of subfolders \((\d+)\).*\((\d+)\)")
 
 
 def check_config(cfg: Config) -> None:
@@ -42,7 +49,7 @@ def check_config(cfg: Config) -> None:
 
 def _check_channels(model: dict, features: list[int]) -> None:
     """Whether the parts that take the backbone's maps expect their channels."""
-    for name in ["neck"] if model.get("neck") else ["decode_head", "auxiliary_head"]:
+    for name in _takers(model):
         part = model.get(name)
         if not isinstance(part, dict) or "in_channels" not in part:
             continue
@@ -54,10 +61,21 @@ def _check_channels(model: dict, features: list[int]) -> None:
                 wanted = [features[index] for index in indices if index in range(len(features))]
         elif isinstance(indices, int) and indices in range(-len(features), len(features)):
             wanted = features[indices]
+        elif name == "head":  # of a classifier
+            wanted = features[-1]
         else:
             continue
         if got != wanted:
             raise UsageError(f"model.{name}.in_channels must be the backbone's {wanted}, got {got}")
+
+
+def _takers(model: dict) -> list[str]:
+    """The parts that take the backbone's maps, or what has their channels."""
+    neck = model.get("neck")
+    if not neck:
+        return ["decode_head", "auxiliary_head", "head"]
+    pooled = isinstance(neck, dict) and str(neck.get("type")).endswith("GlobalAveragePooling")
+    return ["head"] if pooled else ["neck"]
 
 
 def check_work_dir(folder: str) -> None:
@@ -89,29 +107,42 @@ def check_data(cfg: Config, parts: Sequence[str]) -> None:
     Args:
         parts: "train", "val", "test": the loaders that the run uses.
     """
+    known: dict[str, list[str]] = {}
     for part in parts:
         loader = cfg.get(f"{part}_dataloader")
         for dataset in _datasets((loader or {}).get("dataset")):
-            _check_dataset(dataset, part)
+            _check_dataset(dataset, part, known)
         for node in walk(cfg.get(f"{part}_evaluator") or {}):
             if isinstance(node.get("ann_file"), str) and not _is_remote(node):
-                _check_annotations(node["ann_file"], f"the {part} evaluator's annotation file")
+                what = f"the {part} evaluator's annotation file"
+                _check_annotations(node["ann_file"], what, known)
 
 
 def build_data(runner: Runner, parts: Sequence[str]) -> None:
-    """Loads the data sets before the run begins; raises UsageError for one without images."""
+    """Loads the data sets before the run begins, and makes them name the files they cannot read.
+
+    Raises UsageError for a data set without images or, in MMSegmentation, without label maps.
+    """
+    watch_reading(runner)
     for part in parts:
         try:
             loop = getattr(runner, f"{part}_loop")
             size = None if loop is None else len(loop.dataloader.dataset)
-        except ValueError as error:
-            if "need at least one array to concatenate" not in str(error):  # MMEngine on no images
+        except (AssertionError, RuntimeError, ValueError) as error:
+            if counts := _CLASS_FOLDERS.search(str(error)):
+                raise UsageError(
+                    f"the {part} data must have a folder for each of the data set's {counts[2]} "
+                    f"classes, it has {counts[1]} folders"
+                ) from error
+            if not any(words in str(error) for words in _NO_IMAGES):
                 raise
             size = 0
         if size == 0:
             raise UsageError(
                 f"the {part} data set is empty: no image, or none with objects of the classes"
             )
+        if loop is not None:
+            check_label_maps(loop.dataloader.dataset, part)
 
 
 def walk(node: Any) -> Iterator[dict]:
@@ -142,32 +173,60 @@ def _is_remote(node: dict) -> bool:
     return backend != "local" or "://" in f"{node.get('data_root')} {node.get('ann_file')}"
 
 
-def _check_dataset(dataset: dict, part: str) -> None:
+def _check_dataset(dataset: dict, part: str, known: dict[str, list[str]]) -> None:
     if _is_remote(dataset):
         return
     root = dataset.get("data_root") or ""
+    images = []
     if dataset.get("ann_file"):
         path = os.path.join(root, dataset["ann_file"])
-        _check_annotations(path, f"the {part} data's annotation file")
-    for name, folder in (dataset.get("data_prefix") or {}).items():
+        images = _check_annotations(path, f"the {part} data's annotation file", known)
+    for name, folder in _folders(dataset).items():
         path = os.path.join(root, folder or "")
         if path and not os.path.isdir(path):
             raise UsageError(
                 f"the {part} data's folder {os.path.abspath(path)} ({name}) does not exist"
             )
+        missing = missing_files(path, images) if name == "img" else []
+        if missing:
+            raise UsageError(
+                f"the {part} data's folder {os.path.abspath(path)} ({name}) lacks {len(missing)} "
+                f"of the {len(images)} images in {dataset['ann_file']}, the first is {missing[0]}"
+            )
 
 
-def _check_annotations(path: str, what: str) -> None:
+def _folders(dataset: dict) -> dict[str, str]:
+    """The folders that a data set names, by the setting that does so."""
+    prefix = dataset.get("data_prefix") or {}
+    if not prefix and str(dataset.get("type")).endswith("ImageNet"):
+        return {"split": dataset.get("split") or ""}
+    return {"data_prefix": prefix} if isinstance(prefix, str) else prefix
+
+
+def _check_annotations(path: str, what: str, known: dict[str, list[str]]) -> list[str]:
+    """The names of the images in a file of COCO's format, none for other formats.
+
+    Args:
+        known: those of the files that have been read before.
+    """
     path = os.path.abspath(path)
-    if os.path.isdir(path):  # some data sets name a folder
-        return
+    if path in known or os.path.isdir(path):  # some data sets name a folder
+        return known.get(path, [])
     if not os.path.isfile(path):
         raise UsageError(f"{what} {path} does not exist")
-    size = os.path.getsize(path)
-    if not size:
+    if not os.path.getsize(path):
         raise UsageError(f"{what} {path} is empty")
-    if path.endswith(".json"):
-        with open(path, "rb") as file:
-            file.seek(max(0, size - 64))
-            if file.read().rstrip()[-1:] not in (b"}", b"]"):
-                raise UsageError(f"{what} {path} is no complete JSON file")
+    known[path] = []
+    if not path.endswith(".json"):
+        return []
+    try:
+        content = read_json(path)
+    except DataError as error:
+        raise UsageError(f"{what} {error}") from error
+    lists = [content.get(key) for key in ("images", "categories")] if type(content) is dict else []
+    if not lists or not all(isinstance(one, list) for one in lists):
+        return []
+    if problem := first_problem(content):
+        raise UsageError(f"{what} {path}: {problem}")
+    known[path] = [image["file_name"] for image in content["images"] if "file_name" in image]
+    return known[path]

@@ -58,7 +58,7 @@ def test_an_image_does_not_depend_on_how_many_are_made(tmp_path):
 
 def test_layout_and_meta(dataset):
     names = {name.as_posix() for name in contents(dataset)}
-    assert names == {"meta.json", *digits._files({"training": 40, "validation": 30})}
+    assert names == {"meta.json", *digits._files({"images": {"training": 40, "validation": 30}})}
     meta = json.loads((dataset / "meta.json").read_text())
     assert meta["options"] == {"train": 40, "val": 30, "size": 96, "seed": 0}
     assert meta["images"] == {"training": 40, "validation": 30}

@@ -12,6 +12,7 @@ from mmengine.registry import init_default_scope
 
 import elsa_core
 import elsa_mm
+from elsa_core.errors import UsageError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ARCH = dict(embed_dim=12, depths=[1, 1, 2, 2], num_heads=[1, 2, 3, 4], group_width=4, window_size=3)
@@ -64,6 +65,12 @@ def test_pretrained(tmp_path, prefix):
     assert not same(weights, adapter.state_dict())
     adapter.init_weights()
     assert same(weights, adapter.state_dict())
+
+
+def test_pretrained_file_that_is_not_there():
+    adapter = build(init_cfg=dict(type="Pretrained", checkpoint="gone.pth"))
+    with pytest.raises(UsageError, match="gone.pth cannot be read: No such file or directory"):
+        adapter.init_weights()
 
 
 def test_pretrained_backbone_of_a_detector(tmp_path):

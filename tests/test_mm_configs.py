@@ -14,7 +14,7 @@ from demo.digits import CLASSES, PALETTE, SEGMENTATION_CLASSES, SEGMENTATION_PAL
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 LEAVES = sorted(
     path
-    for framework in ("mmdet", "mmseg")
+    for framework in ("mmdet", "mmpretrain", "mmseg")
     for path in (CONFIGS / framework).rglob("*.py")
     if "_base_" not in path.parts
 )

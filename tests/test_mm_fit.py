@@ -58,7 +58,9 @@ def test_classes_of_model_and_data(refusal, digits, framework, head, classes):
 
 def test_annotation_file_without_some_of_the_classes(refusal, digits, tmp_path):
     content = json.loads((digits / "annotations/instances_training.json").read_text())
-    content["categories"] = [c for c in content["categories"] if c["name"] != "3"]
+    (gone,) = (c["id"] for c in content["categories"] if c["name"] == "3")
+    content["categories"] = [c for c in content["categories"] if c["id"] != gone]
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] != gone]
     (tmp_path / "part.json").write_text(json.dumps(content))
     more = {"train_dataloader__dataset__ann_file": tmp_path / "part.json"}
     assert refusal("train", CONFIGS["mmdet"], *options("mmdet", digits, **more)) == (

@@ -16,9 +16,11 @@ import elsa_core
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("elsa_core", "elsa_d2", "elsa_mm", "elsa_weights")
+PACKAGES += ("elsa_data", "elsa_infer", "elsa_inspect")
 SHIPPED = {
     "configs/detectron2": "elsa_d2/configs",
     "configs/mmdet": "elsa_mm/.mim/configs/mmdet",
+    "configs/mmpretrain": "elsa_mm/.mim/configs/mmpretrain",
     "configs/mmseg": "elsa_mm/.mim/configs/mmseg",
 }
 SHIPPED_FILES = {
@@ -165,7 +167,11 @@ def test_installed_configs_for_openmmlab_are_found_and_load(installed):
     pytest.importorskip("mmseg")
     names = [
         f"{framework}/elsa_swin/{next((ROOT / 'configs' / framework).glob(leaf)).name}"
-        for framework, leaf in (("mmdet", "elsa_swin/*-s-*.py"), ("mmseg", "elsa_swin/*small*.py"))
+        for framework, leaf in (
+            ("mmdet", "elsa_swin/*-s-*.py"),
+            ("mmpretrain", "elsa_swin/*small*.py"),
+            ("mmseg", "elsa_swin/*small*.py"),
+        )
     ]
     output = run_installed(
         installed,
@@ -175,7 +181,7 @@ def test_installed_configs_for_openmmlab_are_found_and_load(installed):
         "    print(path, Config.fromfile(path).model.backbone.arch)\n",
     )
     folder = installed / "elsa_mm/.mim/configs"
-    assert output[-2:] == [f"{folder / name} small" for name in names]
+    assert output[-len(names) :] == [f"{folder / name} small" for name in names]
 
 
 def test_openmim_finds_the_model_index(installed):
@@ -208,7 +214,7 @@ def test_metadata_replaces_nobodys_torch_or_framework(tree):
         metadata = email.message_from_bytes(archive.read(name))
     requirements = metadata.get_all("Requires-Dist")
     assert [line for line in requirements if "extra ==" not in line] == ["torch>=2.4"]
-    assert set(metadata.get_all("Provides-Extra")) == {"d2", "mm", "dev"}
+    assert set(metadata.get_all("Provides-Extra")) == {"d2", "mm", "data", "onnx", "dev"}
     adapters = [line for line in requirements if "extra ==" in line and '"dev"' not in line]
     owned_by_user = ("torch", "detectron", "sal-", "mm", "onedl", "opencv", "numpy", "setuptools")
     assert adapters and not [line for line in adapters if line.startswith(owned_by_user)]

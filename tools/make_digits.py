@@ -1,4 +1,4 @@
-"""Command line of the digits data set: handwritten digits on photographs, COCO and ADE20K layout.
+"""Command line of the digits data set: handwritten digits on photographs, as COCO and others.
 
 Needs no network: the digits come with scikit-learn, the photographs with scikit-image.
 """
@@ -10,11 +10,20 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 DETAILS = """\
-written to OUT:
+written to OUT, with --layout standard:
   images/{training,validation}/NNNNNN.jpg            square RGB images, JPEG quality 95
   annotations/{training,validation}/NNNNNN.png       ADE20K layout: 1 background, 2..11 digits 0..9
   annotations/instances_{training,validation}.json   COCO layout: RLE masks, category ids 1..10
   meta.json                                          options, counts, checksum
+
+with --layout cityscapes, two of these images side by side, digits 0..7 as the 8 classes with
+instances, 8 and 9 as traffic sign and vegetation, on building and road:
+  leftImg8bit/{train,val}/CITY/*_leftImg8bit.png     RGB images, 2*SIZE x SIZE
+  gtFine/{train,val}/CITY/*_gtFine_*                 polygons.json; labelIds, labelTrainIds,
+                                                     instanceIds and color .png
+  annotations/instancesonly_filtered_gtFine_{train,val}.json    COCO layout, for MMDetection
+with --layout imagenet, one digit an image:
+  {train,val}/{0..9}/NNNNNN.JPEG
 
 Each image shows 2 to 4 digits on a random crop of a photograph. Digits and photographs of the
 validation part never occur in the training part. The same options give the same files. If OUT
@@ -47,6 +56,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
         "--seed", type=int, default=0, help="0 or more, other images (default: %(default)s)"
     )
     parser.add_argument(
+        "--layout",
+        choices=("standard", "cityscapes", "imagenet"),
+        default="standard",
+        help="whose folders and files it has: COCO's and ADE20K's, or another one's "
+        "(default: %(default)s)",
+    )
+    parser.add_argument(
         "--force",
         action="store_true",
         help="replace a digits data set made with other options, or a damaged one",
@@ -57,11 +73,14 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
-        from demo.digits import DigitsError, make_dataset
+        from demo.digits import DigitsError
+        from demo.layouts import make_layout
     except ModuleNotFoundError as error:
         return fail(f"the Python package {error.name} is missing in {sys.executable}")
     try:
-        summary = make_dataset(**vars(options))
+        summary = make_layout(**vars(options))
+    except ModuleNotFoundError as error:
+        return fail(f"--layout {options.layout} needs the Python package {error.name}")
     except DigitsError as error:
         return fail(str(error))
     except OSError as error:
@@ -74,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         f"{summary.images[part]} {part} images with {summary.objects[part]} digits"
         for part in summary.images
     )
-    print(f"{summary.path}: {'wrote' if summary.made else 'already holds'} {counts}")
+    layout = "" if options.layout == "standard" else f", as {options.layout} is laid out"
+    print(f"{summary.path}: {'wrote' if summary.made else 'already holds'} {counts}{layout}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 # An installed copy goes first: it has the compiled operator, a bare clone may not.
@@ -21,8 +22,11 @@ processes, which share the images of a batch, the cores and, through gloo, the g
 --resume needs a checkpoint in OUTPUT_DIR; without one, training starts from MODEL.WEIGHTS and the
 log says so. Losses (every 20 iterations) and metrics are in OUTPUT_DIR/metrics.json.
 
-exit status: 0 done, 1 a run that failed, 2 a run that was refused (one sentence on standard error),
-130 interrupted
+SIGTERM and SIGUSR1, which schedulers send before they kill, end a training at the next iteration
+with its state saved; --resume goes on there.
+
+exit status: 0 done, 1 a run that failed, 2 a run that was refused or met a damaged file (one
+sentence on standard error), 130 interrupted, 143 or 138 stopped by SIGTERM or SIGUSR1
 """
 
 
@@ -41,7 +45,9 @@ def run(options: argparse.Namespace) -> dict | None:
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
+    from elsa_core.stop import Ended
     from elsa_d2 import AtomicCheckpointer, Trainer, load_config, register_coco_datasets
+    from elsa_d2.cityscapes import register_cityscapes_datasets
     from elsa_d2.semantic_data import register_sem_seg_datasets
     from elsa_d2.trainer import share_cpu_cores, use_available_device
 
@@ -52,6 +58,7 @@ def run(options: argparse.Namespace) -> dict | None:
     default_setup(cfg, options)
     register_coco_datasets(cfg)
     register_sem_seg_datasets(cfg)
+    register_cityscapes_datasets(cfg)
     if cfg.MODEL.DEVICE == "cpu":
         share_cpu_cores()
     if options.eval_only:
@@ -64,14 +71,22 @@ def run(options: argparse.Namespace) -> dict | None:
         return results
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=options.resume)
-    return trainer.train()
+    try:
+        return trainer.train()
+    except Ended as end:
+        if comm.is_main_process():
+            report(end.sentence)
+        raise
 
 
 def main(arguments: list[str] | None = None) -> int:
     try:
         options = parse_arguments(arguments)
         from detectron2.engine import launch
+        from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
+        from elsa_core.errors import sentence_in
+        from elsa_core.stop import Ended, forwarding
         from elsa_d2 import UsageError, load_config
         from elsa_d2.preflight import check_run
     except ModuleNotFoundError as error:
@@ -84,16 +99,30 @@ def main(arguments: list[str] | None = None) -> int:
             processes=options.num_gpus,
             machines=options.num_machines,
         )
-        launch(
-            run,
-            options.num_gpus,
-            options.num_machines,
-            options.machine_rank,
-            options.dist_url,
-            args=(options,),
-        )
+        alone = options.num_gpus * options.num_machines == 1
+        with nullcontext() if alone else forwarding():
+            launch(
+                run,
+                options.num_gpus,
+                options.num_machines,
+                options.machine_rank,
+                options.dist_url,
+                args=(options,),
+            )
     except UsageError as error:
         return fail(str(error))
+    except ProcessRaisedException as error:
+        if sentence := sentence_in(str(error)):
+            return fail(sentence)
+        raise
+    except Ended as end:
+        return end.code
+    except ProcessExitedException as error:  # the sentence is that of its main process
+        if error.exit_code < 0:
+            name = error.signal_name
+            report(f"a process was killed by {name}; --resume goes on from the last checkpoint")
+            return 128 - error.exit_code
+        return error.exit_code
     except KeyboardInterrupt:
         fail("interrupted; --resume goes on from the last checkpoint")
         return 130
@@ -101,8 +130,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def fail(sentence: str) -> int:
-    print(f"train_net: {sentence}", file=sys.stderr)
+    report(sentence)
     return 2
+
+
+def report(sentence: str) -> None:
+    print(f"train_net: {sentence}", file=sys.stderr)
 
 
 if __name__ == "__main__":

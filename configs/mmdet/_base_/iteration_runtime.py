@@ -4,6 +4,7 @@ _base_ = ["mmdet::_base_/default_runtime.py"]
 default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
     checkpoint=dict(
+        type="StoppableCheckpointHook",
         by_epoch=False,
         interval=100,
         max_keep_ckpts=2,

@@ -16,5 +16,10 @@ param_scheduler = [
     dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=1500, end=160000),
 ]
 default_hooks = dict(
-    checkpoint=dict(max_keep_ckpts=3, backend_args=dict(backend="atomic_local")),
+    checkpoint=dict(
+        type="StoppableCheckpointHook",
+        max_keep_ckpts=3,
+        backend_args=dict(backend="atomic_local"),
+    ),
 )
+auto_scale_lr = dict(enable=False, base_batch_size=16)

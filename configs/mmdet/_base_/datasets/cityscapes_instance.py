@@ -1,0 +1,13 @@
+# MMDetection's Cityscapes instances, judged as COCO's and by cityscapesscripts, whose files go to a
+# temporary folder: in a common one, runs would take each other's.
+_base_ = ["mmdet::_base_/datasets/cityscapes_instance.py"]
+
+val_evaluator = [
+    dict(
+        type="CocoMetric",
+        ann_file="data/cityscapes/annotations/instancesonly_filtered_gtFine_val.json",
+        metric=["bbox", "segm"],
+    ),
+    dict(type="CityScapesMetric", seg_prefix="data/cityscapes/gtFine/val", outfile_prefix=None),
+]
+test_evaluator = val_evaluator

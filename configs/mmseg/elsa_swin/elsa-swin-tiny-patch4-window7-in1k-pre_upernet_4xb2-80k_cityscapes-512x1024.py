@@ -1,0 +1,7 @@
+_base_ = [
+    "../_base_/models/upernet_elsa-swin_cityscapes.py",
+    "../_base_/datasets/cityscapes.py",
+    "../_base_/schedules/adamw_80k.py",
+]
+
+model = dict(backbone=dict(arch="tiny", drop_path_rate=0.3))

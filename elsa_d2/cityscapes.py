@@ -1,0 +1,233 @@
+"""Cityscapes: registered from the config, checked before a run, judged by cityscapesscripts.
+
+Images are in leftImg8bit/PART/CITY, annotations in gtFine/PART/CITY; Detectron2 itself registers
+those below cityscapes/ in the folder that the environment variable DETECTRON2_DATASETS names.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import cityscapes as reader
+from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
+from detectron2.evaluation import (
+    CityscapesInstanceEvaluator,
+    CityscapesSemSegEvaluator,
+    DatasetEvaluator,
+)
+
+from elsa_core.errors import UsageError, one_line
+
+from .semantic_data import FILES_READ_BEFORE_A_RUN, IGNORE, read_pair
+
+INSTANCES, SEMANTIC = "cityscapes_instance", "cityscapes_sem_seg"
+EVALUATORS = {INSTANCES: CityscapesInstanceEvaluator, SEMANTIC: CityscapesSemSegEvaluator}
+TASKS = {"instance_seg": INSTANCES, "sem_seg": SEMANTIC}
+FORM = "[name, folder, part, task], where the task is instance_seg or sem_seg"
+_IMAGE, _POLYGONS = "leftImg8bit.png", "gtFine_polygons.json"
+_INSTANCES, _LABELS = "gtFine_instanceIds.png", "gtFine_labelIds.png"
+_TRAIN_IDS = "gtFine_labelTrainIds.png"
+FEW_IMAGES = 64
+
+
+class _Readers:
+    """Processes that end by themselves after the one map that they are for; few items need none.
+
+    Detectron2 ends those that read instances by SIGTERM, which a training takes for a scheduler's.
+    """
+
+    def __init__(self, processes: int) -> None:
+        self.processes = processes
+
+    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """In the order of the items."""
+        if len(items) <= FEW_IMAGES:
+            return [function(item) for item in items]
+        pool = multiprocessing.Pool(self.processes)
+        results = pool.map(function, items)
+        pool.close()
+        pool.join()
+        return results
+
+
+# In place of Detectron2's pool, for the data sets under its own names, too.
+reader.mp = SimpleNamespace(Pool=_Readers, cpu_count=multiprocessing.cpu_count)
+
+
+def register_cityscapes_datasets(cfg: CfgNode) -> None:
+    """Registers the data sets that DATASETS.REGISTER_CITYSCAPES lists.
+
+    The classes are those of Cityscapes, 8 for instances and 19 for semantic segmentation. Relative
+    paths start at the working directory. Raises UsageError for entries of another form and for a
+    name that stands for another data set already.
+    """
+    for entry in cfg.DATASETS.REGISTER_CITYSCAPES:
+        if (
+            not isinstance(entry, (list, tuple))
+            or len(entry) != 4
+            or not all(isinstance(part, str) for part in entry)
+            or entry[3] not in TASKS
+        ):
+            raise UsageError(
+                f"DATASETS.REGISTER_CITYSCAPES must be a list of {FORM}, got {entry!r}"
+            )
+        name, root, part, task = entry
+        folders = {
+            "image_dir": os.path.join(root, "leftImg8bit", part),
+            "gt_dir": os.path.join(root, "gtFine", part),
+        }
+        description = {**folders, "evaluator_type": TASKS[task]}
+        if name not in DatasetCatalog:
+            load = (
+                reader.load_cityscapes_instances
+                if task == "instance_seg"
+                else reader.load_cityscapes_semantic
+            )
+            DatasetCatalog.register(name, partial(load, **folders))
+            classes = _get_builtin_metadata("cityscapes")
+            MetadataCatalog.get(name).set(ignore_label=IGNORE, **description, **classes)
+            continue
+        known = MetadataCatalog.get(name)
+        if any(known.get(key) != value for key, value in description.items()):
+            raise UsageError(
+                f"DATASETS.REGISTER_CITYSCAPES names {name!r}, which is registered as another "
+                "data set"
+            )
+
+
+def is_cityscapes(name: str) -> bool:
+    """Whether a registered data set is judged by cityscapesscripts."""
+    return MetadataCatalog.get(name).get("evaluator_type") in EVALUATORS
+
+
+def build_cityscapes_evaluator(name: str) -> DatasetEvaluator:
+    """Detectron2's: average precision of masks, or IoU of classes and categories; in percent."""
+    if not hasattr(np, "in1d"):  # cityscapesscripts' name for it, which NumPy 2.4 no longer has
+        np.in1d = np.isin
+    return EVALUATORS[MetadataCatalog.get(name).evaluator_type](name)
+
+
+def check_cityscapes_dataset(
+    cfg: CfgNode, name: str, semantic: bool, evaluated: bool, machines: int = 1
+) -> None:
+    """Raises UsageError unless a data set is there, fits the model, and some of it can be read.
+
+    Every image must have its annotations. At most 32 of them are read, spread over the whole.
+
+    Args:
+        name: of a registered data set for which `is_cityscapes` holds.
+        semantic: the model is a SemanticSegmentor, and no detector.
+        evaluated: the model is evaluated on the data set, too.
+        machines: that take part.
+    """
+    metadata = MetadataCatalog.get(name)
+    if semantic != (metadata.evaluator_type == SEMANTIC):
+        tasks = list(TASKS) if semantic else list(TASKS)[::-1]
+        raise UsageError(
+            f"data set {name!r} is of the task {tasks[0]}, but {cfg.MODEL.META_ARCHITECTURE} needs "
+            f"one of the task {tasks[1]}"
+        )
+    if not semantic and not cfg.MODEL.MASK_ON:
+        raise UsageError(f"data set {name!r} is judged by its masks: it needs MODEL.MASK_ON True")
+    _check_classes(cfg, name, semantic)
+    if evaluated and machines > 1:
+        raise UsageError(
+            f"data set {name!r} is evaluated on one machine only, got machines={machines}: train "
+            "with DATASETS.TEST () and evaluate afterwards"
+        )
+    stems = _check_files(name, semantic, evaluated)
+    chosen = stems[:: max(1, -(-len(stems) // FILES_READ_BEFORE_A_RUN))]
+    for stem in chosen:
+        annotations = os.path.join(metadata.gt_dir, stem)
+        _check_polygons(annotations + _POLYGONS)
+        if semantic:
+            image = os.path.join(metadata.image_dir, stem + _IMAGE)
+            pair = {"file_name": image, "sem_seg_file_name": annotations + _TRAIN_IDS}
+            read_pair(pair, "RGB", len(metadata.stuff_classes))
+
+
+def _check_classes(cfg: CfgNode, name: str, semantic: bool) -> None:
+    metadata = MetadataCatalog.get(name)
+    classes = metadata.stuff_classes if semantic else metadata.thing_classes
+    key = "SEM_SEG_HEAD" if semantic else "ROI_HEADS"
+    wanted = cfg.MODEL[key].NUM_CLASSES
+    if len(classes) != wanted:
+        raise UsageError(
+            f"data set {name!r} has {len(classes)} classes, but MODEL.{key}.NUM_CLASSES is {wanted}"
+        )
+
+
+def _check_files(name: str, semantic: bool, evaluated: bool) -> list[str]:
+    """CITY/CITY_NUMBER_NUMBER_ of each image, in order, each of which has its annotations."""
+    metadata = MetadataCatalog.get(name)
+    images = _files(name, "image", metadata.image_dir)
+    annotations = set(_files(name, "annotation", metadata.gt_dir))
+    if not images:
+        raise UsageError(f"image folder {metadata.image_dir} of data set {name!r} has no images")
+    other = [file for file in images if not file.endswith("_" + _IMAGE)]
+    if other:
+        raise UsageError(
+            f"images of data set {name!r} must be called CITY/*_{_IMAGE}, got {other[0]} in "
+            f"{metadata.image_dir}"
+        )
+    stems = [file.removesuffix(_IMAGE) for file in images]
+    for end in (_POLYGONS, _LABELS, _INSTANCES, *([_TRAIN_IDS] if semantic else [])):
+        missing = [stem + end for stem in stems if stem + end not in annotations]
+        if missing:
+            hint = ": csCreateTrainIdLabelImgs makes them" if end == _TRAIN_IDS else ""
+            raise UsageError(
+                f"annotation folder {metadata.gt_dir} of data set {name!r} lacks {len(missing)} of "
+                f"{len(stems)} files, the first is {missing[0]}{hint}"
+            )
+    surplus = {file for file in annotations if file.endswith(_INSTANCES)}
+    surplus -= {stem + _INSTANCES for stem in stems}
+    if evaluated and surplus:  # cityscapesscripts would end the process
+        raise UsageError(
+            f"annotation folder {metadata.gt_dir} of data set {name!r} has {len(surplus)} files "
+            f"without an image, the first is {min(surplus)}"
+        )
+    return stems
+
+
+def _files(name: str, what: str, folder: str) -> list[str]:
+    """CITY/FILE of all files in the folders in a folder, in order."""
+    if not os.path.isdir(folder):
+        raise UsageError(
+            f"{what} folder {folder} of data set {name!r} does not exist (working directory: "
+            f"{os.getcwd()}): set DETECTRON2_DATASETS to the folder that holds cityscapes, or list "
+            "its place in DATASETS.REGISTER_CITYSCAPES"
+        )
+    cities = sorted(entry.path for entry in os.scandir(folder) if entry.is_dir())
+    return [
+        f"{os.path.basename(city)}/{file}" for city in cities for file in sorted(os.listdir(city))
+    ]
+
+
+def _check_polygons(path: str) -> None:
+    from cityscapesscripts.helpers.labels import name2label
+
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = json.load(file)
+        names = {one["label"] for one in content["objects"] if "deleted" not in one}
+        sides = content["imgHeight"], content["imgWidth"]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"polygons {path} cannot be read: {one_line(error)}") from error
+    except (KeyError, TypeError) as error:
+        raise UsageError(f"polygons {path} are not in Cityscapes' format: {error!r}") from error
+    unknown = {
+        n for n in names if n not in name2label and n.removesuffix("group") not in name2label
+    }
+    if unknown:
+        raise UsageError(f"polygons {path} have an unknown label: {min(unknown)}")
+    if not all(isinstance(side, int) and side > 0 for side in sides):
+        raise UsageError(f"polygons {path} must have a height and a width, got {sides}")

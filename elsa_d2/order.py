@@ -1,0 +1,73 @@
+"""The order of the training images, which a resumed training continues."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Any
+
+from detectron2.data.samplers import TrainingSampler
+from detectron2.engine import HookBase
+from torch.utils.data import DataLoader
+
+
+class ContinuedSampler(TrainingSampler):
+    """Detectron2's endless shuffle, which can begin in the middle.
+
+    Attributes:
+        done: images of all processes that are left out at the beginning.
+    """
+
+    done = 0
+
+    @property
+    def seed(self) -> int:
+        return self._seed
+
+    @seed.setter
+    def seed(self, value: int) -> None:
+        self._seed = value
+
+    def __iter__(self) -> Iterator[int]:
+        start = self.done + self._rank
+        yield from itertools.islice(self._infinite_indices(), start, None, self._world_size)
+
+
+class DataOrderHook(HookBase):
+    """Keeps the shuffle's seed in the checkpoints and begins where the resumed training ended.
+
+    Detectron2 would begin again with the first images of the shuffle. Exact without
+    DATALOADER.ASPECT_RATIO_GROUPING; with it, some images of neighbouring batches change places.
+
+    Args:
+        batch_size: images that all processes take in an iteration.
+    """
+
+    def __init__(self, sampler: ContinuedSampler, batch_size: int) -> None:
+        self.sampler, self.batch_size = sampler, batch_size
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seed": self.sampler.seed}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sampler.seed = state["seed"]
+
+    def before_train(self) -> None:
+        self.sampler.done = self.trainer.start_iter * self.batch_size
+
+
+def continue_order(loader: DataLoader, batch_size: int) -> DataOrderHook | None:
+    """Puts a `ContinuedSampler` into a training loader; None where its sampler is a special one."""
+    sampler = getattr(loader.dataset, "sampler", None)
+    if type(sampler) is not TrainingSampler:
+        return None
+    continued = ContinuedSampler(sampler._size, sampler._shuffle, sampler._seed)
+    loader.dataset.sampler = continued
+    return DataOrderHook(continued, batch_size)
+
+
+def torch_loader(loader: Any) -> DataLoader:
+    """PyTorch's loader inside what Detectron2 builds around it."""
+    while not isinstance(loader, DataLoader):
+        loader = loader.dataset
+    return loader

@@ -1,0 +1,120 @@
+"""MMEngine's strategies for ELSA-Swin: FSDP and DeepSpeed."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+from unittest import mock
+
+import torch
+from mmengine._strategy import DeepSpeedStrategy, FSDPStrategy
+from mmengine.device import get_device
+from mmengine.dist import is_distributed, is_main_process
+from mmengine.model import is_model_wrapper
+from mmengine.registry import FUNCTIONS, STRATEGIES
+from torch import nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+from elsa_core.blocks import Block
+from elsa_core.errors import UsageError
+
+_BASE = "base_param_settings"  # whose learning rate the log shows
+
+
+@FUNCTIONS.register_module()
+def elsa_swin_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
+    """Which parts of a model FSDP gathers one at a time: the backbone's blocks."""
+    return recurse or isinstance(module, Block)
+
+
+@STRATEGIES.register_module()
+class ELSAFSDPStrategy(FSDPStrategy):
+    """Shards parameters, gradients and the optimizer's state over the processes.
+
+    A checkpoint is one file of the whole state, as without FSDP, which appears complete or not at
+    all; MMEngine's default is a folder of shards that only the same number of processes can load.
+    Works on CPUs too. Takes `FSDPStrategy`'s arguments.
+    """
+
+    def __init__(
+        self, *, model_wrapper: dict | None = None, state_dict_cfg: Any = "full", **kwargs: Any
+    ) -> None:
+        wrapper = dict(type="MMFullyShardedDataParallel", auto_wrap_policy="elsa_swin_blocks")
+        wrapper.update(model_wrapper or {})
+        super().__init__(model_wrapper=wrapper, state_dict_cfg=state_dict_cfg, **kwargs)
+        if get_device() == "cpu":  # nothing to move, and PyTorch would read what it has freed
+            self.state_dict_config.offload_to_cpu = False
+            self.optim_state_dict_config.offload_to_cpu = False
+
+    def _wrap_model(self, model: nn.Module) -> nn.Module:
+        if get_device() == "cpu" and not is_model_wrapper(model):
+            # MMEngine would pass the number of a GPU.
+            self.model_wrapper["device_id"] = torch.device("cpu")
+        return super()._wrap_model(model)
+
+    def optim_state_dict(self) -> dict:
+        state = super().optim_state_dict()
+        return {**state, _BASE: self.optim_wrapper.base_param_settings}
+
+    def load_optim_state_dict(self, state_dict: dict) -> None:
+        base = state_dict.pop(_BASE, None)
+        # MMEngine has the order of PyTorch 2.0's arguments.
+        optimizer = self.optim_wrapper.optimizer
+        state = FSDP.optim_state_dict_to_load(self.model, optimizer, state_dict)
+        self.optim_wrapper.load_state_dict({**state, _BASE: base})
+
+    def save_checkpoint(self, filename: str, **kwargs: Any) -> None:
+        if not self._is_full_state_dict():
+            super().save_checkpoint(filename, **kwargs)
+            return
+        part = f"{filename}.part"
+        super().save_checkpoint(part, **kwargs)
+        if is_main_process():
+            os.replace(part, filename)
+
+
+@STRATEGIES.register_module()
+class ELSADeepSpeedStrategy(DeepSpeedStrategy):
+    """DeepSpeed with the optimizer, precision and accumulation that a config has for other runs.
+
+    What DeepSpeed does itself moves from ``optim_wrapper`` to its own settings: mixed precision
+    becomes ``torch_autocast``, ``accumulative_counts`` ``gradient_accumulation_steps`` and
+    ``clip_grad.max_norm`` ``gradient_clipping``. Works on CPUs too. Takes `DeepSpeedStrategy`'s
+    arguments.
+    """
+
+    def __init__(self, **kwargs: Any) -> None:
+        # MMEngine imports optimizers that newer versions of DeepSpeed no longer have.
+        with mock.patch("mmengine._strategy.deepspeed.register_deepspeed_optimizers"):
+            super().__init__(**kwargs)
+
+    def prepare(self, model: Any, *, dispatch_kwargs: dict | None = None, **kwargs: Any) -> Any:
+        size = (dispatch_kwargs or {}).get("train_micro_batch_size_per_gpu", 1)
+        self.config.setdefault("train_micro_batch_size_per_gpu", size)
+        return super().prepare(model, dispatch_kwargs=dispatch_kwargs, **kwargs)
+
+    def _setup_distributed(self, launcher: str | None = None, **kwargs: Any) -> None:
+        if not is_distributed():
+            super()._setup_distributed(launcher, **kwargs)
+
+    def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> Any:
+        if isinstance(optim_wrapper, dict):
+            optim_wrapper = self._without_what_deepspeed_does(copy.deepcopy(optim_wrapper))
+        return super().build_optim_wrapper(optim_wrapper, model)
+
+    def _without_what_deepspeed_does(self, wrapper: dict) -> dict:
+        kind = wrapper.pop("type", "OptimWrapper")
+        if kind in ("AmpOptimWrapper", "CPUAmpOptimWrapper"):
+            default = "float16" if kind == "AmpOptimWrapper" else "bfloat16"
+            dtype = wrapper.pop("dtype", None) or default
+            self.config.setdefault("torch_autocast", {"enabled": True, "dtype": dtype})
+            wrapper.pop("loss_scale", None)
+        elif kind not in ("OptimWrapper", "DeepSpeedOptimWrapper"):
+            raise UsageError(f"DeepSpeed needs optim_wrapper.type OptimWrapper, got {kind}")
+        steps = wrapper.pop("accumulative_counts", 1)
+        if steps > 1:
+            self.config["gradient_accumulation_steps"] = steps
+        if clipping := wrapper.pop("clip_grad", None):
+            self.config["gradient_clipping"] = clipping["max_norm"]
+        return {**wrapper, "type": "DeepSpeedOptimWrapper"}

@@ -1,0 +1,87 @@
+"""The training of tests/test_killed_mm.py, in a process of its own."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import mmseg.apis  # noqa: F401
+from killing import fill_disk, note_loss, run_in
+from mm_tiny import CONFIGS
+from mmengine.hooks import Hook
+from mmengine.registry import HOOKS
+
+from elsa_mm import cli
+
+# Nothing is random but the order of the images.
+CONFIG = """
+_base_ = {bases!r}
+pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(type="LoadAnnotations"),
+    dict(type="Resize", scale=(32, 32)),
+    dict(type="PackSegInputs"),
+]
+train_dataloader = dict(batch_size=2, dataset=dict(data_root={data!r}, pipeline=pipeline))
+val_dataloader = dict(dataset=dict(data_root={data!r}))
+arch = dict(embed_dim=16, num_heads=[1, 1, 2, 2])
+model = dict(
+    data_preprocessor=dict(size=(32, 32)),
+    backbone=dict(arch=arch),
+    decode_head=dict(in_channels=[16, 32, 64, 128], channels=8),
+    auxiliary_head=dict(in_channels=64, channels=8),
+)
+train_cfg = dict(max_iters=100000, val_interval=100000)
+default_hooks = dict(checkpoint=dict(interval=4))
+default_hooks["logger"] = dict(interval=1)
+custom_hooks = [dict(type="NoteLoss", priority="VERY_HIGH")]
+"""
+
+# The same counted in epochs of 8 iterations, with a checkpoint after each.
+EPOCHS = """
+train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=10000, val_interval=10000)
+train_dataloader["sampler"] = dict(type="DefaultSampler", shuffle=True)
+default_hooks["checkpoint"].update(by_epoch=True, interval=1)
+default_hooks["logger"] = dict(log_metric_by_epoch=True)
+log_processor = dict(by_epoch=True)
+"""
+
+
+def config_text(folder, more="", bases=()):
+    """Of the training on the data in ``data`` beside ``folder``."""
+    data = str(Path(folder).parent / "data")
+    return CONFIG.format(bases=[str(CONFIGS["mmseg"]), *bases], data=data) + more
+
+
+def train(folder, resume, more=""):
+    """Exits as tools/train.py does."""
+    train_with(folder, {}, ["--resume"] if resume else [], more)
+
+
+def train_epochs(folder, resume):
+    train(folder, resume, EPOCHS)
+
+
+def train_on_full_disk(folder, size):
+    """No file can have more than so many bytes."""
+    fill_disk(size)
+    train(folder, True)
+
+
+def train_with(folder, environment, arguments, more, bases=()):
+    os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
+    run_in(folder)
+    # Each process its own: one may read while another writes.
+    name = f"config{os.environ.get('RANK', os.environ.get('SLURM_PROCID', ''))}.py"
+    Path(name).write_text(config_text(folder, more, bases))
+    sys.exit(cli.train([name, "--work-dir", "out", *arguments]))
+
+
+class NoteLoss(Hook):
+    def after_train_iter(self, runner, batch_idx, data_batch=None, outputs=None):
+        note_loss(runner.iter + 1, outputs["loss"].item())
+        if os.environ.get("STOP_AT") == str(runner.iter + 1):
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+HOOKS.register_module(module=NoteLoss, force=True)

@@ -1,0 +1,267 @@
+"""Damaged data with tools/train.py and tools/test.py: a sentence that names the file, status 2."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from mm_tiny import CONFIGS, REPOSITORY, options
+from mmengine.config import Config
+from mmengine.dataset import Compose
+from mmengine.registry import MODELS, DefaultScope
+from PIL import Image
+
+from elsa_core.errors import DamagedFileError
+from elsa_mm import cli
+from elsa_mm.reading import Reading, _watch
+
+SMALL = {"train_cfg__max_iters": 2, "train_cfg__val_interval": 2}
+
+
+@pytest.fixture
+def refusal(monkeypatch, tmp_path, capfd):
+    """Runs a tool that must end with status 2; returns its last line."""
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Config, "pretty_text", property(lambda cfg: cfg.filename))
+
+    def run(tool, *arguments):
+        capfd.readouterr()
+        assert getattr(cli, tool)([str(argument) for argument in arguments]) == 2
+        return capfd.readouterr().err.strip().splitlines()[-1].removeprefix(f"{tool}: ")
+
+    return run
+
+
+@pytest.fixture
+def copy(digits, tmp_path):
+    shutil.copytree(digits, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    """Random weights of the digits segmentor."""
+    path = tmp_path_factory.mktemp("weights") / "mmseg.pth"
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        state = MODELS.build(Config.fromfile(CONFIGS["mmseg"]).model).state_dict()
+    torch.save({"meta": {}, "state_dict": state}, path)
+    return path
+
+
+def cut_all(folder):
+    """All of them, so that the first batch meets one."""
+    for file in folder.iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+
+
+def no_images(folder):
+    for file in folder.iterdir():
+        file.write_bytes(b"<html>404</html>")
+
+
+def paint(value, size=(96, 96)):
+    def spoil(folder):
+        for file in folder.iterdir():
+            Image.fromarray(np.full(size, value, dtype=np.uint8)).save(file)
+
+    return spoil
+
+
+def shrink(folder):
+    for file in folder.iterdir():
+        Image.open(file).resize((40, 50)).save(file)
+
+
+def colour(folder):
+    for file in folder.iterdir():
+        Image.new("RGB", (96, 96)).save(file)
+
+
+IMAGES, MAPS = "images/training", "annotations/training"
+READ = {
+    # name: framework, folder, damage, workers, words
+    "half an image": ("mmdet", IMAGES, cut_all, 0, "image {} cannot be read: image file is trunc"),
+    "no image, in a worker": ("mmseg", IMAGES, no_images, 1, "image {} cannot be read: is no imag"),
+    "an image of another size": (
+        "mmdet",
+        IMAGES,
+        shrink,
+        0,
+        "image {} must have the (96, 96) pixels that its annotations say, got (50, 40)",
+    ),
+    "half a label map": ("mmseg", MAPS, cut_all, 0, "label map {} cannot be read: "),
+    "a class out of range": (
+        "mmseg",
+        MAPS,
+        paint(12),
+        0,
+        "labels must be 1..11 for 11 classes, or 0 or 255 for none, got 12 in {}",
+    ),
+    "a class out of range, in a worker": ("mmseg", MAPS, paint(254), 1, "got 254 in {}"),
+    "a label map of another size": (
+        "mmseg",
+        MAPS,
+        paint(1, (20, 30)),
+        0,
+        "as large as its image, got {} of (20, 30) pixels for (96, 96)",
+    ),
+    "a label map in colours": ("mmseg", MAPS, colour, 0, "must have one channel, got {} of shape"),
+}
+
+
+@pytest.mark.parametrize("framework, folder, spoil, workers, words", READ.values(), ids=READ)
+def test_a_file_that_training_meets(refusal, copy, framework, folder, spoil, workers, words):
+    spoil(copy / folder)
+    values = options(framework, copy, train_dataloader__num_workers=workers, **SMALL)
+    sentence = refusal("train", CONFIGS[framework], *values)
+    names = [str(file) for file in (copy / folder).iterdir()]
+    assert any(words.format(name) in sentence for name in names), sentence
+
+
+def test_a_file_that_an_evaluation_meets(refusal, copy, checkpoint):
+    cut_all(copy / "images/validation")
+    values = options("mmseg", copy, test_dataloader__num_workers=1)
+    sentence = refusal("test", CONFIGS["mmseg"], checkpoint, *values)
+    assert sentence.startswith(f"image {copy}/images/validation/")
+
+
+def test_a_label_map_that_an_evaluation_at_several_scales_meets(refusal, copy, checkpoint):
+    paint(100)(copy / "annotations/validation")
+    sentence = refusal("test", CONFIGS["mmseg"], checkpoint, "--tta", *options("mmseg", copy))
+    assert f"got 100 in {copy}/annotations/validation/" in sentence
+
+
+def edit(root, part, change):
+    file = root / f"annotations/instances_{part}.json"
+    content = json.loads(file.read_text())
+    change(content)
+    file.write_text(json.dumps(content))
+    return file
+
+
+@pytest.mark.parametrize("part, what", [("training", "train data's"), ("validation", "val data's")])
+@pytest.mark.parametrize(
+    "change, problem",
+    [
+        (
+            lambda content: content["annotations"][3].update(image_id=999),
+            "belongs to image 999, which is not in the file",
+        ),
+        (
+            lambda content: content["annotations"][3].update(category_id=11),
+            "has category 11, which is not in the file",
+        ),
+        (lambda content: content["images"][0].pop("width"), "has no width, got None"),
+    ],
+)
+def test_annotations_that_contradict_themselves(refusal, copy, part, what, change, problem):
+    file = edit(copy, part, change)
+    sentence = refusal("train", CONFIGS["mmdet"], *options("mmdet", copy))
+    assert sentence.startswith(f"the {what} annotation file {file}: ")
+    assert sentence.endswith(problem)
+
+
+def test_the_evaluators_own_annotations(refusal, copy, digits, checkpoint):
+    file = edit(copy, "validation", lambda content: content["annotations"][0].pop("bbox"))
+    more = {"val_evaluator__ann_file": file}
+    sentence = refusal("train", CONFIGS["mmdet"], *options("mmdet", digits, **more))
+    assert sentence.startswith(f"the val evaluator's annotation file {file}: annotation ")
+    assert sentence.endswith("must have a bbox of 4 numbers, got None")
+
+
+def test_images_without_a_file(refusal, copy):
+    (copy / "images/training/000003.jpg").unlink()
+    assert refusal("train", CONFIGS["mmdet"], *options("mmdet", copy)) == (
+        f"the train data's folder {copy}/images/training (img) lacks 1 of the 16 images in "
+        "annotations/instances_training.json, the first is 000003.jpg"
+    )
+
+
+def test_images_without_a_label_map(refusal, copy):
+    (copy / "annotations/validation/000003.png").unlink()
+    assert refusal("train", CONFIGS["mmseg"], *options("mmseg", copy)) == (
+        "the val data lacks 1 of 4 label maps, the first is "
+        f"{copy}/annotations/validation/000003.png"
+    )
+
+
+@pytest.mark.parametrize(
+    "mask",
+    [
+        {"size": [96, 96], "counts": "\x01"},
+        [["a"] * 6],
+    ],
+)
+def test_masks_that_cannot_be_drawn(refusal, copy, mask):
+    def change(content):
+        for one in content["annotations"]:
+            one["segmentation"] = mask
+
+    edit(copy, "training", change)
+    sentence = refusal("train", CONFIGS["mmdet"], *options("mmdet", copy, **SMALL))
+    assert sentence.startswith(f"the annotations of image {copy}/images/training/")
+
+
+def test_every_process_says_what_it_has_read(monkeypatch, capfd):
+    """What is found before a run, all processes find; a damaged file is read by one of them."""
+
+    def fail(kind):
+        def main(options):
+            raise kind("image x cannot be read")
+
+        return main
+
+    monkeypatch.setenv("RANK", "3")
+    arguments = type("Options", (), {"local_rank": 3})
+    assert cli._run("train", fail(DamagedFileError), arguments) == 2
+    assert capfd.readouterr().err == "train: image x cannot be read\n"
+    assert cli._run("train", fail(cli.UsageError), arguments) == 2
+    assert capfd.readouterr().err == ""
+
+
+def test_every_transform_that_reads_is_watched():
+    class LoadSomething:
+        def __call__(self, results):
+            raise ValueError("broken\ninside")
+
+    class Holder:
+        def __init__(self, **children):
+            self.__dict__.update(children)
+
+        def __call__(self, results):
+            return results
+
+    first, second, third = LoadSomething(), LoadSomething(), LoadSomething()
+    inner = Holder(subroutines=[Compose([second]), Compose([Holder(transforms=Compose([third]))])])
+    dataset = Holder(pipeline=Compose([first, inner]), metainfo={"classes": ("a",)})
+    _watch(dataset, dataset)
+    watched = [
+        dataset.pipeline.transforms[0],
+        inner.subroutines[0].transforms[0],
+        inner.subroutines[1].transforms[0].transforms.transforms[0],
+    ]
+    assert [one.transform for one in watched] == [first, second, third]
+    assert all(isinstance(one, Reading) and repr(one) == repr(one.transform) for one in watched)
+    with pytest.raises(DamagedFileError, match="annotations of image a.jpg .* broken inside"):
+        dataset.pipeline({"img_path": "a.jpg"})
+
+
+def test_the_process_ends_when_a_worker_has_met_damage(copy, tmp_path):
+    cut_all(copy / "images/training")
+    values = options("mmseg", copy, train_dataloader__num_workers=2, **SMALL)
+    result = subprocess.run(
+        [sys.executable, str(REPOSITORY / "tools/train.py"), str(CONFIGS["mmseg"]), *values],
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 2
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith(f"train: image {copy}/images/training/") and "truncated" in last

@@ -1,0 +1,264 @@
+"""OpenMMLab at scale: learning rates, accumulation, strategies, launchers, TensorBoard."""
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from pathlib import Path
+
+import killing_mm
+import pytest
+import torch
+from killing import fork, read_losses
+from mm_tiny import REPOSITORY
+from mmengine.config import Config
+from mmengine.optim import OptimWrapper
+from torch import nn
+
+from elsa_core.errors import UsageError
+from elsa_mm import CPUAmpOptimWrapper, cli, machine
+from elsa_mm.checkpoint import find_last_checkpoint
+
+CONFIGS = REPOSITORY / "configs"
+PUBLISHED = sorted(
+    path for path in CONFIGS.glob("mm*/*/*.py") if path.parent.name not in ("_base_", "digits")
+)
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
+def test_published_configs_scale_from_their_batch_and_can_be_stopped(path):
+    cfg = Config.fromfile(path)
+    gpus = int(found[1]) if (found := re.search(r"_(\d+)xb\d+", path.stem)) else 8
+    assert cfg.auto_scale_lr.base_batch_size == gpus * cfg.train_dataloader.batch_size
+    assert not cfg.auto_scale_lr.get("enable")
+    assert cfg.default_hooks.checkpoint.type == "StoppableCheckpointHook"
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.Linear(3, 2)
+
+    def extract_feat(self, images):
+        return self.layer(images)
+
+    def forward(self, images):
+        return self.extract_feat(images).square().mean()
+
+
+@pytest.mark.parametrize(
+    "kind, tolerance", [(OptimWrapper, 1e-6), (CPUAmpOptimWrapper, 2e-2)], ids=["float32", "amp"]
+)
+def test_accumulated_iterations_are_one_step(kind, tolerance):
+    images = torch.randn(8, 3, generator=torch.Generator().manual_seed(1))
+
+    def train(counts, kind):
+        model = Model()
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        wrapper = kind(optimizer, accumulative_counts=counts)
+        wrapper.initialize_count_status(model, 0, counts)
+        for part in images.chunk(counts):
+            with wrapper.optim_context(model):
+                loss = model(part)
+            wrapper.update_params(loss)
+        return model.layer.weight.detach()
+
+    whole, accumulated = train(1, OptimWrapper), train(4, kind)
+    assert torch.allclose(whole, accumulated, rtol=tolerance, atol=tolerance / 10)
+
+
+def test_scaled_learning_rate_counts_accumulated_iterations():
+    cfg = Config(
+        dict(
+            auto_scale_lr=dict(enable=False, base_batch_size=16),
+            optim_wrapper=dict(accumulative_counts=4),
+        )
+    )
+    cli._enable_auto_scale_lr(cfg)
+    assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=4)
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+@pytest.fixture
+def folder(digits, tmp_path):
+    os.symlink(digits, tmp_path / "data")
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run"
+
+
+def ranks(folder, port, first=("RANK", "WORLD_SIZE", "LOCAL_RANK"), **values):
+    """Environments of two processes."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **values}
+    return [
+        {**address, **dict(zip(first, (str(rank), "2", str(rank)), strict=True))} for rank in (0, 1)
+    ]
+
+
+def train_in_two(folder, environments, *arguments, config="", bases=()):
+    """Runs a training to its end in two processes; returns the log of the first."""
+    processes = [
+        fork(killing_mm.train_with, str(folder), environment, list(arguments), config, bases)
+        for environment in environments
+    ]
+    for process in processes:
+        process.join(150)
+    log = (folder / "log.txt").read_text()
+    assert [process.exitcode for process in processes] == [0, 0], log[-3000:]
+    return log
+
+
+SHORT = "train_cfg = dict(max_iters={}, val_interval=100)\n"
+
+
+def strategies():
+    yield "fsdp"
+    missing = pytest.mark.skipif(
+        find_spec("deepspeed") is None, reason="the package deepspeed is not installed"
+    )
+    yield pytest.param("deepspeed", marks=missing)
+
+
+@pytest.mark.parametrize("name", list(strategies()))
+def test_strategies_train_as_two_plain_processes_do(folder, name):
+    plain, sharded = folder / "plain", folder / "sharded"
+    for place in (plain, sharded):
+        place.mkdir()
+    os.symlink(folder.parent / "data", folder / "data")
+    bases = [str(CONFIGS / f"strategies/{name}.py")]
+
+    def train(place, iterations, *flags, bases=()):
+        return train_in_two(
+            place,
+            ranks(place, free_port()),
+            *("--launcher", "pytorch", *flags),
+            config=SHORT.format(iterations),
+            bases=bases,
+        )
+
+    train(plain, 4)
+    train(sharded, 2, bases=bases)
+    log = train(sharded, 4, "--resume", bases=bases)
+    assert "resumed epoch: 0, iter: 2" in log
+    expected, losses = sorted(read_losses(plain)), sorted(read_losses(sharded))
+    assert [number for number, _ in losses] == [1, 1, 2, 2, 3, 3, 4, 4]
+    for (_, a), (_, b) in zip(expected, losses, strict=True):
+        assert b == pytest.approx(a, rel=1e-4)
+    if name == "fsdp":  # the file is that of any training
+        first, second = (
+            torch.load(find_last_checkpoint(place / "out"), weights_only=False)["state_dict"]
+            for place in (plain, sharded)
+        )
+        assert list(first) == list(second)
+        for key, value in first.items():
+            assert torch.allclose(value, second[key], rtol=1e-3, atol=1e-4), key
+
+
+def test_slurm_tells_the_processes_who_they_are(folder):
+    names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
+    environments = ranks(folder, free_port(), names, SLURM_NODELIST="node[1-2]")
+    config = SHORT.format(2)
+    log = train_in_two(folder, environments, "--launcher", "slurm", config=config)
+    assert "GPU number: 2" in log
+    assert [number for number, _ in sorted(read_losses(folder))] == [1, 1, 2, 2]
+
+
+def test_slurm_without_an_address_asks_for_the_first_host(monkeypatch, tmp_path):
+    (tmp_path / "scontrol").write_text(
+        '#!/bin/sh\n[ "$*" = "show hostnames n[3-4]" ]; echo n3 n4\n'
+    )
+    (tmp_path / "scontrol").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    values = dict(SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_LOCALID="1", SLURM_NODELIST="n[3-4]")
+    for name, value in values.items():
+        monkeypatch.setenv(name, value)
+    machine._read_slurm()
+    expected = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="n3", MASTER_PORT="29500")
+    assert {name: os.environ[name] for name in expected} == expected
+
+
+def test_one_signal_stops_all_processes_at_a_whole_step(folder):
+    config = SHORT.format(10000) + "optim_wrapper = dict(accumulative_counts=3)\n"
+    environments = ranks(folder, free_port())
+    processes = [
+        fork(killing_mm.train_with, str(folder), environment, ["--launcher", "pytorch"], config)
+        for environment in environments
+    ]
+    end = time.monotonic() + 100
+    while len(read_losses(folder)) < 4:
+        assert time.monotonic() < end and all(p.exitcode is None for p in processes)
+        time.sleep(0.02)
+    os.kill(processes[1].pid, signal.SIGUSR1)
+    for process in processes:
+        process.join(60)
+    log = (folder / "log.txt").read_text()
+    assert [process.exitcode for process in processes] == [138, 138], log[-3000:]
+    last = find_last_checkpoint(folder / "out")
+    iteration = torch.load(last, weights_only=False)["meta"]["iter"]
+    assert last.name == f"iter_{iteration}.pth" and iteration % 3 == 0
+    assert max(read_losses(folder))[0] == iteration
+    assert log.count("train: stopped by SIGUSR1; --resume goes on from ") == 1
+    assert f"from {last.resolve()}\n" in log
+
+
+def test_two_machines_through_torchrun(folder):
+    (folder / "config.py").write_text(
+        killing_mm.config_text(folder, SHORT.format(2) + "custom_hooks = []\n")
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node"]
+    launch += ["1", "--master-addr", "127.0.0.1", "--master-port", free_port(), "--node-rank"]
+    tool = [str(REPOSITORY / "tools/train.py"), "config.py", "--launcher", "pytorch"]
+    machines = [
+        subprocess.Popen(
+            [*launch, str(rank), *tool, "--work-dir", "out"],
+            cwd=folder,
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            stdout=(folder / f"{rank}.txt").open("w"),
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        for rank in (0, 1)
+    ]
+    try:
+        statuses = [machine_.wait(150) for machine_ in machines]
+    finally:
+        for machine_ in machines:
+            if machine_.poll() is None:
+                os.killpg(machine_.pid, signal.SIGKILL)
+                machine_.wait()
+    log = (folder / "0.txt").read_text()
+    assert statuses == [0, 0], log[-3000:]
+    assert "GPU number: 2" in log and "Iter(train) [2/2]" in log
+    assert find_last_checkpoint(folder / "out").name == "iter_2.pth"
+
+
+def test_tensorboard(folder):
+    backends = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
+    config = SHORT.format(3) + f"visualizer = dict(vis_backends={backends!r})\n"
+    process = fork(killing_mm.train_with, str(folder), {}, [], config)
+    process.join(100)
+    assert process.exitcode == 0, (folder / "log.txt").read_text()[-3000:]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = Path(folder, "out").rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
+
+
+def test_a_run_that_slurm_did_not_start_is_refused(monkeypatch):
+    monkeypatch.delenv("SLURM_PROCID", raising=False)
+    with pytest.raises(UsageError, match="the environment variable SLURM_PROCID is not set"):
+        machine._read_slurm()
