@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from elsa_core.command_line import exit_status
 from elsa_core.errors import UsageError
 
 DETAILS = """\
@@ -24,15 +25,8 @@ error (one sentence on standard error), 130 interrupted
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        return run(options)
-    except UsageError as error:
-        return _fail(str(error))
-    except ModuleNotFoundError as error:
-        return _fail(f"the Python package {error.name} is missing in {sys.executable}")
-    except KeyboardInterrupt:
-        _fail(f"interrupted, what is in {options.out} is whole, results.json is not of this run")
-        return 130
+    kept = f"interrupted, what is in {options.out} is whole, results.json is not of this run"
+    return exit_status("demo", lambda: run(options), kept)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -111,8 +105,3 @@ def _progress(files: list[str]) -> Iterator[Any]:
     from tqdm import tqdm
 
     yield from tqdm(files, unit="file", disable=None)  # None: on a terminal only
-
-
-def _fail(sentence: str) -> int:
-    print(f"demo: {' '.join(sentence.split())}", file=sys.stderr)
-    return 2

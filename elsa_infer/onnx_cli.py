@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from elsa_core import VARIANTS, ELSASwin
+from elsa_core.command_line import exit_status
 from elsa_core.errors import UsageError
 
 DETAILS = """\
@@ -26,15 +27,8 @@ exit status: 0 done, 2 an error (one sentence on standard error; OUT is as it wa
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        return run(options)
-    except UsageError as error:
-        return _fail(str(error))
-    except ModuleNotFoundError as error:
-        return _fail(f"the Python package {error.name} is missing in {sys.executable}")
-    except KeyboardInterrupt:
-        _fail(f"interrupted, {options.out} is as it was before")
-        return 130
+    kept = f"interrupted, {options.out} is as it was before"
+    return exit_status("export_onnx", lambda: run(options), kept)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -109,8 +103,3 @@ def run(options: argparse.Namespace) -> int:
 def _say(text: str) -> None:
     if sys.stderr.isatty():
         print(text, file=sys.stderr)
-
-
-def _fail(sentence: str) -> int:
-    print(f"export_onnx: {' '.join(sentence.split())}", file=sys.stderr)
-    return 2

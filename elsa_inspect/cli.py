@@ -6,9 +6,9 @@ import argparse
 import json
 import os
 import re
-import sys
 from collections.abc import Sequence
 
+from elsa_core.command_line import exit_status
 from elsa_core.errors import UsageError
 from elsa_core.files import replacing
 
@@ -31,16 +31,7 @@ heads and channels are counted from 1. The last stage has window attention and n
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        options.run(options)
-    except UsageError as error:
-        return _fail(str(error))
-    except ModuleNotFoundError as error:
-        return _fail(f"the Python package {error.name} is missing in {sys.executable}")
-    except KeyboardInterrupt:
-        _fail("interrupted")
-        return 130
-    return 0
+    return exit_status("analyze", lambda: options.run(options))
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -127,7 +118,7 @@ def _pixel(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def _parts(options: argparse.Namespace) -> None:
+def _parts(options: argparse.Namespace) -> int:
     from .models import bare_backbone, from_config, read_arch
     from .parts import count_parts, record, table
 
@@ -144,9 +135,10 @@ def _parts(options: argparse.Namespace) -> None:
     if options.json:
         content = json.dumps(record(subject, parts, size), indent=1) + "\n"
         _write(options.json, content.encode())
+    return 0
 
 
-def _filters(options: argparse.Namespace) -> None:
+def _filters(options: argparse.Namespace) -> int:
     from .attention import default_pixels, look, read_photo, trained_backbone, untrained_backbone
     from .models import read_arch
     from .picture import draw, to_png
@@ -176,6 +168,7 @@ def _filters(options: argparse.Namespace) -> None:
     shrunk = f", shrunk to {photo.shape[1]}x{photo.shape[0]}" if scale < 1 else ""
     print(f"{view.title}; {view.of}")
     print(f"wrote: {options.out} ({len(view.pixels)} pixels of {options.image}{shrunk})")
+    return 0
 
 
 def _check_one(file: str | None, arch: str | None, name: str) -> None:
@@ -190,8 +183,3 @@ def _write(path: str, content: bytes) -> None:
         raise UsageError(f"{path} cannot be written: {error.strerror}") from error
     with replacing(path) as file:
         file.write(content)
-
-
-def _fail(sentence: str) -> int:
-    print(f"analyze: {' '.join(sentence.split())}", file=sys.stderr)
-    return 2

@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from collections.abc import Sequence
 
+from elsa_core.command_line import exit_status
 from elsa_core.errors import UsageError
 
 from . import report
@@ -36,17 +36,15 @@ interrupted
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
+    kept = f"interrupted, {options.destination} is as it was before"
+    return exit_status("convert_weights", lambda: _run_in_memory(options), kept)
+
+
+def _run_in_memory(options: argparse.Namespace) -> int:
     try:
         return run(options)
-    except UsageError as error:
-        return _fail(str(error))
-    except ModuleNotFoundError as error:
-        return _fail(f"the Python package {error.name} is missing in {sys.executable}")
     except MemoryError:
-        return _fail(f"{options.source} does not fit into memory")
-    except KeyboardInterrupt:
-        _fail(f"interrupted, {options.destination} is as it was before")
-        return 130
+        raise UsageError(f"{options.source} does not fit into memory") from None
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -137,8 +135,3 @@ def _write_report(path: str, content: str) -> None:
             file.write(content + "\n")
     except OSError as error:
         raise UsageError(f"--report {path} cannot be written: {error.strerror}") from error
-
-
-def _fail(sentence: str) -> int:
-    print(f"convert_weights: {' '.join(sentence.split())}", file=sys.stderr)
-    return 2

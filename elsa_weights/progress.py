@@ -42,14 +42,13 @@ class Progress:
 
 
 class CountedFile:
-    """A binary file that reports what is read or written, and keeps what went wrong.
+    """A binary file that reports what is read or written.
 
     Never allocates for more than there is to read, whatever it is asked for.
     """
 
     def __init__(self, file: IO[bytes], progress: Progress, size: int = 0) -> None:
         self.file, self.progress, self.size = file, progress, size
-        self.error: OSError | None = None
 
     def read(self, count: int = -1) -> bytes:
         left = max(0, self.size - self.file.tell())
@@ -72,11 +71,7 @@ class CountedFile:
         return self.file.tell()
 
     def write(self, data: Any) -> int:
-        try:
-            count = self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
+        count = self.file.write(data)
         self.progress.add(count)
         return count
 

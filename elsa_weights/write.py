@@ -15,6 +15,7 @@ from torch import Tensor
 
 from elsa_core import __version__
 from elsa_core.errors import UsageError
+from elsa_core.files import replacing
 
 from . import safetensors
 from .convert import Conversion
@@ -118,33 +119,16 @@ def write_checkpoint(
         raise UsageError(
             f"DST {destination} needs {size / 1e6:.0f} MB, and its disk has {free / 1e6:.0f} MB"
         )
-    part = os.path.join(folder, f".{os.path.basename(destination)}.{os.getpid()}.part")
-    counted = None
-    try:
-        with open(part, "xb") as file:
-            counted = CountedFile(file, Progress("writing", size))
+    with replacing(destination) as file:
+        counted = CountedFile(file, Progress("writing", size))
+        try:
             if destination.endswith(".safetensors"):
                 text = {key: json.dumps(value) for key, value in meta.items()}
                 safetensors.save(counted, tensors, {"format": "pt", **text})  # type: ignore[arg-type]
             else:
                 checkpoint = _container(conversion, tensors, meta, training or {})
                 torch.save(checkpoint, counted)  # type: ignore[arg-type]
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, destination)
-        _sync_folder(folder)
-    except BaseException as error:
-        if os.path.exists(part):
-            os.remove(part)
-        # torch.save reports a failed write as an error of its own.
-        cause = counted.error if counted is not None and counted.error else error
-        if isinstance(cause, OSError):
-            raise UsageError(
-                f"DST {destination} cannot be written: {cause.strerror or cause}"
-            ) from error
-        raise
-    finally:
-        if counted is not None:
+        finally:
             counted.progress.close()
 
 
@@ -200,11 +184,3 @@ def _alone(tensor: Tensor) -> Tensor:
     tensor = tensor.contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.dtype.itemsize
     return tensor if whole else tensor.clone()
-
-
-def _sync_folder(folder: str) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ from weights_models import (
     with_bookkeeping,
 )
 
-from elsa_core import VARIANTS, __version__
+from elsa_core import VARIANTS, __version__, files
 from elsa_weights import cli, convert_file, read_checkpoint, write
 
 TOOL = Path(__file__).resolve().parents[1] / "tools/convert_weights.py"
@@ -200,8 +201,12 @@ class FullDisk:
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_full_disk(tmp_path, source, capsys, monkeypatch, suffix):
-    real = write.CountedFile
-    monkeypatch.setattr(write, "CountedFile", lambda file, *more: real(FullDisk(file), *more))
+    @contextmanager
+    def open_on_full_disk(path, mode):
+        with open(path, mode) as file:
+            yield FullDisk(file)
+
+    monkeypatch.setattr(files, "open", open_on_full_disk, raising=False)
     (tmp_path / f"a{suffix}").write_text("old")
     message = refused(capsys, tmp_path, source, tmp_path / f"a{suffix}", "--to", "mmdet")
     assert "No space left on device" in message
@@ -247,7 +252,7 @@ def test_folder_that_only_looks_writable(tmp_path, source, capsys, monkeypatch):
     def denied(name, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", str(name))
 
-    monkeypatch.setattr(write, "open", denied, raising=False)
+    monkeypatch.setattr(files, "open", denied, raising=False)
     monkeypatch.setattr(write, "sha256", lambda _: "")
     message = refused(capsys, tmp_path, source, tmp_path / "a.pth", "--to", "mmdet")
     assert "Permission denied" in message
@@ -264,7 +269,7 @@ def test_killed_while_writing(tmp_path):
         stdout=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 100
-    while not list(tmp_path.glob(".*.part")):
+    while not list(tmp_path.glob("*.part")):
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.001)
     process.kill()

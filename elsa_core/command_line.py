@@ -1,0 +1,26 @@
+"""How every command line of the project ends."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+from .errors import UsageError
+
+
+def exit_status(tool: str, run: Callable[[], int], interrupted: str = "interrupted") -> int:
+    """What ``run`` returns; 2 after a UsageError or for want of a package, 130 after Ctrl-C.
+
+    These end in one sentence on standard error, which ``tool`` begins and ``interrupted`` is for
+    the last of them.
+    """
+    try:
+        return run()
+    except UsageError as error:
+        status, sentence = 2, str(error)
+    except ModuleNotFoundError as error:
+        status, sentence = 2, f"the Python package {error.name} is missing in {sys.executable}"
+    except KeyboardInterrupt:
+        status, sentence = 130, interrupted
+    print(f"{tool}: {' '.join(sentence.split())}", file=sys.stderr)
+    return status
