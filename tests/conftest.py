@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -30,6 +31,27 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def few_threads() -> None:
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // workers))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_data_sets() -> Iterator[None]:
+    """Detectron2 knows the data sets of one test file at a time, whatever shares a process."""
+    before = {id(catalog): set(catalog) for catalog in _catalogs()}
+    yield
+    for catalog in _catalogs():
+        for name in set(catalog) - before.get(id(catalog), set(catalog)):
+            del catalog[name]
+
+
+def _catalogs() -> list:
+    module = sys.modules.get("detectron2.data.catalog")
+    return [module.DatasetCatalog, module.MetadataCatalog] if module else []
+
+
+@pytest.fixture(autouse=True)
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What tests write need not outlive a power cut: gigabytes of checkpoints."""
+    monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
 @pytest.fixture(autouse=True)

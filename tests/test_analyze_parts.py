@@ -1,5 +1,6 @@
 """Parameters and operations part by part: by hand, and the same in both frameworks."""
 
+import logging
 import re
 import subprocess
 import sys
@@ -122,6 +123,7 @@ def test_refusals(arguments, sentence, tmp_path, monkeypatch, capsys):
     if "pyproject.yaml" in arguments:
         (tmp_path / "pyproject.yaml").write_text("MODEL:\n  ELSA_SWIM: 1\n")
         arguments = [str(tmp_path / "pyproject.yaml")]
+    monkeypatch.setattr(logging, "raiseExceptions", False)  # of handlers whose stream is closed
     assert cli.main(["parts", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith("analyze: ") and error.count("\n") == 1
