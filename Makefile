@@ -9,8 +9,8 @@ ASAN := build/asan
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
 DEMO_ARGS ?=
 TEST_ARGS ?=
-# Two test files at a time.
-TWO_FILES := -n 2 --dist loadfile
+# Two test files at a time, in the order of their names: those with few but long tests not last.
+TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 ZOO_ARGS ?=
 BENCH_ARGS ?=
 

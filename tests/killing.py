@@ -19,7 +19,7 @@ from unittest import mock
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 # Kills by each signal and in each framework; ELSA_KILLS=10 takes minutes.
-KILLS = int(os.environ.get("ELSA_KILLS", "3"))
+KILLS = int(os.environ.get("ELSA_KILLS", "2"))
 STOPPED = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGKILL: -signal.SIGKILL}
 
 

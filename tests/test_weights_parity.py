@@ -220,7 +220,8 @@ def train_mm(cfg, checkpoint, iterations):
     """Trains from a checkpoint on; returns the checkpoint that MMEngine itself saves."""
     cfg = copy.deepcopy(cfg)
     cfg.load_from = str(checkpoint)
-    cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations, val_interval=1000)
+    cfg.train_cfg = dict(type="IterBasedTrainLoop", max_iters=iterations)
+    cfg.val_cfg = cfg.val_dataloader = cfg.val_evaluator = None
     cfg.train_dataloader.batch_size = 2
     cfg.optim_wrapper.optimizer.lr = 1e-5
     cfg.param_scheduler = []
