@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -197,6 +198,7 @@ def test_control_c(tmp_path):
         text=True,
     )
     assert process.stdout.readline().startswith("started")  # by several threads at once
+    time.sleep(1)  # until the command waits for its threads
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=20)
     assert process.returncode == 130 and "interrupted" in error and "Traceback" not in error
