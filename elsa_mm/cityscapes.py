@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as judge
-import numpy as np
 from mmengine.registry import METRICS
 from mmseg.evaluation import CityscapesMetric
+
+import elsa_data.cityscapes_judge  # noqa: F401 (any NumPy does then)
 
 SCORES = {
     "IoU": "averageScoreClasses",
@@ -48,8 +49,6 @@ class CityscapesScores(CityscapesMetric):
         """Scores of pairs of a predicted and a true label map."""
         if self.format_only:
             return super().compute_metrics(results)
-        if not hasattr(np, "in1d"):  # cityscapesscripts' name for it, which NumPy 2.4 no longer has
-            np.in1d = np.isin
         judge.args.evalInstLevelScore = True
         judge.args.evalPixelAccuracy = False
         judge.args.JSONOutput = judge.args.colorized = False

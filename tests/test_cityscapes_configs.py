@@ -207,4 +207,4 @@ def test_detection_has_the_same_sizes_and_data(variant):
     assert cfg.DATASETS.TEST == ("cityscapes_fine_instance_seg_val",)
     kinds = [metric.type for metric in other.test_evaluator]
     assert kinds == [metric.type for metric in other.val_evaluator]
-    assert kinds == ["CocoMetric", "CityScapesMetric"]
+    assert kinds == ["CocoMetric", "elsa_mm.cityscapes_instance.CityscapesInstanceScores"]

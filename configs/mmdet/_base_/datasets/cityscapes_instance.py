@@ -8,6 +8,10 @@ val_evaluator = [
         ann_file="data/cityscapes/annotations/instancesonly_filtered_gtFine_val.json",
         metric=["bbox", "segm"],
     ),
-    dict(type="CityScapesMetric", seg_prefix="data/cityscapes/gtFine/val", outfile_prefix=None),
+    dict(
+        type="elsa_mm.cityscapes_instance.CityscapesInstanceScores",
+        seg_prefix="data/cityscapes/gtFine/val",
+        outfile_prefix=None,
+    ),
 ]
 test_evaluator = val_evaluator
