@@ -5,7 +5,7 @@ The same options give the same bytes (with the same versions of the libraries).
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,14 +76,32 @@ def make_dataset(
     options out of range and for such folders, OSError where the folder cannot be written.
     """
     options = checked(Options(train, val, size, seed))
-    out = Path(out).resolve()
-    summary = existing(out, options, force)
+    return make_whole(
+        Path(out).resolve(), options, force, lambda new: (new, _write(new, options, progress))
+    )
+
+
+def make_whole(
+    out: Path,
+    options: Options,
+    force: bool,
+    write: Callable[[Path], tuple[Path, Summary]],
+    layout: str = STANDARD,
+) -> Summary:
+    """Makes `out` whole or not at all, unless it is there already.
+
+    Args:
+        write: fills an empty work folder; returns it, or the folder in it that is to become `out`,
+            and what that holds.
+    """
+    summary = existing(out, options, force, layout)
     if summary is None:
         with workspace(out) as new:
-            summary = existing(out, options, force)  # another run may have just finished
+            summary = existing(out, options, force, layout)  # another run may have just finished
             if summary is None:
-                summary = _write(new, options, progress)._replace(path=out)
-                publish(new, out)
+                made, summary = write(new)
+                publish(made, out)
+                summary = summary._replace(path=out)
     return summary
 
 

@@ -10,12 +10,11 @@ from demo.digits import (
     Summary,
     checked,
     checksum,
-    existing,
     file_names,
     make_dataset,
+    make_whole,
     write_meta,
 )
-from demo.whole_folder import publish, workspace
 
 # Modules with `write_layout(source, out, *, progress) -> int`, imported when they are needed.
 MODULES = {"cityscapes": "demo.cityscapes_layout", "imagenet": "demo.imagenet_layout"}
@@ -45,20 +44,16 @@ def make_layout(
         raise DigitsError(f"layout must be one of {', '.join(LAYOUTS)}, got layout={layout}")
     options = checked(Options(train, val, size, seed))
     write = importlib.import_module(MODULES[layout]).write_layout
-    out = Path(out).resolve()
-    summary = existing(out, options, force, layout)
-    if summary is None:
-        with workspace(out) as new:
-            summary = existing(out, options, force, layout)  # another run may have just finished
-            if summary is None:
-                source, target = new / "source", new / "target"
-                made = make_dataset(source, *options, progress=progress)
-                target.mkdir()
-                write(source, target, progress=progress)
-                files = sorted(file_names(target))
-                summary = made._replace(path=target)
-                sha256 = checksum(target, files)
-                write_meta(summary, options, layout=layout, files=files, sha256=sha256)
-                publish(target, out)
-                summary = summary._replace(path=out)
-    return summary
+
+    def make(new: Path) -> tuple[Path, Summary]:
+        source, target = new / "source", new / "target"
+        made = make_dataset(source, *options, progress=progress)
+        target.mkdir()
+        write(source, target, progress=progress)
+        files = sorted(file_names(target))
+        summary = made._replace(path=target)
+        sha256 = checksum(target, files)
+        write_meta(summary, options, layout=layout, files=files, sha256=sha256)
+        return target, summary
+
+    return make_whole(Path(out).resolve(), options, force, make, layout)

@@ -11,6 +11,8 @@ from typing import Any
 from elsa_core.command_line import exit_status
 from elsa_core.errors import UsageError
 
+from .arguments import add_config_settings
+
 DETAILS = """\
 The config says the framework: .yaml is Detectron2, .py MMDetection or MMSegmentation. CHECKPOINT
 may come from the other framework or from the original release; nothing in it is executed.
@@ -50,15 +52,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="objects with a lower score are left out, default: 0.5",
     )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
-    parser.add_argument(
-        "--opts",
-        "--cfg-options",
-        nargs="+",
-        default=[],
-        dest="options",
-        metavar="OPTION",
-        help="config settings: KEY VALUE ... for Detectron2, KEY=VALUE ... for OpenMMLab",
-    )
+    add_config_settings(parser)
     return parser.parse_args(arguments)
 
 

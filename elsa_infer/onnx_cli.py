@@ -11,6 +11,8 @@ from elsa_core import VARIANTS, ELSASwin
 from elsa_core.command_line import exit_status
 from elsa_core.errors import UsageError
 
+from .arguments import add_config_settings
+
 DETAILS = """\
 What is exported:
   --config of a UPerNet   the model: image [B, 3, H, W], RGB, 0..255 -> logits [B, K, H, W]
@@ -49,15 +51,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         default="auto",
         help="of a config's model; auto: the model where it is a UPerNet, else the backbone",
     )
-    parser.add_argument(
-        "--opts",
-        "--cfg-options",
-        nargs="+",
-        default=[],
-        dest="options",
-        metavar="OPTION",
-        help="config settings: KEY VALUE ... for Detectron2, KEY=VALUE ... for OpenMMLab",
-    )
+    add_config_settings(parser)
     return parser.parse_args(arguments)
 
 
