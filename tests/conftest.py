@@ -1,9 +1,12 @@
 """Shared fixtures, and the rule that tests for CUDA cannot vanish silently."""
 
+import itertools
 import os
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +15,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+STAND_INS = str(REPOSITORY / "tests/stand_ins")
+sys.path.insert(0, STAND_INS)
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [STAND_INS, os.getenv("PYTHONPATH")]))
+RUNS = itertools.count()
 FAIL_WITHOUT_CUDA = os.environ.get("FAIL_WITHOUT_CUDA", "0") not in ("", "0")
 
 
@@ -55,10 +62,11 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
-def plain_config_logs() -> None:
-    """MMEngine logs its config laid out by yapf: three quarters of a short run."""
-    if (config := sys.modules.get("mmengine.config.config")) is not None:
-        config.FormatCode = lambda text, **_: (text, False)
+def own_second(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MMEngine tells runs apart by the second in which they begin: each run here has its own."""
+    if (runner := sys.modules.get("mmengine.runner.runner")) is not None:
+        times = {**vars(time), "strftime": lambda *_: f"20000101_{next(RUNS):06d}"}
+        monkeypatch.setattr(runner, "time", SimpleNamespace(**times))
 
 
 @pytest.fixture(scope="session")

@@ -185,7 +185,7 @@ def test_control_c(tmp_path):
         "import time, elsa_data.check as check\n"
         "def slow(path):\n"
         "    print('started', flush=True)\n"
-        "    time.sleep(0.5)\n"
+        "    time.sleep(10)\n"
         "check.image_problem = slow\n"
         "from elsa_data.cli import main\n"
         "raise SystemExit(main(['check', 'coco']))\n"

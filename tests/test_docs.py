@@ -70,7 +70,7 @@ class Runner:
     def start(self):
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         environment |= {"OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "MPLBACKEND": "agg"}
-        environment["PYTHONPATH"] = f"{REPOSITORY}:{REPOSITORY / 'tests'}"
+        environment["PYTHONPATH"] += f":{REPOSITORY}:{REPOSITORY / 'tests'}"
         environment.pop("DETECTRON2_DATASETS", None)
         self.process = subprocess.Popen(
             [sys.executable, REPOSITORY / "tests/docs_runner.py"],

@@ -64,11 +64,10 @@ def folders(digits, tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """A work folder, no visualizer of an earlier run, and no time for formatting long configs."""
+    """A work folder, and no visualizer of an earlier run."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Config, "pretty_text", property(lambda cfg: cfg.filename))
     UniversalVisualizer._instance_dict.clear()
 
 
@@ -153,7 +152,6 @@ def averaged(imagenet, tmp_path_factory):
     folder = tmp_path_factory.mktemp("averaged")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        patch.setattr(Config, "pretty_text", property(lambda cfg: cfg.filename))
         train_twice("base", imagenet)
         return folder / last_path()
 

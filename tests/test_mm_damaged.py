@@ -27,7 +27,6 @@ def refusal(monkeypatch, tmp_path, capfd):
     """Runs a tool that must end with status 2; returns its last line."""
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Config, "pretty_text", property(lambda cfg: cfg.filename))
 
     def run(tool, *arguments):
         capfd.readouterr()

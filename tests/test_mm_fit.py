@@ -19,8 +19,6 @@ def refusal(monkeypatch, tmp_path, capfd):
     """Runs a tool that must refuse; returns its sentence."""
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.chdir(tmp_path)
-    # Formatting the config takes longer than all the rest.
-    monkeypatch.setattr(Config, "pretty_text", property(lambda cfg: cfg.filename))
 
     def run(tool, *arguments):
         capfd.readouterr()

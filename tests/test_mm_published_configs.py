@@ -173,8 +173,6 @@ def fresh_visualizer():
 @every_leaf
 def test_short_training_evaluates_saves_and_resumes(path, coco, digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # Formatting a long config takes longer than the rest of a run this short.
-    monkeypatch.setattr(Config, "pretty_text", property(lambda cfg: cfg.filename))
     detector = is_detector(path)
     options = short(path, coco if detector else digits)
     run("train", path, "--work-dir", "runs", **options)
