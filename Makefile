@@ -6,7 +6,9 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
 	&& echo $$python && break; done)
 VENV := .venv/bin
 ASAN := build/asan
-CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh)
+EMULATION := tests/cuda_emulation
+CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh \
+	$(EMULATION)/*.cpp $(EMULATION)/*.h $(EMULATION)/include/*.h $(EMULATION)/include/c10/cuda/*.h)
 DEMO_ARGS ?=
 TEST_ARGS ?=
 # Two test files at a time, in the order of their names: those with few but long tests not last.

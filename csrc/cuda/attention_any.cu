@@ -56,8 +56,7 @@ __device__ T weight_of(const Operands<S>& a, T attention, int64_t filter) {
 // The block's shared memory: `taps` numbers for each warp.
 template <typename T>
 __device__ T* warp_memory(int taps) {
-  extern __shared__ double2 shared[];
-  return reinterpret_cast<T*>(shared) + threadIdx.x / kWarp * taps;
+  return block_memory<T>() + threadIdx.x / kWarp * taps;
 }
 
 // Calls body(place, lane) for this warp's share of all positions and heads.

@@ -23,8 +23,7 @@ static_assert(kValuePitch<__half> % 8 == 0 && kGatherPitch<__half> % 8 == 0);
 
 template <typename S>
 __global__ void __launch_bounds__(kThreads) forward_kernel(Forward<S> call) {
-  extern __shared__ float4 shared[];
-  float* weights = reinterpret_cast<float*>(shared);
+  float* weights = block_memory<float>();
   float* filter = weights + kWeights;
   S* values = reinterpret_cast<S*>(filter + kFilter);
   const Operands<S>& a = call.operands;
@@ -49,8 +48,7 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(Forward<S> call) {
 // channels a thread has all taps of one row of the kernel, for a strip of positions.
 template <typename S>
 __global__ void __launch_bounds__(kThreads) logits_kernel(Backward<S> call) {
-  extern __shared__ float4 shared[];
-  float* weights = reinterpret_cast<float*>(shared);
+  float* weights = block_memory<float>();
   S* values = reinterpret_cast<S*>(weights + kWeights);
   S* grads = values + kHaloRows * kValuePitch<S>;
   const Operands<S>& a = call.operands;
@@ -169,8 +167,7 @@ __device__ void load_readers(
 
 template <typename S>
 __global__ void __launch_bounds__(kThreads) value_kernel(Backward<S> call) {
-  extern __shared__ float4 shared[];
-  float* weights = reinterpret_cast<float*>(shared);
+  float* weights = block_memory<float>();
   float* filter = weights + kWeights;
   S* grads = reinterpret_cast<S*>(filter + kFilter);
   const Operands<S>& a = call.operands;
@@ -187,8 +184,7 @@ __global__ void __launch_bounds__(kThreads) value_kernel(Backward<S> call) {
 // warp walks along a row, and a window of 7 x 7 values moves along in registers.
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 3) ghost_kernel(Backward<S> call, int64_t rows_a_part) {
-  extern __shared__ float4 shared[];
-  float* sums = reinterpret_cast<float*>(shared);  // [warp][tap][channel]
+  float* sums = block_memory<float>();  // [warp][tap][channel]
   const Operands<S>& a = call.operands;
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t head = blockIdx.x, rows = a.batch * a.height;

@@ -44,6 +44,13 @@ __device__ T warp_max(T x) {
   return x;
 }
 
+// The block's dynamic shared memory.
+template <typename T>
+__device__ T* block_memory() {
+  extern __shared__ double2 shared[];
+  return reinterpret_cast<T*>(shared);
+}
+
 // A position of the map and a head; `pixel` counts positions through all images.
 struct Place {
   int64_t pixel, y, x;
@@ -82,8 +89,7 @@ template <typename S>
 __global__ void sum_parts(
     const Arithmetic<S>* parts, int64_t count, int64_t channels, int64_t taps, S* out) {
   using T = Arithmetic<S>;
-  extern __shared__ double2 shared[];
-  T* sums = reinterpret_cast<T*>(shared);  // [kSumWarps][kWarp]
+  T* sums = block_memory<T>();  // [kSumWarps][kWarp]
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const int64_t size = channels * taps, i = static_cast<int64_t>(blockIdx.x) * kWarp + lane;
   T sum = 0;

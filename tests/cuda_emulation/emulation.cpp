@@ -1,0 +1,185 @@
+// Threads of a block as contexts of one CPU thread. Between two barriers they run one after the
+// other, in an order that ELSA_EMULATION_ORDER gives: 0 as they are numbered, 1 in reverse, others
+// shuffled. A kernel whose threads race has other results in another order. Shared memory begins as
+// NaN, and is NaN beyond what a launch asked for, where writing fails.
+#include "emulation.h"
+
+#include <c10/util/Exception.h>
+#include <setjmp.h>
+#include <ucontext.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <mutex>
+#include <numeric>
+#include <random>
+#include <vector>
+
+#include "include/cuda_runtime.h"
+
+namespace {
+
+constexpr int kMostShared = 232448, kPlainShared = 48 * 1024;  // bytes of a block, as on an H100
+constexpr int kFence = 4096;  // bytes beyond it
+constexpr size_t kStackBytes = 256 * 1024;
+constexpr int kWarp = 32;
+
+}  // namespace
+
+namespace elsa::cuda {
+extern double2 shared[];
+alignas(128) double2 shared[(kMostShared + kFence) / sizeof(double2)];
+}  // namespace elsa::cuda
+
+dim3 threadIdx, blockIdx, blockDim, gridDim;
+
+namespace emulation {
+
+namespace {
+
+enum class State { ready, at_block, at_warp, ended };
+
+struct Thread {
+  std::vector<char> stack = std::vector<char>(kStackBytes);
+  ucontext_t start;
+  jmp_buf place;
+  bool started = false;
+  State state = State::ready;
+  int shuffles = 0;
+};
+
+std::vector<Thread> all;
+Thread* current;
+jmp_buf scheduler;
+const std::function<void()>* body_of_all;
+std::map<void*, int> allowed;
+std::mutex one_launch;
+uint64_t lanes[2][1024];
+
+int order() {
+  const char* text = std::getenv("ELSA_EMULATION_ORDER");
+  return text ? std::atoi(text) : 0;
+}
+
+void entry() {
+  (*body_of_all)();
+  current->state = State::ended;
+  _longjmp(scheduler, 1);
+}
+
+void pause(State state) {
+  current->state = state;
+  if (_setjmp(current->place) == 0) _longjmp(scheduler, 1);
+}
+
+void resume(unsigned index) {
+  current = &all[index];
+  threadIdx = dim3(index);
+  if (_setjmp(scheduler) != 0) return;
+  if (current->started) _longjmp(current->place, 1);
+  current->started = true;
+  getcontext(&current->start);
+  current->start.uc_stack.ss_sp = current->stack.data();
+  current->start.uc_stack.ss_size = kStackBytes;
+  makecontext(&current->start, entry, 0);
+  setcontext(&current->start);
+}
+
+// Lets those go on whose barrier is complete; whether there are any.
+bool release() {
+  bool any = false;
+  for (size_t first = 0; first < all.size(); first += kWarp) {
+    const auto begin = all.begin() + first, end = begin + kWarp;
+    const auto waits = [](const Thread& t) { return t.state == State::at_warp; };
+    if (!std::any_of(begin, end, waits)) continue;
+    if (!std::all_of(begin, end, waits)) continue;
+    std::for_each(begin, end, [](Thread& t) { t.state = State::ready; });
+    any = true;
+  }
+  if (any) return true;
+  for (const Thread& t : all)
+    require(t.state != State::at_warp, "all lanes of a warp must come to its barrier");
+  for (Thread& t : all) {
+    if (t.state != State::at_block) continue;
+    t.state = State::ready;
+    any = true;
+  }
+  return any;
+}
+
+void run_block(std::mt19937& random, int chosen) {
+  for (Thread& t : all) {
+    t.started = false;
+    t.state = State::ready;
+    t.shuffles = 0;
+  }
+  std::vector<unsigned> sequence(all.size());
+  std::iota(sequence.begin(), sequence.end(), 0u);
+  if (chosen == 1) std::reverse(sequence.begin(), sequence.end());
+  do {
+    if (chosen > 1) std::shuffle(sequence.begin(), sequence.end(), random);
+    for (const unsigned index : sequence)
+      if (all[index].state == State::ready) resume(index);
+  } while (release());
+}
+
+}  // namespace
+
+void wait_for_block() { pause(State::at_block); }
+void wait_for_warp() { pause(State::at_warp); }
+
+// Two buffers take turns: a lane that is ahead by one shuffle overwrites nothing.
+uint64_t exchange(uint64_t value, int lane) {
+  uint64_t* buffer = lanes[current->shuffles++ % 2];
+  const unsigned index = threadIdx.x;
+  buffer[index] = value;
+  pause(State::at_warp);
+  return buffer[index / kWarp * kWarp + lane];
+}
+
+void require(bool condition, const char* rule) { TORCH_CHECK(condition, "CUDA emulation: ", rule); }
+
+cudaError_t allow_shared(void* kernel, int bytes) {
+  if (bytes > kMostShared) return cudaErrorInvalidValue;
+  allowed[kernel] = bytes;
+  return cudaSuccess;
+}
+
+cudaError_t run(const cudaLaunchConfig_t& config, void* kernel, const std::function<void()>& body) {
+  const std::lock_guard<std::mutex> guard(one_launch);
+  const auto most = allowed.count(kernel) ? allowed[kernel] : kPlainShared;
+  const dim3 grid = config.gridDim;
+  if (config.dynamicSmemBytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
+  if (config.blockDim.x > 1024 || config.blockDim.x % kWarp || grid.x == 0 ||
+      grid.x > 0x7fffffffu || grid.y == 0 || grid.y > 65535)
+    return cudaErrorInvalidConfiguration;
+  char* memory = reinterpret_cast<char*>(elsa::cuda::shared);
+  const char* fence = memory + config.dynamicSmemBytes;
+  all.resize(config.blockDim.x);
+  body_of_all = &body;
+  blockDim = config.blockDim;
+  gridDim = grid;
+  const int chosen = order();
+  std::mt19937 random(chosen);
+  const uint64_t count = uint64_t{grid.x} * grid.y;
+  for (uint64_t i = 0; i < count; ++i) {
+    const uint64_t index = chosen == 1 ? count - 1 - i : i;
+    blockIdx = dim3(static_cast<unsigned>(index % grid.x), static_cast<unsigned>(index / grid.x));
+    std::memset(memory, 0xff, config.dynamicSmemBytes + kFence);
+    run_block(random, chosen);
+    require(
+        std::all_of(fence, fence + kFence, [](char byte) { return byte == '\xff'; }),
+        "a block must not write beyond its shared memory");
+  }
+  return cudaSuccess;
+}
+
+}  // namespace emulation
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  const char* text = std::getenv("ELSA_EMULATION_SHARED");
+  *value = text ? std::atoi(text) : kMostShared;
+  return cudaSuccess;
+}

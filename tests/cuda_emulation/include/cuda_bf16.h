@@ -1,0 +1,24 @@
+// The conversions of bfloat16 that the kernels use.
+#pragma once
+
+#include <c10/util/BFloat16.h>
+
+#include "cuda_runtime.h"
+
+struct __nv_bfloat16 {
+  uint16_t bits;
+};
+struct alignas(4) __nv_bfloat162 {
+  __nv_bfloat16 x, y;
+};
+
+inline float __bfloat162float(__nv_bfloat16 x) {
+  return c10::BFloat16(x.bits, c10::BFloat16::from_bits());
+}
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {c10::BFloat16(x).x}; }
+inline float2 __bfloat1622float2(__nv_bfloat162 pair) {
+  return {__bfloat162float(pair.x), __bfloat162float(pair.y)};
+}
+inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
+  return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
+}

@@ -1,0 +1,61 @@
+// What nvcc gives to kernels: threads, shared memory, vector types and functions of a warp.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../emulation.h"
+#include "cuda_runtime_api.h"
+
+#define __global__
+#define __device__
+#define __host__
+#define __shared__
+#define __launch_bounds__(...)
+
+struct float2 {
+  float x, y;
+};
+struct alignas(16) float4 {
+  float x, y, z, w;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
+struct alignas(16) uint4 {
+  uint32_t x, y, z, w;
+};
+
+inline float __expf(float x) { return std::exp(x); }
+inline void __syncthreads() { emulation::wait_for_block(); }
+inline void __syncwarp() { emulation::wait_for_warp(); }
+
+template <typename T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  static_assert(sizeof(T) <= sizeof(uint64_t));
+  emulation::require(mask == 0xffffffff, "all lanes must take part in a shuffle");
+  uint64_t bits = 0;
+  std::memcpy(&bits, &value, sizeof(T));
+  bits = emulation::exchange(bits, lane);
+  std::memcpy(&value, &bits, sizeof(T));
+  return value;
+}
+template <typename T>
+T __shfl_xor_sync(unsigned mask, T value, int other) {
+  return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ other);
+}
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
+
+template <typename... Parameters>
+cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
+  return emulation::allow_shared(reinterpret_cast<void*>(kernel), bytes);
+}
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t cudaLaunchKernelEx(
+    const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+  return emulation::run(
+      *config, reinterpret_cast<void*>(kernel), [&] { kernel(Parameters(arguments)...); });
+}

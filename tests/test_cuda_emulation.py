@@ -1,0 +1,71 @@
+"""The CUDA kernels, compiled for the CPU by cuda_emulation/ and held to the tests of a GPU.
+
+Shared memory begins as NaN and ends where the launch says; the threads of a block run in three
+orders, one of which tells where a barrier is missing. It says nothing about speed, nor about how a
+GPU rounds its fast exponential.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths, library_paths
+
+ROOT = Path(__file__).resolve().parents[1]
+EMULATION = ROOT / "tests/cuda_emulation"
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+SOURCES = [EMULATION / "emulation.cpp", EMULATION / "attention.cpp", *KERNELS]
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
+FLAGS = ["-O2", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+# longjmp to another stack is what the emulation does.
+FLAGS += ["-U_FORTIFY_SOURCE", f"-I{EMULATION / 'include'}"]
+
+
+def compiled(*arguments):
+    done = subprocess.run([COMPILER, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """A folder with an elsa_core whose kernels for the CPU are those for CUDA."""
+    folder = tmp_path_factory.mktemp("emulated")
+    shutil.copytree(ROOT / "elsa_core", folder / "elsa_core", ignore=shutil.ignore_patterns("*.so"))
+    headers = [f"-isystem{path}" for path in include_paths()]
+    objects = [folder / f"{source.name}.o" for source in SOURCES]
+    for source, target in zip(SOURCES, objects, strict=True):
+        compiled(*FLAGS, *headers, "-xc++", "-c", source, "-o", target)
+    torch = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    libraries = ["-lc10", "-ltorch_cpu", "-ltorch"]
+    compiled("-shared", "-o", folder / "elsa_core/_C.so", *objects, *torch, *libraries)
+    return folder
+
+
+# ELSA_EMULATION_ALL=1 leaves nothing out, and takes minutes.
+ALL = "ELSA_EMULATION_ALL" in os.environ
+FEW = "(published and tile) or (agrees and odd and both and float32 and not 13)"
+SOME = f"{FEW} or published and not mul and not both or low or strided and 8 or nan or extreme"
+
+
+@pytest.mark.parametrize(
+    "order, shared, wanted, least",
+    [
+        ("0", "232448", SOME, 60),
+        ("1", "232448", FEW, 14),  # from the last thread to the first
+        ("2", "49152", FEW, 14),  # shuffled, on a device with little shared memory
+    ],
+    ids=["in order", "in reverse", "shuffled"],
+)
+def test_kernels_pass_the_tests_of_a_gpu(emulated, order, shared, wanted, least):
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ELSA_EMULATION": "1"}
+    environment |= {"ELSA_EMULATION_ORDER": order, "ELSA_EMULATION_SHARED": shared}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-c", ROOT / "pyproject.toml", ROOT / "tests/test_cuda_operator.py"]
+    command += [] if ALL else ["-k", wanted]
+    done = subprocess.run(command, cwd=emulated, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > least
