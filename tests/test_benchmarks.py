@@ -1,4 +1,4 @@
-"""The benchmark's command line, its contenders and its figures."""
+"""The benchmark's command lines, contenders and figures."""
 
 import csv
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import operator, run
+from benchmarks import against, operator, run
 from benchmarks.measure import Clock, compare, peak_memory
 from elsa_core import elsa_attention_reference
 
@@ -61,3 +61,18 @@ def test_writes_table_plot_and_machine(tmp_path, monkeypatch):
 def test_wrong_use_is_one_sentence(arguments, message, capsys):
     assert run.main(arguments) == 2
     assert capsys.readouterr().err == f"benchmarks: {message}\n"
+
+
+def test_two_checkouts_take_turns(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(operator, "HEADLINES", [(8, 9, 64, 2)])
+    monkeypatch.setattr(operator, "stage_shapes", lambda: [(4, 5, 32, 1)])
+    table = tmp_path / "against.csv"
+    assert against.main([str(against.ROOT), "--rounds", "2", "--out", str(table)]) == 0
+    rows = list(csv.DictReader(table.open()))
+    assert [row["case"] for row in rows[::2]] == ["8x9x64 2 heads", "4x5x32 1 heads"]
+    assert [row["step"] for row in rows[:2]] == ["forward", "forward+backward"]
+    assert all(float(row[name]) > 0 for row in rows for name in ("this_ms", "other_ms", "ratio"))
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        against.main([str(tmp_path)])
+    assert f"{tmp_path} must have a built elsa_core" in capsys.readouterr().err
