@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -143,17 +144,36 @@ def _detector(name: str, backbone: str) -> nn.Module:
     return MODELS.build(config.model)
 
 
+def _boxes(size: tuple[int, int]) -> Tensor:
+    """Of the 8 objects of an image, each half as wide and as high: [8, 4], in pixels."""
+    height, width = size
+    corner = torch.linspace(0, 0.5, 8)[:, None]
+    boxes = torch.cat([corner * width, corner * height], 1)
+    return torch.cat([boxes, boxes + torch.tensor([width / 2, height / 2])], 1)
+
+
+def _proposals(size: tuple[int, int], device: torch.device) -> object:
+    """1000 of an image: a quarter near its objects, more than are sampled, the others far off."""
+    from mmengine.structures import InstanceData
+
+    height, width = size
+    generator = torch.Generator().manual_seed(0)
+    near = _boxes(size).repeat(32, 1)[:250]
+    near = near + (torch.rand(near.shape, generator=generator) - 0.5) * min(size) / 50
+    corner = torch.rand(750, 2, generator=generator) * torch.tensor([width - 32, height - 32])
+    boxes = torch.cat([near, torch.cat([corner, corner + 32], 1)]).to(device)
+    return InstanceData(bboxes=boxes, scores=boxes.new_ones(1000), labels=boxes.new_zeros(1000))
+
+
 def _samples(size: tuple[int, int], device: torch.device) -> list[object]:
-    """One image's ground truth: 8 boxes with their masks, half the image wide."""
+    """One image's ground truth: 8 boxes with their masks."""
     import numpy
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
     from mmengine.structures import InstanceData
 
     height, width = size
-    corner = torch.linspace(0, 0.5, 8)[:, None]
-    boxes = torch.cat([corner * width, corner * height], 1)
-    boxes = torch.cat([boxes, boxes + torch.tensor([width / 2, height / 2])], 1)
+    boxes = _boxes(size)
     masks = numpy.zeros((8, height, width), dtype=numpy.uint8)
     for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
         mask[top:bottom, left:right] = 1
@@ -189,12 +209,21 @@ def _detector_training(
     model: nn.Module, size: tuple[int, int], clock: Clock, dtype: torch.dtype
 ) -> Run:
     image = torch.randn(1, 3, *size, device=clock.device)
+    propose = model.rpn_head.loss_and_predict
+
+    def propose_the_same(*arguments: Any, **options: Any) -> tuple[Any, Any]:
+        """The proposals of an untrained model are chance, and with them the work of its heads."""
+        losses, found = propose(*arguments, **options)
+        return losses, [_proposals(size, clock.device) for _ in found]
 
     def run() -> None:
         model.train()
         model.zero_grad(set_to_none=True)
         torch.manual_seed(0)  # which proposals are sampled
-        with _autocast(clock.device, dtype):
+        with (
+            _autocast(clock.device, dtype),
+            mock.patch.object(model.rpn_head, "loss_and_predict", propose_the_same),
+        ):
             losses = model(image, _samples(size, clock.device), mode="loss")
         total, _ = model.parse_losses(losses)
         total.backward()
