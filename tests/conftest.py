@@ -1,10 +1,11 @@
 """Shared fixtures, and the rule that tests for CUDA cannot vanish silently."""
 
+import functools
 import itertools
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,6 +44,16 @@ def few_threads() -> None:
 @pytest.fixture(scope="module", autouse=True)
 def own_data_sets() -> Iterator[None]:
     """Detectron2 knows the data sets of one test file at a time, whatever shares a process."""
+    yield from _forgetting_data_sets()
+
+
+@pytest.fixture
+def clean_catalog() -> Iterator[None]:
+    """Detectron2's catalog lasts as long as the process: a test leaves no data set there."""
+    yield from _forgetting_data_sets()
+
+
+def _forgetting_data_sets() -> Iterator[None]:
     before = {id(catalog): set(catalog) for catalog in _catalogs()}
     yield
     for catalog in _catalogs():
@@ -61,12 +72,37 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def metafiles_read_once() -> None:
+    """MMEngine reads 200 files anew for each config that builds on one of another package."""
+    if (utils := sys.modules.get("mmengine.config.utils")) is not None:
+        utils.load = functools.cache(utils.load)
+
+
 @pytest.fixture(autouse=True)
 def own_second(monkeypatch: pytest.MonkeyPatch) -> None:
     """MMEngine tells runs apart by the second in which they begin: each run here has its own."""
     if (runner := sys.modules.get("mmengine.runner.runner")) is not None:
         times = {**vars(time), "strftime": lambda *_: f"20000101_{next(RUNS):06d}"}
         monkeypatch.setattr(runner, "time", SimpleNamespace(**times))
+
+
+@pytest.fixture
+def refusal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> Callable[..., str]:
+    """Runs a tool of elsa_mm that must end with status 2; returns its last line."""
+    from elsa_mm import cli
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+    def run(tool: str, *arguments: object) -> str:
+        capfd.readouterr()
+        assert getattr(cli, tool)([str(argument) for argument in arguments]) == 2
+        return capfd.readouterr().err.strip().splitlines()[-1].removeprefix(f"{tool}: ")
+
+    return run
 
 
 @pytest.fixture(scope="session")

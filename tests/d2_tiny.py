@@ -1,9 +1,6 @@
 """A Detectron2 training that takes seconds on a CPU: the digits config with a tiny model."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -45,27 +42,28 @@ def datasets(data: Path) -> list[list[str]]:
     ]
 
 
-def command(data: Path, *flags: str, **changes) -> list[str]:
-    """A whole command line of tools/train_net.py."""
-    return [sys.executable, TOOL, "--config-file", CONFIG, *flags, *overrides(data, **changes)]
-
-
-def without_cuda() -> dict[str, str]:
-    return {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
-
-
-def train(data: Path, *flags: str, cwd: Path, **changes) -> subprocess.CompletedProcess:
-    """Runs tools/train_net.py without CUDA; its output is in the result's stdout."""
-    return subprocess.run(
-        command(data, *flags, **changes),
-        cwd=cwd,
-        env=without_cuda(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=300,
-    )
+def arguments_of(data: Path, *flags: str, **changes) -> list[str]:
+    """Arguments of tools/train_net.py."""
+    return ["--config-file", CONFIG, *flags, *overrides(data, **changes)]
 
 
 def read_metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+def note_checkpoints(monkeypatch) -> list[tuple[str, int, set[int]]]:
+    """From now on, trainings write no checkpoints, which may take a gigabyte.
+
+    Returns the list to which each one's name, iteration and numbers of the optimizer's steps go.
+    """
+    from elsa_d2 import AtomicCheckpointer
+
+    saved = []
+
+    def save(self, name, **extra):
+        state = self.checkpointables["trainer"].state_dict()["_trainer"]["optimizer"]["state"]
+        steps = {int(values["step"]) for values in state.values()}
+        saved.append((name, extra["iteration"], steps))
+
+    monkeypatch.setattr(AtomicCheckpointer, "save", save)
+    return saved

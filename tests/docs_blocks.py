@@ -130,10 +130,10 @@ def run_command(command):
     arguments, finish = shorten(Path(name).stem, arguments)
     if words[:tool] == ["python"] and "--num-gpus" not in arguments:
         status = _run(name, arguments, runpy.run_path)
+    elif words[0] == "torchrun":
+        status = _torchrun([*words[1:tool], name, *arguments])
     else:  # more than one process
-        launcher = {"python": [], "torchrun": ["-m", "torch.distributed.run"]}[words[0]]
-        start = [sys.executable, *launcher, *words[1:tool]]
-        status = subprocess.run([*start, name, *arguments]).returncode
+        status = subprocess.run([sys.executable, *words[1:tool], name, *arguments]).returncode
     if status == 0:
         finish()
     return status
@@ -150,11 +150,28 @@ def _run(name, arguments, run):
     return 0
 
 
+def _torchrun(arguments):
+    """As the command, but what it starts are forks of this process."""
+    from torch.distributed import run
+    from torch.distributed.launcher.api import elastic_launch
+
+    options = run.parse_args(arguments)
+    config, _, _ = run.config_from_args(options)
+    config.start_method = "fork"
+    elastic_launch(config, _be_rank)(options.training_script, options.training_script_args)
+    return 0
+
+
+def _be_rank(name, arguments):
+    status = _run(name, arguments, runpy.run_path)
+    assert status == 0, f"exit status {status}"
+
+
 def shorten(tool, arguments):
     """A tool's arguments for fewer and smaller steps, and what makes its results have the names
     that a whole run's have."""
     change = {
-        "make_digits": lambda a: ([*a, "--train", "16", "--val", "8", "--size", "96"], _nothing),
+        "make_digits": lambda a: ([*a, "--train", "16", "--val", "4", "--size", "96"], _nothing),
         "train_net": _shorten_detectron2,
         "train": _shorten_openmmlab,
         "test": _shorten_openmmlab,
@@ -167,7 +184,7 @@ def _nothing():
 
 
 def _shorten_detectron2(arguments):
-    keys = {"DATALOADER.NUM_WORKERS": 0}
+    keys = {"DATALOADER.NUM_WORKERS": 0, "TEST.DETECTIONS_PER_IMAGE": 10}
     if "--eval-only" not in arguments:
         # A resumed training has something left to do.
         keys["SOLVER.MAX_ITER"] = 4 if "--resume" in arguments else 2
@@ -188,6 +205,8 @@ def _shorten_openmmlab(arguments):
     cfg = Config.fromfile(options.config)
     cfg.merge_from_dict(options.cfg_options)
     values = {"default_hooks.logger.interval": 1}
+    if "rcnn" in (cfg.get("model", {}).get("test_cfg") or {}):
+        values["model.test_cfg.rcnn.max_per_img"] = 10
     unit = steps = None
     for part in ("train", "val", "test"):
         loader = f"{part}_dataloader"

@@ -4,12 +4,15 @@ The processes are forks of one that has imported the framework, so that they sta
 writes what it did into its folder: `losses.txt`, a line for each iteration, and `log.txt`.
 """
 
+import functools
+import gc
 import json
 import multiprocessing
 import os
 import random
 import resource
 import signal
+import socket
 import sys
 import time
 from multiprocessing import forkserver
@@ -25,16 +28,38 @@ STOPPED = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGKILL: -signal.SIG
 
 def fork(target, *arguments):
     """Starts a process that has imported the target's module already."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([target.__module__])
-    # Before Python 3.13, sys.path is not handed on for the preload.
-    places = [str(Path(__file__).parent), str(REPOSITORY), os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(filter(None, places))
-    with mock.patch.dict(os.environ, PYTHONPATH=path):
-        forkserver.ensure_running()
-    process = context.Process(target=target, args=arguments)
-    process.start()
+    server = server_of(target.__module__)
+    process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
+    with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
+        process.start()
     return process
+
+
+@functools.cache
+def server_of(module):
+    """A process that has imported a module and forks; multiprocessing's own knows only one."""
+    server = forkserver.ForkServer()
+    server.set_forkserver_preload([module])
+    # Before Python 3.13, sys.path is not handed on for the preload.
+    places = [str(Path(__file__).parent), str(REPOSITORY)]
+    path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), *places]))
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
+        server.ensure_running()
+    return server
+
+
+def free_port():
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+def two_ranks(names=("RANK", "WORLD_SIZE", "LOCAL_RANK"), **values):
+    """Environments of the two processes of a distributed run."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **values}
+    return [
+        {**address, **dict(zip(names, (str(rank), "2", str(rank)), strict=True))} for rank in (0, 1)
+    ]
 
 
 class Trainings:
@@ -145,12 +170,13 @@ def read_losses(folder):
     return [(int(i), float(loss)) for i, loss in (line.split() for line in lines)]
 
 
-def run_in(folder):
+def run_in(folder, log="log.txt"):
     """In the child: its folder, its log and one thread."""
     import torch
 
+    gc.freeze()  # else each collection, of which a run has many, goes through all modules
     os.chdir(folder)
-    log = os.open("log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for descriptor in (1, 2):
         os.dup2(log, descriptor)
     sys.argv = ["training"]

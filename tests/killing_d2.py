@@ -1,15 +1,24 @@
-"""The training of tests/test_killed_d2.py, in a process of its own."""
+"""Detectron2 runs in processes of their own: the tool, ranks, the training of test_killed_d2.py."""
 
+import importlib
 import importlib.util
+import os
+import runpy
+import signal
 import sys
 from pathlib import Path
 
+import torch
 from d2_semantic_tiny import DIGITS, REPOSITORY, overrides
+from d2_tiny import TOOL
 from detectron2.engine import SimpleTrainer
-from killing import fill_disk, note_loss, run_in
+from killing import fill_disk, fork, note_loss, run_in
 
 import elsa_d2.preflight  # noqa: F401  what the tool imports late
 import elsa_d2.trainer  # noqa: F401
+from elsa_d2 import AtomicCheckpointer
+
+start_processes = torch.multiprocessing.start_processes
 
 KEYS = {
     "OUTPUT_DIR": "out",
@@ -46,6 +55,57 @@ def train_on_full_disk(folder, size):
     """No file can have more than so many bytes."""
     fill_disk(size)
     train(folder, True)
+
+
+def run_tool(folder, arguments):
+    """Does in a folder, without CUDA, what ``python tools/train_net.py`` does.
+
+    The processes that it starts are forks, too; all of them are in a session of their own.
+    """
+    os.setsid()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    run_in(folder)
+    sys.argv = [TOOL, *arguments]
+    torch.multiprocessing.start_processes = start_forks
+    runpy.run_path(TOOL, run_name="__main__")
+
+
+def start_forks(function, args=(), nprocs=1, **options):
+    arguments = (function, *args)
+    return start_processes(with_own_signals, arguments, nprocs, start_method="fork", **options)
+
+
+def with_own_signals(rank, function, *arguments):
+    """A new interpreter does not have the handlers of the one that starts it."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
+    function(rank, *arguments)
+
+
+def in_two_processes(folder, function, *arguments):
+    """Calls a function in two processes that Detectron2 has connected, without CUDA."""
+    processes = [fork(be_rank, rank, folder, function, arguments) for rank in (0, 1)]
+    try:
+        for process in processes:
+            process.join(120)
+        statuses = [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert statuses == [0, 0], (folder / "log.txt").read_text()
+
+
+def be_rank(rank, folder, function, arguments):
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    run_in(folder)
+    worker = importlib.import_module("detectron2.engine.launch")._distributed_worker
+    worker(rank, function, 2, 2, 0, f"file://{folder}/ranks", arguments)
+
+
+def save_forever(folder):
+    checkpointer = AtomicCheckpointer(torch.nn.Linear(2000, 2000), folder)
+    while True:
+        checkpointer.save("model")
 
 
 def tool():

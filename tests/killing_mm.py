@@ -1,17 +1,23 @@
-"""The training of tests/test_killed_mm.py, in a process of its own."""
+"""OpenMMLab runs in processes of their own: the tools, and the training of test_killed_mm.py.
 
+The frameworks are imported, elsa_mm is not: that is for the tool or its config to do.
+"""
+
+import ctypes
 import os
+import runpy
 import signal
 import sys
 from pathlib import Path
 
+import mmdet.apis  # noqa: F401
 import mmseg.apis  # noqa: F401
 from killing import fill_disk, note_loss, run_in
 from mm_tiny import CONFIGS
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
 
-from elsa_mm import cli
+import elsa_core  # noqa: F401
 
 # Nothing is random but the order of the images.
 CONFIG = """
@@ -69,12 +75,31 @@ def train_on_full_disk(folder, size):
 
 
 def train_with(folder, environment, arguments, more, bases=()):
+    from elsa_mm import cli
+
     os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
     run_in(folder)
     # Each process its own: one may read while another writes.
     name = f"config{os.environ.get('RANK', os.environ.get('SLURM_PROCID', ''))}.py"
     Path(name).write_text(config_text(folder, more, bases))
     sys.exit(cli.train([name, "--work-dir", "out", *arguments]))
+
+
+def run_tool(tool, arguments, folder, log="log.txt", environment=None):
+    """Does in a folder what ``python tool *arguments`` does."""
+    assert "elsa_mm" not in sys.modules
+    os.environ.update(environment or {}, CUDA_VISIBLE_DEVICES="")
+    run_in(folder, log)
+    sys.argv = [str(tool), *map(str, arguments)]
+    runpy.run_path(str(tool), run_name="__main__")
+
+
+def run_tool_to_its_end(*arguments):
+    """The same, and the interpreter ends as any does, where a fork would leave out most of it."""
+    try:
+        run_tool(*arguments)
+    except SystemExit as end:
+        ctypes.pythonapi.Py_Exit(end.code)
 
 
 class NoteLoss(Hook):

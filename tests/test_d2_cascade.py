@@ -7,12 +7,12 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from detectron2.engine import launch
 from detectron2.modeling import build_model
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.structures import BitMasks, Boxes, Instances
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from killing_d2 import in_two_processes
 from torch import nn
 
 from elsa_d2 import ClassSpecificCascadeROIHeads, UsageError, load_config
@@ -278,9 +278,8 @@ def normalise_in_two_processes(folder):
         torch.save(results, folder / "results.pt")
 
 
-def test_two_processes_normalise_as_one(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    launch(normalise_in_two_processes, 2, dist_url="auto", args=(tmp_path,))
+def test_two_processes_normalise_as_one(tmp_path):
+    in_two_processes(tmp_path, normalise_in_two_processes, tmp_path)
     whole = nn.BatchNorm2d(4)
     for part, (found, state) in zip(PARTS, torch.load(tmp_path / "results.pt"), strict=True):
         outputs, inputs, weights, biases = zip(*found, strict=True)

@@ -1,8 +1,6 @@
 """Checkpoints are whole or not there."""
 
 import io
-import subprocess
-import sys
 import time
 
 import pytest
@@ -10,7 +8,8 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from d2_tiny import REPOSITORY
+from killing import fork
+from killing_d2 import save_forever
 
 from elsa_d2 import AtomicCheckpointer
 from elsa_d2.checkpoint import replacing
@@ -60,22 +59,15 @@ def test_replacing_shows_nothing_before_the_end(tmp_path):
 
 
 def test_a_process_killed_while_it_saves_leaves_a_whole_checkpoint(tmp_path):
-    code = (
-        "import sys, torch\n"
-        "from elsa_d2 import AtomicCheckpointer\n"
-        "checkpointer = AtomicCheckpointer(torch.nn.Linear(2000, 2000), sys.argv[1])\n"
-        "while True:\n"
-        "    checkpointer.save('model')\n"
-    )
-    process = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=REPOSITORY)
+    process = fork(save_forever, str(tmp_path))
     try:
         deadline = time.monotonic() + 120
         while not list(tmp_path.glob("*.part")) or not (tmp_path / "last_checkpoint").exists():
-            assert process.poll() is None and time.monotonic() < deadline
+            assert process.exitcode is None and time.monotonic() < deadline
             time.sleep(0.002)
     finally:
         process.kill()
-        process.wait()
+        process.join()
     name = (tmp_path / "last_checkpoint").read_text()
     assert torch.load(tmp_path / name)["model"]["weight"].shape == (2000, 2000)
 

@@ -1,9 +1,11 @@
 """The published COCO configs: names, numbers, sizes, equality with MMDetection's; they run."""
 
 import importlib.util
+import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import yaml
 
 pytest.importorskip("detectron2")
 
-from d2_tiny import REPOSITORY, TOOL, datasets, read_metrics
+from d2_tiny import REPOSITORY, TOOL, datasets, note_checkpoints, read_metrics
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.solver import build_lr_scheduler
@@ -178,6 +180,19 @@ def tool():
     return module
 
 
+@pytest.fixture(scope="module")
+def few(digits, tmp_path_factory):
+    """The digits' data sets, of the validation's the first two images."""
+    training, (name, file, images) = datasets(digits)
+    content = json.loads(Path(file).read_text())
+    content["images"] = content["images"][:2]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    file = tmp_path_factory.mktemp("few") / "instances_validation.json"
+    file.write_text(json.dumps(content))
+    return [training, [name, str(file), images]]
+
+
 def shrunk(data, output, **changes):
     """Overrides that make images, batches and numbers of boxes small, and nothing else."""
     values = {
@@ -187,7 +202,7 @@ def shrunk(data, output, **changes):
         "MODEL.RPN.POST_NMS_TOPK_TRAIN": 50,
         "MODEL.RPN.POST_NMS_TOPK_TEST": 10,
         "TEST.DETECTIONS_PER_IMAGE": 4,
-        "DATASETS.REGISTER_COCO": datasets(data),
+        "DATASETS.REGISTER_COCO": data,
         "DATASETS.TRAIN": ["digits_training"],
         "DATASETS.TEST": ["digits_validation"],
         "DATALOADER.NUM_WORKERS": 0,
@@ -196,7 +211,6 @@ def shrunk(data, output, **changes):
         "INPUT.MULTI_SCALE_CROP.MIN_SIZES": [64],
         "INPUT.MULTI_SCALE_CROP.CROP_SIZE": [40, 60],
         "SOLVER.IMS_PER_BATCH": 1,
-        "SOLVER.MAX_ITER": 2,
         "SOLVER.STEPS": [],
         "OUTPUT_DIR": output,
     }
@@ -207,20 +221,23 @@ def shrunk(data, output, **changes):
 @each_model
 @pytest.mark.parametrize("schedule", ["1x", "3x"])
 def test_a_shrunk_leaf_trains_evaluates_saves_and_resumes(
-    digits, tmp_path, tool, method, variant, schedule
+    few, tmp_path, tool, monkeypatch, method, variant, schedule
 ):
-    file = leaf(method, variant, schedule)
     output = tmp_path / "out"
-    arguments = ["--config-file", str(file)]
+    arguments = ["--config-file", str(leaf(method, variant, schedule))]
+    keys = shrunk(few, output)
     try:
-        assert tool.main([*arguments, *shrunk(digits, output)]) == 0
-        first = read_metrics(output)
-        assert math.isfinite(first[-2]["total_loss"]) and first[-1]["iteration"] == 2
-        assert 0 <= first[-1]["bbox/AP"] <= 100 and 0 <= first[-1]["segm/AP"] <= 100
-        losses = [name for name in first[-2] if name.startswith("loss_")]
+        assert tool.main([*arguments, *keys, "SOLVER.MAX_ITER", "1"]) == 0
+        training, evaluation = read_metrics(output)
+        assert math.isfinite(training["total_loss"]) and evaluation["iteration"] == 1
+        assert 0 <= evaluation["bbox/AP"] <= 100 and 0 <= evaluation["segm/AP"] <= 100
+        losses = [name for name in training if name.startswith("loss_")]
         assert len(losses) == (11 if method == "cascade_mask_rcnn" else 5)
-        more = shrunk(digits, output, SOLVER__MAX_ITER=3)
-        assert tool.main([*arguments, "--resume", *more]) == 0
-        assert [line["iteration"] for line in read_metrics(output)[len(first) :]] == [2, 3]
+        saved = note_checkpoints(monkeypatch)
+        assert tool.main([*arguments, "--resume", *keys, "SOLVER.MAX_ITER", "2"]) == 0
+        resumed, evaluation = read_metrics(output)[2:]
+        assert (resumed["iteration"], evaluation["iteration"]) == (1, 2)
+        assert math.isfinite(resumed["total_loss"])
+        assert saved == [("model_final", 1, {2})]
     finally:
         shutil.rmtree(output, ignore_errors=True)  # a gigabyte

@@ -14,12 +14,13 @@ pytest.importorskip("detectron2")
 import d2_semantic_tiny
 import d2_tiny
 import torch
-from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from torch.multiprocessing.spawn import ProcessRaisedException
 
 from elsa_core.errors import DamagedFileError, UsageError, sentence_in
 from elsa_d2 import load_config
+
+pytestmark = pytest.mark.usefixtures("clean_catalog")
 
 
 @pytest.fixture(scope="module")
@@ -28,20 +29,6 @@ def tool():
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-@pytest.fixture(autouse=True)
-def clean_catalog():
-    """Detectron2's catalog lasts as long as the process: no test leaves a data set there."""
-    before = set(DatasetCatalog.list())
-    for name in ("digits_training", "digits_validation", *d2_semantic_tiny.NAMES):
-        if name in DatasetCatalog:
-            DatasetCatalog.remove(name)
-            MetadataCatalog.remove(name)
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 @pytest.fixture

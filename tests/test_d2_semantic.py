@@ -25,19 +25,11 @@ from elsa_d2 import (
 from elsa_d2.semantic_augmentation import CategoryCrop, Fit, PhotometricDistortion
 from elsa_d2.semantic_data import check_sem_seg_dataset, read_image, read_labels
 
+pytestmark = pytest.mark.usefixtures("clean_catalog")
+
 
 def config(root, **changes):
     return load_config(DIGITS, overrides(root, **changes))
-
-
-@pytest.fixture(autouse=True)
-def clean_catalog():
-    """Detectron2's catalog lasts as long as the process: no test leaves a data set there."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
 
 
 @pytest.fixture

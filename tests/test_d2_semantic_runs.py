@@ -26,6 +26,7 @@ from d2_semantic_tiny import (
     overrides,
     overwrite,
 )
+from d2_tiny import note_checkpoints
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import register_all_ade20k
 from detectron2.modeling import build_model
@@ -33,15 +34,7 @@ from detectron2.modeling import build_model
 from demo.digits import SEGMENTATION_CLASSES
 from elsa_d2 import load_config
 
-
-@pytest.fixture(autouse=True)
-def clean_catalog():
-    """Detectron2's catalog lasts as long as the process: no test leaves a data set there."""
-    before = set(DatasetCatalog.list())
-    yield
-    for name in set(DatasetCatalog.list()) - before:
-        DatasetCatalog.remove(name)
-        MetadataCatalog.remove(name)
+pytestmark = pytest.mark.usefixtures("clean_catalog")
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +76,9 @@ def read_metrics(folder):
 
 
 @pytest.mark.parametrize("variant", ["t", "s"])
-def test_published_model_trains_evaluates_saves_and_resumes(variant, ade20k, tmp_path, tool):
+def test_published_model_trains_evaluates_saves_and_resumes(
+    variant, ade20k, tmp_path, tool, monkeypatch
+):
     """The leaf, on images of 48x32 pixels: an iteration, and after --resume another one."""
     output = tmp_path / "out"
     keys = {**TINY, "OUTPUT_DIR": str(output), "INPUT.SEM_SEG.SCALE": [48, 32]}
@@ -95,15 +90,15 @@ def test_published_model_trains_evaluates_saves_and_resumes(variant, ade20k, tmp
         assert math.isfinite(training["loss_sem_seg"]) and training["loss_sem_seg_aux"] > 0
         assert training["lr"] == pytest.approx(6e-5 * 1e-6)
         assert 0 <= evaluation["sem_seg/mIoU"] <= 100 and evaluation["iteration"] == 1
+        final = torch.load(output / "model_final.pth", mmap=True)
+        assert final["iteration"] == 0
+        assert final["model"]["sem_seg_head.predictor.weight"].shape == (150, 512, 1, 1)
+        saved = note_checkpoints(monkeypatch)
         assert tool.main([*leaf, "--resume", *pairs, "SOLVER.MAX_ITER", "2"]) == 0
         resumed, evaluation = read_metrics(output)[2:]
         assert resumed["iteration"] == 1 and evaluation["iteration"] == 2
         assert resumed["lr"] == pytest.approx(6e-5 * (1e-6 + 1 / 1499), rel=1e-3)
-        final = torch.load(output / "model_final.pth", mmap=True)
-        assert final["iteration"] == 1
-        steps = final["trainer"]["_trainer"]["optimizer"]["state"].values()
-        assert {int(state["step"]) for state in steps} == {2}
-        assert final["model"]["sem_seg_head.predictor.weight"].shape == (150, 512, 1, 1)
+        assert saved == [("model_final", 1, {2})]
     finally:
         for file in output.glob("*.pth"):
             file.unlink()  # 0.7 to 1 GB each

@@ -3,13 +3,19 @@
 import importlib.util
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 import torch
 
 pytest.importorskip("detectron2")
 
-from d2_tiny import CONFIG, TOOL, datasets, overrides, read_metrics, train
+from d2_tiny import CONFIG, TOOL, arguments_of, datasets, overrides, read_metrics
+from killing import fork
+from killing_d2 import run_tool
 
 
 @pytest.fixture(scope="module")
@@ -20,13 +26,26 @@ def tool():
     return module
 
 
+def train(folder, arguments):
+    """Runs a training that must succeed in a process of its own; returns what it printed."""
+    process = fork(run_tool, folder, arguments)
+    try:
+        process.join(300)
+        status = process.exitcode
+    finally:
+        if process.exitcode is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    log = (folder / "log.txt").read_text()
+    assert status == 0, log
+    return log
+
+
 @pytest.fixture(scope="module")
 def trained(digits, tmp_path_factory):
     """A finished run, started from a folder that is not the repository's."""
     folder = tmp_path_factory.mktemp("run")
-    result = train(digits, cwd=folder, OUTPUT_DIR="out")
-    assert result.returncode == 0, result.stdout
-    return folder / "out", result.stdout
+    log = train(folder, arguments_of(digits, OUTPUT_DIR="out"))
+    return folder / "out", log
 
 
 def test_training_ends_with_an_evaluation_in_the_metrics(trained):
@@ -133,14 +152,8 @@ def test_resuming_without_a_checkpoint_says_so(digits, tmp_path, tool, capsys):
 
 
 def test_two_processes_train_and_evaluate(digits, tmp_path):
-    result = train(
-        digits,
-        *("--num-gpus", "2", "--dist-url", "auto"),
-        cwd=tmp_path,
-        OUTPUT_DIR="out",
-        SOLVER__MAX_ITER=2,
-    )
-    assert result.returncode == 0, result.stdout
+    flags = ["--num-gpus", "2", "--dist-url", "auto"]
+    train(tmp_path, arguments_of(digits, *flags, OUTPUT_DIR="out", SOLVER__MAX_ITER=2))
     output = tmp_path / "out"
     for name, rank in (("log.txt", 0), ("log.txt.rank1", 1)):
         log = (output / name).read_text()
@@ -243,7 +256,16 @@ def test_spoilt_annotations_are_refused(digits, tmp_path, part, spoil, tool, cap
 
 
 def test_exit_status_and_output_of_the_command(digits, tmp_path):
-    result = train(digits, "--eval-only", cwd=tmp_path, OUTPUT_DIR="out")
+    arguments = arguments_of(digits, "--eval-only", OUTPUT_DIR="out")
+    result = subprocess.run(
+        [sys.executable, TOOL, *arguments],
+        cwd=tmp_path,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
     assert result.returncode == 2
     assert result.stdout.startswith("train_net: an evaluation needs weights")
     assert result.stdout.count("\n") == 1

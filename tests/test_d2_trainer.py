@@ -8,9 +8,10 @@ import torch
 pytest.importorskip("detectron2")
 
 from d2_tiny import CONFIG, overrides
-from detectron2.engine import SimpleTrainer, launch
+from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from killing_d2 import in_two_processes
 
 from elsa_d2 import Trainer, UsageError, load_config, register_coco_datasets
 from elsa_d2.amp import AutocastTrainer, amp_dtype
@@ -119,9 +120,8 @@ def train_in_two_processes(data, output):
         torch.save({"before": before, "after": after, "images": images}, output / "result.pt")
 
 
-def test_two_processes_agree(digits, tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    launch(train_in_two_processes, 2, dist_url="auto", args=(digits, tmp_path))
+def test_two_processes_agree(digits, tmp_path):
+    in_two_processes(tmp_path, train_in_two_processes, digits, tmp_path)
     result = torch.load(tmp_path / "result.pt")
     for first, second in (result["before"], result["after"]):
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

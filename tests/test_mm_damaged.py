@@ -1,14 +1,13 @@
 """Damaged data with tools/train.py and tools/test.py: a sentence that names the file, status 2."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
+from killing import fork
+from killing_mm import run_tool_to_its_end
 from mm_tiny import CONFIGS, REPOSITORY, options
 from mmengine.config import Config
 from mmengine.dataset import Compose
@@ -20,20 +19,6 @@ from elsa_mm import cli
 from elsa_mm.reading import Reading, _watch
 
 SMALL = {"train_cfg__max_iters": 2, "train_cfg__val_interval": 2}
-
-
-@pytest.fixture
-def refusal(monkeypatch, tmp_path, capfd):
-    """Runs a tool that must end with status 2; returns its last line."""
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.chdir(tmp_path)
-
-    def run(tool, *arguments):
-        capfd.readouterr()
-        assert getattr(cli, tool)([str(argument) for argument in arguments]) == 2
-        return capfd.readouterr().err.strip().splitlines()[-1].removeprefix(f"{tool}: ")
-
-    return run
 
 
 @pytest.fixture
@@ -253,14 +238,9 @@ def test_every_transform_that_reads_is_watched():
 def test_the_process_ends_when_a_worker_has_met_damage(copy, tmp_path):
     cut_all(copy / "images/training")
     values = options("mmseg", copy, train_dataloader__num_workers=2, **SMALL)
-    result = subprocess.run(
-        [sys.executable, str(REPOSITORY / "tools/train.py"), str(CONFIGS["mmseg"]), *values],
-        cwd=tmp_path,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert result.returncode == 2
-    last = result.stderr.strip().splitlines()[-1]
+    arguments = [CONFIGS["mmseg"], *values]
+    process = fork(run_tool_to_its_end, REPOSITORY / "tools/train.py", arguments, tmp_path)
+    process.join(120)
+    assert process.exitcode == 2
+    last = (tmp_path / "log.txt").read_text().strip().splitlines()[-1]
     assert last.startswith(f"train: image {copy}/images/training/") and "truncated" in last

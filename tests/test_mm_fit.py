@@ -11,21 +11,7 @@ from mmseg.models import SegTTAModel
 from torch import nn
 
 from elsa_core.errors import UsageError
-from elsa_mm import cli, fit
-
-
-@pytest.fixture
-def refusal(monkeypatch, tmp_path, capfd):
-    """Runs a tool that must refuse; returns its sentence."""
-    monkeypatch.delenv("RANK", raising=False)
-    monkeypatch.chdir(tmp_path)
-
-    def run(tool, *arguments):
-        capfd.readouterr()
-        assert getattr(cli, tool)([str(argument) for argument in arguments]) == 2
-        return capfd.readouterr().err.strip().splitlines()[-1].removeprefix(f"{tool}: ")
-
-    return run
+from elsa_mm import fit
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,10 @@
 """Trainings of seconds through the command lines: ours, MMDetection's and MMSegmentation's."""
 
+import itertools
 import json
 import math
-import os
 import pickle
 import re
-import signal
-import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,46 +12,39 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
+from killing import fork, two_ranks
+from killing_mm import run_tool, run_tool_to_its_end
 from mm_tiny import CONFIGS, REPOSITORY, options
 
 frameworks = pytest.mark.parametrize("framework", CONFIGS)
 METRICS = {"mmdet": ["coco/bbox_mAP", "coco/segm_mAP"], "mmseg": ["mIoU", "aAcc"]}
-ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+LOGS = itertools.count()
 
 
-def start(*command, cwd, output):
-    return subprocess.Popen(
-        [sys.executable, *map(str, command)],
-        cwd=cwd,
-        env=ENVIRONMENT,
-        stdout=output.open("w"),
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
-
-
-def run(*command, cwd):
-    """Runs a command that must succeed; returns what it printed."""
-    output = Path(cwd, "output.txt")
-    process = start(*command, cwd=cwd, output=output)
+def run(tool, *arguments, cwd, target=run_tool, environments=({},)):
+    """Runs a tool that must succeed, once or in several processes; returns what it printed."""
+    log = Path(cwd, f"output{next(LOGS)}.txt")
+    processes = [fork(target, tool, arguments, cwd, log, each) for each in environments]
     try:
-        status = process.wait(timeout=300)
+        for process in processes:
+            process.join(300)
+        statuses = [process.exitcode for process in processes]
     finally:
-        kill(process)
-    assert status == 0, output.read_text()[-4000:]
-    return output.read_text()
+        kill(*processes)
+    assert statuses == [0] * len(processes), log.read_text()[-4000:]
+    return log.read_text()
 
 
-def kill(process):
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+def kill(*processes):
+    for process in processes:
+        process.kill()
+        process.join()
 
 
 def wait_for(path, process, seconds=200):
     end = time.monotonic() + seconds
     while not path.is_file():
-        assert process.poll() is None and time.monotonic() < end, f"{path} did not appear"
+        assert process.exitcode is None and time.monotonic() < end, f"{path} did not appear"
         time.sleep(0.02)
 
 
@@ -81,19 +71,18 @@ def trained(digits, tmp_path_factory):
 
 
 def kill_and_resume(framework, digits, folder):
-    command = [REPOSITORY / "tools/train.py", CONFIGS[framework], "--work-dir", "runs", "--resume"]
-    values = options(
-        framework, digits, default_hooks__checkpoint__interval=2, train_cfg__val_interval=1000
-    )
+    tool, more = REPOSITORY / "tools/train.py", {"train_cfg__val_interval": 1000}
+    values = options(framework, digits, default_hooks__checkpoint__interval=2, **more)
+    arguments = [CONFIGS[framework], "--work-dir", "runs", "--resume", *values]
     output = folder / "killed.txt"
-    process = start(*command, *values, cwd=folder, output=output)
+    process = fork(run_tool, tool, arguments, folder, output)
     try:
         wait_for(folder / "runs/last_checkpoint", process)
     finally:
         kill(process)
     checkpoint = (folder / "runs/last_checkpoint").read_text()
     number = int(re.search(r"iter_(\d+)\.pth$", checkpoint)[1])
-    resumed = run(*command, *values, f"train_cfg.max_iters={number + 3}", cwd=folder)
+    resumed = run(tool, *arguments, f"train_cfg.max_iters={number + 3}", cwd=folder)
     return folder, number, output.read_text(), resumed
 
 
@@ -160,9 +149,9 @@ def test_the_frameworks_own_tool_runs_the_config(digits, tmp_path, framework):
 @frameworks
 def test_two_processes_in_mixed_precision(digits, tmp_path, framework):
     values = options(framework, digits, train_cfg__max_iters=2)
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    tool = [REPOSITORY / "tools/train.py", CONFIGS[framework], "--launcher", "pytorch", "--amp"]
-    output = run(*launch, *tool, "--work-dir", "runs", *values, cwd=tmp_path)
+    arguments = [CONFIGS[framework], "--launcher", "pytorch", "--amp", "--work-dir", "runs"]
+    processes = dict(target=run_tool_to_its_end, environments=two_ranks())
+    output = run(REPOSITORY / "tools/train.py", *arguments, *values, cwd=tmp_path, **processes)
     assert "no GPU: the processes communicate through gloo" in output
     assert "no GPU: mixed precision is bfloat16" in output
     assert ("no GPU: BatchNorm instead of SyncBN" in output) == (framework == "mmseg")

@@ -3,8 +3,6 @@
 import itertools
 import os
 import signal
-import socket
-import subprocess
 import time
 from types import SimpleNamespace
 
@@ -13,11 +11,13 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from d2_tiny import CONFIG, command, overrides, read_metrics, without_cuda
+from d2_tiny import CONFIG, arguments_of, overrides, read_metrics
 from detectron2.data.samplers import TrainingSampler
-from detectron2.engine import create_ddp_model, launch
+from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
+from killing import fork, free_port
+from killing_d2 import in_two_processes, run_tool
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
@@ -94,9 +94,8 @@ def parts_in_two_processes(folder):
         torch.save((gradients, logged, len(reductions)), folder / "result.pt")
 
 
-def test_parts_of_a_batch_in_two_processes_are_reduced_once(tmp_path, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    launch(parts_in_two_processes, 2, dist_url="auto", args=(tmp_path,))
+def test_parts_of_a_batch_in_two_processes_are_reduced_once(tmp_path):
+    in_two_processes(tmp_path, parts_in_two_processes, tmp_path)
     gradients, logged, reductions = torch.load(tmp_path / "result.pt")
     whole, expected = step(1)
     for a, b in zip(whole, gradients, strict=True):
@@ -164,12 +163,6 @@ def test_the_order_of_the_data_goes_on():
     assert list(itertools.islice(sampler, 10)) == images[20:]
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return found.getsockname()[1]
-
-
 def test_two_machines_stop_together(digits, tmp_path):
     """A signal to all processes of one machine, workers included, ends and saves the training."""
     keys = dict(OUTPUT_DIR="out", SOLVER__MAX_ITER=4000, SOLVER__CHECKPOINT_PERIOD=4000)
@@ -178,30 +171,24 @@ def test_two_machines_stop_together(digits, tmp_path):
     machines = []
     for rank in (0, 1):
         (tmp_path / str(rank)).mkdir()
-        machines.append(
-            subprocess.Popen(
-                command(digits, *flags, "--machine-rank", str(rank), **keys),
-                cwd=tmp_path / str(rank),
-                env={**without_cuda(), "OMP_NUM_THREADS": "1"},
-                stdout=(tmp_path / f"{rank}.txt").open("w"),
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        )
+        arguments = arguments_of(digits, *flags, "--machine-rank", str(rank), **keys)
+        machines.append(fork(run_tool, tmp_path / str(rank), arguments))
     output = tmp_path / "0/out"
     try:
         end = time.monotonic() + 150
         while not (output / "metrics.json").exists() or not read_metrics(output):
-            assert all(machine.poll() is None for machine in machines) and time.monotonic() < end
+            running = all(machine.exitcode is None for machine in machines)
+            assert running and time.monotonic() < end
             time.sleep(0.05)
         os.killpg(machines[1].pid, signal.SIGTERM)
-        statuses = [machine.wait(60) for machine in machines]
+        for machine in machines:
+            machine.join(60)
+        statuses = [machine.exitcode for machine in machines]
     finally:
         for machine in machines:
-            if machine.poll() is None:
+            if machine.exitcode is None:
                 os.killpg(machine.pid, signal.SIGKILL)
-                machine.wait()
-    logs = [(tmp_path / f"{rank}.txt").read_text() for rank in (0, 1)]
+    logs = [(tmp_path / f"{rank}/log.txt").read_text() for rank in (0, 1)]
     assert statuses == [143, 143], logs
     last = (output / "last_checkpoint").read_text()
     assert f"train_net: stopped by SIGTERM; --resume goes on from out/{last}" in logs[0]

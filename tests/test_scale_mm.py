@@ -3,9 +3,6 @@
 import os
 import re
 import signal
-import socket
-import subprocess
-import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,7 +10,7 @@ from pathlib import Path
 import killing_mm
 import pytest
 import torch
-from killing import fork, read_losses
+from killing import fork, free_port, read_losses, two_ranks
 from mm_tiny import REPOSITORY
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
@@ -83,25 +80,11 @@ def test_scaled_learning_rate_counts_accumulated_iterations():
     assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=4)
 
 
-def free_port():
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return str(found.getsockname()[1])
-
-
 @pytest.fixture
 def folder(digits, tmp_path):
     os.symlink(digits, tmp_path / "data")
     (tmp_path / "run").mkdir()
     return tmp_path / "run"
-
-
-def ranks(folder, port, first=("RANK", "WORLD_SIZE", "LOCAL_RANK"), **values):
-    """Environments of two processes."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **values}
-    return [
-        {**address, **dict(zip(first, (str(rank), "2", str(rank)), strict=True))} for rank in (0, 1)
-    ]
 
 
 def train_in_two(folder, environments, *arguments, config="", bases=()):
@@ -139,7 +122,7 @@ def test_strategies_train_as_two_plain_processes_do(folder, name):
     def train(place, iterations, *flags, bases=()):
         return train_in_two(
             place,
-            ranks(place, free_port()),
+            two_ranks(),
             *("--launcher", "pytorch", *flags),
             config=SHORT.format(iterations),
             bases=bases,
@@ -165,7 +148,7 @@ def test_strategies_train_as_two_plain_processes_do(folder, name):
 
 def test_slurm_tells_the_processes_who_they_are(folder):
     names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    environments = ranks(folder, free_port(), names, SLURM_NODELIST="node[1-2]")
+    environments = two_ranks(names, SLURM_NODELIST="node[1-2]")
     config = SHORT.format(2)
     log = train_in_two(folder, environments, "--launcher", "slurm", config=config)
     assert "GPU number: 2" in log
@@ -191,7 +174,7 @@ def test_slurm_without_an_address_asks_for_the_first_host(monkeypatch, tmp_path)
 
 def test_one_signal_stops_all_processes_at_a_whole_step(folder):
     config = SHORT.format(10000) + "optim_wrapper = dict(accumulative_counts=3)\n"
-    environments = ranks(folder, free_port())
+    environments = two_ranks()
     processes = [
         fork(killing_mm.train_with, str(folder), environment, ["--launcher", "pytorch"], config)
         for environment in environments
@@ -217,27 +200,23 @@ def test_two_machines_through_torchrun(folder):
     (folder / "config.py").write_text(
         killing_mm.config_text(folder, SHORT.format(2) + "custom_hooks = []\n")
     )
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node"]
-    launch += ["1", "--master-addr", "127.0.0.1", "--master-port", free_port(), "--node-rank"]
-    tool = [str(REPOSITORY / "tools/train.py"), "config.py", "--launcher", "pytorch"]
+    launch = ["--nnodes", "2", "--nproc-per-node", "1", "--master-addr", "127.0.0.1"]
+    launch += ["--master-port", free_port(), "--node-rank"]
+    tool = [REPOSITORY / "tools/train.py", "config.py", "--launcher", "pytorch"]
+    tool += ["--work-dir", "out"]
+    torchrun, threads = find_spec("torch.distributed.run").origin, {"OMP_NUM_THREADS": "1"}
     machines = [
-        subprocess.Popen(
-            [*launch, str(rank), *tool, "--work-dir", "out"],
-            cwd=folder,
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
-            stdout=(folder / f"{rank}.txt").open("w"),
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        fork(killing_mm.run_tool, torchrun, [*launch, rank, *tool], folder, f"{rank}.txt", threads)
         for rank in (0, 1)
     ]
     try:
-        statuses = [machine_.wait(150) for machine_ in machines]
+        for machine_ in machines:
+            machine_.join(150)
+        statuses = [machine_.exitcode for machine_ in machines]
     finally:
         for machine_ in machines:
-            if machine_.poll() is None:
-                os.killpg(machine_.pid, signal.SIGKILL)
-                machine_.wait()
+            machine_.terminate()
+            machine_.join(60)
     log = (folder / "0.txt").read_text()
     assert statuses == [0, 0], log[-3000:]
     assert "GPU number: 2" in log and "Iter(train) [2/2]" in log

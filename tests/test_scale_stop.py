@@ -84,7 +84,7 @@ def test_workers_end_with_their_process(tmp_path, kind):
         "    next(builtins.kept)\n"
         "if __name__ == '__main__':\n"
         "    if sys.argv[1] == 'child':\n"
-        "        child = multiprocessing.get_context('spawn').Process(target=main)\n"
+        "        child = multiprocessing.get_context('fork').Process(target=main)\n"
         "        child.start()\n"
         "        child.join()\n"
         "        sys.exit(child.exitcode)\n"
