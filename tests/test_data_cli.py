@@ -182,7 +182,8 @@ def test_the_tool_needs_no_torch(tmp_path):
 def test_control_c(tmp_path):
     coco(tmp_path / "data/coco")
     code = (
-        "import time, elsa_data.check as check\n"
+        "import signal, time, elsa_data.check as check\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "def slow(path):\n"
         "    print('started', flush=True)\n"
         "    time.sleep(10)\n"
