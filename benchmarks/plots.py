@@ -10,7 +10,7 @@ from .measure import Row
 
 
 def draw(path: Path, part: str, rows: list[Row], machine: dict[str, object]) -> None:
-    """Bars of every contender for every case and step, on a logarithmic scale."""
+    """Bars of every contender for every case and step."""
     mine = [row for row in rows if row.contender != "elsa"]
     groups = list(dict.fromkeys((row.case, row.step) for row in mine))
     names = list(dict.fromkeys(row.contender for row in mine))
@@ -22,7 +22,8 @@ def draw(path: Path, part: str, rows: list[Row], machine: dict[str, object]) -> 
         drawn = axes.barh(places, [ratio for _, ratio in bars], height, label=name)
         axes.bar_label(drawn, fmt="%.3g", fontsize=7, padding=2)
     axes.axvline(1, color="black", linewidth=0.8)
-    axes.set_xscale("log")
+    # Powers of ten where they are needed, else bars from zero.
+    axes.set_xscale("log" if max((row.ratio for row in mine), default=1) > 10 else "linear")
     axes.set_yticks(
         [place + 0.4 - height / 2 for place in range(len(groups))],
         [f"{case}, {step}" for case, step in groups],
