@@ -149,7 +149,8 @@ def test_labels_as_predictions_are_perfect(cityscapes, tmp_path):
     assert found["averageScoreClasses"] < 1 and found["classScores"]["wall"] == 0
 
 
-def test_instances_as_predictions_are_perfect(cityscapes, tmp_path):
+def test_instances_as_predictions_are_perfect(cityscapes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where the judge leaves its matches
     truths = [str(path) for path in maps(cityscapes, "val", "instanceIds")]
     judge, args = instance_judge, instance_judge.args
     args.JSONOutput, args.quiet = False, True

@@ -22,7 +22,7 @@
 namespace {
 
 constexpr int kMostShared = 232448, kPlainShared = 48 * 1024;  // bytes of a block, as on an H100
-constexpr int kFence = 4096;  // bytes beyond it
+constexpr int kFence = 4096;                                   // bytes beyond it
 constexpr size_t kStackBytes = 256 * 1024;
 constexpr int kWarp = 32;
 
