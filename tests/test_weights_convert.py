@@ -218,16 +218,16 @@ def test_swin_names_of_openmmlab():
     """The same numbers, with its order of the merged channels undone by nn.Unfold itself."""
     public, theirs = tensors(swin(), "backbone"), tensors(swin(mm=True), "backbone")
     assert public.keys() == theirs.keys()
-    x = torch.rand(1, 24, 6, 6)
+    x = torch.rand(1, 24, 6, 6, dtype=torch.float64)
     unfolded = torch.nn.functional.unfold(x, 2, stride=2).transpose(1, 2)
     slices = [x[:, :, i::2, j::2] for i, j in ((0, 0), (1, 0), (0, 1), (1, 1))]
     sliced = torch.cat(slices, 1).flatten(2).transpose(1, 2)
     name = "layers.0.downsample."
-    stored = swin(mm=True)
-    expected = (unfolded * stored["stages.0.downsample.norm.weight"]) @ stored[
-        "stages.0.downsample.reduction.weight"
-    ].T
-    got = (sliced * theirs[name + "norm.weight"]) @ theirs[name + "reduction.weight"].T
+    ends = ("norm.weight", "reduction.weight")
+    norm, reduction = (swin(mm=True)["stages.0.downsample." + end].double() for end in ends)
+    expected = (unfolded * norm) @ reduction.T
+    norm, reduction = (theirs[name + end].double() for end in ends)
+    got = (sliced * norm) @ reduction.T
     torch.testing.assert_close(got, expected)
     others = [n for n in public if "downsample" not in n]
     assert all(torch.equal(public[n], theirs[n]) for n in others)
