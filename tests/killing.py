@@ -48,6 +48,18 @@ def server_of(module):
     return server
 
 
+def statuses_of(processes, seconds):
+    """The exit statuses of forks, each of which has so many seconds before it is killed."""
+    try:
+        for process in processes:
+            process.join(seconds)
+        return [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+
+
 def free_port():
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))

@@ -12,7 +12,7 @@ import torch
 from d2_semantic_tiny import DIGITS, REPOSITORY, overrides
 from d2_tiny import TOOL
 from detectron2.engine import SimpleTrainer
-from killing import fill_disk, fork, note_loss, run_in
+from killing import fill_disk, fork, note_loss, run_in, statuses_of
 
 import elsa_d2.preflight  # noqa: F401  what the tool imports late
 import elsa_d2.trainer  # noqa: F401
@@ -85,14 +85,7 @@ def with_own_signals(rank, function, *arguments):
 def in_two_processes(folder, function, *arguments):
     """Calls a function in two processes that Detectron2 has connected, without CUDA."""
     processes = [fork(be_rank, rank, folder, function, arguments) for rank in (0, 1)]
-    try:
-        for process in processes:
-            process.join(120)
-        statuses = [process.exitcode for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert statuses == [0, 0], (folder / "log.txt").read_text()
+    assert statuses_of(processes, 120) == [0, 0], (folder / "log.txt").read_text()
 
 
 def be_rank(rank, folder, function, arguments):

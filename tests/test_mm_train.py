@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import pytest
 import torch
-from killing import fork, two_ranks
+from killing import fork, statuses_of, two_ranks
 from killing_mm import run_tool, run_tool_to_its_end
 from mm_tiny import CONFIGS, REPOSITORY, options
 
@@ -25,20 +25,8 @@ def run(tool, *arguments, cwd, target=run_tool, environments=({},)):
     """Runs a tool that must succeed, once or in several processes; returns what it printed."""
     log = Path(cwd, f"output{next(LOGS)}.txt")
     processes = [fork(target, tool, arguments, cwd, log, each) for each in environments]
-    try:
-        for process in processes:
-            process.join(300)
-        statuses = [process.exitcode for process in processes]
-    finally:
-        kill(*processes)
-    assert statuses == [0] * len(processes), log.read_text()[-4000:]
+    assert statuses_of(processes, 300) == [0] * len(processes), log.read_text()[-4000:]
     return log.read_text()
-
-
-def kill(*processes):
-    for process in processes:
-        process.kill()
-        process.join()
 
 
 def wait_for(path, process, seconds=200):
@@ -79,7 +67,8 @@ def kill_and_resume(framework, digits, folder):
     try:
         wait_for(folder / "runs/last_checkpoint", process)
     finally:
-        kill(process)
+        process.kill()
+        process.join()
     checkpoint = (folder / "runs/last_checkpoint").read_text()
     number = int(re.search(r"iter_(\d+)\.pth$", checkpoint)[1])
     resumed = run(tool, *arguments, f"train_cfg.max_iters={number + 3}", cwd=folder)

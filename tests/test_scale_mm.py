@@ -10,7 +10,7 @@ from pathlib import Path
 import killing_mm
 import pytest
 import torch
-from killing import fork, free_port, read_losses, two_ranks
+from killing import fork, free_port, read_losses, statuses_of, two_ranks
 from mm_tiny import REPOSITORY
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
@@ -93,10 +93,9 @@ def train_in_two(folder, environments, *arguments, config="", bases=()):
         fork(killing_mm.train_with, str(folder), environment, list(arguments), config, bases)
         for environment in environments
     ]
-    for process in processes:
-        process.join(150)
+    statuses = statuses_of(processes, 150)
     log = (folder / "log.txt").read_text()
-    assert [process.exitcode for process in processes] == [0, 0], log[-3000:]
+    assert statuses == [0, 0], log[-3000:]
     return log
 
 
