@@ -8,7 +8,7 @@ VENV := .venv/bin
 ASAN := build/asan
 EMULATION := tests/cuda_emulation
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh \
-	$(EMULATION)/*.cpp $(EMULATION)/*.h $(EMULATION)/include/*.h $(EMULATION)/include/c10/cuda/*.h)
+	$(EMULATION)/*.cpp $(EMULATION)/*.h $(EMULATION)/include/*.h $(EMULATION)/include/*.cuh $(EMULATION)/include/c10/cuda/*.h)
 DEMO_ARGS ?=
 TEST_ARGS ?=
 # Two test files at a time, in the order of their names: those with few but long tests not last.

@@ -23,6 +23,8 @@ COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
 FLAGS = ["-O2", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
 # longjmp to another stack is what the emulation does.
 FLAGS += ["-U_FORTIFY_SOURCE", f"-I{EMULATION / 'include'}"]
+# Instead of the header that has the same in the GPU's own language.
+FLAGS += ["-include", EMULATION / "include/instructions.cuh"]
 
 
 def compiled(*arguments):
@@ -47,22 +49,26 @@ def emulated(tmp_path_factory):
 
 # ELSA_EMULATION_ALL=1 leaves nothing out, and takes minutes.
 ALL = "ELSA_EMULATION_ALL" in os.environ
-FEW = "(published and tile) or (agrees and odd and both and float32 and not 13)"
+LOW = "low and (tile and 7 or ghost or extreme)"
+FEW = f"published and tile or agrees and odd and both and float32 and not 13 or {LOW}"
 SOME = f"{FEW} or published and not mul and not both or low or strided and 8 or nan or extreme"
 
 
 @pytest.mark.parametrize(
-    "order, shared, wanted, least",
+    "order, shared, capability, wanted, least",
     [
-        ("0", "232448", SOME, 60),
-        ("1", "232448", FEW, 14),  # from the last thread to the first
-        ("2", "49152", FEW, 14),  # shuffled, on a device with little shared memory
+        ("0", "232448", "9.0", SOME, 100),
+        ("1", "232448", "9.0", FEW, 28),  # from the last thread to the first
+        ("2", "232448", "9.0", LOW, 14),  # shuffled
+        ("2", "49152", "9.0", FEW, 28),  # on a device with little shared memory
+        ("3", "65536", "7.5", f"{LOW} or nan", 14),  # on one without these tensor cores
     ],
-    ids=["in order", "in reverse", "shuffled"],
+    ids=["in order", "in reverse", "shuffled", "little memory", "old"],
 )
-def test_kernels_pass_the_tests_of_a_gpu(emulated, order, shared, wanted, least):
+def test_kernels_pass_the_tests_of_a_gpu(emulated, order, shared, capability, wanted, least):
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ELSA_EMULATION": "1"}
     environment |= {"ELSA_EMULATION_ORDER": order, "ELSA_EMULATION_SHARED": shared}
+    environment["ELSA_EMULATION_CAPABILITY"] = capability
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += ["-c", ROOT / "pyproject.toml", ROOT / "tests/test_cuda_operator.py"]
     command += [] if ALL else ["-k", wanted]

@@ -14,6 +14,7 @@ from elsa_core import elsa_attention, elsa_attention_reference
 
 EMULATED = "ELSA_EMULATION" in os.environ
 DEVICE = "cpu" if EMULATED else "cuda"
+LOW = [torch.bfloat16, torch.float16]
 needs_cuda = pytest.mark.needs_cuda
 pytestmark = [] if EMULATED else [needs_cuda]
 
@@ -88,21 +89,40 @@ def test_published_shapes_agree_with_reference(shape, ghosts):
     assert_agrees(make_inputs(shape, 7, ghosts))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("kernel_size", [3, 7])
-@pytest.mark.parametrize("shape", PUBLISHED.values(), ids=PUBLISHED)
-def test_low_precision_rounds_once(shape, kernel_size, dtype):
+def assert_rounds_once(inputs, kernel_size):
     """At most twice the error of plain PyTorch in that precision, against double precision."""
-    inputs = make_inputs(shape, kernel_size, ("add",), dtype)
     exact = value_and_gradients(elsa_attention_reference, doubles(inputs), kernel_size)
     plain = value_and_gradients(elsa_attention_reference, inputs, kernel_size)
     ours = value_and_gradients(elsa_attention, inputs, kernel_size)
     for result, other, truth in zip(ours, plain, exact, strict=True):
-        assert result.dtype == dtype
+        assert result.dtype == inputs[0].dtype
         # A result that plain PyTorch has exactly may still be off by one rounding.
-        rounding = torch.finfo(dtype).eps / 2 * truth.abs().max()
+        rounding = torch.finfo(result.dtype).eps / 2 * truth.abs().max()
         error = (result - truth).abs().max()
         assert error <= max(2 * (other - truth).abs().max(), rounding)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("kernel_size", [3, 7])
+@pytest.mark.parametrize("shape", PUBLISHED.values(), ids=PUBLISHED)
+def test_low_precision_rounds_once(shape, kernel_size, dtype):
+    assert_rounds_once(make_inputs(shape, kernel_size, ("add",), dtype), kernel_size)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
+def test_low_precision_with_any_ghost(ghosts, dtype):
+    assert_rounds_once(make_inputs(PUBLISHED["a tile and a bit"], 7, ghosts, dtype), 7)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("logits", [1e4, -1e4, 0.0])
+def test_low_precision_with_extreme_logits(logits, dtype):
+    inputs = make_inputs(PUBLISHED["a tile and a bit"], 7, dtype=dtype)
+    extreme = torch.full_like(inputs[1], logits)
+    extreme[..., 24] += 64  # the next number of bfloat16
+    inputs[1] = extreme.detach().requires_grad_()
+    assert_rounds_once(inputs, 7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
@@ -260,18 +280,37 @@ def test_extreme_logits(logits, channels, kernel_size):
     assert_agrees(inputs, kernel_size)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
 @pytest.mark.parametrize("channels, kernel_size", [(32, 7), (12, 3)])
-def test_nan_and_infinite_logits_stay_where_they_are(channels, kernel_size):
-    value, logits, add, _ = make_inputs((1, 9, 17, channels, 1), kernel_size)
+def test_nan_and_infinite_logits_stay_where_they_are(channels, kernel_size, dtype):
+    value, logits, add, _ = make_inputs((1, 9, 17, channels, 1), kernel_size, dtype=dtype)
     logits = logits.detach().clone()
     logits[0, 2, 3, 4] = float("nan")
     logits[0, 4, 1, :8] = float("-inf")
     logits[0, 8, 16] = float("-inf")
     result = elsa_attention(value, logits, add, kernel_size=kernel_size)
-    expected = elsa_attention_reference(value, logits, add, kernel_size=kernel_size)
-    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+    inputs = [tensor.detach().double() for tensor in (value, logits, add)]
+    expected = elsa_attention_reference(*inputs, kernel_size=kernel_size).to(dtype)
+    tolerance = max(1e-5, torch.finfo(dtype).eps * expected.nan_to_num().abs().max().item())
+    torch.testing.assert_close(result, expected, rtol=1e-5, atol=tolerance, equal_nan=True)
     assert result[0, 2, 3].isnan().all() and result[0, 8, 16].isnan().all()
     assert result.isnan().any(-1).sum() == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
+@pytest.mark.parametrize("channels, kernel_size", [(32, 7), (12, 3)])
+def test_a_nan_value_reaches_its_neighbours_alone(channels, kernel_size, dtype):
+    """Tensor cores multiply a few pixels more, with zeros: up to 12 columns and 4 rows away."""
+    inputs = make_inputs((1, 20, 40, channels, 1), kernel_size, dtype=dtype)
+    inputs[0] = inputs[0].detach().clone()
+    inputs[0][0, 10, 20, 5] = float("nan")
+    lost = elsa_attention(*inputs, kernel_size=kernel_size)[0].isnan().any(-1)
+    radius = kernel_size // 2
+    neighbours = slice(10 - radius, 10 + radius + 1), slice(20 - radius, 20 + radius + 1)
+    assert lost[neighbours].all()
+    rows, columns = (4, 12) if channels == 32 and dtype in LOW else (radius, radius)
+    lost[10 - rows : 10 + rows + 1, 20 - columns : 20 + columns + 1] = False
+    assert not lost.any()
 
 
 @needs_cuda

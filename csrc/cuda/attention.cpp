@@ -67,17 +67,45 @@ Problem check(
   return p;
 }
 
+enum class Kernels { any, k7, k7_matrix };
+
 template <typename S>
-bool suits_k7(const Problem& p, const std::optional<Tensor>& ghost_mul) {
-  if constexpr (std::is_same_v<S, double>) {
-    return false;
-  } else {
-    if (p.kernel != 7 || p.channels != 32 * p.heads || p.dilation != 1 || ghost_mul) return false;
+Kernels choose(const Problem& p, const Tensor& logits, bool multiplied) {
+  if constexpr (!std::is_same_v<S, double>) {
+    if (p.kernel != 7 || p.channels != 32 * p.heads || p.dilation != 1 || multiplied ||
+        std::max({p.height, p.width, p.heads, logits.stride(2)}) >= kMostK7)
+      return Kernels::any;
     int device = 0, bytes = 0;
     C10_CUDA_CHECK(cudaGetDevice(&device));
     C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
-    return shared_bytes_k7<S>() <= bytes;
+    if constexpr (sizeof(S) == 2) {
+      if (bytes >= shared_bytes_k7_matrix() && has_k7_matrix<S>()) return Kernels::k7_matrix;
+    }
+    if (bytes >= shared_bytes_k7<S>()) return Kernels::k7;
   }
+  return Kernels::any;
+}
+
+template <typename S>
+void forward(Kernels kernels, const Forward<S>& call, cudaStream_t stream) {
+  if constexpr (sizeof(S) == 2) {
+    if (kernels == Kernels::k7_matrix) return forward_k7_matrix(call, stream);
+  }
+  if constexpr (!std::is_same_v<S, double>) {
+    if (kernels == Kernels::k7) return forward_k7(call, stream);
+  }
+  forward_any(call, stream);
+}
+
+template <typename S>
+void backward(Kernels kernels, const Backward<S>& call, cudaStream_t stream) {
+  if constexpr (sizeof(S) == 2) {
+    if (kernels == Kernels::k7_matrix) return backward_k7_matrix(call, stream);
+  }
+  if constexpr (!std::is_same_v<S, double>) {
+    if (kernels == Kernels::k7) return backward_k7(call, stream);
+  }
+  backward_any(call, stream);
 }
 
 // The tensor itself where each of its pixels can be read in steps of 16 bytes, else a copy.
@@ -131,13 +159,9 @@ Tensor attention(
   Inputs inputs(p, value, logits, ghost_add, ghost_mul);
   with_type(value.scalar_type(), [&](auto number) {
     using S = decltype(number);
-    const bool k7 = suits_k7<S>(p, ghost_mul);
-    if (k7) inputs.value = aligned(inputs.value);
-    const Forward<S> call{inputs.operands<S>(), output<S>(out)};
-    if constexpr (!std::is_same_v<S, double>) {
-      if (k7) return forward_k7(call, stream);
-    }
-    forward_any(call, stream);
+    const Kernels kernels = choose<S>(p, inputs.logits, inputs.mul.defined());
+    if (kernels != Kernels::any) inputs.value = aligned(inputs.value);
+    forward<S>(kernels, {inputs.operands<S>(), output<S>(out)}, stream);
   });
   return out;
 }
@@ -161,15 +185,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   with_type(value.scalar_type(), [&](auto number) {
     using S = decltype(number);
     using T = Arithmetic<S>;
-    const bool k7 = suits_k7<S>(p, ghost_mul);
-    if (k7) {
+    const Kernels kernels = choose<S>(p, inputs.logits, inputs.mul.defined());
+    if (kernels != Kernels::any) {
       inputs.value = aligned(inputs.value);
       grads = aligned(grads);
     }
     const auto options = value.options().dtype(c10::CppTypeToScalarType<T>::value);
     const int64_t pixels = p.batch * p.height * p.width, taps = p.kernel * p.kernel;
-    const int64_t parts =
-        k7 ? ghost_parts_k7(p.batch * p.height) : ghost_parts_any(pixels, p.channels * taps);
+    const int64_t parts = kernels == Kernels::any ? ghost_parts_any(pixels, p.channels * taps)
+                                                  : ghost_parts_k7(p.batch * p.height);
     const auto sums = [&](const std::optional<Tensor>& ghost) {
       return ghost ? at::empty({parts, taps, p.channels}, options) : Tensor();
     };
@@ -186,10 +210,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
         parts,
         output<T>(add_parts),
         output<T>(mul_parts)};
-    if constexpr (!std::is_same_v<S, double>) {
-      if (k7) return backward_k7(call, stream);
-    }
-    backward_any(call, stream);
+    backward(kernels, call, stream);
   });
   return {grad_value, grad_logits, grad_add, grad_mul};
 }

@@ -77,7 +77,8 @@ int64_t ghost_parts_any(int64_t pixels, int64_t filter_size);
 
 // Kernels for what the published models use, in attention_k7.cu: K = 7, 32 channels per head,
 // dilation 1, no ghost_mul, not in double precision. Maps must be aligned to 16 bytes, pixel by
-// pixel.
+// pixel, and height, width, heads and the stride of the logits be less than kMostK7.
+inline constexpr int64_t kMostK7 = 1 << 22;
 template <typename S>
 void forward_k7(const Forward<S>& call, cudaStream_t stream);
 template <typename S>
@@ -86,5 +87,15 @@ int64_t ghost_parts_k7(int64_t rows);
 // Bytes of shared memory that a block needs at most.
 template <typename S>
 int64_t shared_bytes_k7();
+
+// The same for 16-bit types on tensor cores, in attention_k7_matrix.cu.
+template <typename S>
+void forward_k7_matrix(const Forward<S>& call, cudaStream_t stream);
+template <typename S>
+void backward_k7_matrix(const Backward<S>& call, cudaStream_t stream);
+int64_t shared_bytes_k7_matrix();
+// Whether the code that serves the current device was compiled for one with these tensor cores.
+template <typename S>
+bool has_k7_matrix();
 
 }  // namespace elsa::cuda

@@ -120,12 +120,12 @@ __global__ void __launch_bounds__(kThreads) logits_kernel(Backward<S> call) {
 
   const int lane = threadIdx.x % kWarp, other = lane + kWarp;
   for (int tile_row = threadIdx.x / kWarp; tile_row < kRows; tile_row += kWarps) {
-    if (t.top + tile_row >= a.height) break;
+    if (!row_inside(a, t.top + tile_row)) break;
     const int64_t first = pixel_at(a, t, t.top + tile_row, t.left);
     S* to = call.grad_logits + (first * a.heads + t.head) * kTaps;
 #pragma unroll 8
     for (int column = 0; column < kColumns; ++column, to += a.heads * kTaps) {
-      if (t.left + column >= a.width) break;
+      if (!column_inside(a, t.left + column)) break;
       const float* from = weights + weights_at(tile_row, column);
       store(to + lane, from[slot(lane)]);
       if (other < kTaps) store(to + other, from[slot(other)]);
@@ -141,26 +141,25 @@ __device__ void load_readers(
     float* weights, const Softmax<float>* normalisers, const Operands<S>& a, const Tile& t) {
   constexpr int kQuarters = kWarp / 8, kSteps = (kHaloColumns + kQuarters - 1) / kQuarters;
   const int kx = threadIdx.x % 8, quarter = threadIdx.x % kWarp / 8;
-  const int64_t left = t.left - kRadius;
+  if (kx == kKernel) return;
+  const int height = static_cast<int>(a.height), width = static_cast<int>(a.width);
+#pragma unroll 1
   for (int i = threadIdx.x / kWarp; i < kKernel * kRows; i += kWarps) {
     const int ky = i / kRows, row = i % kRows, tap = ky * kKernel + kx;
-    const int64_t y = t.top + row - (ky - kRadius);
-    const bool row_inside = y >= 0 && y < a.height;
-    const int64_t first = pixel_at(a, t, y, left);
-    const S* logits = a.logits.data + first * a.logits.stride + t.head * kTaps + tap;
-    const Softmax<float>* of_row = normalisers + first * a.heads + t.head;
+    const int y = t.top + row - (ky - kRadius);
+    const int64_t first = pixel_at(a, t, clamped(y, height), 0);
+    const S* of_row = a.logits.data + first * a.logits.stride + t.head * kTaps + tap;
+    const Softmax<float>* normalisers_of_row = normalisers + first * a.heads + t.head;
     float* out = weights + weights_at(row, 0) + slot(kTaps - 1 - tap);
 #pragma unroll
     for (int step = 0; step < kSteps; ++step) {
       const int from = step * kQuarters + quarter, column = from - 2 * kRadius + kx;
-      if (kx >= kKernel || column < 0 || column >= kColumns) continue;
-      float attention = 0;
-      if (row_inside && left + from >= 0 && left + from < a.width) {
-        const Softmax<float> normaliser = of_row[from * a.heads];
-        const float logit = number(logits[from * a.logits.stride]);
-        attention = __expf(logit - normaliser.max) * normaliser.scale;
-      }
-      out[column * kWeightPitch] = attention;
+      const int x = t.left - kRadius + from, pixel = clamped(x, width);
+      const Softmax<float> normaliser = normalisers_of_row[pixel * a.heads];
+      const float attention =
+          power(number(*taps_at(a, of_row, pixel)), normaliser.max) * normaliser.scale;
+      if (static_cast<unsigned>(column) < static_cast<unsigned>(kColumns))
+        out[column * kWeightPitch] = inside(a, y, x) ? attention : 0.0f;
     }
   }
 }

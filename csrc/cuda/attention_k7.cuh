@@ -3,6 +3,7 @@
 #pragma once
 
 #include "device.cuh"
+#include "instructions.cuh"
 
 namespace elsa::cuda::k7 {
 
@@ -37,10 +38,10 @@ constexpr int kValuePitch = tile_pitch<S>(kHaloColumns, 16);
 template <typename S>
 constexpr int kGradPitch = tile_pitch<S>(kColumns, 16);
 
-// Where a block is: image, head, and the first position of its tile.
+// Where a block is: image, the first position of its tile, and head.
 struct Tile {
-  int64_t image, top, left;
-  int head;
+  int64_t image;
+  int top, left, head;
 };
 
 template <typename S>
@@ -49,26 +50,38 @@ __host__ __device__ int64_t tile_count(const Operands<S>& a) {
          a.heads;
 }
 
-// Heads change fastest: neighbouring blocks read the same pixels' logits. A grid has fewer than
-// 2^31 blocks, so that 32 bits do.
+// A grid has fewer than 2^31 blocks, so that 32 bits do.
+template <typename S>
+__device__ Tile tile_at(const Operands<S>& a, unsigned tile, int head) {
+  const auto rows = static_cast<unsigned>((a.height + kRows - 1) / kRows);
+  const auto columns = static_cast<unsigned>((a.width + kColumns - 1) / kColumns);
+  const unsigned strip = tile / columns, image = strip / rows;
+  return {
+      image, static_cast<int>(strip - image * rows) * kRows,
+      static_cast<int>(tile - strip * columns) * kColumns, head};
+}
+// Heads change fastest: neighbouring blocks read the same pixels' logits.
 template <typename S>
 __device__ Tile tile_of_block(const Operands<S>& a) {
   const auto heads = static_cast<unsigned>(a.heads);
-  const auto rows = static_cast<unsigned>((a.height + kRows - 1) / kRows);
-  const auto columns = static_cast<unsigned>((a.width + kColumns - 1) / kColumns);
-  const unsigned tile = blockIdx.x / heads, strip = tile / columns, image = strip / rows;
-  return {
-      image, static_cast<int64_t>(strip - image * rows) * kRows,
-      static_cast<int64_t>(tile - strip * columns) * kColumns,
-      static_cast<int>(blockIdx.x - tile * heads)};
+  const unsigned tile = blockIdx.x / heads;
+  return tile_at(a, tile, static_cast<int>(blockIdx.x - tile * heads));
 }
 
 template <typename S>
-__device__ bool inside(const Operands<S>& a, int64_t y, int64_t x) {
-  return y >= 0 && y < a.height && x >= 0 && x < a.width;
+__device__ bool row_inside(const Operands<S>& a, int y) {
+  return static_cast<unsigned>(y) < static_cast<unsigned>(a.height);
 }
 template <typename S>
-__device__ int64_t pixel_at(const Operands<S>& a, const Tile& t, int64_t y, int64_t x) {
+__device__ bool column_inside(const Operands<S>& a, int x) {
+  return static_cast<unsigned>(x) < static_cast<unsigned>(a.width);
+}
+template <typename S>
+__device__ bool inside(const Operands<S>& a, int y, int x) {
+  return row_inside(a, y) && column_inside(a, x);
+}
+template <typename S>
+__device__ int64_t pixel_at(const Operands<S>& a, const Tile& t, int y, int x) {
   return (t.image * a.height + y) * a.width + x;
 }
 
@@ -97,19 +110,18 @@ __device__ inline void store4(__nv_bfloat16* to, float4 x) {
 // where they are outside of the map. A warp copies row after row.
 template <int Rows, int Columns, int Pitch, typename S>
 __device__ void load_tile(
-    S* tile, const Map<const S>& map, const Operands<S>& a, const Tile& t, int64_t top,
-    int64_t left) {
+    S* tile, const Map<const S>& map, const Operands<S>& a, const Tile& t, int top, int left) {
   constexpr int kPack = 16 / sizeof(S), kPacks = kDepth / kPack, kRow = Columns * kPacks;
   const int lane = threadIdx.x % kWarp;
   for (int row = threadIdx.x / kWarp; row < Rows; row += kWarps) {
-    const bool row_inside = top + row >= 0 && top + row < a.height;
+    const bool valid = row_inside(a, top + row);
     const S* from = map.data + pixel_at(a, t, top + row, left) * map.stride + t.head * kDepth;
 #pragma unroll
     for (int step = 0; step < (kRow + kWarp - 1) / kWarp; ++step) {
       const int i = step * kWarp + lane, column = i / kPacks, channel = i % kPacks * kPack;
       if (i >= kRow) break;
       uint4 pack = {0, 0, 0, 0};
-      if (row_inside && left + column >= 0 && left + column < a.width)
+      if (valid && column_inside(a, left + column))
         pack = *reinterpret_cast<const uint4*>(from + column * map.stride + channel);
       *reinterpret_cast<uint4*>(tile + row * Pitch + column * kDepth + channel) = pack;
     }
@@ -134,23 +146,47 @@ __device__ inline int weights_at(int row, int column) {
   return row * kWeightRow + column * kWeightPitch;
 }
 
-// Logits of the tile's positions, zeros outside of the map. A warp reads those of one position
-// after the other.
+__device__ inline int clamped(int i, int size) { return max(0, min(i, size - 1)); }
+
+// The taps of the head's logits at a pixel, given those at the first pixel of its row.
+template <typename S>
+__device__ const S* taps_at(const Operands<S>& a, const S* row, int x) {
+  return row + static_cast<int64_t>(x) * static_cast<int>(a.logits.stride);
+}
+
+// Logits of the tile's positions; for those outside of the map the ones of a position at its
+// border. A warp reads those of one position after the other.
 template <typename S>
 __device__ void load_logits(float* weights, const Operands<S>& a, const Tile& t) {
+  constexpr int kAtOnce = 8;
   const int lane = threadIdx.x % kWarp, other = lane + kWarp;
-  for (int row = threadIdx.x / kWarp; row < kRows; row += kWarps) {
-    const bool row_inside = t.top + row < a.height;
-    const S* logits =
-        a.logits.data + pixel_at(a, t, t.top + row, t.left) * a.logits.stride + t.head * kTaps;
-#pragma unroll 8
-    for (int column = 0; column < kColumns; ++column, logits += a.logits.stride) {
-      const bool valid = row_inside && t.left + column < a.width;
-      float* out = weights + weights_at(row, column);
-      out[slot(lane)] = valid ? number(logits[lane]) : 0.0f;
-      if (other < kTaps) out[slot(other)] = valid ? number(logits[other]) : 0.0f;
+  const int height = static_cast<int>(a.height), width = static_cast<int>(a.width);
+#pragma unroll 1
+  for (int i = threadIdx.x / kWarp * kAtOnce; i < kThreads; i += kWarps * kAtOnce) {
+    const int row = i / kColumns, left = i % kColumns;
+    const S* of_row = a.logits.data +
+                      pixel_at(a, t, clamped(t.top + row, height), 0) * a.logits.stride +
+                      t.head * kTaps;
+    S numbers[kAtOnce][2];
+#pragma unroll
+    for (int column = 0; column < kAtOnce; ++column) {
+      const S* taps = taps_at(a, of_row, clamped(t.left + left + column, width));
+      numbers[column][0] = taps[lane];
+      if (other < kTaps) numbers[column][1] = taps[other];
+    }
+    float* out = weights + weights_at(row, left);
+#pragma unroll
+    for (int column = 0; column < kAtOnce; ++column) {
+      out[column * kWeightPitch + slot(lane)] = number(numbers[column][0]);
+      if (other < kTaps) out[column * kWeightPitch + slot(other)] = number(numbers[column][1]);
     }
   }
+}
+
+// e^(x - max) but for a factor that depends on max alone, and which a softmax divides by.
+__device__ inline float power(float x, float max) {
+  constexpr float kLog2E = 1.44269504f;
+  return exponential2(fmaf(x, kLog2E, -kLog2E * max));
 }
 
 // The taps of one position, between shared memory and registers.
@@ -180,7 +216,7 @@ __device__ inline Softmax<float> softmax(float (&taps)[kTaps]) {
   float sum = 0;
 #pragma unroll
   for (int o = 0; o < kTaps; ++o) {
-    taps[o] = __expf(taps[o] - max);
+    taps[o] = power(taps[o], max);
     sum += taps[o];
   }
   const float scale = 1 / sum;
@@ -223,10 +259,10 @@ __device__ void gather(
       }
     }
   }
-  const int64_t y = t.top + row;
+  const int y = t.top + row;
 #pragma unroll
   for (int i = 0; i < kStrip; ++i) {
-    const int64_t x = t.left + left + i;
+    const int x = t.left + left + i;
     if (inside(a, y, x))
       store4(out + (pixel_at(a, t, y, x) * a.heads + t.head) * kDepth + channel, sum[i]);
   }

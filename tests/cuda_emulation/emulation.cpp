@@ -9,6 +9,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <cstring>
 #include <map>
@@ -24,7 +25,7 @@ namespace {
 constexpr int kMostShared = 232448, kPlainShared = 48 * 1024;  // bytes of a block, as on an H100
 constexpr int kFence = 4096;                                   // bytes beyond it
 constexpr size_t kStackBytes = 256 * 1024;
-constexpr int kWarp = 32;
+constexpr int kWarp = 32, kMostExchanged = 64;  // bytes of a lane
 
 }  // namespace
 
@@ -47,7 +48,13 @@ struct Thread {
   jmp_buf place;
   bool started = false;
   State state = State::ready;
-  int shuffles = 0;
+  int exchanges = 0;
+  struct Copy {
+    void* to;
+    const void* from;
+    int count, size;
+  };
+  std::vector<Copy> copies;
 };
 
 std::vector<Thread> all;
@@ -56,7 +63,7 @@ jmp_buf scheduler;
 const std::function<void()>* body_of_all;
 std::map<void*, int> allowed;
 std::mutex one_launch;
-uint64_t lanes[2][1024];
+char lanes[2][1024 * kMostExchanged];
 
 int order() {
   const char* text = std::getenv("ELSA_EMULATION_ORDER");
@@ -113,7 +120,8 @@ void run_block(std::mt19937& random, int chosen) {
   for (Thread& t : all) {
     t.started = false;
     t.state = State::ready;
-    t.shuffles = 0;
+    t.exchanges = 0;
+    t.copies.clear();
   }
   std::vector<unsigned> sequence(all.size());
   std::iota(sequence.begin(), sequence.end(), 0u);
@@ -130,13 +138,27 @@ void run_block(std::mt19937& random, int chosen) {
 void wait_for_block() { pause(State::at_block); }
 void wait_for_warp() { pause(State::at_warp); }
 
-// Two buffers take turns: a lane that is ahead by one shuffle overwrites nothing.
-uint64_t exchange(uint64_t value, int lane) {
-  uint64_t* buffer = lanes[current->shuffles++ % 2];
-  const unsigned index = threadIdx.x;
-  buffer[index] = value;
+// Two buffers take turns: a lane that is ahead by one exchange overwrites nothing.
+const char* exchange(const void* bytes, int count) {
+  require(count <= kMostExchanged, "lanes exchange a few bytes");
+  const unsigned lane = threadIdx.x % kWarp;
+  char* warp =
+      lanes[current->exchanges++ % 2] + (threadIdx.x - lane) * static_cast<size_t>(kMostExchanged);
+  std::memcpy(warp + lane * static_cast<size_t>(count), bytes, count);
   pause(State::at_warp);
-  return buffer[index / kWarp * kWarp + lane];
+  return warp;
+}
+
+void copy_later(void* to, const void* from, int count, int size) {
+  current->copies.push_back({to, from, count, size});
+}
+
+void copy_now() {
+  for (const auto& copy : current->copies) {
+    std::memcpy(copy.to, copy.from, copy.count);
+    std::memset(static_cast<char*>(copy.to) + copy.count, 0, copy.size - copy.count);
+  }
+  current->copies.clear();
 }
 
 void require(bool condition, const char* rule) { TORCH_CHECK(condition, "CUDA emulation: ", rule); }
@@ -177,6 +199,12 @@ cudaError_t run(const cudaLaunchConfig_t& config, void* kernel, const std::funct
 }
 
 }  // namespace emulation
+
+// ELSA_EMULATION_CAPABILITY: what kernels count as compiled for, 9.0 if nothing is said.
+int emulation::ptx_version() {
+  const char* text = std::getenv("ELSA_EMULATION_CAPABILITY");
+  return text ? static_cast<int>(std::lround(10 * std::atof(text))) : 90;
+}
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   const char* text = std::getenv("ELSA_EMULATION_SHARED");

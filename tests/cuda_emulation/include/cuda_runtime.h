@@ -1,6 +1,7 @@
 // What nvcc gives to kernels: threads, shared memory, vector types and functions of a warp.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -27,19 +28,15 @@ struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
 
-inline float __expf(float x) { return std::exp(x); }
+using std::max;
+using std::min;
 inline void __syncthreads() { emulation::wait_for_block(); }
 inline void __syncwarp() { emulation::wait_for_warp(); }
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int lane) {
-  static_assert(sizeof(T) <= sizeof(uint64_t));
   emulation::require(mask == 0xffffffff, "all lanes must take part in a shuffle");
-  uint64_t bits = 0;
-  std::memcpy(&bits, &value, sizeof(T));
-  bits = emulation::exchange(bits, lane);
-  std::memcpy(&value, &bits, sizeof(T));
-  return value;
+  return emulation::share(value)[lane];
 }
 template <typename T>
 T __shfl_xor_sync(unsigned mask, T value, int other) {
@@ -48,6 +45,11 @@ T __shfl_xor_sync(unsigned mask, T value, int other) {
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
+template <typename... Parameters>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
+  attributes->ptxVersion = emulation::ptx_version();
+  return cudaSuccess;
+}
 template <typename... Parameters>
 cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
   return emulation::allow_shared(reinterpret_cast<void*>(kernel), bytes);

@@ -13,6 +13,10 @@ enum cudaError_t { cudaSuccess, cudaErrorInvalidValue, cudaErrorInvalidConfigura
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
 enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin };
 
+struct cudaFuncAttributes {
+  int ptxVersion;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   std::size_t dynamicSmemBytes = 0;
