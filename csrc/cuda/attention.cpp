@@ -16,6 +16,7 @@
 #include <optional>
 #include <tuple>
 #include <type_traits>
+#include <vector>
 
 #include "../problem.h"
 
@@ -70,10 +71,12 @@ Problem check(
 enum class Kernels { any, k7, k7_matrix };
 
 template <typename S>
-Kernels choose(const Problem& p, const Tensor& logits, bool multiplied) {
+Kernels choose(const Problem& p, bool multiplied, const std::vector<Tensor>& maps) {
   if constexpr (!std::is_same_v<S, double>) {
+    int64_t most = std::max({p.height, p.width, p.heads});
+    for (const Tensor& map : maps) most = std::max(most, map.stride(2));
     if (p.kernel != 7 || p.channels != 32 * p.heads || p.dilation != 1 || multiplied ||
-        std::max({p.height, p.width, p.heads, logits.stride(2)}) >= kMostK7)
+        most >= kMostK7)
       return Kernels::any;
     int device = 0, bytes = 0;
     C10_CUDA_CHECK(cudaGetDevice(&device));
@@ -159,7 +162,7 @@ Tensor attention(
   Inputs inputs(p, value, logits, ghost_add, ghost_mul);
   with_type(value.scalar_type(), [&](auto number) {
     using S = decltype(number);
-    const Kernels kernels = choose<S>(p, inputs.logits, inputs.mul.defined());
+    const Kernels kernels = choose<S>(p, inputs.mul.defined(), {inputs.value, inputs.logits});
     if (kernels != Kernels::any) inputs.value = aligned(inputs.value);
     forward<S>(kernels, {inputs.operands<S>(), output<S>(out)}, stream);
   });
@@ -185,7 +188,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   with_type(value.scalar_type(), [&](auto number) {
     using S = decltype(number);
     using T = Arithmetic<S>;
-    const Kernels kernels = choose<S>(p, inputs.logits, inputs.mul.defined());
+    const Kernels kernels =
+        choose<S>(p, inputs.mul.defined(), {grads, inputs.value, inputs.logits});
     if (kernels != Kernels::any) {
       inputs.value = aligned(inputs.value);
       grads = aligned(grads);

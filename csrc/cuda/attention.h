@@ -77,7 +77,7 @@ int64_t ghost_parts_any(int64_t pixels, int64_t filter_size);
 
 // Kernels for what the published models use, in attention_k7.cu: K = 7, 32 channels per head,
 // dilation 1, no ghost_mul, not in double precision. Maps must be aligned to 16 bytes, pixel by
-// pixel, and height, width, heads and the stride of the logits be less than kMostK7.
+// pixel, and height, width, heads and all strides be less than kMostK7.
 inline constexpr int64_t kMostK7 = 1 << 22;
 template <typename S>
 void forward_k7(const Forward<S>& call, cudaStream_t stream);

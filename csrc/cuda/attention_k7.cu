@@ -179,8 +179,56 @@ __global__ void __launch_bounds__(kThreads) value_kernel(Backward<S> call) {
   gather(grads, weights, filter, a, t, call.grad_value);
 }
 
-// Gradient of the additive filters, summed over a part of the image rows. A lane has a channel, its
-// warp walks along a row, and a window of 7 x 7 values moves along in registers.
+// Adds an image row's part to a channel's gradient of the filter. A window of 7 x 7 values moves
+// along in registers, with the next column, which is read a step ahead. Border: the window leaves
+// the map above or below.
+template <bool Border, typename S>
+__device__ void add_row(
+    float (&sum)[kKernel][kKernel], const S* value, const S* grad, int y, const Backward<S>& call) {
+  constexpr int kColumnsHeld = kKernel + 1;
+  const Operands<S>& a = call.operands;
+  const int width = static_cast<int>(a.width), height = static_cast<int>(a.height);
+  const int value_step = static_cast<int>(a.value.stride);
+  const int grad_step = static_cast<int>(call.grad.stride);
+  const S* rows[kKernel];
+#pragma unroll
+  for (int ky = 0; ky < kKernel; ++ky) {
+    const int row = y + ky - kRadius;
+    rows[ky] = value + ((Border ? clamped(row, height) : row) - y) * a.width * a.value.stride;
+  }
+  const auto read_column = [&](float (&column)[kKernel], int x) {
+#pragma unroll
+    for (int ky = 0; ky < kKernel; ++ky) {
+      column[ky] = 0;
+      if (x < width && (!Border || row_inside(a, y + ky - kRadius)))
+        column[ky] = number(rows[ky][static_cast<int64_t>(x) * value_step]);
+    }
+  };
+  // Column x + kx - 3 is in slot (x + kx) % 8.
+  float window[kColumnsHeld][kKernel] = {};
+#pragma unroll
+  for (int column = 0; column <= kRadius; ++column) read_column(window[column + kRadius], column);
+  float next_grad = number(*grad);
+#pragma unroll 1
+  for (int x = 0; x < width;) {
+#pragma unroll
+    for (int step = 0; step < kColumnsHeld; ++step) {
+      if (x == width) break;
+      const float g = next_grad;
+      read_column(window[(step + kKernel) % kColumnsHeld], x + kRadius + 1);
+      ++x;
+      next_grad = x < width ? number(grad[static_cast<int64_t>(x) * grad_step]) : 0.0f;
+#pragma unroll
+      for (int kx = 0; kx < kKernel; ++kx)
+#pragma unroll
+        for (int ky = 0; ky < kKernel; ++ky)
+          sum[ky][kx] += g * window[(step + kx) % kColumnsHeld][ky];
+    }
+  }
+}
+
+// Gradient of the additive filters, summed over a part of the image rows. A lane has a channel, a
+// warp one row after the other.
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 3) ghost_kernel(Backward<S> call, int64_t rows_a_part) {
   float* sums = block_memory<float>();  // [warp][tap][channel]
@@ -190,48 +238,14 @@ __global__ void __launch_bounds__(kThreads, 3) ghost_kernel(Backward<S> call, in
   const int64_t begin = blockIdx.y * rows_a_part;
   const int64_t end = begin + rows_a_part < rows ? begin + rows_a_part : rows;
   float sum[kKernel][kKernel] = {};
-  const int64_t pitch = a.width * a.value.stride;
   for (int64_t row = begin + warp; row < end; row += kWarps) {
-    const int64_t y = row % a.height;
     const S* grad = call.grad.data + row * a.width * call.grad.stride + head * kDepth + lane;
-    const S* value = a.value.data + row * pitch + head * kDepth + lane;
-    // Rows of the image that the window covers, a bit for each.
-    int rows_inside = 0;
-#pragma unroll
-    for (int ky = 0; ky < kKernel; ++ky)
-      if (y + ky >= kRadius && y + ky - kRadius < a.height) rows_inside |= 1 << ky;
-    int64_t x_read = 0;
-    const auto read_column = [&](float (&column)[kKernel]) {
-      const int valid = x_read < a.width ? rows_inside : 0;
-#pragma unroll
-      for (int ky = 0; ky < kKernel; ++ky)
-        column[ky] = valid >> ky & 1 ? number(value[(ky - kRadius) * pitch]) : 0.0f;
-      value += a.value.stride;
-      ++x_read;
-    };
-    // Column x + kx - 3 is in slot (x + kx) % 7; the next one is read a step ahead.
-    float window[kKernel][kKernel] = {}, next[kKernel], next_grad = number(*grad);
-#pragma unroll
-    for (int column = 0; column < kRadius; ++column) read_column(window[column + kRadius]);
-    read_column(next);
-#pragma unroll 1
-    for (int64_t x = 0; x < a.width;) {
-#pragma unroll
-      for (int step = 0; step < kKernel; ++step) {
-        if (x == a.width) break;
-        const float g = next_grad;
-        grad += call.grad.stride;
-        next_grad = ++x < a.width ? number(*grad) : 0.0f;
-        float (&newest)[kKernel] = window[(step + kKernel - 1) % kKernel];
-#pragma unroll
-        for (int ky = 0; ky < kKernel; ++ky) newest[ky] = next[ky];
-        read_column(next);
-#pragma unroll
-        for (int kx = 0; kx < kKernel; ++kx)
-#pragma unroll
-          for (int ky = 0; ky < kKernel; ++ky) sum[ky][kx] += g * window[(step + kx) % kKernel][ky];
-      }
-    }
+    const S* value = a.value.data + row * a.width * a.value.stride + head * kDepth + lane;
+    const int y = static_cast<int>(row % a.height);
+    if (y >= kRadius && y + kRadius < a.height)
+      add_row<false>(sum, value, grad, y, call);
+    else
+      add_row<true>(sum, value, grad, y, call);
   }
 #pragma unroll
   for (int o = 0; o < kTaps; ++o)

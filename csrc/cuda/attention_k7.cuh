@@ -111,19 +111,21 @@ __device__ inline void store4(__nv_bfloat16* to, float4 x) {
 template <int Rows, int Columns, int Pitch, typename S>
 __device__ void load_tile(
     S* tile, const Map<const S>& map, const Operands<S>& a, const Tile& t, int top, int left) {
-  constexpr int kPack = 16 / sizeof(S), kPacks = kDepth / kPack, kRow = Columns * kPacks;
-  const int lane = threadIdx.x % kWarp;
+  constexpr int kPack = 16 / sizeof(S), kPacks = kDepth / kPack, kAtOnce = kWarp / kPacks;
+  const int lane = threadIdx.x % kWarp, channel = lane % kPacks * kPack, first = lane / kPacks;
+  const int64_t step = kAtOnce * map.stride;
   for (int row = threadIdx.x / kWarp; row < Rows; row += kWarps) {
     const bool valid = row_inside(a, top + row);
-    const S* from = map.data + pixel_at(a, t, top + row, left) * map.stride + t.head * kDepth;
+    const S* from =
+        map.data + pixel_at(a, t, top + row, left + first) * map.stride + t.head * kDepth + channel;
+    S* to = tile + row * Pitch + first * kDepth + channel;
 #pragma unroll
-    for (int step = 0; step < (kRow + kWarp - 1) / kWarp; ++step) {
-      const int i = step * kWarp + lane, column = i / kPacks, channel = i % kPacks * kPack;
-      if (i >= kRow) break;
+    for (int column = 0; column < Columns; column += kAtOnce, from += step) {
+      if (column + kAtOnce > Columns && first >= Columns - column) break;
       uint4 pack = {0, 0, 0, 0};
-      if (valid && column_inside(a, left + column))
-        pack = *reinterpret_cast<const uint4*>(from + column * map.stride + channel);
-      *reinterpret_cast<uint4*>(tile + row * Pitch + column * kDepth + channel) = pack;
+      if (valid && column_inside(a, left + column + first))
+        pack = *reinterpret_cast<const uint4*>(from);
+      *reinterpret_cast<uint4*>(to + column * kDepth) = pack;
     }
   }
 }
