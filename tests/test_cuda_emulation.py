@@ -54,6 +54,18 @@ FEW = f"published and tile or agrees and odd and both and float32 and not 13 or 
 SOME = f"{FEW} or published and not mul and not both or low or strided and 8 or nan or extreme"
 
 
+def passed(emulated, tests, wanted, order="0", shared="232448", capability="9.0"):
+    """How many of a file's tests passed, which must be all."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ELSA_EMULATION": "1"}
+    environment |= {"ELSA_EMULATION_ORDER": order, "ELSA_EMULATION_SHARED": shared}
+    environment["ELSA_EMULATION_CAPABILITY"] = capability
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-c", ROOT / "pyproject.toml", ROOT / "tests" / tests, "-k", wanted]
+    done = subprocess.run(command, cwd=emulated, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
 @pytest.mark.parametrize(
     "order, shared, capability, wanted, least",
     [
@@ -66,12 +78,11 @@ SOME = f"{FEW} or published and not mul and not both or low or strided and 8 or 
     ids=["in order", "in reverse", "shuffled", "little memory", "old"],
 )
 def test_kernels_pass_the_tests_of_a_gpu(emulated, order, shared, capability, wanted, least):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ELSA_EMULATION": "1"}
-    environment |= {"ELSA_EMULATION_ORDER": order, "ELSA_EMULATION_SHARED": shared}
-    environment["ELSA_EMULATION_CAPABILITY"] = capability
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-c", ROOT / "pyproject.toml", ROOT / "tests/test_cuda_operator.py"]
-    command += [] if ALL else ["-k", wanted]
-    done = subprocess.run(command, cwd=emulated, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > least
+    wanted = "test" if ALL else wanted
+    assert passed(emulated, "test_cuda_operator.py", wanted, order, shared, capability) > least
+
+
+@pytest.mark.parametrize("capability", ["7.5", "9.0"])
+def test_kernels_have_the_operators_properties(emulated, capability):
+    properties = "test_operator_properties.py"
+    assert passed(emulated, properties, "not narrower", capability=capability) > 20

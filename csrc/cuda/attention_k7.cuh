@@ -185,11 +185,8 @@ __device__ void load_logits(float* weights, const Operands<S>& a, const Tile& t)
   }
 }
 
-// e^(x - max) but for a factor that depends on max alone, and which a softmax divides by.
-__device__ inline float power(float x, float max) {
-  constexpr float kLog2E = 1.44269504f;
-  return exponential2(fmaf(x, kLog2E, -kLog2E * max));
-}
+// e^(x - max), as a power of 2: exact differences of large numbers come first.
+__device__ inline float power(float x, float max) { return exponential2((x - max) * 1.44269504f); }
 
 // The taps of one position, between shared memory and registers.
 __device__ inline void read_taps(float (&taps)[kTaps], const float* from) {
