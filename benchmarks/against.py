@@ -23,11 +23,11 @@ STEPS = ("forward", "forward+backward")
 class Worker:
     """A process that times the operator of one checkout, with one thread."""
 
-    def __init__(self, checkout: Path) -> None:
+    def __init__(self, checkout: Path, device: str, dtype: str) -> None:
         self.checkout = checkout
-        environment = {**os.environ, "PYTHONPATH": str(checkout), "CUDA_VISIBLE_DEVICES": ""}
+        environment = {**os.environ, "PYTHONPATH": str(checkout)}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", __file__, "--serve"],
+            [sys.executable, "-P", __file__, "--serve", device, dtype],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -35,7 +35,7 @@ class Worker:
         )
 
     def time(self, shape: Sequence[int]) -> dict[str, float]:
-        """Step -> seconds of CPU time, for a shape (height, width, channels, heads)."""
+        """Step -> seconds, for a shape (height, width, channels, heads)."""
         assert self.process.stdin and self.process.stdout
         print(json.dumps(shape), file=self.process.stdin, flush=True)
         if not (line := self.process.stdout.readline()):
@@ -52,21 +52,24 @@ class Worker:
         self.process.wait()
 
 
-def serve() -> None:
+def serve(device: str, dtype: str) -> None:
     """Reads shapes, a line each, and answers with the seconds of each step."""
-    import time
-
     import torch
+
+    sys.path.append(str(ROOT / "benchmarks"))
+    from clock import Clock
 
     from elsa_core import elsa_attention
 
     torch.set_num_threads(1)
+    clock = Clock(torch.device(device))
+    options = {"device": device, "dtype": getattr(torch, dtype), "requires_grad": True}
     for line in sys.stdin:
         height, width, channels, heads = json.loads(line)
-        value = torch.randn(1, height, width, channels, requires_grad=True)
-        logits = torch.randn(1, height, width, heads * 49, requires_grad=True)
-        filters = torch.randn(channels, 7, 7, requires_grad=True)
-        inputs, grad = (value, logits, filters), torch.ones_like(value)
+        value = torch.randn(1, height, width, channels, **options)
+        logits = torch.randn(1, height, width, heads * 49, **options)
+        inputs = value, logits, torch.randn(channels, 7, 7, **options)
+        grad = torch.ones_like(value)
 
         def forward(inputs: tuple = inputs) -> None:
             with torch.no_grad():
@@ -78,19 +81,20 @@ def serve() -> None:
         seconds = {}
         for step, run in zip(STEPS, (forward, both), strict=True):
             run()
-            start = time.process_time()
-            run()
-            seconds[step] = time.process_time() - start
+            seconds[step] = clock.time(run)
         print(json.dumps(seconds), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.against",
-        description="Time the operator of this checkout and of another one in turns, on the CPU "
-        "with one thread, at the stage shapes of the published models. Both must be built.",
+        description="Time the operator of this checkout and of another one in turns, on a GPU or "
+        "on the CPU with one thread, at the stage shapes of the published models. Both must be "
+        "built.",
     )
     parser.add_argument("checkout", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
     parser.add_argument("--rounds", type=int, default=7, help="at every shape, default: 7")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as CSV, too")
     options = parser.parse_args(arguments)
@@ -102,7 +106,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from .operator import HEADLINES, stage_shapes
 
     table = []
-    with Worker(ROOT) as ours, Worker(options.checkout.resolve()) as others:
+    how = options.device, options.dtype
+    with Worker(ROOT, *how) as ours, Worker(options.checkout.resolve(), *how) as others:
         for shape in [*HEADLINES, *stage_shapes()]:
             turns = [(ours.time(shape), others.time(shape)) for _ in range(options.rounds)]
             for step in STEPS:
@@ -119,4 +124,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(serve() if "--serve" in sys.argv else main())
+    sys.exit(serve(*sys.argv[2:]) if sys.argv[1:2] == ["--serve"] else main())

@@ -1,4 +1,4 @@
-"""Clocks, memory and the machine's description; every figure comes from interleaved runs."""
+"""Comparisons, memory and the machine's description; every figure comes from interleaved runs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import gc
 import os
 import platform
 import statistics
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ import torch
 import elsa_core
 from elsa_core import doctor
 
-Run = Callable[[], object]
+from .clock import Clock, Run
 
 
 @dataclass
@@ -32,30 +31,6 @@ class Row:
     rounds: int
     ratio: float
     peak_mib: float
-
-
-class Clock:
-    """Times one call. On the CPU with one thread it counts the process's own CPU time, so that
-    other work on the machine counts as little as it can; with more threads, and on a GPU, the
-    time that passes."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        own = device.type == "cpu" and torch.get_num_threads() == 1
-        self.name = "CPU time of the process" if own else "wall time"
-        self._now = time.process_time if own else time.perf_counter
-
-    def time(self, run: Run) -> float:
-        """Seconds."""
-        self._wait()
-        start = self._now()
-        run()
-        self._wait()
-        return self._now() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
 
 def peak_memory(run: Run, device: torch.device) -> float:
@@ -108,7 +83,7 @@ def compare(
         figures = (1e3 * median, 1e3 * min(measured), len(measured), median / base, peaks[name])
         rows.append(Row(part, case, step, name, *figures))
         print(
-            f"{part:9} {case:24} {step:16} {name:22} {1e3 * median:9.2f} ms "
+            f"{part:9} {case:24} {step:16} {name:24} {1e3 * median:9.2f} ms "
             f"{median / base:7.2f}x {peaks[name]:8.1f} MiB",
             flush=True,
         )

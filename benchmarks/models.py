@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from elsa_core import VARIANTS, ELSASwin, layers
 
-from .measure import Clock, Row, Run, compare
+from .clock import Clock, Run
+from .measure import Row, compare
 from .operator import KERNEL, unfold_path
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/mmdet/elsa_swin"
@@ -35,11 +36,8 @@ def measure_backbones(
         case = f"{name} {size[0]}x{size[1]}"
         for step, make in {"inference": _inference, "training step": _training}.items():
             plain = make(ours, image, dtype)
-            runs = {
-                "elsa": plain,
-                "stock swin": make(stock, image, dtype),
-                "elsa, unfold path": _on_unfold_path(plain),
-            }
+            runs = {"elsa": plain, "stock swin": make(stock, image, dtype)}
+            runs |= _on_unfold_path(plain)
             rows += compare("backbone", case, step, runs, clock, rounds, budget)
     return rows
 
@@ -57,10 +55,9 @@ def measure_detectors(
         ours, stock = (_detector(name, which).to(clock.device) for which in ("elsa", "swin"))
         case = f"{name} {size[0]}x{size[1]}"
         for step, make in {"inference": _detection, "training step": _detector_training}.items():
-            runs = {
-                "elsa": make(ours, size, clock, dtype),
-                "stock swin": make(stock, size, clock, dtype),
-            }
+            plain = make(ours, size, clock, dtype)
+            runs = {"elsa": plain, "stock swin": make(stock, size, clock, dtype)}
+            runs |= _on_unfold_path(plain)
             rows += compare("mask rcnn", case, step, runs, clock, rounds, budget)
     return rows
 
@@ -90,25 +87,32 @@ def _training(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Run:
     return run
 
 
-def _on_unfold_path(run: Run) -> Run:
-    """The same model with every operator replaced by the unfold path."""
+def _on_unfold_path(run: Run) -> dict[str, Run]:
+    """The same model with the unfold path for every operator, and with torch.compile of it."""
 
-    def attention(
-        value: Tensor, logits: Tensor, ghost_add: Tensor, ghost_mul: None, *, kernel_size: int
-    ) -> Tensor:
-        assert kernel_size == KERNEL and ghost_mul is None
-        if torch.is_autocast_enabled(value.device.type):
-            ghost_add = ghost_add.to(value.dtype)
-        out = unfold_path(
-            value.permute(0, 3, 1, 2), logits.permute(0, 3, 1, 2).contiguous(), ghost_add
-        )
-        return out.permute(0, 2, 3, 1)
+    def with_operator(path: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
+        def attention(
+            value: Tensor, logits: Tensor, ghost_add: Tensor, ghost_mul: None, *, kernel_size: int
+        ) -> Tensor:
+            assert kernel_size == KERNEL and ghost_mul is None
+            if torch.is_autocast_enabled(value.device.type):
+                ghost_add = ghost_add.to(value.dtype)
+            out = path(
+                value.permute(0, 3, 1, 2), logits.permute(0, 3, 1, 2).contiguous(), ghost_add
+            )
+            return out.permute(0, 2, 3, 1)
 
-    def patched() -> None:
-        with mock.patch.object(layers, "elsa_attention", attention):
-            run()
+        def patched() -> None:
+            with mock.patch.object(layers, "elsa_attention", attention):
+                run()
 
-    return patched
+        return patched
+
+    torch._dynamo.reset()  # at most 8 shapes are compiled for one function
+    return {
+        "elsa, unfold path": with_operator(unfold_path),
+        "elsa, compiled unfold": with_operator(torch.compile(unfold_path, dynamic=False)),
+    }
 
 
 def _stock_options(name: str) -> dict[str, object]:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from elsa_core import VARIANTS, elsa_attention
 
-from .measure import Clock, Row, Run, compare
+from .clock import Clock, Run
+from .measure import Row, compare
 
 KERNEL = 7
 # (height, width) of the image; and the two shapes that the project's targets are about.
@@ -51,6 +52,34 @@ def unfold_bytes(shape: Shape, dtype: torch.dtype) -> int:
     """What the unfold path's forward and backward hold at once, about."""
     height, width, channels, _ = shape
     return 5 * height * width * channels * KERNEL**2 * dtype.itemsize
+
+
+def machine_limits(
+    shape: Shape, device: torch.device, dtype: torch.dtype
+) -> dict[str, tuple[Run, Run]]:
+    """What no kernel can be much faster than: a copy of as many bytes as the operator must read
+    and write, and a square matrix product of as many multiply-adds; forward, and with backward."""
+    height, width, channels, heads = shape
+    value, logits = height * width * channels, height * width * heads * KERNEL**2
+    # The backward pass reads a gradient beside the inputs and writes two.
+    numbers = 2 * value + logits, 5 * value + 3 * logits
+    # For each tap and channel one for the attention and one for the filter; then one for the
+    # gradients of the logits and of the filter each, and two for that of the values.
+    products = 2 * value * KERNEL**2, 6 * value * KERNEL**2
+
+    def copy(count: int) -> Run:
+        source = torch.ones(count // 2, device=device, dtype=dtype)
+        target = torch.empty_like(source)
+        return lambda: target.copy_(source)
+
+    def product_of(count: int) -> Run:
+        square = torch.ones([round(count ** (1 / 3))] * 2, device=device, dtype=dtype)
+        return lambda: square @ square
+
+    return {
+        "copy of as many bytes": (copy(numbers[0]), copy(numbers[1])),
+        "product of as many FMAs": (product_of(products[0]), product_of(products[1])),
+    }
 
 
 def _contenders(
@@ -104,6 +133,8 @@ def measure_operator(
         for name, parts in _contenders(shape, clock.device, dtype, memory, compiled).items():
             forward[name] = lambda parts=parts: _forward(*parts)
             both[name] = lambda parts=parts: _both(*parts)
+        for name, limits in machine_limits(shape, clock.device, dtype).items():
+            forward[name], both[name] = limits
         case = f"{shape[0]}x{shape[1]}x{shape[2]} {shape[3]} heads"
         rows += compare("operator", case, "forward", forward, clock, rounds, seconds)
         rows += compare("operator", case, "forward+backward", both, clock, rounds, seconds)

@@ -15,7 +15,8 @@ import torch
 
 from elsa_core.errors import UsageError
 
-from .measure import Clock, Row, describe
+from .clock import Clock
+from .measure import Row, describe
 from .models import measure_backbones, measure_detectors
 from .operator import measure_operator
 from .plots import draw
