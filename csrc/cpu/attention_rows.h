@@ -42,7 +42,8 @@ struct ForwardRow {
   const T* ghost_add;  // (taps, depth)
   const T* ghost_mul;  // (taps, depth), or null: 1 everywhere
   T* attention;        // scratch (positions, padded_taps)
-  T* out;              // (positions, depth)
+  T* out;              // (width, depth), rows `out_stride` apart
+  int64_t out_stride;
 };
 
 template <typename T>

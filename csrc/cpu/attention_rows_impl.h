@@ -99,9 +99,13 @@ void forward_row(const Shape& shape, const ForwardRow<T>& row) {
               depth);
         }
       }
-      for (int p = 0; p < kTile; ++p)
+#pragma GCC unroll 8
+      for (int p = 0; p < kTile; ++p) {
+        if (x + p == width) break;
+#pragma GCC unroll 2
         for (int i = 0; i < NV; ++i)
-          store(row.out + (x + p) * depth + c + i * kLanes<T>, accumulator[p][i]);
+          store(row.out + (x + p) * row.out_stride + c + i * kLanes<T>, accumulator[p][i]);
+      }
     });
   }
 }

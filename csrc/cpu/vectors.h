@@ -60,7 +60,7 @@ ELSA_INLINE void store(T* p, vec<T> v) {
 }
 template <typename T>
 ELSA_INLINE vec<T> broadcast(T s) {
-  return vec<T>{} + s;
+  return s - vec<T>{};  // not a sum: 0 + s is not s where s is -0, and so would be computed
 }
 
 // Lane i of the result is lane order[i] of a and b in a row.
