@@ -14,7 +14,7 @@ def draw(path: Path, part: str, rows: list[Row], machine: dict[str, object]) -> 
     mine = [row for row in rows if row.contender != "elsa"]
     groups = list(dict.fromkeys((row.case, row.step) for row in mine))
     names = list(dict.fromkeys(row.contender for row in mine))
-    figure, axes = pyplot.subplots(figsize=(9, 1.2 + 0.35 * len(groups)))
+    figure, axes = pyplot.subplots(figsize=(9, 1.6 + 0.35 * len(groups)), layout="constrained")
     height = 0.8 / max(1, len(names))
     for index, name in enumerate(names):
         bars = [(groups.index((r.case, r.step)), r.ratio) for r in mine if r.contender == name]
@@ -33,8 +33,7 @@ def draw(path: Path, part: str, rows: list[Row], machine: dict[str, object]) -> 
     axes.set_xlabel("time relative to ELSA (more than 1: slower)")
     described = ", ".join(str(machine[key]) for key in ("device", "dtype", "clock", "date"))
     axes.set_title(f"{part}: {described}", fontsize=9)
-    axes.legend(fontsize=7)
+    figure.legend(fontsize=7, loc="outside lower center", ncols=max(1, len(names)))
     axes.margins(x=0.15)
-    figure.tight_layout()
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
