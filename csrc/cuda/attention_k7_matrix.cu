@@ -28,9 +28,8 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(Forward<S> call) {
   Band attention;
 #pragma unroll
   for (int row = 0; row < kWarpRows; ++row) {
-    const int position = (lane.top + row) * kColumns + lane.strip + lane.row;
     float taps[2 * kKernel];
-    softmax<S>(taps, logits + position * kPositionPairs, lane);
+    softmax<S>(taps, logits + lane.position(row) * kPositionPairs, lane);
 #pragma unroll
     for (int ky = 0; ky < kKernel; ++ky)
       attention[row][ky] = pack<S>(taps[2 * ky], taps[2 * ky + 1]);
@@ -45,7 +44,6 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(Forward<S> call) {
 // one; what lies outside of the band is left.
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 3) logits_kernel(Backward<S> call) {
-  constexpr int kPixelRows = kWarpRows + 2 * kRadius;
   S* tile = block_memory<S>();
   S* grads = tile + kTile;
   Pair* logits = reinterpret_cast<Pair*>(grads + kGrads);  // and their gradients
@@ -98,8 +96,7 @@ __global__ void __launch_bounds__(kThreads, 3) logits_kernel(Backward<S> call) {
   const int x = t.left + lane.strip + lane.row;
 #pragma unroll
   for (int row = 0; row < kWarpRows; ++row) {
-    const int position = (lane.top + row) * kColumns + lane.strip + lane.row;
-    Pair* own = logits + position * kPositionPairs;
+    Pair* own = logits + lane.position(row) * kPositionPairs;
     float attention[2 * kKernel], dot = 0;
     const Softmax<float> normaliser = softmax<S>(attention, own, lane);
     const int y = t.top + lane.top + row;
@@ -140,7 +137,6 @@ template <typename S>
 __device__ void read_readers(
     Band& band, const Softmax<float>* normalisers, const Operands<S>& a, const Tile& t,
     const Lane& lane) {
-  constexpr int kPixelRows = kWarpRows + 2 * kRadius;
   // The lane's numbers are for two neighbouring pixels, whichever row of the image.
   const int height = static_cast<int>(a.height), width = static_cast<int>(a.width);
   int columns[2], taps[2];

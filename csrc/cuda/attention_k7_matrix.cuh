@@ -16,7 +16,9 @@
 namespace elsa::cuda::k7 {
 
 // A warp has kStrip columns and kWarpRows rows of the tile's positions, or kWarpChannels channels.
+// Its positions read kPixelRows image rows.
 constexpr int kWarpRows = 4, kWarpChannels = kDepth / kWarps;
+constexpr int kPixelRows = kWarpRows + 2 * kRadius;
 constexpr int kStrips = kColumns / kStrip;
 static_assert(kWarps == kStrips * kRows / kWarpRows);
 
@@ -64,6 +66,8 @@ struct Lane {
   // The lane's row of the band is a position of this column of the tile.
   int strip = warp % kStrips * kStrip, top = warp / kStrips * kWarpRows;
 
+  // The lane's position in a row of its warp, among those of the tile.
+  __device__ int position(int warp_row) const { return (top + warp_row) * kColumns + strip + row; }
   // The channels of a warp's filters.
   __device__ int channel() const { return warp * kWarpChannels; }
   // Of a row of taps of the lane's position, its pair, and whether it is in the band's left half.
@@ -274,7 +278,6 @@ template <typename S>
 __device__ void gather(
     const S* tile, S* planes, const Pair* filter, const Band& attention, const Operands<S>& a,
     const Tile& t, const Lane& lane, S* out) {
-  constexpr int kPixelRows = kWarpRows + 2 * kRadius;
   float sums[kWarpRows / 2][kDepth / 8][4] = {};
   if (a.ghost_add) {
     const int channel = lane.channel();
