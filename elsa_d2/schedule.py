@@ -15,18 +15,19 @@ POLY = "WarmupPolyLR"
 
 
 class WarmupPoly(ParamScheduler):
-    """Factor of the learning rate: a linear warm-up, then a power of the part that is left.
+    """Factor of the learning rate: a power of the part that is left, times a linear warm-up.
 
-    Iteration i of the warm-up has factor + (1 - factor) * i / (warmup_iters - 1); the last one and
-    the first after it both have 1, and the last iteration of all has the end value. These are the
-    values of MMEngine's LinearLR, followed by PolyLR.
+    Iteration i has end_value + (1 - end_value) * (1 - i / max_iter) ** power. The first
+    ``warmup_iters`` are multiplied by warmup_factor + (1 - warmup_factor) * i / warmup_iters. The
+    end value belongs to the iteration after the last one. These are the values of the original
+    recipe, whose MMCV 1 multiplies both.
 
     Args:
         max_iter: iterations of the training.
         warmup_iters: iterations of the warm-up; all of them where the training is shorter.
-        warmup_factor: in the first iteration.
+        warmup_factor: of the first iteration.
         power: of the decay.
-        end_value: in the last iteration.
+        end_value: at ``max_iter``.
     """
 
     def __init__(
@@ -43,11 +44,12 @@ class WarmupPoly(ParamScheduler):
     def __call__(self, where: float) -> float:
         """The factor at ``where`` * max_iter, 0 <= ``where`` <= 1."""
         iteration = round(where * self.max_iter)
+        left = (self.max_iter - iteration) / self.max_iter
+        factor = self.end_value + (1 - self.end_value) * left**self.power
         if iteration < self.warmup_iters:
-            done = iteration / max(1, self.warmup_iters - 1)
-            return self.warmup_factor + (1 - self.warmup_factor) * done
-        done = (iteration - self.warmup_iters) / max(1, self.max_iter - 1 - self.warmup_iters)
-        return self.end_value + (1 - self.end_value) * max(0.0, 1 - done) ** self.power
+            done = iteration / self.warmup_iters
+            factor *= self.warmup_factor + (1 - self.warmup_factor) * done
+        return factor
 
 
 def build_lr_scheduler(

@@ -33,7 +33,8 @@ def add_semantic_config(cfg: CfgNode) -> None:
     # Random brightness, contrast, saturation and hue.
     node.COLOR_AUG = True
 
-    # Of LR_SCHEDULER_NAME "WarmupPolyLR", which ends at BASE_LR_END in the last iteration.
+    # Of LR_SCHEDULER_NAME "WarmupPolyLR", which falls from the first iteration on
+    # and would reach BASE_LR_END in iteration MAX_ITER, the one after the last.
     cfg.SOLVER.POLY_LR_POWER = 1.0
 
     # TEST.AUG.ENABLED also means: the mean of the class probabilities at these multiples of

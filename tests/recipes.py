@@ -40,7 +40,8 @@ class Recipe:
 
     @property
     def iterations(self) -> int:
-        return ceil(self.epochs * COCO_IMAGES / self.batch) if self.epochs else 160_000
+        """In whole epochs, whose last batch may be smaller."""
+        return self.epochs * ceil(COCO_IMAGES / self.batch) if self.epochs else 160_000
 
     @property
     def drop_paths(self) -> list[float]:
@@ -50,14 +51,13 @@ class Recipe:
 
     def rate(self, iteration: int) -> float:
         """The learning rate of an iteration."""
-        if iteration < self.warmup:
-            done = iteration / self.warmup
-            return self.lr * (self.warmup_factor + (1 - self.warmup_factor) * done)
         if self.epochs:
             steps = [self.iterations * part // 36 for part in self.steps]
-            return self.lr * 0.1 ** sum(iteration >= step for step in steps)
-        done = (iteration - self.warmup) / (self.iterations - self.warmup)
-        return self.lr * (1 - done)
+            rate = self.lr * 0.1 ** sum(iteration >= step for step in steps)
+        else:
+            rate = self.lr * (self.iterations - iteration) / self.iterations
+        done = min(1.0, iteration / self.warmup)
+        return rate * (self.warmup_factor + (1 - self.warmup_factor) * done)
 
     @property
     def steps(self) -> tuple[int, int]:

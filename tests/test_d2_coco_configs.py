@@ -85,9 +85,10 @@ def test_name_and_content_agree(file):
     assert node.ARCH == {"t": "tiny", "s": "small"}[variant]
     assert node.DROP_PATH_RATE == DROP_PATH[method, variant][schedule == "3x"]
     epochs, steps = {"1x": (12, (8, 11)), "3x": (36, (27, 33))}[schedule]
-    images = 117_266
-    assert solver.MAX_ITER == math.ceil(images * epochs / 16) and solver.IMS_PER_BATCH == 16
-    assert solver.STEPS == tuple(images * epoch // 16 for epoch in steps)
+    epoch = math.ceil(117_266 / 16)
+    assert solver.MAX_ITER == epochs * epoch and solver.IMS_PER_BATCH == 16
+    assert solver.STEPS == tuple(step * epoch for step in steps)
+    assert solver.CHECKPOINT_PERIOD == cfg.TEST.EVAL_PERIOD == epoch
     assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.DATASETS.TEST == ("coco_2017_val",)
     kind = {"mask_rcnn": StandardROIHeads, "cascade_mask_rcnn": ClassSpecificCascadeROIHeads}
     model = on_meta(cfg)

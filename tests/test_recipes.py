@@ -15,6 +15,8 @@ import built_mm
 
 FRAMEWORKS = {"detectron2": built_d2.Built, "openmmlab": built_mm.Built}
 each = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+# MMEngine's warm-ups in our configs end an iteration earlier, and its segmentors' rates fall later.
+TOLERANCE = {"detectron2": dict(rel=1e-12, abs=0), "openmmlab": dict(rel=1.1e-2, abs=1e-9)}
 both = pytest.mark.parametrize("framework", FRAMEWORKS)
 
 
@@ -66,14 +68,12 @@ def test_optimizer(framework, recipe):
 def test_schedule(framework, recipe):
     objects = built(framework, recipe)
     assert objects.length() == (recipe.epochs or recipe.iterations)
-    iterations = [0, recipe.warmup // 2, recipe.warmup]
+    warmup, last = recipe.warmup, recipe.iterations - 1
+    iterations = [0, warmup // 2, warmup - 1, warmup, warmup + 1]
     if recipe.epochs:
-        steps = [recipe.iterations * part // 36 for part in recipe.steps]
-        iterations += [steps[0] - 20, steps[0] + 20, steps[1] - 20, steps[1] + 20]
-        iterations.append(recipe.iterations - 1)
+        first, second = (recipe.iterations * part // 36 for part in recipe.steps)
+        iterations += [first - 1, first, second - 1, second, last]
     else:
-        # The last quarter of the way to 0 is the same line.
-        iterations += [10_000, 40_000]
+        iterations += [10_000, 40_000, last]
     expected = [recipe.rate(iteration) for iteration in iterations]
-    # MMEngine's warm-up ends an iteration earlier.
-    assert objects.rates(recipe, iterations) == pytest.approx(expected, rel=3e-3)
+    assert objects.rates(recipe, iterations) == pytest.approx(expected, **TOLERANCE[framework])
