@@ -17,7 +17,11 @@ from demo.digits import (
 )
 
 # Modules with `write_layout(source, out, *, progress) -> int`, imported when they are needed.
-MODULES = {"cityscapes": "demo.cityscapes_layout", "imagenet": "demo.imagenet_layout"}
+MODULES = {
+    "cityscapes": "demo.cityscapes_layout",
+    "imagenet": "demo.imagenet_layout",
+    "mixed": "demo.mixed_layout",
+}
 LAYOUTS = (STANDARD, *MODULES)
 
 

@@ -24,6 +24,9 @@ instances, 8 and 9 as traffic sign and vegetation, on building and road:
   annotations/instancesonly_filtered_gtFine_{train,val}.json    COCO layout, for MMDetection
 with --layout imagenet, one digit an image:
   {train,val}/{0..9}/NNNNNN.JPEG
+with --layout mixed, as standard, but for the validation images: seven sizes; colour, grey, RGBA,
+turned by EXIF and 16-bit files by turns; every 20th a crowd of some 400 digits:
+  images/validation/NNNNNN.{jpg,png}
 
 Each image shows 2 to 4 digits on a random crop of a photograph. Digits and photographs of the
 validation part never occur in the training part. The same options give the same files. If OUT
@@ -57,7 +60,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--layout",
-        choices=("standard", "cityscapes", "imagenet"),
+        choices=("standard", "cityscapes", "imagenet", "mixed"),
         default="standard",
         help="whose folders and files it has: COCO's and ADE20K's, or another one's "
         "(default: %(default)s)",
