@@ -20,7 +20,7 @@ may come from the other framework or from the original release; nothing in it is
 DIR gets a picture of each image (NAME.jpg), a label map (NAME_labels.png) for segmentation, a video
 (NAME.mp4) for each video, and results.json for all of them. docs/inference.md explains its fields.
 
-exit status: 0 done, 1 some inputs could not be read (each is named, the others are done), 2 an
+exit status: 0 done, 1 some inputs could not be processed (each is named, the others are done), 2 an
 error (one sentence on standard error), 130 interrupted
 """
 
@@ -61,10 +61,11 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--score-threshold must be in [0, 1], got {options.score_threshold}")
     from .inputs import find_inputs
     from .models import load_predictor
-    from .outputs import make_folder, write_json
+    from .outputs import check_folder, make_folder, write_json
     from .runs import Demo
 
     files = find_inputs(options.inputs)
+    check_folder(options.out, files)
     make_folder(options.out)
     predictor = load_predictor(
         options.config, options.weights, device=options.device, options=options.options

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,6 +13,21 @@ import cv2
 import numpy as np
 
 from elsa_core.errors import UsageError
+
+LONGEST_JPEG = 65500  # pixels of a side, of OpenCV's encoder
+
+
+def check_folder(path: str, inputs: Sequence[str]) -> None:
+    """Raises UsageError for the folder of an input, whose files results could replace."""
+    if not os.path.isdir(path):
+        return
+    for file in inputs:
+        for name in dict.fromkeys((file, os.path.realpath(file))):
+            if os.path.samefile(os.path.dirname(name) or os.curdir, path):
+                raise UsageError(
+                    f"--out must be another folder than that of the inputs, whose files it would "
+                    f"replace, got {path} with {file}"
+                )
 
 
 @contextmanager
@@ -47,20 +62,29 @@ def write_json(path: str, content: Any) -> None:
         file.write("\n")
 
 
+def image_ending(image: np.ndarray) -> str:
+    """Of a file that can hold the image."""
+    return ".jpg" if max(image.shape[:2]) <= LONGEST_JPEG else ".png"
+
+
 class VideoFile:
-    """Takes frames [H, W, 3], blue first, all of the first one's size; an MP4 file."""
+    """Takes frames [H, W, 3], blue first, all of the first one's size; an MP4 file.
+
+    `add` raises ValueError for a size that cannot be encoded.
+    """
 
     def __init__(self, path: str, rate: float) -> None:
         self.path, self.rate = path, rate
         self.writer: cv2.VideoWriter | None = None
 
     def add(self, frame: np.ndarray) -> None:
-        height, width = (side // 2 * 2 for side in frame.shape[:2])  # MP4 wants even sides
+        height, width = (max(2, side // 2 * 2) for side in frame.shape[:2])  # MP4 wants even sides
         if self.writer is None:
             code = cv2.VideoWriter.fourcc(*"mp4v")
             self.writer = cv2.VideoWriter(self.path, code, self.rate, (width, height))
             if not self.writer.isOpened():
-                raise UsageError(f"this OpenCV cannot write the video {self.path}")
+                raise ValueError(f"this OpenCV cannot write a video of {width}x{height} pixels")
+        frame = np.pad(frame, ((0, 1), (0, 1), (0, 0)), mode="edge")  # a side of 1 becomes 2
         self.writer.write(np.ascontiguousarray(frame[:height, :width]))
 
     def close(self) -> None:
@@ -84,11 +108,15 @@ class Names:
         self.taken: set[str] = set()
 
     def stem(self, path: str) -> str:
-        """The input's own, with a number where another input has it already."""
-        first = stem = os.path.splitext(os.path.basename(path))[0]
+        """The input's own, with a number where another input has it already.
+
+        Long ones are cut, so that endings find room in a file's name.
+        """
+        first = os.path.splitext(os.path.basename(path))[0].encode(errors="surrogateescape")
+        first = stem = first[:200].decode(errors="ignore") or "image"
         number = 1
-        while stem in self.taken:
+        while not self.taken.isdisjoint((stem, f"{stem}_labels")):
             number += 1
             stem = f"{first}_{number}"
-        self.taken.add(stem)
+        self.taken |= {stem, f"{stem}_labels"}
         return stem

@@ -77,9 +77,17 @@ class Segmentation:
 Result = Instances | Segmentation
 
 
-def enlarge(image: np.ndarray, result: Result, least: int = 480) -> tuple[np.ndarray, Result]:
-    """Image [H, W, 3] and result, by a whole factor, so that labels find room in small images."""
-    factor = max(1, round(least / max(1, min(image.shape[:2]))))
+def enlarge(
+    image: np.ndarray, result: Result, least: int = 480, most: int = 4000
+) -> tuple[np.ndarray, Result]:
+    """Image [H, W, 3] and result, by a whole factor, so that labels find room in small images.
+
+    Args:
+        least: pixels that the shorter side shall have.
+        most: pixels that the longer side may get, which goes first.
+    """
+    short, long = sorted(image.shape[:2])
+    factor = max(1, min(round(least / short), most // long))
     if factor == 1:
         return image, result
     image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)

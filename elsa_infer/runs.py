@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from elsa_core.errors import UsageError, one_line
+
 from .inputs import Unreadable, is_video, open_video, read_image
 from .models import Predictor
-from .outputs import Names, VideoFile, whole_file, write_image
+from .outputs import Names, VideoFile, image_ending, whole_file, write_image
 from .results import Instances, Result, Segmentation, enlarge
 
 
@@ -29,7 +31,10 @@ class Demo:
         self.failed: list[dict[str, str]] = []
 
     def process(self, path: str) -> None:
-        """An input that cannot be read is recorded; other errors are raised."""
+        """An input that cannot be read, predicted or drawn is recorded as failed.
+
+        Raises UsageError where the results cannot be written.
+        """
         try:
             if is_video(path):
                 self.videos.append(self._video(path))
@@ -38,17 +43,23 @@ class Demo:
                 self.images.append(self._image(path, image))
         except Unreadable as error:
             self.failed.append({"file": path, "reason": str(error)})
+        except UsageError:
+            raise
+        except Exception as error:  # of a framework that one image is too odd for
+            reason = f"{path} cannot be processed: {type(error).__name__}: {one_line(error)[:300]}"
+            self.failed.append({"file": path, "reason": reason})
 
     def _image(self, path: str, image: np.ndarray) -> dict[str, Any]:
         result = self._predict(image)
+        picture = self._draw(image, result)
         stem = self.names.stem(path)
         record = self._record(image, result)
         if isinstance(result, Segmentation):
             name = f"{stem}_labels.png"
             write_image(os.path.join(self.folder, name), result.label_map())
             record["segmentation"]["label_map"] = name
-        name = f"{stem}.jpg"
-        write_image(os.path.join(self.folder, name), self._draw(image, result))
+        name = stem + image_ending(picture)
+        write_image(os.path.join(self.folder, name), picture)
         return {"file": path, "picture": name, **record}
 
     def _video(self, path: str) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools import mask as coco
 
 import elsa_weights
@@ -16,6 +17,7 @@ from elsa_core.errors import UsageError
 from elsa_infer import Instances, Segmentation, load_predictor
 from elsa_infer.cli import main
 from elsa_infer.inputs import find_inputs, read_image
+from elsa_infer.outputs import Names, image_ending
 from elsa_infer.results import enlarge, palette
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -176,6 +178,67 @@ def test_broken_inputs_are_named_and_the_others_done(weights, images, tmp_path, 
     }
 
 
+@pytest.mark.parametrize("model", ["detectron2", "mmdet", "mmseg"])
+def test_an_odd_image_does_not_end_a_run(model, weights, images, tmp_path):
+    folder, out = tmp_path / "in", tmp_path / "out"
+    folder.mkdir()
+    picture = Image.open(images[0])
+    sizes = {"a": (96, 96), "long": (3000, 20), "high": (20, 3000), "thin": (4000, 2)}
+    sizes["z"] = (96, 96)
+    for name, size in sizes.items():
+        picture.resize(size).save(folder / f"{name}.png")
+    (folder / ("x" * 250 + ".png")).write_bytes((folder / "a.png").read_bytes())
+    config = SEG["mmseg"] if model == "mmseg" else DET[model]
+    arguments = [str(folder), "--config", config, "--out", str(out), "--device", "cpu"]
+    arguments += ["--weights", weights.get(model, weights["segmentation"])]
+    status = main(arguments)
+    record = results(out)
+    done = {Path(entry["file"]).stem: entry["picture"] for entry in record["images"]}
+    failed = {Path(entry["file"]).stem: entry["reason"] for entry in record["failed"]}
+    assert done.keys() | failed.keys() == {*sizes, "x" * 250} and status == bool(failed)
+    assert {"a", "long", "high", "z", "x" * 250} <= done.keys()
+    for name, reason in failed.items():
+        assert f"{name}.png cannot be processed: " in reason
+    for name, file in done.items():
+        width, height = Image.open(out / file).size
+        assert max(width, height) <= max(4000, *sizes.get(name, (96, 96)))
+
+
+@pytest.mark.parametrize("way", ["folder", "file", "link to the folder", "link to the file"])
+def test_inputs_are_never_replaced(way, weights, images, tmp_path, capsys):
+    folder, given, out = tmp_path / "in", tmp_path / "in", tmp_path / "in"
+    folder.mkdir()
+    content = images[0].read_bytes()
+    (folder / "a.jpg").write_bytes(content)
+    if way == "file":
+        Image.open(folder / "a.jpg").save(folder / "a.png")
+        given = folder / "a.png"  # whose picture would be a.jpg
+    elif way == "link to the folder":
+        out = tmp_path / "link"
+        out.symlink_to(folder)
+    elif way == "link to the file":
+        given = tmp_path / "b.jpg"
+        given.symlink_to(folder / "a.jpg")
+    before = sorted(folder.iterdir())
+    arguments = [str(given), "--config", SEG["mmseg"], "--weights", weights["segmentation"]]
+    assert "another folder than that of the inputs" in refused(
+        [*arguments, "--out", str(out)], capsys
+    )
+    assert sorted(folder.iterdir()) == before and (folder / "a.jpg").read_bytes() == content
+
+
+def test_a_side_that_no_jpeg_has_makes_a_png():
+    sizes = [(1, 65500), (1, 65501)]
+    assert [image_ending(np.zeros((*size, 3), np.uint8)) for size in sizes] == [".jpg", ".png"]
+
+
+def test_names_of_outputs_are_given_once():
+    names = Names()
+    inputs = ["a.jpg", "b/a.png", "a_labels.png", "a_2.jpg", "é" * 120 + ".jpg"]
+    stems = [names.stem(path) for path in inputs]
+    assert stems == ["a", "a_2", "a_labels_2", "a_2_2", "é" * 100]
+
+
 def refused(arguments, capsys):
     assert main(arguments) == 2
     error = capsys.readouterr().err
@@ -258,6 +321,7 @@ def test_results_keep_order_threshold_and_size():
     assert image.shape == (4, 4, 3) and large.boxes[0].tolist() == [8, 10, 12, 14]
     assert large.masks[0].sum() == 4
     assert enlarge(image, best, least=4)[1] is best
+    assert enlarge(np.zeros((2, 4000, 3), np.uint8), best)[1] is best
     assert replace(best, masks=None).record("abc")["instances"][0].keys() == {
         "class", "id", "score", "box",
     }  # fmt: skip
