@@ -1,6 +1,7 @@
 """What OpenMMLab builds from a config, in the words of tests/recipes.py."""
 
-from functools import cached_property
+import json
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -51,30 +52,11 @@ class Built:
 
     def rates(self, recipe, iterations):
         """Learning rates at iterations, by stepping the schedulers as the training loop does."""
-        optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
-        with self._scope():
-            schedulers = [
-                PARAM_SCHEDULERS.build(scheduler, default_args=dict(optimizer=optimizer))
-                for scheduler in self.cfg.param_scheduler
-            ]
-        by_epoch = [scheduler for scheduler in schedulers if scheduler.by_epoch]
-        others = [scheduler for scheduler in schedulers if not scheduler.by_epoch]
+        schedule = json.dumps(self.cfg.to_dict()["param_scheduler"])
         # Between warm-up and steps nothing changes: long epochs need not be stepped through.
-        epoch = recipe.iterations / recipe.epochs if recipe.epochs else None
-        last = recipe.warmup if epoch else max(iterations)
-        rates, epochs_done = {}, 0
-        optimizer.step()
-        for iteration in range(last + 1):
-            rates[iteration] = optimizer.param_groups[0]["lr"]
-            for scheduler in others:
-                scheduler.step()
-        for iteration in [i for i in sorted(iterations) if i > last]:
-            while (epochs_done + 1) * epoch <= iteration:
-                for scheduler in by_epoch:
-                    scheduler.step()
-                epochs_done += 1
-            rates[iteration] = optimizer.param_groups[0]["lr"]
-        return [rates[iteration] for iteration in iterations]
+        epoch = recipe.iterations // recipe.epochs if recipe.epochs else None
+        last = recipe.warmup + 1 if epoch else max(iterations)
+        return _rates(schedule, recipe.lr, tuple(iterations), epoch, last)
 
     def length(self):
         """Of the training: epochs or iterations."""
@@ -199,6 +181,31 @@ class Built:
             "saved every": hooks.checkpoint.interval,
             "evaluated every": self.cfg.train_cfg.val_interval,
         }
+
+
+@cache
+def _rates(schedule, lr, iterations, epoch, last):
+    """Args: epoch: its iterations; last: up to which all are stepped through."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    schedulers = [
+        PARAM_SCHEDULERS.build(scheduler, default_args=dict(optimizer=optimizer))
+        for scheduler in json.loads(schedule)
+    ]
+    by_epoch = [scheduler for scheduler in schedulers if scheduler.by_epoch]
+    others = [scheduler for scheduler in schedulers if not scheduler.by_epoch]
+    rates, epochs_done = {}, 0
+    optimizer.step()
+    for iteration in range(last + 1):
+        rates[iteration] = optimizer.param_groups[0]["lr"]
+        for scheduler in others:
+            scheduler.step()
+    for iteration in [i for i in sorted(iterations) if i > last]:
+        while (epochs_done + 1) * epoch <= iteration:
+            for scheduler in by_epoch:
+                scheduler.step()
+            epochs_done += 1
+        rates[iteration] = optimizer.param_groups[0]["lr"]
+    return [rates[iteration] for iteration in iterations]
 
 
 def _numbers(tensor):

@@ -156,9 +156,9 @@ def test_segmentation_is_the_recipe(framework, variant, monkeypatch):
     for name, fact in expected.items():
         assert listed(got[name]) == listed(fact), name
     assert built.length() == 80_000
-    # 30,000 iterations: the last part of the way to 0 is the same line.
-    wanted = [6e-11, 6e-5, 6e-5 * (1 - 8500 / 78500), 6e-5 * (1 - 28500 / 78500)]
-    assert built.rates(recipe, [0, 1500, 10_000, 30_000]) == pytest.approx(wanted, rel=3e-3)
+    iterations = [0, 750, 1499, 1500, 1501, 10_000, 79_999]
+    wanted = [6e-5 * (1 - i / 80_000) * min(1, 1e-6 + (1 - 1e-6) * i / 1500) for i in iterations]
+    assert built.rates(recipe, iterations) == pytest.approx(wanted, rel=1e-9, abs=0)
 
 
 def listed(value):
@@ -186,7 +186,8 @@ def test_detection_has_the_frameworks_own_schedules(variant):
         8,
         1,
     )
-    assert other.param_scheduler[-1].milestones == [7]
+    warmup, steps = other.param_scheduler
+    assert (warmup.start_factor, warmup.end, steps.milestones) == (0.001, 501, [7])
     assert other.auto_scale_lr.base_batch_size == 8
     assert other.train_cfg.max_epochs * dataset.times * 2965 / 8 == pytest.approx(24000, rel=0.02)
 

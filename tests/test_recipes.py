@@ -15,8 +15,8 @@ import built_mm
 
 FRAMEWORKS = {"detectron2": built_d2.Built, "openmmlab": built_mm.Built}
 each = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
-# MMEngine's warm-ups in our configs end an iteration earlier, and its segmentors' rates fall later.
-TOLERANCE = {"detectron2": dict(rel=1e-12, abs=0), "openmmlab": dict(rel=1.1e-2, abs=1e-9)}
+# MMEngine multiplies the rate of the last iteration by a factor, 160,000 times.
+TOLERANCE = {"detectron2": 1e-12, "openmmlab": 1e-9}
 both = pytest.mark.parametrize("framework", FRAMEWORKS)
 
 
@@ -76,4 +76,6 @@ def test_schedule(framework, recipe):
     else:
         iterations += [10_000, 40_000, last]
     expected = [recipe.rate(iteration) for iteration in iterations]
-    assert objects.rates(recipe, iterations) == pytest.approx(expected, **TOLERANCE[framework])
+    assert objects.rates(recipe, iterations) == pytest.approx(
+        expected, rel=TOLERANCE[framework], abs=0
+    )

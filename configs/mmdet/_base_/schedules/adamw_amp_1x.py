@@ -1,5 +1,6 @@
 # MMDetection's 12 epochs, with AdamW in mixed precision and without clipping. Names that contain
 # "norm" are the backbone's alone: normalisation layers of the heads are called "bn" and decayed.
+# The warm-up ends at 501, because LinearLR reaches the full rate an iteration before its end.
 _base_ = ["mmdet::_base_/schedules/schedule_1x.py"]
 
 optim_wrapper = dict(
@@ -9,3 +10,7 @@ optim_wrapper = dict(
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
     paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
 )
+param_scheduler = [
+    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=501),
+    dict(type="MultiStepLR", by_epoch=True, begin=0, end=12, milestones=[8, 11], gamma=0.1),
+]

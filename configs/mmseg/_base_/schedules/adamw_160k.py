@@ -1,5 +1,7 @@
-# MMSegmentation's 160k iterations and runtime, with AdamW and a warm-up. Checkpoints are written
-# whole or not at all, the last 3 are kept. The paths are explained in models/upernet_elsa-swin.py.
+# MMSegmentation's 160k iterations and runtime, with AdamW. The rate falls from iteration 0 on, times
+# the warm-up; the ends are one more, because LinearLR and PolyLR reach their last value an iteration
+# before them. Checkpoints are written whole or not at all, the last 3 are kept. The paths are
+# explained in models/upernet_elsa-swin.py.
 _base_ = [
     f"{__import__('mmseg').__path__[0]}/.mim/configs/_base_/default_runtime.py",
     f"{__import__('mmseg').__path__[0]}/.mim/configs/_base_/schedules/schedule_160k.py",
@@ -12,8 +14,8 @@ optim_wrapper = dict(
     paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
 )
 param_scheduler = [
-    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1500),
-    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=1500, end=160000),
+    dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1501),
+    dict(type="PolyLR", eta_min=0.0, power=1.0, by_epoch=False, begin=0, end=160001),
 ]
 default_hooks = dict(
     checkpoint=dict(
