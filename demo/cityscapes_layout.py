@@ -200,7 +200,7 @@ def _add_to_coco(coco: dict[str, list], stem: str, map_: np.ndarray) -> None:
                 "area": int(coco_mask.area(runs)),
                 "segmentation": {"size": runs["size"], "counts": runs["counts"].decode("ascii")},
                 "image_id": image_id,
-                "id": len(coco["annotations"]),
+                "id": len(coco["annotations"]) + 1,
             }
         )
 

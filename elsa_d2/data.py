@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import register_coco_instances
 
 from elsa_core.errors import UsageError
 from elsa_data.coco import first_problem, missing_files, read_json
 from elsa_data.errors import DataError
+
+from .coco_json import load_coco_json
 
 
 def register_coco_datasets(cfg: CfgNode) -> None:
@@ -32,7 +34,10 @@ def register_coco_datasets(cfg: CfgNode) -> None:
             )
         name, json_file, image_root = entry
         if name not in DatasetCatalog:
-            register_coco_instances(name, {}, json_file, image_root)
+            DatasetCatalog.register(name, partial(load_coco_json, json_file, image_root, name))
+            MetadataCatalog.get(name).set(
+                json_file=json_file, image_root=image_root, evaluator_type="coco"
+            )
             continue
         known = MetadataCatalog.get(name)
         if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
@@ -41,7 +46,12 @@ def register_coco_datasets(cfg: CfgNode) -> None:
             )
 
 
-def check_dataset(name: str, num_classes: int | None = None, annotated: bool = True) -> None:
+def check_dataset(
+    name: str,
+    num_classes: int | None = None,
+    annotated: bool = True,
+    masks: bool | None = False,
+) -> None:
     """Raises UsageError unless a registered data set is there and whole.
 
     A data set in another format than COCO's is checked for its registration alone.
@@ -50,6 +60,7 @@ def check_dataset(name: str, num_classes: int | None = None, annotated: bool = T
         name: in Detectron2's DatasetCatalog.
         num_classes: how many categories it must have; None for any number.
         annotated: whether it must have annotations, as a test set of a contest has not.
+        masks: whether each annotation must have a mask; None: once one has.
     """
     if name not in DatasetCatalog:
         raise UsageError(
@@ -61,7 +72,7 @@ def check_dataset(name: str, num_classes: int | None = None, annotated: bool = T
         return
     json_file, image_root = metadata.json_file, metadata.image_root
     coco = _read_json(name, json_file)
-    _check_annotations(name, json_file, coco, annotated)
+    _check_annotations(name, json_file, coco, annotated, masks)
     if num_classes is not None and len(coco["categories"]) != num_classes:
         raise UsageError(
             f"data set {name!r} has {len(coco['categories'])} categories, "
@@ -79,7 +90,9 @@ def _read_json(name: str, json_file: str) -> Any:
         ) from error
 
 
-def _check_annotations(name: str, json_file: str, coco: Any, annotated: bool) -> None:
+def _check_annotations(
+    name: str, json_file: str, coco: Any, annotated: bool, masks: bool | None
+) -> None:
     what = f"annotation file {json_file} of data set {name!r}"
     if not isinstance(coco, dict):
         raise UsageError(f"{what} is not in COCO's format")
@@ -91,9 +104,7 @@ def _check_annotations(name: str, json_file: str, coco: Any, annotated: bool) ->
             raise UsageError(f"{what} is not in COCO's format: it has no list of {key}")
         if not coco[key]:
             raise UsageError(f"{what} has no {key}")
-    if not all(isinstance(image, dict) and "file_name" in image for image in coco["images"]):
-        raise UsageError(f"{what} has images without a file_name")
-    if problem := first_problem(coco):
+    if problem := first_problem(coco, masks):
         raise UsageError(f"{what}: {problem}")
 
 

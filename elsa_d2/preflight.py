@@ -248,6 +248,7 @@ def _check_data(cfg: CfgNode, eval_only: bool, machines: int) -> None:
             name,
             num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES if rcnn else None,
             annotated=name in train,
+            masks=cfg.MODEL.MASK_ON,
         )
         if is_cityscapes(name):
             check_cityscapes_dataset(

@@ -1,4 +1,4 @@
-"""Reads a file in COCO's format, and finds in seconds what no training on it can survive."""
+"""Reads a file in COCO's format, and gives it the one meaning that training and evaluation use."""
 
 from __future__ import annotations
 
@@ -7,11 +7,16 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from .coco_rules import is_crowd, mask_problems, problems, rle_of
 from .errors import DataError
+from .report import ERROR
 
 
 def read_json(path: str) -> Any:
-    """Raises DataError, which names the file, for one that is missing, empty or cut off."""
+    """Raises DataError, which names the file, for one that is missing, empty or cut off.
+
+    A byte order mark, which Windows' editors write, is left out.
+    """
     try:
         with open(path, "rb") as file:
             content = file.read()
@@ -20,8 +25,8 @@ def read_json(path: str) -> Any:
     if not content.strip():
         raise DataError(f"{path} is empty")
     try:
-        return json.loads(content)
-    except ValueError as error:  # UnicodeDecodeError is one
+        return json.loads(content)  # which knows UTF-8, 16 and 32 by their first bytes
+    except (RecursionError, ValueError) as error:  # UnicodeDecodeError is a ValueError
         raise DataError(f"{path} is cut off or not JSON: {' '.join(str(error).split())}") from error
 
 
@@ -38,41 +43,89 @@ def read_coco(path: str) -> dict[str, Any]:
     return coco
 
 
-def first_problem(coco: dict[str, Any]) -> str | None:
-    """What is wrong between images, annotations and categories, in half a sentence, or None.
+def load_coco(path: str, masks: bool | None = False, name: str | None = None) -> dict[str, Any]:
+    """A file as training and evaluation see it: without errors, and `normalised`.
+
+    Args:
+        masks: as for `first_problem`.
+        name: of the file in messages, where it is a copy of another one.
+
+    Raises DataError, which names the file, as `read_json` does, and for the first error in it.
+    """
+    coco = read_json(path)
+    for key in ("images", "categories"):
+        if not isinstance(coco, dict) or not isinstance(coco.get(key), list):
+            raise DataError(f"{name or path} is not in COCO's format: it has no list of {key}")
+    if problem := first_problem(coco, masks):
+        raise DataError(f"{name or path}: {problem}")
+    return normalised(coco)
+
+
+def first_problem(coco: dict[str, Any], masks: bool | None = None) -> str | None:
+    """The first error that `problems` finds, in half a sentence, or None.
 
     Args:
         coco: with lists of images and categories; that of annotations may be missing, and that of
             COCO's panoptic format is left alone.
+        masks: whether masks are needed (True), not looked at (False), or needed once one
+            annotation has one (None).
     """
     for key in ("images", "categories", "annotations"):
-        if not all(isinstance(one, dict) for one in coco.get(key) or []):
+        entries = coco.get(key)
+        if entries is not None and not (
+            isinstance(entries, list) and all(isinstance(one, dict) for one in entries)
+        ):
             return f"{key} must be a list of objects"
-    for image in coco["images"]:
-        for key, kind in (("id", (int, str)), ("width", (int,)), ("height", (int,))):
-            if not isinstance(image.get(key), kind):
-                return f"image {image.get('file_name')} has no {key}, got {image.get(key)!r}"
-    images = {image["id"] for image in coco["images"]}
-    categories = {category.get("id") for category in coco["categories"]}
-    seen = set()
-    for one in coco.get("annotations") or []:
-        if "segments_info" in one:  # panoptic
-            continue
-        name = f"annotation {one.get('id')}"
-        if not isinstance(one.get("id"), (int, str)) or one["id"] in seen:
-            return f"{name}: its id is missing or there twice"
-        seen.add(one["id"])
-        image, category = one.get("image_id"), one.get("category_id")
-        if not isinstance(image, (int, str)) or image not in images:
-            return f"{name} belongs to image {image}, which is not in the file"
-        if not isinstance(category, (int, str)) or category not in categories:
-            return f"{name} has category {category}, which is not in the file"
-        box = one.get("bbox")
-        if not isinstance(box, list) or len(box) != 4 or not all(map(_is_number, box)):
-            return f"{name} must have a bbox of 4 numbers, got {box}"
-        if not _is_mask(one.get("segmentation")):
-            return f"{name} must have polygons or RLE with size and counts as its segmentation"
-    return None
+    return next((str(one) for one in problems(coco, masks) if one.level == ERROR), None)
+
+
+def normalised(coco: dict[str, Any]) -> dict[str, Any]:
+    """Writes out what a file without errors leaves open; changes `coco` itself.
+
+    - Annotation ids that are text, or below 1, become numbers from 1: pycocotools takes a match
+      with annotation 0 for none.
+    - `iscrowd` becomes 0 or 1. An annotation with `ignore` 1, VOC's "difficult", becomes a crowd:
+      no training learns it, and detections on it count as neither right nor wrong.
+    - An `area` that is missing, null or not above 0 is computed: the pixels of the mask, without a
+      mask those of the box in its image.
+    - Polygons of fewer than 3 points go; an annotation with no others has no `segmentation`.
+    """
+    entries = coco.get("annotations") or []
+    if any("segments_info" in one for one in entries):  # panoptic
+        return coco
+    sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
+    renumber = any(not isinstance(one["id"], int) or one["id"] < 1 for one in entries)
+    for number, one in enumerate(entries, start=1):
+        if renumber:
+            one["id"] = number
+        one["iscrowd"] = int(is_crowd(one))
+        one.pop("ignore", None)
+        mask = one.get("segmentation")
+        if isinstance(mask, list):
+            parts = [part for part in mask if isinstance(part, list)]
+            mask = one["segmentation"] = [p for p in parts if len(p) >= 6 and len(p) % 2 == 0]
+        if not mask or not isinstance(mask, (list, dict)):
+            one.pop("segmentation", None)
+        if one.get("area") is None or one["area"] <= 0:
+            one["area"] = _area(one, *sizes[one["image_id"]])
+    return coco
+
+
+def _area(one: dict[str, Any], width: int, height: int) -> float:
+    found = mask_problems(one, "", width, height, needed=True)
+    if all(problem.level != ERROR for problem in found):
+        return float(pixels(one, width, height))
+    x, y, w, h = one["bbox"]
+    across = min(x + w, width) - max(x, 0)
+    down = min(y + h, height) - max(y, 0)
+    return float(max(across, 0) * max(down, 0))
+
+
+def pixels(one: dict[str, Any], width: int, height: int) -> int:
+    """How many pixels an annotation's mask covers."""
+    from pycocotools.mask import area
+
+    return int(area(rle_of(one["segmentation"], width, height)))
 
 
 def missing_files(folder: str, names: Iterable[str]) -> list[str]:
@@ -91,21 +144,3 @@ def missing_files(folder: str, names: Iterable[str]) -> list[str]:
         if base not in listed[parent]:
             missing.append(name)
     return missing
-
-
-def _is_mask(mask: Any) -> bool:
-    """Whether it has the form of one, or there is none."""
-    if not isinstance(mask, dict):
-        return mask is None or isinstance(mask, list)
-    size, counts = mask.get("size"), mask.get("counts")
-    if not isinstance(size, list) or len(size) != 2 or not all(map(_is_whole, size)):
-        return False
-    return isinstance(counts, str) or (isinstance(counts, list) and all(map(_is_whole, counts)))
-
-
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and value >= 0
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and value == value

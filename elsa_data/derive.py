@@ -130,7 +130,7 @@ def _instances(folder: str, split: str, jobs: int, progress: bool) -> dict[str, 
             }
         )
         for instance in instances:
-            annotations.append({**instance, "image_id": number, "id": len(annotations)})
+            annotations.append({**instance, "image_id": number, "id": len(annotations) + 1})
     categories = [{"id": label.id, "name": label.name} for label in _instance_labels()]
     return {"images": images, "categories": categories, "annotations": annotations}
 

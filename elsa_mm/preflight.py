@@ -107,7 +107,7 @@ def check_data(cfg: Config, parts: Sequence[str]) -> None:
     Args:
         parts: "train", "val", "test": the loaders that the run uses.
     """
-    known: dict[str, list[str]] = {}
+    known: dict[tuple[str, bool], list[str]] = {}
     for part in parts:
         loader = cfg.get(f"{part}_dataloader")
         for dataset in _datasets((loader or {}).get("dataset")):
@@ -115,7 +115,9 @@ def check_data(cfg: Config, parts: Sequence[str]) -> None:
         for node in walk(cfg.get(f"{part}_evaluator") or {}):
             if isinstance(node.get("ann_file"), str) and not _is_remote(node):
                 what = f"the {part} evaluator's annotation file"
-                _check_annotations(node["ann_file"], what, known)
+                metric = node.get("metric") or ()
+                masks = "segm" in ([metric] if isinstance(metric, str) else metric)
+                _check_annotations(node["ann_file"], what, known, masks)
 
 
 def build_data(runner: Runner, parts: Sequence[str]) -> None:
@@ -173,14 +175,16 @@ def _is_remote(node: dict) -> bool:
     return backend != "local" or "://" in f"{node.get('data_root')} {node.get('ann_file')}"
 
 
-def _check_dataset(dataset: dict, part: str, known: dict[str, list[str]]) -> None:
+def _check_dataset(dataset: dict, part: str, known: dict[tuple[str, bool], list[str]]) -> None:
     if _is_remote(dataset):
         return
     root = dataset.get("data_root") or ""
     images = []
     if dataset.get("ann_file"):
         path = os.path.join(root, dataset["ann_file"])
-        images = _check_annotations(path, f"the {part} data's annotation file", known)
+        masks = any(node.get("with_mask") for node in walk(dataset.get("pipeline") or []))
+        what = f"the {part} data's annotation file"
+        images = _check_annotations(path, what, known, masks)
     for name, folder in _folders(dataset).items():
         path = os.path.join(root, folder or "")
         if path and not os.path.isdir(path):
@@ -203,20 +207,26 @@ def _folders(dataset: dict) -> dict[str, str]:
     return {"data_prefix": prefix} if isinstance(prefix, str) else prefix
 
 
-def _check_annotations(path: str, what: str, known: dict[str, list[str]]) -> list[str]:
+def _check_annotations(
+    path: str, what: str, known: dict[tuple[str, bool], list[str]], masks: bool
+) -> list[str]:
     """The names of the images in a file of COCO's format, none for other formats.
 
     Args:
-        known: those of the files that have been read before.
+        known: those of the files that have been read before, with and without masks.
+        masks: whether each annotation must have one.
     """
     path = os.path.abspath(path)
-    if path in known or os.path.isdir(path):  # some data sets name a folder
-        return known.get(path, [])
+    for key in ((path, masks), (path, True)):
+        if key in known:
+            return known[key]
+    if os.path.isdir(path):  # some data sets name a folder
+        return []
     if not os.path.isfile(path):
         raise UsageError(f"{what} {path} does not exist")
     if not os.path.getsize(path):
         raise UsageError(f"{what} {path} is empty")
-    known[path] = []
+    known[path, masks] = []
     if not path.endswith(".json"):
         return []
     try:
@@ -226,7 +236,7 @@ def _check_annotations(path: str, what: str, known: dict[str, list[str]]) -> lis
     lists = [content.get(key) for key in ("images", "categories")] if type(content) is dict else []
     if not lists or not all(isinstance(one, list) for one in lists):
         return []
-    if problem := first_problem(content):
+    if problem := first_problem(content, masks):
         raise UsageError(f"{what} {path}: {problem}")
-    known[path] = [image["file_name"] for image in content["images"] if "file_name" in image]
-    return known[path]
+    known[path, masks] = [image["file_name"] for image in content["images"]]
+    return known[path, masks]

@@ -65,7 +65,7 @@ def coco_content(names, categories):
     }
     polygon = [2, 2, 12, 2, 12, 10, 2, 10]
     for number in range(max(categories, len(names))):
-        one = {"id": number, "image_id": number % len(names), "iscrowd": 0}
+        one = {"id": number + 1, "image_id": number % len(names), "iscrowd": 0}
         one |= {"category_id": number % categories + 1, "area": 80, "bbox": [2, 2, 10, 8]}
         content["annotations"].append({**one, "segmentation": [polygon]})
     content["annotations"][0] |= {"segmentation": rle, "iscrowd": 1, "area": int(crowd.sum())}

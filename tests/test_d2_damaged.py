@@ -121,7 +121,7 @@ def edit(root, change):
         ),
         (
             lambda content: content["annotations"][3].update(id=1),
-            "its id is missing or there twice",
+            "has the id 1, which is there twice",
         ),
         (lambda content: content["images"][0].pop("height"), "has no height, got None"),
         (
@@ -129,6 +129,10 @@ def edit(root, change):
             "must have polygons or RLE with size and counts as its segmentation",
         ),
         (lambda content: content["annotations"].append(7), "annotations must be a list of objects"),
+        (
+            lambda content: content["annotations"][3].update(segmentation=[["a"] * 6]),
+            "must have polygons that are lists of finite numbers as its segmentation",
+        ),
     ],
 )
 def test_annotations_that_contradict_themselves(refusal, copy, change, problem):
@@ -138,13 +142,13 @@ def test_annotations_that_contradict_themselves(refusal, copy, change, problem):
     assert sentence.endswith(problem)
 
 
-def test_masks_that_cannot_be_drawn(refusal, copy):
+def test_masks_that_cannot_be_used(refusal, copy):
     def change(content):
         for one in content["annotations"]:
-            one["segmentation"] = [["a"] * 6]
+            one["segmentation"] = {"size": [96, 96], "counts": [96 * 96]}
 
     edit(copy, change)
-    sentence = detect(refusal, copy)
+    sentence = detect(refusal, copy, INPUT__MASK_FORMAT="polygon")
     assert sentence.startswith(f"the annotations of image {copy}/images/training/"), sentence
 
 

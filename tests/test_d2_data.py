@@ -87,7 +87,7 @@ def test_a_data_set_that_is_not_registered():
         (lambda d: edit(d, annotations=[]), "has no annotations"),
         (lambda d: edit(d, annotations=None), "has no list of annotations"),
         (lambda d: edit(d, categories=[]), "has no categories"),
-        (lambda d: edit(d, images=[{"id": 1}]), "images without a file_name"),
+        (lambda d: edit(d, images=[{"id": 1}]), "image 1 has no width, got None"),
         (lambda d: shutil.rmtree(d / "images"), "does not exist"),
         (
             lambda d: (d / "images/000003.jpg").unlink(),

@@ -10,7 +10,7 @@ from data_trees import SIZE, coco_content, image
 
 from elsa_data.annotations import validate
 from elsa_data.check import check_annotations
-from elsa_data.coco import first_problem, read_coco
+from elsa_data.coco import first_problem, load_coco, read_coco
 from elsa_data.errors import DataError
 from elsa_data.rle import compressed_counts
 
@@ -67,7 +67,7 @@ DAMAGES = {
         "b.jpg",
     ),
     "no file name": (change_image(file_name=None), "error", "no-file-name", "image 0"),
-    "image without a size": (change_image(width=0), "error", "image-size", "image 0"),
+    "image without a size": (change_image(width=0), "error", "image-size", "image a.jpg"),
     "no box": (drop("bbox"), "error", "box-form", "annotation 9: None"),
     "box of 3 numbers": (change(bbox=[1, 2, 3]), "error", "box-form", "[1, 2, 3]"),
     "box of words": (change(bbox=["1", 2, 3, 4]), "error", "box-form", "'1'"),
@@ -76,19 +76,56 @@ DAMAGES = {
     "box turned round": (change(bbox=[5, 5, -2, 4]), "warning", "box-without-area", "-2"),
     "box over the edge": (change(bbox=[20, 2, 6, 4]), "warning", "box-outside", "in 24x16"),
     "box off the image": (change(bbox=[24, 2, 6, 4]), "error", "box-off-image", "[24, 2, 6, 4]"),
-    "no area": (drop("area"), "error", "no-area", "annotation 9"),
+    "box that float32 does not hold": (
+        change(bbox=[20, 2, 1e-6, 4]),
+        "warning",
+        "box-without-area",
+        "annotation 9",
+    ),
+    "box thinner than a pixel": (change(bbox=[2, 2, 0.5, 4]), "warning", "box-thin", "0.5"),
+    "no area": (drop("area"), "warning", "no-area", "annotation 9"),
+    "area of 0": (change(area=0), "warning", "no-area", "annotation 9"),
+    "area of a word": (change(area="80"), "error", "area-form", "'80'"),
+    "area beyond COCO's range": (change(area=2e10), "error", "area-form", ": 20000000000.0"),
+    "no iscrowd": (drop("iscrowd"), "warning", "no-iscrowd", "annotation 9"),
+    "iscrowd null": (change(iscrowd=None), "warning", "no-iscrowd", "annotation 9"),
+    "iscrowd of a word": (change(iscrowd="0"), "error", "iscrowd-form", "annotation 9: '0'"),
+    "difficult": (change(ignore=1), "warning", "ignored", "annotation 9"),
+    "ignore of a word": (change(ignore="no"), "error", "ignore-form", "annotation 9: 'no'"),
+    "annotation id 0": (change(id=0), "warning", "annotation-id-form", "annotation 0"),
+    "annotation id of text": (change(id="a"), "error", "mixed-annotation-ids", "annotation 'a'"),
+    "image id of text": (change_image(id="0"), "error", "mixed-image-ids", "image '0'"),
+    "category id that is true": (change_category(id=True), "error", "no-category-id", "True"),
+    "category name twice": (
+        change_category(name="kind 2"),
+        "error",
+        "duplicate-category-name",
+        "category 2 kind 2",
+    ),
+    "crowds only": (
+        lambda content: [one.update(iscrowd=1) for one in content["annotations"]],
+        "error",
+        "no-objects",
+        "4 annotations",
+    ),
     "empty mask": (change(segmentation=[]), "error", "no-mask", "annotation 9"),
     "mask of a word": (change(segmentation="mask"), "error", "mask-form", "annotation 9"),
     "polygon of 2 points": (
         change(segmentation=[[1, 1, 9, 9]]),
+        "error",
+        "no-polygon",
+        "annotation 9",
+    ),
+    "polygon of 2 points beside another": (
+        change(segmentation=[[1, 1, 9, 9], [1, 1, 9, 1, 9, 9]]),
         "warning",
         "polygon-short",
         "annotation 9",
     ),
     "polygon of 7 numbers": (
         change(segmentation=[[1, 1, 9, 1, 9, 9, 5]]),
-        "warning",
-        "polygon-short",
+        "error",
+        "no-polygon",
         "annotation 9",
     ),
     "polygon of words": (change(segmentation=[["a"] * 6]), "error", "polygon-form", "annotation 9"),
@@ -134,10 +171,13 @@ def test_damage_is_found(content, spoil, level, rule, example):
     finding = found[rule]
     assert finding.level == level and finding.count == 1 and "{" not in finding.text
     assert example in " ".join(finding.examples)
-    follow_up = {"polygon-short": {"mask-empty"}, "duplicate-image-id": {"unknown-image"}}
+    follow_up = {"duplicate-image-id": {"unknown-image"}, "mixed-image-ids": {"unknown-image"}}
     follow_up |= {"duplicate-category-id": {"unknown-category"}}
+    follow_up |= {"no-category-id": {"unknown-category"}}
     rest = {other for other in found if found[other].level == "error"} - {rule, "unused-category"}
     assert rest <= follow_up.get(rule, set())
+    sentence = first_problem(content)  # what the checker accepts no run refuses, and vice versa
+    assert (sentence is None) == (level == "warning") and "{" not in str(sentence)
 
 
 def test_findings_are_counted_with_the_first_few_as_examples(content):
@@ -207,7 +247,7 @@ def test_files_that_are_none(tmp_path, text, message):
     [
         ("no image of that id", "annotation 9 belongs to image 77, which is not in the file"),
         ("no category of that id", "annotation 9 has category 3, which is not in the file"),
-        ("annotation id twice", "annotation 1: its id is missing or there twice"),
+        ("annotation id twice", "annotation 1 has the id 1, which is there twice"),
         ("box of 3 numbers", "annotation 9 must have a bbox of 4 numbers, got [1, 2, 3]"),
         (
             "RLE of negative numbers",
@@ -223,6 +263,83 @@ def test_files_that_are_none(tmp_path, text, message):
 def test_what_no_training_survives(content, name, sentence):
     DAMAGES[name][0](content)
     assert first_problem(content) == sentence
+
+
+def test_masks_are_a_matter_of_runs_that_need_them(content):
+    change(segmentation=[])(content)
+    assert first_problem(content, masks=True).startswith("annotation 9 must have a mask")
+    assert first_problem(content, masks=False) is None
+    for one in content["annotations"]:
+        del one["segmentation"]
+    assert first_problem(content) is None
+    assert first_problem(content, masks=True).startswith("annotation 1 must have a mask")
+
+
+NORMAL = {
+    "ids from 0": (lambda all: [one.update(id=one["id"] - 1) for one in all], "id", [1, 2, 3, 4]),
+    "ids of text": (
+        lambda all: [one.update(id=f"a{one['id']}") for one in all],
+        "id",
+        [1, 2, 3, 4],
+    ),
+    "ids with gaps": (lambda all: all[0].update(id=7), "id", [7, 2, 3, 9]),
+    "no iscrowd": (lambda all: [one.pop("iscrowd") for one in all], "iscrowd", [0] * 4),
+    "iscrowd null and true": (
+        lambda all: [
+            one.update(iscrowd=flag) for one, flag in zip(all, [True, None, 0, 1.0], strict=True)
+        ],
+        "iscrowd",
+        [1, 0, 0, 1],
+    ),
+    "difficult": (lambda all: all[1].update(ignore=1), "iscrowd", [1, 1, 0, 0]),
+    "areas": (
+        lambda all: (all[0].pop("area"), all[1].update(area=None), all[2].update(area=-3)),
+        "area",
+        [119, 80, 80, 80],
+    ),
+    "areas of boxes": (
+        lambda all: (
+            [one.pop("segmentation") for one in all],
+            all[1].update(area=0, bbox=[-5, 2, 10, 8.5]),
+        ),
+        "area",
+        [119, 42.5, 80, 80],
+    ),
+    "short polygons": (
+        lambda all: all[1].update(segmentation=[[5, 5], [1, 1, 9, 1, 9, 9], [1, 1, 9, 9]]),
+        "segmentation",
+        [
+            "RLE",
+            [[1, 1, 9, 1, 9, 9]],
+            [[2, 2, 12, 2, 12, 10, 2, 10]],
+            [[2, 2, 12, 2, 12, 10, 2, 10]],
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("spoil, key, values", NORMAL.values(), ids=NORMAL)
+def test_what_is_left_open_is_written_out(content, spoil, key, values, tmp_path):
+    spoil(content["annotations"])
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(content), encoding="utf-8-sig")  # with a byte order mark
+    found = [one.get(key) for one in load_coco(str(file))["annotations"]]
+    assert ["RLE" if isinstance(one, dict) else one for one in found] == values
+    assert all(
+        type(one) is type(value) or key == "area"
+        for one, value in zip(found[1:], values[1:], strict=True)
+    )
+
+
+def test_a_file_with_errors_is_not_loaded(content, tmp_path):
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps({**content, "images": None}))
+    with pytest.raises(DataError, match="a.json is not in COCO's format: it has no list of images"):
+        load_coco(str(file))
+    change(bbox=None)(content)
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match="a.json: annotation 9 must have a bbox of 4 numbers, got"):
+        load_coco(str(file))
 
 
 def test_other_formats_are_left_alone(content):
