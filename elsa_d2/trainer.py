@@ -13,7 +13,7 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
 from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, hooks
-from detectron2.evaluation import COCOEvaluator, DatasetEvaluator
+from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
@@ -22,6 +22,7 @@ from elsa_core.stop import FAILED, Ended, spare_workers
 from .amp import AutocastTrainer, amp_dtype
 from .checkpoint import AtomicCheckpointer
 from .cityscapes import build_cityscapes_evaluator, is_cityscapes
+from .coco_evaluator import COCOEvaluator
 from .mapper import DetectionMapper, training_dicts
 from .optimizer import build_optimizer
 from .order import continue_order, torch_loader
@@ -164,9 +165,8 @@ class Trainer(DefaultTrainer):
         return COCOEvaluator(
             dataset_name,
             tasks,
-            output_dir=os.path.join(cfg.OUTPUT_DIR, folder),
-            # pycocotools, as in papers and OpenMMLab; few builds have Detectron2's faster one.
-            use_fast_impl=False,
+            cfg.TEST.DETECTIONS_PER_IMAGE,
+            os.path.join(cfg.OUTPUT_DIR, folder),
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
 

@@ -18,6 +18,7 @@ from elsa_core.stop import Ended
 
 from . import fit, preflight
 from .checkpoint import find_last_checkpoint
+from .evaluators import use_coco_metric
 from .machine import join_cpu_processes, use_cpu_where_needed
 
 EXIT_STATUS = (
@@ -178,6 +179,7 @@ def _load_config(options: argparse.Namespace) -> Config:
 
 def _build_runner(cfg: Config, notes: list[str]) -> Runner:
     notes += use_cpu_where_needed(cfg)
+    use_coco_metric(cfg)
     if cfg.get("default_scope") == "mmdet":
         from mmdet.utils import setup_cache_size_limit_of_dynamo
 

@@ -4,7 +4,7 @@ _base_ = ["mmdet::_base_/datasets/cityscapes_instance.py"]
 
 val_evaluator = [
     dict(
-        type="CocoMetric",
+        type="elsa_mm.coco_metric.CocoMetric",
         ann_file="data/cityscapes/annotations/instancesonly_filtered_gtFine_val.json",
         metric=["bbox", "segm"],
     ),

@@ -1,4 +1,5 @@
-# MMDetection's COCO with masks, and the training augmentation of DETR and Sparse R-CNN.
+# MMDetection's COCO with masks, the training augmentation of DETR and Sparse R-CNN, and a metric
+# that counts as many detections as the model gives.
 _base_ = ["mmdet::_base_/datasets/coco_instance.py"]
 
 short_sides = dict(
@@ -33,3 +34,5 @@ train_pipeline = [
     dict(type="PackDetInputs"),
 ]
 train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+val_evaluator = dict(type="elsa_mm.coco_metric.CocoMetric")
+test_evaluator = val_evaluator

@@ -57,7 +57,7 @@ val_dataloader = dict(
 test_dataloader = val_dataloader
 
 val_evaluator = dict(
-    type="CocoMetric",
+    type="elsa_mm.coco_metric.CocoMetric",
     ann_file=data_root + "/annotations/instances_validation.json",
     metric=["bbox", "segm"],
 )

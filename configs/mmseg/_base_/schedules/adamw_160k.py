@@ -1,7 +1,7 @@
-# MMSegmentation's 160k iterations and runtime, with AdamW. The rate falls from iteration 0 on, times
-# the warm-up; the ends are one more, because LinearLR and PolyLR reach their last value an iteration
-# before them. Checkpoints are written whole or not at all, the last 3 are kept. The paths are
-# explained in models/upernet_elsa-swin.py.
+# MMSegmentation's 160k iterations and runtime, with AdamW. The rate falls from iteration 0 on,
+# times the warm-up; the ends are one more, because LinearLR and PolyLR reach their last value an
+# iteration before them. Checkpoints are written whole or not at all, the last 3 are kept. The paths
+# are explained in models/upernet_elsa-swin.py.
 _base_ = [
     f"{__import__('mmseg').__path__[0]}/.mim/configs/_base_/default_runtime.py",
     f"{__import__('mmseg').__path__[0]}/.mim/configs/_base_/schedules/schedule_160k.py",

@@ -1,5 +1,5 @@
-# MMSegmentation's 80k iterations, for 8 images at a time; the rate's law is that of 160k, as there is
-# no published recipe.
+# MMSegmentation's 80k iterations, for 8 images at a time; the rate's law is that of 160k, as there
+# is no published recipe.
 _base_ = ["adamw_160k.py"]
 
 train_cfg = dict(max_iters=80000, val_interval=8000)

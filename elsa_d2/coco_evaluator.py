@@ -1,0 +1,147 @@
+"""Detectron2's COCO evaluation, of every file that the checker accepts, at the model's limit."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import itertools
+import json
+import logging
+import os
+from collections.abc import Collection, Sequence
+from typing import Any
+
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.data.datasets import convert_to_coco_json
+from detectron2.evaluation import COCOEvaluator as Detectron2Evaluator
+from detectron2.utils.file_io import PathManager
+from pycocotools.coco import COCO
+
+from elsa_core.errors import UsageError
+from elsa_data.coco import load_coco
+from elsa_data.coco_eval import LEAST_LIMIT, evaluate_detections, limit_warning, unseen_warning
+from elsa_data.errors import DataError
+
+
+class COCOEvaluator(Detectron2Evaluator):
+    """COCOEvaluator whose AP, AP50, AP75, APs, APm and APl are right for every valid file.
+
+    All six count up to ``limit`` detections of an image, never fewer than COCO's 100, of the truth
+    that `elsa_data.coco.normalised` describes. A model that detects nothing has AP 0. Keypoints and
+    proposals are evaluated as Detectron2 does.
+
+    Args:
+        dataset_name: with a COCO file as its metadata's ``json_file``; another data set is
+            written as one into `output_dir`.
+        tasks: of "bbox", "segm" and "keypoints".
+        limit: of the model's detections of an image.
+        output_dir: for instances_predictions.pth and coco_instances_results.json; None for none.
+        distributed: whether to gather the predictions of all processes.
+        kpt_oks_sigmas: of the keypoints, empty for COCO's.
+
+    Raises UsageError for a file that the checker would find errors in.
+    """
+
+    def __init__(
+        self,
+        dataset_name: str,
+        tasks: Sequence[str],
+        limit: int = LEAST_LIMIT,
+        output_dir: str | None = None,
+        *,
+        distributed: bool = True,
+        kpt_oks_sigmas: Sequence[float] = (),
+    ) -> None:
+        # Not super's: it reads the file as pycocotools does, which knows no byte order mark.
+        self._logger = logging.getLogger(__name__)
+        self._metadata = MetadataCatalog.get(dataset_name)
+        self._tasks, self._limit, self._output_dir = tuple(tasks), limit, output_dir
+        self._max_dets_per_image = [1, 10, max(LEAST_LIMIT, limit)]
+        self._distributed, self._kpt_oks_sigmas = distributed, kpt_oks_sigmas
+        self._cpu_device, self._use_fast_impl = torch.device("cpu"), False
+        if not hasattr(self._metadata, "json_file"):
+            if output_dir is None:
+                raise UsageError(
+                    f"output_dir must name a folder: {dataset_name!r} has no COCO file"
+                )
+            path = os.path.join(output_dir, f"{dataset_name}_coco_format.json")
+            convert_to_coco_json(dataset_name, path, allow_cached=False)
+            self._metadata.json_file = path
+        file = self._metadata.json_file
+        try:
+            local = PathManager.get_local_path(file)
+            self._coco = load_coco(local, masks="segm" in tasks, name=file)
+        except DataError as error:
+            raise UsageError(f"annotation file of data set {dataset_name!r}: {error}") from error
+        self._coco_api = COCO()
+        self._coco_api.dataset = self._coco
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._coco_api.createIndex()
+        self._do_evaluation = "annotations" in self._coco
+        ids = {one["id"]: one["id"] for one in self._coco["categories"]}
+        self._labels = self._metadata.get("thing_dataset_id_to_contiguous_id", ids)
+        if warning := limit_warning(self._coco, limit, "TEST.DETECTIONS_PER_IMAGE"):
+            self._logger.warning(f"data set {dataset_name!r}: {warning}")
+
+    def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
+        """As super's; widths and heights are differences in float64, as in MMDetection."""
+        start = len(self._predictions)
+        super().process(inputs, outputs)
+        instances = [output["instances"] for output in outputs if "instances" in output]
+        for prediction, found in zip(self._predictions[start:], instances, strict=False):
+            boxes = found.pred_boxes.tensor.double().tolist()
+            for one, (left, top, right, bottom) in zip(prediction["instances"], boxes, strict=True):
+                one["bbox"] = [left, top, right - left, bottom - top]
+
+    def _eval_predictions(
+        self, predictions: list[dict[str, Any]], img_ids: Collection[Any] | None = None
+    ) -> None:
+        detections = list(itertools.chain(*(one["instances"] for one in predictions)))
+        if "keypoints" in self._tasks and detections:
+            self._eval_keypoints(predictions, img_ids)
+        self._save(detections)
+        if not self._do_evaluation:
+            self._logger.info("Annotations are not available for evaluation.")
+            return
+        if img_ids is None:
+            warning = unseen_warning(self._coco, {one["image_id"] for one in predictions})
+            if warning:
+                self._logger.warning(warning)
+        for task in self._tasks:
+            if task == "keypoints":
+                continue
+            limit = self._max_dets_per_image[-1]
+            evaluation = evaluate_detections(
+                self._coco, self._labels, detections, task, limit, image_ids=img_ids
+            )
+            self._logger.info(f"Evaluation of {task} at {limit} detections:\n{evaluation}")
+            self._results[task] = self._derive_coco_results(
+                evaluation, task, class_names=self._metadata.get("thing_classes")
+            )
+
+    def _eval_keypoints(
+        self, predictions: list[dict[str, Any]], img_ids: Collection[Any] | None
+    ) -> None:
+        tasks, self._tasks = self._tasks, ("keypoints",)
+        try:
+            super()._eval_predictions(copy.deepcopy(predictions), img_ids)
+        finally:
+            self._tasks = tasks
+
+    def _save(self, detections: list[dict[str, Any]]) -> None:
+        """COCO's results, with the category ids of the data set."""
+        ids = {label: category for category, label in self._labels.items()}
+        if wrong := [one["category_id"] for one in detections if one["category_id"] not in ids]:
+            raise UsageError(
+                f"labels must be 0..{len(ids) - 1} for the {len(ids)} classes of the data set, "
+                f"got {wrong[0]}"
+            )
+        if not self._output_dir:
+            return
+        path = os.path.join(self._output_dir, "coco_instances_results.json")
+        self._logger.info(f"Saving results to {path}")
+        os.makedirs(self._output_dir, exist_ok=True)
+        with open(path, "w") as file:
+            json.dump([{**one, "category_id": ids[one["category_id"]]} for one in detections], file)
