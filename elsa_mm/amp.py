@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.utils import apply_to
 from torch import Tensor, nn
 
+PARTS = ("backbone", "neck")
+
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
-    """Trains with the model's `extract_feat`, that is backbone and neck, in bfloat16.
+    """Trains with the model's `backbone` and `neck` in bfloat16.
 
     The heads stay in float32, because mmcv's operators know no bfloat16 on CPUs. bfloat16 has
     float32's range, so that no loss scaling is needed. Takes `OptimWrapper`'s arguments.
@@ -25,16 +27,32 @@ class CPUAmpOptimWrapper(OptimWrapper):
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
         module = model.module if is_model_wrapper(model) else model
-        extract_feat = module.extract_feat
+        with ExitStack() as stack:
+            for part in (getattr(module, name, None) for name in PARTS):
+                if isinstance(part, nn.Module):
+                    stack.enter_context(_in_bfloat16(part))
+            stack.enter_context(super().optim_context(model))
+            yield
 
-        def extract_in_bfloat16(*args: Any, **kwargs: Any) -> Any:
-            with torch.autocast("cpu", torch.bfloat16):
-                features = extract_feat(*args, **kwargs)
-            return apply_to(features, torch.is_tensor, Tensor.float)
 
-        module.extract_feat = extract_in_bfloat16
-        try:
-            with super().optim_context(model):
-                yield
-        finally:
-            del module.extract_feat  # the method is there again
+@contextmanager
+def _in_bfloat16(part: nn.Module) -> Iterator[None]:
+    """Calls of the module compute in bfloat16 and return float32."""
+    autocast = torch.autocast("cpu", torch.bfloat16)
+
+    def enter(*_: Any) -> None:
+        autocast.__enter__()
+
+    def leave(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        autocast.__exit__(None, None, None)
+        return apply_to(output, torch.is_tensor, Tensor.float)
+
+    hooks = [
+        part.register_forward_pre_hook(enter),
+        part.register_forward_hook(leave, always_call=True),
+    ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -1,11 +1,13 @@
 """What OpenMMLab builds from a config, in the words of tests/recipes.py."""
 
+import copy
 import json
 from functools import cache, cached_property
 from pathlib import Path
 
 import torch
 from mmdet.registry import TRANSFORMS
+from mmdet.structures.bbox import bbox2roi
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope
@@ -57,6 +59,21 @@ class Built:
         epoch = recipe.iterations // recipe.epochs if recipe.epochs else None
         last = recipe.warmup + 1 if epoch else max(iterations)
         return _rates(schedule, recipe.lr, tuple(iterations), epoch, last)
+
+    def pooled(self, maps, box):
+        """What each RoI pooling makes of maps [1, C, H_i, W_i] and a box [1, 4]."""
+        roi = self.model.roi_head
+        extractors = [*_list(roi.bbox_roi_extractor), *_list(roi.mask_roi_extractor)]
+        return [extractor(tuple(maps), bbox2roi([box])) for extractor in extractors]
+
+    def first_weights(self):
+        """Parameters of neck and heads, by MMDetection's or MMSegmentation's names."""
+        model = copy.deepcopy(self.cfg.model)
+        model.backbone = dict(type=torch.nn.Identity)
+        with self._scope():
+            built = MODELS.build(model)
+        built.init_weights()
+        return dict(built.named_parameters())
 
     def length(self):
         """Of the training: epochs or iterations."""

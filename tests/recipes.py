@@ -5,6 +5,9 @@ The built objects of both frameworks are compared with what `Recipe.facts` makes
 
 from __future__ import annotations
 
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
 from typing import Any
@@ -136,6 +139,24 @@ def rcnn(recipe: Recipe) -> dict[str, Any]:
         "box head": (4, 1, 1024, "SyncBN"),
         "mask heads": 3,
     }
+
+
+def first_weights(method: str, name: str, shape: Sequence[int]) -> tuple[str, float]:
+    """Distribution and standard deviation of a parameter of neck or heads, by OpenMMLab's name.
+
+    Kaiming's are for ReLU and by fan-out, as in MMCV; biases are 0 and scales of norms 1.
+    """
+    if name.endswith(".bias"):
+        return "constant", 0.0
+    if ".bn." in name:
+        return "constant", 1.0
+    if name.startswith("neck.") or ".shared_fcs." in name:
+        return "uniform", math.sqrt(2 / (math.prod(shape[1:]) + math.prod(shape) // shape[1]))
+    if name.startswith("rpn_head.") or re.search(r"\.(fc_cls|conv_seg)\.", name):
+        return "normal", 0.01
+    if ".fc_reg." in name:
+        return "normal", 0.001
+    return "normal", math.sqrt(2 / (math.prod(shape) // shape[1]))
 
 
 def upernet_facts() -> dict[str, Any]:

@@ -85,13 +85,8 @@ class TwoParts(torch.nn.Module):
         self.head = torch.nn.Linear(4, 1)
         self.seen = []
 
-    def extract_feat(self, x):
-        out = self.backbone(x)
-        self.seen.append(out.dtype)
-        return (out,)
-
     def forward(self, x):
-        (features,) = self.extract_feat(x)
+        features = self.backbone(x)
         self.seen += [features.dtype, self.head(features).dtype]
         return self.head(features).sum()
 
@@ -101,10 +96,17 @@ def test_cpu_amp_runs_the_features_alone_in_bfloat16():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     wrapper = OPTIM_WRAPPERS.build(dict(type="CPUAmpOptimWrapper", optimizer=optimizer))
     before = model.backbone.weight.detach().clone()
+    inside = []
+    note = model.backbone.register_forward_hook(lambda *call: inside.append(call[-1].dtype))
     with wrapper.optim_context(model):
         loss = model(torch.randn(2, 4))
+        with pytest.raises(RuntimeError):  # which leaves no trace
+            model(torch.randn(2, 5))
+        assert not torch.is_autocast_enabled("cpu")
+    note.remove()
     wrapper.update_params(loss)
-    assert model.seen == [torch.bfloat16, torch.float32, torch.float32]
+    assert inside == [torch.bfloat16]
+    assert model.seen == [torch.float32, torch.float32]
     assert model.backbone.weight.dtype == torch.float32
     assert not torch.equal(before, model.backbone.weight)
     model.seen.clear()

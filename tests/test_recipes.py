@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from recipes import RECIPES
+from recipes import RECIPES, first_weights
 
 pytest.importorskip("detectron2")
 pytest.importorskip("mmdet")
@@ -18,6 +18,8 @@ each = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name
 # MMEngine multiplies the rate of the last iteration by a factor, 160,000 times.
 TOLERANCE = {"detectron2": 1e-12, "openmmlab": 1e-9}
 both = pytest.mark.parametrize("framework", FRAMEWORKS)
+openmmlab = pytest.mark.parametrize("framework", ["openmmlab"])
+METHODS = {recipe.method: recipe for recipe in reversed(RECIPES)}
 
 
 @cache
@@ -41,6 +43,43 @@ def equal(left, right):
     if isinstance(right, float) and not isinstance(left, (str, type(None))):
         return math.isclose(left, right, rel_tol=1e-6, abs_tol=1e-12)
     return left == right
+
+
+@openmmlab
+@pytest.mark.parametrize("method", METHODS)
+def test_first_weights(framework, method):
+    parts = built(framework, METHODS[method]).first_weights()
+    assert len(parts) > 20
+    for name, weights in parts.items():
+        kind, deviation = first_weights(method, name, weights.shape)
+        if kind == "constant":
+            assert (weights == deviation).all(), name
+            continue
+        # Four standard errors.
+        assert weights.std().item() == pytest.approx(deviation, rel=4 / math.sqrt(weights.numel()))
+        assert (weights.abs().max() < 1.74 * deviation) == (kind == "uniform"), name
+
+
+@openmmlab
+@pytest.mark.parametrize("method", ["mask-rcnn", "cascade-mask-rcnn"])
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float16, 2e-3), (torch.bfloat16, 2e-2)])
+def test_boxes_are_pooled_in_float32(framework, method, dtype, tolerance):
+    """A box of 301 pixels is larger than float16's 65504, and its edges lie between its numbers."""
+    left, top, size, stride = 600.2, 10.0, 301.0, 16
+    centre = (left + size / 2) / stride - 0.5
+    maps = []
+    for step in (4, 8, 16, 32):
+        column = torch.arange(960 / step) - round(centre)
+        wrong = 0 if step == stride else 7
+        maps.append((column + wrong).expand(1, 256, 320 // step, -1).to(dtype))
+    box = torch.tensor([[left, top, left + size, top + size]])
+    with torch.autocast("cpu", dtype):
+        poolings = built(framework, METHODS[method]).pooled(maps, box)
+    assert len(poolings) >= 2
+    for pooled in poolings:
+        assert pooled.dtype == dtype
+        middle = pooled.float().mean().item()
+        assert middle == pytest.approx(centre - round(centre), abs=tolerance)
 
 
 @both

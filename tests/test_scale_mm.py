@@ -39,13 +39,10 @@ class Model(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(0)
-        self.layer = nn.Linear(3, 2)
-
-    def extract_feat(self, images):
-        return self.layer(images)
+        self.backbone = nn.Linear(3, 2)
 
     def forward(self, images):
-        return self.extract_feat(images).square().mean()
+        return self.backbone(images).square().mean()
 
 
 @pytest.mark.parametrize(
@@ -63,7 +60,7 @@ def test_accumulated_iterations_are_one_step(kind, tolerance):
             with wrapper.optim_context(model):
                 loss = model(part)
             wrapper.update_params(loss)
-        return model.layer.weight.detach()
+        return model.backbone.weight.detach()
 
     whole, accumulated = train(1, OptimWrapper), train(4, kind)
     assert torch.allclose(whole, accumulated, rtol=tolerance, atol=tolerance / 10)

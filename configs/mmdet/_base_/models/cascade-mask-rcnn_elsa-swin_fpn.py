@@ -1,12 +1,13 @@
 # MMDetection's Cascade Mask R-CNN with ELSA-Swin-T and the original's box heads: 4 convolutions and
 # 1 fully connected layer, class-specific regression, GIoU of the decoded boxes. Stage
-# weights, thresholds and the RPN's Smooth L1 are those of MMDetection's base.
+# weights, thresholds and the RPN's Smooth L1 are those of MMDetection's base. Parts of elsa_mm
+# compute boxes and RoIs in float32, in mixed precision too, and initialise the mask heads.
 _base_ = ["mmdet::_base_/models/cascade-mask-rcnn_r50_fpn.py"]
 
 custom_imports = dict(imports=["elsa_mm"])
 
 bbox_head = dict(
-    type="ConvFCBBoxHead",
+    type="elsa_mm.detection.Float32BBoxHead",
     num_shared_convs=4,
     num_shared_fcs=1,
     in_channels=256,
@@ -24,7 +25,11 @@ bbox_head = dict(
 model = dict(
     backbone=dict(_delete_=True, type="ELSASwin", arch="tiny", drop_path_rate=0.0),
     neck=dict(in_channels=[96, 192, 384, 768]),
+    rpn_head=dict(type="elsa_mm.detection.Float32RPNHead"),
     roi_head=dict(
+        type="elsa_mm.detection.InitializedCascadeRoIHead",
+        bbox_roi_extractor=dict(type="elsa_mm.detection.Float32RoIExtractor"),
+        mask_roi_extractor=dict(type="elsa_mm.detection.Float32RoIExtractor"),
         bbox_head=[
             dict(
                 bbox_head,
@@ -35,6 +40,6 @@ model = dict(
                 ),
             )
             for centre, size in [(0.1, 0.2), (0.05, 0.1), (0.033, 0.067)]
-        ]
+        ],
     ),
 )
