@@ -17,6 +17,9 @@ from torch import Tensor, nn
 Gelu = Literal["input", "output"] | None
 
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
+# What tells whether someone looks on; none of the three has a public name.
+_transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
+_dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: Gelu = None) -> Tensor:
@@ -44,7 +47,9 @@ class Linear(nn.Linear):
 
 
 def _is_fast(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or _onednn is None:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if _onednn is None or _transforms_active is None or _dispatch_modes is None:
         return False
     return bool(
         x.dtype == weight.dtype == torch.float32
@@ -55,8 +60,8 @@ def _is_fast(x: Tensor, weight: Tensor) -> bool:
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and not _transforms_active()
+        and _dispatch_modes() == 0
     )
 
 

@@ -1,5 +1,7 @@
 """Linear layers against plain PyTorch, on the fast path and off it."""
 
+from importlib.util import module_from_spec, spec_from_file_location
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -114,6 +116,17 @@ ONLOOKERS = {
 def test_plain_pytorch_wherever_someone_looks_on(onlooker, calls):
     onlooker()
     assert not calls
+
+
+@pytest.mark.parametrize("name", ["_are_functorch_transforms_active", "_len_torch_dispatch_stack"])
+def test_plain_pytorch_where_it_has_other_private_names(name, monkeypatch):
+    spec = spec_from_file_location("linear_of_another_torch", module.__file__)
+    other = module_from_spec(spec)
+    monkeypatch.delattr(torch._C, name)
+    spec.loader.exec_module(other)
+    monkeypatch.setattr(other, "_product", None)
+    inputs = make_inputs()
+    torch.testing.assert_close(other.linear(*inputs, "input"), plain(*inputs, "input"))
 
 
 def test_flop_counters_see_every_product(calls):
