@@ -1,4 +1,4 @@
-"""The ELSA-Swin backbone (arXiv 2112.12786) for dense prediction."""
+"""The ELSA-Swin backbone (arXiv 2112.12786) for dense prediction and classification."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ class ELSASwin(nn.Module):
         with_cp: recompute the blocks' activations in the backward pass to save memory.
         init_std: standard deviation of the linear layers' first weights. The published 0.02 suits
             wide models; one of few channels trained from scratch learns faster with about 0.1.
+        always_shift: True as in the published detectors and segmentors: every second block of the
+            last stage shifts its windows on maps of any size. False as in the published
+            classifiers: not on a map whose shorter side is not larger than the window, such as
+            7x7 of an image of 224x224.
 
     Raises:
         ValueError: an unknown or contradictory ``arch``, or rates, ``out_indices`` or
@@ -56,6 +60,7 @@ class ELSASwin(nn.Module):
         frozen_stages: int = -1,
         with_cp: bool = False,
         init_std: float = 0.02,
+        always_shift: bool = True,
     ) -> None:
         super().__init__()
         self.arch = Arch.from_spec(arch)
@@ -63,6 +68,7 @@ class ELSASwin(nn.Module):
         self.in_chans = in_chans
         self.out_indices = tuple(out_indices)
         self.frozen_stages = frozen_stages
+        self.always_shift = always_shift
         _check_rate("drop_path_rate", drop_path_rate)
         _check_rate("drop_rate", drop_rate)
         _check_rate("attn_drop_rate", attn_drop_rate)
@@ -130,7 +136,9 @@ class ELSASwin(nn.Module):
                 proj_drop,
             )
         shift = arch.window_size // 2 if index % 2 else 0
-        return WindowAttention(dim, num_heads, arch.window_size, shift, attn_drop, proj_drop)
+        return WindowAttention(
+            dim, num_heads, arch.window_size, shift, attn_drop, proj_drop, self.always_shift
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         if x.dim() != 4 or x.shape[1] != self.in_chans:

@@ -131,7 +131,8 @@ class WindowAttention(nn.Module):
     """Swin's window attention, [B, H, W, C] -> [B, H, W, C], with cyclic ``shift`` if not 0.
 
     Maps are padded with zeros at the bottom and right to multiples of ``window_size``. The
-    relative position bias ``rb`` is indexed by key minus query, row-major.
+    relative position bias ``rb`` is indexed by key minus query, row-major. Unless
+    ``always_shift``, a map whose shorter side is not larger than ``window_size`` is not shifted.
     """
 
     relative_id: Tensor
@@ -144,11 +145,13 @@ class WindowAttention(nn.Module):
         shift: int = 0,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        always_shift: bool = True,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.window_size = window_size
         self.shift = shift
+        self.always_shift = always_shift
         self.attn_drop = attn_drop
         self.pre_proj = Linear(dim, 3 * dim)
         self.rb = nn.Parameter(torch.empty(num_heads, (2 * window_size - 1) ** 2))
@@ -160,6 +163,8 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         size, shift = self.window_size, self.shift
+        if not self.always_shift and min(height, width) <= size:
+            shift = 0
         x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
         rows, columns = x.shape[1] // size, x.shape[2] // size
         if shift:
@@ -173,7 +178,7 @@ class WindowAttention(nn.Module):
             query,
             key,
             value,
-            attn_mask=self._bias(rows, columns),
+            attn_mask=self._bias(rows, columns, shift),
             dropout_p=self.attn_drop if self.training else 0.0,
         )
         x = x.unflatten(2, (size, size)).unflatten(1, (rows, columns, self.num_heads))
@@ -182,12 +187,12 @@ class WindowAttention(nn.Module):
             x = x.roll((shift, shift), dims=(1, 2))
         return self.proj_drop(self.post_proj(x[:, :height, :width]))
 
-    def _bias(self, rows: int, columns: int) -> Tensor:
+    def _bias(self, rows: int, columns: int, shift: int) -> Tensor:
         """Position bias and shift mask, [rows * columns * heads, window**2, window**2]."""
         area = self.window_size**2
         bias = self.rb[:, self.relative_id].reshape(1, self.num_heads, area, area)
-        if self.shift:
-            mask = shift_mask(rows, columns, self.window_size, self.shift, self.rb.device)
+        if shift:
+            mask = shift_mask(rows, columns, self.window_size, shift, self.rb.device)
             bias = bias + mask.to(bias.dtype).unsqueeze(1)
         return bias.expand(rows * columns, -1, -1, -1).flatten(0, 1)
 

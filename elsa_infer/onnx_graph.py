@@ -173,13 +173,14 @@ def _elsa(module: ELSA, x: Value) -> Value:
 
 
 def _window_attention(module: WindowAttention, x: Value) -> Value:
-    window, heads, shift = module.window_size, module.num_heads, module.shift
+    window, heads = module.window_size, module.num_heads
     area, channels = window**2, module.post_proj.in_features
     width = channels // heads
     batch, size = op.Shape(x, start=0, end=1), op.Shape(x, start=1, end=3)
     windows = op.Div(op.Add(size, _ints(window - 1)), _ints(window))
     rows, columns = op.Slice(windows, _ints(0), _ints(1)), op.Slice(windows, _ints(1), _ints(2))
     full = op.Mul(windows, _ints(window))
+    shift = _shift(module, size)
     x = _roll(_pad_map(x, op.Sub(full, size)), shift)
     x = _linear(x, module.pre_proj.weight, module.pre_proj.bias)
     x = op.Reshape(
@@ -193,23 +194,34 @@ def _window_attention(module: WindowAttention, x: Value) -> Value:
     logits = op.MatMul(op.Mul(query, scale), op.Transpose(key, perm=[0, 1, 2, 4, 3]))
     bias = module.rb[:, module.relative_id].reshape(heads, area, area)
     logits = op.Add(logits, _constant(bias))
-    if shift:
+    if shift is not None:
         logits = op.Add(logits, _shift_mask(rows, columns, window, shift))
     x = op.MatMul(op.Softmax(logits, axis=-1), value)
     x = op.Reshape(x, op.Concat(batch, rows, columns, _ints(heads, window, window, width), axis=0))
     x = op.Transpose(x, perm=[0, 1, 4, 2, 5, 3, 6])
-    x = _roll(op.Reshape(x, op.Concat(batch, full, _ints(channels), axis=0)), -shift)
+    x = _roll(op.Reshape(x, op.Concat(batch, full, _ints(channels), axis=0)), shift, back=True)
     x = op.Slice(x, _ints(0, 0), size, _ints(1, 2))
     return _linear(x, module.post_proj.weight, module.post_proj.bias)
 
 
-def _shift_mask(rows: Value, columns: Value, window: int, shift: int) -> Value:
+def _shift(module: WindowAttention, size: Value) -> Value | None:
+    """By how many positions a map of this size is shifted, [1]; None: none of any size is."""
+    if not module.shift:
+        return None
+    shift = _ints(module.shift)
+    if module.always_shift:
+        return shift
+    larger = op.Greater(op.ReduceMin(size, keepdims=1), _ints(module.window_size))
+    return op.Mul(shift, op.Cast(larger, to=7))
+
+
+def _shift_mask(rows: Value, columns: Value, window: int, shift: Value) -> Value:
     """`elsa_core.layers.shift_mask` with an axis for the heads."""
 
     def regions(count: Value, *shape: int) -> Value:
         length = op.Mul(count, _ints(window))
         position = op.Range(_scalar(0), op.Squeeze(length), _scalar(1))
-        borders = [op.Sub(length, _ints(width)) for width in (window, shift)]
+        borders = [op.Sub(length, width) for width in (_ints(window), shift)]
         parts = [op.Cast(op.GreaterOrEqual(position, border), to=7) for border in borders]
         return op.Reshape(op.Add(*parts), _ints(*shape))
 
@@ -229,13 +241,14 @@ def _pad_map(x: Value, missing: Value) -> Value:
     return op.Pad(x, op.Concat(_ints(0, 0, 0, 0, 0), missing, _ints(0), axis=0))
 
 
-def _roll(x: Value, shift: int) -> Value:
+def _roll(x: Value, shift: Value | None, back: bool = False) -> Value:
     """The map moved up and left by ``shift`` positions, what leaves it comes in at the far end."""
-    if not shift:
+    if shift is None:
         return x
+    border = op.Neg(shift) if back else shift
     for axis in (1, 2):
-        first = op.Slice(x, _ints(0), _ints(shift), _ints(axis))
-        rest = op.Slice(x, _ints(shift), _ints(_END), _ints(axis))
+        first = op.Slice(x, _ints(0), border, _ints(axis))
+        rest = op.Slice(x, border, _ints(_END), _ints(axis))
         x = op.Concat(rest, first, axis=axis)
     return x
 

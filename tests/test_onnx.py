@@ -44,16 +44,16 @@ def outputs(path, image):
 
 
 @pytest.mark.parametrize(
-    "changes",
+    "changes, always_shift",
     [
-        {},
-        {"kernel_size": 5, "lam": 1},
-        {"lam": 2, "gamma": 0, "window_size": 4},
+        ({}, True),
+        ({"kernel_size": 5, "lam": 1}, False),
+        ({"lam": 2, "gamma": 0, "window_size": 4}, True),
     ],
     ids=str,
 )
-def test_the_backbone_is_the_same(changes, tmp_path):
-    backbone = randomised(ELSASwin({**SMALL, **changes}))
+def test_the_backbone_is_the_same(changes, always_shift, tmp_path):
+    backbone = randomised(ELSASwin({**SMALL, **changes}, always_shift=always_shift))
     path = str(tmp_path / "backbone.onnx")
     found = export(Backbone(backbone, None), path)
     assert [difference.shape[2:] for difference in found] == list(SIZES)
