@@ -6,6 +6,7 @@ A config imports it with `custom_imports = dict(imports=['elsa_mm'])`.
 from .amp import CPUAmpOptimWrapper
 from .backbone import ELSASwin
 from .checkpoint import AtomicLocalBackend
+from .schedule import WarmupCosineLR
 from .stop import StoppableCheckpointHook
 from .strategy import ELSAFSDPStrategy
 from .zoo import get_config_file
@@ -16,5 +17,6 @@ __all__ = [
     "ELSAFSDPStrategy",
     "ELSASwin",
     "StoppableCheckpointHook",
+    "WarmupCosineLR",
     "get_config_file",
 ]

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from mmengine.config import Config
 from mmengine.registry import MODELS
-from mmengine.runner import Runner
+from mmengine.runner import EpochBasedTrainLoop, Runner
 
 import elsa_weights
 from elsa_core.errors import UsageError, one_line
@@ -44,7 +44,18 @@ def check_config(cfg: Config) -> None:
         except (TypeError, ValueError) as error:
             raise UsageError(f"{BACKBONE}: {one_line(error)}") from error
         if backbone is model.get("backbone"):
+            _check_shift(model)
             _check_channels(model, [built.num_features[stage] for stage in built.out_indices])
+
+
+def _check_shift(model: dict) -> None:
+    """Whether a classifier says how its backbone shifts; the default is the detectors' way."""
+    is_classifier = str(model.get("type")).endswith("ImageClassifier")
+    if is_classifier and "always_shift" not in model["backbone"]:
+        raise UsageError(
+            "model.backbone.always_shift must be set in a classifier: False as the published ones, "
+            "True only to go on with one that was trained so"
+        )
 
 
 def _check_channels(model: dict, features: list[int]) -> None:
@@ -142,6 +153,11 @@ def build_data(runner: Runner, parts: Sequence[str]) -> None:
         if size == 0:
             raise UsageError(
                 f"the {part} data set is empty: no image, or none with objects of the classes"
+            )
+        if isinstance(loop, EpochBasedTrainLoop) and not len(loop.dataloader):
+            raise UsageError(
+                f"the {part} data must fill a batch in each process where {part}_dataloader."
+                f"drop_last is set, got {size} images"
             )
         if loop is not None:
             check_label_maps(loop.dataloader.dataset, part)

@@ -1,8 +1,7 @@
 """The classification configs: names, published recipe, parameters, and the original's logits."""
 
-import math
 import re
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -14,48 +13,24 @@ pytest.importorskip("mmpretrain")
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, DefaultScope
-from mmengine.runner import load_checkpoint
+from mmengine.runner import Runner, load_checkpoint
 from mmpretrain.registry import TRANSFORMS
+from original_classifier import original_logits
+from recipes_imagenet import RATES, RECIPES
 from torch.nn import functional as F
 from weights_models import TINY, classification, classifier_tensors, same, save
 
 import elsa_core
 from elsa_core import VARIANTS
+from elsa_core.errors import UsageError
+from elsa_mm.preflight import check_config
 from elsa_weights import convert, convert_file, load_backbone, recognise
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/mmpretrain"
 LEAVES = sorted(CONFIGS.glob("elsa_swin/*.py"))
 NAME = re.compile(r"elsa-swin-(?P<arch>\w+)_(?P<gpus>\d+)xb(?P<batch>\d+)_in1k")
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """What the authors publish of a training on ImageNet-1K at 224x224, for 8 GPUs."""
-
-    arch: str
-    drop_path: float
-    parameters: tuple[float, float]  # in millions, as published: from, to
-    averaged: bool = False
-    epochs: int = 300
-    warmup: int = 20
-    batch: int = 1024
-    rates: tuple[float, float, float] = (1e-6, 1e-3, 1e-5)  # first, highest, last
-    weight_decay: float = 0.05
-
-    def rate(self, epoch):
-        first, highest, last = self.rates
-        if epoch <= self.warmup:
-            return first + (highest - first) * epoch / self.warmup
-        done = (epoch - self.warmup) / (self.epochs - self.warmup)
-        return last + (highest - last) * (1 + math.cos(math.pi * done)) / 2
-
-
-RECIPES = [
-    Recipe("tiny", 0.1, (28, 29)),
-    Recipe("small", 0.3, (53, 53)),
-    Recipe("base", 0.5, (93, 93), averaged=True),
-]
 each = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.arch)
 
 
@@ -93,7 +68,6 @@ def test_name_and_content_agree(path):
         dataset = cfg[f"{part}_dataloader"].dataset
         assert dataset.type == "ImageNet" and dataset.data_root == "data/imagenet"
         assert dataset.split == ("train" if part == "train" else "val")
-    assert cfg.optim_wrapper.get("type", "OptimWrapper") == "OptimWrapper"  # no "amp" in the name
 
 
 def test_config_survives_the_copy_that_a_run_keeps():
@@ -103,7 +77,7 @@ def test_config_survives_the_copy_that_a_run_keeps():
 
 @each
 def test_model(recipe):
-    model, cfg = built(recipe.arch), config(recipe.arch)
+    model = built(recipe.arch)
     low, high = recipe.parameters
     count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     assert low <= round(count) <= high
@@ -112,83 +86,114 @@ def test_model(recipe):
     assert rates == pytest.approx([recipe.drop_path * i / last for i in range(last + 1)])
     assert type(model.neck).__name__ == "GlobalAveragePooling"
     assert tuple(model.head.fc.weight.shape) == (1000, model.backbone.num_features[-1])
-    hooks = [hook for hook in cfg.get("custom_hooks", []) if hook.type == "EMAHook"]
-    assert len(hooks) == recipe.averaged
-    for hook in hooks:
-        with DefaultScope.overwrite_default_scope("mmpretrain"):
-            hook = HOOKS.build(hook)
-        assert hook.ema_cfg["type"] == "ExponentialMovingAverage" and hook.evaluate_on_ema
-        assert 1 - hook.ema_cfg["momentum"] == pytest.approx(0.9999)
 
 
-@each
-def test_mixing_and_smoothing(recipe):
-    cfg = config(recipe.arch)
-    model = dict(cfg.model, backbone=dict(cfg.model.backbone, arch=TINY))
-    model["data_preprocessor"] = dict(cfg.data_preprocessor)
-    preprocessor = build(model, "cpu").data_preprocessor
-    mixes = preprocessor.batch_augments
-    assert [(type(m).__name__, m.alpha) for m in mixes.augments] == [("Mixup", 0.8), ("CutMix", 1)]
-    assert mixes.probs is None or len(set(mixes.probs)) == 1
-    assert preprocessor.to_rgb and preprocessor.num_classes == 1000
-    for name, values in (("mean", MEAN), ("std", STD)):
-        assert getattr(preprocessor, name).flatten().tolist() == pytest.approx(values)
-    loss, label = built(recipe.arch).head.loss_module, torch.eye(4)[:1]
-    loss.num_classes = None
-    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
-    smooth = 0.9 * label + 0.1 / 4
-    assert loss(scores, label) == pytest.approx(-(smooth * scores.log_softmax(1)).sum().item())
-    loss.num_classes = None
-
-
-@each
-def test_augmentation_and_test_pipeline(recipe):
-    cfg = config(recipe.arch)
-
-    def steps(part):
-        with DefaultScope.overwrite_default_scope("mmpretrain"):
-            return {
-                step.type: TRANSFORMS.build(step)
-                for step in cfg[f"{part}_dataloader"].dataset.pipeline
-            }
-
-    train, test = steps("train"), steps("val")
+def built_facts(cfg, model):
+    """What MMPretrain builds, in the words of tests/recipes_imagenet.py."""
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        hooks = [HOOKS.build(hook) for hook in cfg.get("custom_hooks", [])]
+        saving = HOOKS.build(cfg.default_hooks.checkpoint)
+        train, test = (
+            {step.type.split(".")[-1]: TRANSFORMS.build(step) for step in loader.dataset.pipeline}
+            for loader in (cfg.train_dataloader, cfg.val_dataloader)
+        )
+    small = dict(cfg.model, backbone=dict(cfg.model.backbone, arch=TINY))
+    processor = build(small | dict(data_preprocessor=dict(cfg.data_preprocessor)), "cpu")
+    processor = processor.data_preprocessor
+    (ema,) = hooks or [None]
+    crops = [crop for steps in train["RandomChoice"].transforms for crop in steps]
+    (crop,) = {(tuple(c.scale), c.crop_ratio_range, c.aspect_ratio_range) for c in crops}
+    augment, optimizer = train["RandAugment"], make_optimizer(cfg, model).optimizer
     assert list(train) == [
         "LoadImageFromFile",
-        "RandomResizedCrop",
+        "RandomChoice",
         "RandomFlip",
         "RandAugment",
-        "RandomErasing",
         "PackInputs",
     ]
-    assert tuple(train["RandomResizedCrop"].scale) == (224, 224)
-    assert train["RandomFlip"].prob == 0.5
-    augment = train["RandAugment"]
-    assert (augment.magnitude_level, augment.magnitude_std, augment.num_policies) == (9, 0.5, 2)
-    assert cfg.train_dataloader.dataset.pipeline[3].policies == "timm_increasing"
-    erasing = train["RandomErasing"]
-    assert (erasing.erase_prob, erasing.mode) == (0.25, "rand")  # each pixel a random colour
-    assert tuple(erasing.fill_color) == MEAN[::-1] and tuple(erasing.fill_std) == STD[::-1]
     assert list(test) == ["LoadImageFromFile", "ResizeEdge", "CenterCrop", "PackInputs"]
-    (side,) = set(test["CenterCrop"].crop_size)
-    assert side == 224 and test["ResizeEdge"].scale == int(224 / 0.9)
-    assert (test["ResizeEdge"].edge, test["ResizeEdge"].interpolation) == ("short", "bicubic")
-    assert cfg.test_dataloader == cfg.val_dataloader
+    assert test["ResizeEdge"].edge == "short" and cfg.test_dataloader == cfg.val_dataloader
+    assert ema is None or (
+        ema.ema_cfg["type"] == "ExponentialMovingAverage" and ema.evaluate_on_ema
+    )
+    return {
+        "epochs": cfg.train_cfg.max_epochs,
+        "images on a GPU": cfg.train_dataloader.batch_size,
+        "images on 8 GPUs": cfg.auto_scale_lr.base_batch_size,
+        "short batches": not cfg.train_dataloader.drop_last,
+        "iterations of an epoch": iterations(cfg),
+        "mixed precision": cfg.optim_wrapper.type == "AmpOptimWrapper",
+        "clipping": make_optimizer(cfg, model).clip_grad_kwargs,
+        "betas": optimizer.defaults["betas"],
+        "eps": optimizer.defaults["eps"],
+        "seed": (cfg.randomness.seed, cfg.randomness.diff_rank_seed),
+        "best checkpoint": (saving.save_best, saving.rules[0]),
+        "ema decay": ema and 1 - ema.ema_cfg["momentum"],
+        "colours": (
+            "RGB" if processor.to_rgb else "BGR",
+            *(tuple(getattr(processor, name).flatten().tolist()) for name in ("mean", "std")),
+        ),
+        "small maps shifted": model.backbone.always_shift,
+        "classes": processor.num_classes,
+        "label smoothing": model.head.loss_module.label_smooth_val,
+        "mixing": [(type(m).__name__, m.alpha) for m in processor.batch_augments.augments],
+        "mixing odds": processor.batch_augments.probs,
+        "erasing": (processor.erase_prob, processor.area, processor.ratio),
+        "crop": crop,
+        "crop interpolation": [crop.interpolation for crop in crops],
+        "crop odds": train["RandomChoice"].prob,
+        "flip": train["RandomFlip"].prob,
+        "RandAugment": (
+            augment.magnitude_level,
+            augment.magnitude_std,
+            augment.num_policies,
+            len(augment.policies) // 2,
+        ),
+        "test crop": (
+            test["ResizeEdge"].scale,
+            *set(test["CenterCrop"].crop_size),
+            test["ResizeEdge"].interpolation,
+        ),
+    }
+
+
+def make_optimizer(cfg, model):
+    wrapper = dict(cfg.optim_wrapper, type="OptimWrapper")  # mixed precision needs a GPU
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        return build_optim_wrapper(model, wrapper)
+
+
+def iterations(cfg):
+    """Of an epoch in one of 8 processes, each with its part of ImageNet-1K."""
+    loader = {name: cfg.train_dataloader[name] for name in ("batch_size", "sampler", "drop_last")}
+    images = range(-(-1_281_167 // 8))
+    return len(Runner.build_dataloader(dict(loader, dataset=images, num_workers=0)))
 
 
 @each
-def test_optimizer(recipe):
-    cfg, model = config(recipe.arch), built(recipe.arch)
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
-    optimizer = wrapper.optimizer
-    assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["betas"] == (0.9, 0.999)
-    assert wrapper.clip_grad_kwargs == {"max_norm": 5.0}
-    assert wrapper.clip_func is torch.nn.utils.clip_grad_norm_
+def test_recipe(recipe):
+    expected, got = recipe.facts(), built_facts(config(recipe.arch), built(recipe.arch))
+    assert got.keys() == expected.keys()
+    for name, fact in expected.items():
+        assert equal(got[name], fact), f"{name}: {got[name]} instead of {fact}"
+
+
+def equal(left, right):
+    """Equality, of numbers in tuples too up to rounding to float32."""
+    if isinstance(right, tuple):
+        return len(left) == len(right) and all(map(equal, left, right))
+    return left == (pytest.approx(right) if isinstance(right, float) else right)
+
+
+@each
+def test_decay(recipe):
+    model = built(recipe.arch)
+    optimizer = make_optimizer(config(recipe.arch), model).optimizer
+    assert type(optimizer) is torch.optim.AdamW
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     decays = {}
     for group in optimizer.param_groups:
-        assert group["lr"] == recipe.rates[1]
+        assert group["lr"] == recipe.lr
         decays |= {names[id(parameter)]: group["weight_decay"] for parameter in group["params"]}
     assert decays == {
         name: 0.0 if parameter.dim() == 1 else recipe.weight_decay
@@ -198,43 +203,37 @@ def test_optimizer(recipe):
     assert decayed == {"weight", "rb", "ghost_head"}
 
 
+def test_smoothing_of_mixed_labels():
+    loss, label = built("tiny").head.loss_module, torch.tensor([[0.7, 0.0, 0.3, 0.0]])
+    loss.num_classes = None
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
+    smooth = 0.9 * label + 0.1 / 4
+    assert loss(scores, label) == pytest.approx(-(smooth * scores.log_softmax(1)).sum().item())
+    loss.num_classes = None
+
+
 @each
 def test_schedule(recipe):
-    cfg, epoch_length = config(recipe.arch), 5
-    assert cfg.train_cfg.max_epochs == recipe.epochs
-    assert cfg.auto_scale_lr.base_batch_size == recipe.batch
-    optimizer = torch.optim.SGD(
-        [torch.nn.Parameter(torch.zeros(1))], lr=cfg.optim_wrapper.optimizer.lr
-    )
-    defaults = dict(optimizer=optimizer, epoch_length=epoch_length)
-    schedulers = [
-        PARAM_SCHEDULERS.build({"end": recipe.epochs, **scheduler}, default_args=defaults)
-        for scheduler in cfg.param_scheduler
-    ]
+    cfg = config(recipe.arch)
+    epochs, (scheduler,) = cfg.train_cfg.max_epochs, cfg.param_scheduler
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
+    scheduler = PARAM_SCHEDULERS.build(dict(scheduler, optimizer=optimizer, end=epochs))
+    assert scheduler.by_epoch  # constant within an epoch
     rates = []
-    for iteration in range(recipe.epochs * epoch_length + 1):
+    for _ in range(epochs):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
-        for scheduler in schedulers:
-            if not scheduler.by_epoch or (iteration + 1) % epoch_length == 0:
-                scheduler.step()
-    epochs = [0, recipe.warmup / 2, recipe.warmup, 90, 160, 250, recipe.epochs]
-    got = [rates[int(epoch * epoch_length)] for epoch in epochs]
-    # MMEngine's warm-up ends an iteration earlier.
-    assert got == pytest.approx([recipe.rate(epoch) for epoch in epochs], rel=0.02)
-    assert max(rates) == pytest.approx(recipe.rates[1])
+        scheduler.step()
+    assert {epoch: rates[epoch] for epoch in RATES} == pytest.approx(RATES, rel=1e-12)
+    assert rates[-10:] == [1e-5] * 10
 
 
-def original_logits(state, arch, image):
-    """As the original classifier computes them: norm and mean of the tokens, linear layer."""
-    backbone = elsa_core.ELSASwin(arch, out_indices=(0,)).eval()
-    backbone.load_state_dict({n: t for n, t in state.items() if n[:4] in ("patc", "laye")}, False)
-    x = backbone.patch_embed(image)
-    for stage in backbone.layers:
-        last, x = stage(x)
-    tokens = last.flatten(1, 2)
-    tokens = F.layer_norm(tokens, tokens.shape[-1:], state["norm.weight"], state["norm.bias"])
-    return F.linear(tokens.mean(1), state["head.weight"], state["head.bias"])
+@pytest.mark.parametrize("warmup", [-1, 301])
+def test_warmup_within_the_cosine(warmup):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = dict(config("tiny").param_scheduler[0], warmup=warmup)
+    with pytest.raises(ValueError, match=f"got warmup={warmup} and T_max=300"):
+        PARAM_SCHEDULERS.build(scheduler, default_args=dict(optimizer=optimizer))
 
 
 def classifier(arch, classes, **backbone):
@@ -244,31 +243,66 @@ def classifier(arch, classes, **backbone):
     return build(model, "cpu").eval()
 
 
-@pytest.fixture
-def scaled():
+def scaled(arch=TINY):
     """An original checkpoint whose logits are of the size of one and depend on everything."""
-    checkpoint = classification(TINY)
+    checkpoint = classification(arch)
     generator = torch.Generator().manual_seed(3)
-    for tensor in checkpoint["state_dict"].values():
+    for name, tensor in checkpoint["state_dict"].items():
         if tensor.is_floating_point():
-            tensor.copy_(torch.randn(tensor.shape, generator=generator) * 0.2)
+            scale = 0.7 if re.match(r"layers\.3.*(attn|norm)", name) else 0.3
+            tensor.copy_(torch.randn(tensor.shape, generator=generator) * scale)
     return checkpoint
 
 
-def test_converted_classifier_gives_the_originals_logits(tmp_path, scaled):
-    source = save(tmp_path, scaled)
-    convert_file(source, tmp_path / "cls.pth", "mmpretrain")
-    model = classifier(TINY, 10)
+WIDE = replace(TINY, window_size=7)
+
+
+@pytest.mark.parametrize("always_shift", [False, True])
+@pytest.mark.parametrize(
+    "arch, size",
+    [
+        (WIDE, (224, 224)),  # one window
+        (WIDE, (448, 448)),  # four
+        (WIDE, (224, 448)),  # two, side by side
+        (WIDE, (160, 200)),  # less than one
+        (TINY, (288, 384)),  # the last windows padded
+    ],
+)
+def test_converted_classifier_gives_the_originals_logits(tmp_path, arch, size, always_shift):
+    checkpoint = scaled(arch)
+    convert_file(save(tmp_path, checkpoint), tmp_path / "cls.pth", "mmpretrain")
+    options = dict(always_shift=True) if always_shift else {}
+    model = classifier(arch, 10, **options)
     load_checkpoint(model, str(tmp_path / "cls.pth"), map_location="cpu", strict=True)
-    image = torch.randn(2, 3, 56, 72, generator=torch.Generator().manual_seed(0))
+    image = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    image = F.interpolate(image, size)  # patches, so that it matters what lies in a window
+    state = checkpoint["state_dict"]
     with torch.no_grad():
         got = model(image)
-        wanted = original_logits(scaled["state_dict"], TINY, image)
+        wanted = original_logits(state, arch, image, always_shift)
+        other = original_logits(state, arch, image, not always_shift)
     assert wanted.std() > 0.1 and not torch.allclose(wanted[0], wanted[1], atol=1e-3)
     assert torch.allclose(got, wanted, rtol=0, atol=1e-5)
+    if min(size) > 32 * arch.window_size:
+        assert torch.equal(wanted, other)
+    else:
+        assert (got - other).abs().max() > 1e-3
+
+
+def test_conversion_back_changes_no_tensor(tmp_path):
+    checkpoint = scaled()
+    convert_file(save(tmp_path, checkpoint), tmp_path / "cls.pth", "mmpretrain")
     convert_file(tmp_path / "cls.pth", tmp_path / "back.pth", "original")
-    back = torch.load(tmp_path / "back.pth")
-    assert same(back["state_dict"], scaled["state_dict"])
+    assert same(torch.load(tmp_path / "back.pth")["state_dict"], checkpoint["state_dict"])
+
+
+def test_a_classifier_must_say_how_it_shifts():
+    cfg = config("tiny").copy()
+    check_config(cfg)
+    cfg.model = cfg.model.copy()
+    cfg.model.backbone = dict(type="ELSASwin", arch="tiny", out_indices=(3,))
+    with pytest.raises(UsageError, match=r"^model\.backbone\.always_shift must be set in a class"):
+        check_config(cfg)
 
 
 @each
@@ -279,8 +313,9 @@ def test_names_and_shapes_are_those_of_the_built_model(recipe):
     assert {name: tensor.shape for name, tensor in converted.items()} == wanted
 
 
-def test_classifiers_backbone_keeps_the_classifiers_norm(tmp_path, scaled):
-    path, state = save(tmp_path, scaled), scaled["state_dict"]
+def test_classifiers_backbone_keeps_the_classifiers_norm(tmp_path):
+    checkpoint = scaled()
+    path, state = save(tmp_path, checkpoint), checkpoint["state_dict"]
     for out_indices, kept in (((3,), True), ((2, 3), False)):
         backbone = elsa_core.ELSASwin(TINY, out_indices=out_indices)
         load_backbone(backbone, path)

@@ -84,6 +84,14 @@ def test_boxes_are_pooled_in_float32(framework, method, dtype, tolerance):
 
 @both
 @each
+def test_maps_of_any_size_are_shifted(framework, recipe):
+    backbone, _ = built(framework, recipe).backbone
+    assert [block.attn.shift for block in backbone.layers[-1].blocks] == [0, 3]
+    assert all(block.attn.always_shift for block in backbone.layers[-1].blocks)
+
+
+@both
+@each
 def test_optimizer(framework, recipe):
     objects = built(framework, recipe)
     optimizer = objects.optimizer

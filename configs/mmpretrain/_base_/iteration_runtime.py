@@ -5,4 +5,5 @@ default_hooks = dict(
     logger=dict(interval=20, log_metric_by_epoch=False),
     checkpoint=dict(by_epoch=False, interval=100, max_keep_ckpts=2),
 )
+randomness = dict(seed=None, diff_rank_seed=False)
 log_processor = dict(by_epoch=False, window_size=20)

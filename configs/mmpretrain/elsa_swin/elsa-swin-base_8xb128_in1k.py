@@ -6,5 +6,5 @@ _base_ = [
 ]
 
 model = dict(backbone=dict(arch="base", drop_path_rate=0.5), head=dict(in_channels=1024))
-# Averaged weights (decay 0.9999) are evaluated, and are the checkpoint's state_dict.
-custom_hooks = [dict(type="EMAHook", momentum=1e-4)]
+# Averaged weights (decay 0.99992) are evaluated, and are the checkpoint's state_dict.
+custom_hooks = [dict(type="EMAHook", momentum=8e-5)]
