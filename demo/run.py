@@ -184,8 +184,10 @@ def main(arguments: list[str] | None = None) -> int:
             run()
         print("Drawing predictions and curves", flush=True)
         from demo.report import write_report
+        from elsa_core.quiet import quiet_frameworks
 
-        print(write_report(runs, data, out))
+        with quiet_frameworks():
+            print(write_report(runs, data, out))
     except (DemoError, DigitsError) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1

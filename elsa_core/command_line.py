@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 
 from .errors import UsageError
+from .quiet import quiet_frameworks
 
 
 def exit_status(tool: str, run: Callable[[], int], interrupted: str = "interrupted") -> int:
@@ -15,7 +16,8 @@ def exit_status(tool: str, run: Callable[[], int], interrupted: str = "interrupt
     the last of them.
     """
     try:
-        return run()
+        with quiet_frameworks():
+            return run()
     except UsageError as error:
         status, sentence = 2, str(error)
     except ModuleNotFoundError as error:

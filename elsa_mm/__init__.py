@@ -7,6 +7,7 @@ from .amp import CPUAmpOptimWrapper
 from .backbone import ELSASwin
 from .checkpoint import AtomicLocalBackend
 from .schedule import WarmupCosineLR
+from .sizes import EqualSizesHook
 from .stop import StoppableCheckpointHook
 from .strategy import ELSAFSDPStrategy
 from .zoo import get_config_file
@@ -16,6 +17,7 @@ __all__ = [
     "CPUAmpOptimWrapper",
     "ELSAFSDPStrategy",
     "ELSASwin",
+    "EqualSizesHook",
     "StoppableCheckpointHook",
     "WarmupCosineLR",
     "get_config_file",

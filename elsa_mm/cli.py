@@ -14,6 +14,7 @@ from mmengine.runner import Runner
 from torch import distributed
 
 from elsa_core.errors import DamagedFileError, UsageError, one_line
+from elsa_core.quiet import HarmlessRecords, quiet_frameworks
 from elsa_core.stop import Ended
 
 from . import fit, preflight
@@ -98,7 +99,8 @@ def _parser(description: str) -> argparse.ArgumentParser:
 def _run(tool: str, main: Callable[[argparse.Namespace], None], options: argparse.Namespace) -> int:
     os.environ.setdefault("LOCAL_RANK", str(options.local_rank))
     try:
-        main(options)
+        with quiet_frameworks():
+            main(options)
     except UsageError as error:
         if os.environ.get("RANK", "0") == "0" or isinstance(error, DamagedFileError):
             print(f"{tool}: {error}", file=sys.stderr)
@@ -180,12 +182,14 @@ def _load_config(options: argparse.Namespace) -> Config:
 def _build_runner(cfg: Config, notes: list[str]) -> Runner:
     notes += use_cpu_where_needed(cfg)
     use_coco_metric(cfg)
+    _look_at_sizes(cfg)
     if cfg.get("default_scope") == "mmdet":
         from mmdet.utils import setup_cache_size_limit_of_dynamo
 
         setup_cache_size_limit_of_dynamo()
     join_cpu_processes(cfg)
     runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    runner.logger.addFilter(HarmlessRecords())
     for note in notes:
         runner.logger.warning(note)
     return runner
@@ -197,6 +201,10 @@ def _make_stoppable(cfg: Config) -> None:
     hook = hooks.setdefault("checkpoint", dict(type="CheckpointHook", interval=1))
     if hook is not None and hook.get("type", "CheckpointHook") == "CheckpointHook":
         hook["type"] = "StoppableCheckpointHook"
+
+
+def _look_at_sizes(cfg: Config) -> None:
+    cfg.setdefault("default_hooks", {}).setdefault("sizes", dict(type="EqualSizesHook"))
 
 
 def _enable_amp(cfg: Config) -> None:

@@ -90,8 +90,13 @@ def test_importing_elsa_core_is_lean():
 
 
 @pytest.mark.parametrize("package", [name for name in ADAPTERS if sources(name)])
-def test_importing_an_adapter_does_not_initialise_cuda(package):
+def test_importing_an_adapter_initialises_no_cuda_and_silences_nothing(package):
     if find_spec(ADAPTERS[package]) is None:
         pytest.skip(f"{ADAPTERS[package]} is not installed")
-    result = run(f"import torch, {package}\nassert not torch.cuda.is_initialized()\n")
+    result = run(
+        f"import torch, warnings, {package}, elsa_core.quiet as quiet\n"
+        "assert not torch.cuda.is_initialized()\n"
+        "silenced = [f[1].pattern for f in warnings.filters if f[1] is not None]\n"
+        "assert not set(silenced) & set(quiet.WARNINGS), silenced\n"
+    )
     assert result.returncode == 0, result.stderr

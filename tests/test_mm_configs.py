@@ -48,6 +48,15 @@ def test_leaf_is_short_and_imports_the_adapter(path):
     assert cfg.default_scope == path.relative_to(CONFIGS).parts[0]
 
 
+@name_of
+def test_leaf_evaluates_images_of_one_size_at_a_time(path):
+    cfg = Config.fromfile(path)
+    if cfg.default_scope == "mmpretrain":  # all of one size, after a resize or crop to it
+        return
+    assert cfg.val_dataloader.batch_size == cfg.test_dataloader.batch_size == 1
+    assert cfg.default_hooks.sizes.type == "EqualSizesHook"
+
+
 @pytest.mark.parametrize("path", [DETECTOR, SEGMENTOR, CASCADE], ids=lambda path: path.stem)
 def test_config_survives_the_copy_that_a_run_keeps(path):
     cfg = Config.fromfile(path)

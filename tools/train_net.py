@@ -41,6 +41,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> dict | None:
     """What each process does; returns the metrics of an evaluation."""
+    from elsa_core.quiet import quiet_frameworks
+
+    with quiet_frameworks():
+        return train_or_evaluate(options)
+
+
+def train_or_evaluate(options: argparse.Namespace) -> dict | None:
     from detectron2.engine import default_setup
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
@@ -86,19 +93,21 @@ def main(arguments: list[str] | None = None) -> int:
         from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
         from elsa_core.errors import sentence_in
+        from elsa_core.quiet import quiet_frameworks
         from elsa_core.stop import Ended, forwarding
         from elsa_d2 import UsageError, load_config
         from elsa_d2.preflight import check_run
     except ModuleNotFoundError as error:
         return fail(f"the Python package {error.name} is missing in {sys.executable}")
     try:
-        check_run(
-            load_config(options.config_file, options.opts),
-            eval_only=options.eval_only,
-            resume=options.resume,
-            processes=options.num_gpus,
-            machines=options.num_machines,
-        )
+        with quiet_frameworks():
+            check_run(
+                load_config(options.config_file, options.opts),
+                eval_only=options.eval_only,
+                resume=options.resume,
+                processes=options.num_gpus,
+                machines=options.num_machines,
+            )
         alone = options.num_gpus * options.num_machines == 1
         with nullcontext() if alone else forwarding():
             launch(

@@ -8,4 +8,5 @@ default_hooks = dict(
         max_keep_ckpts=3,
         backend_args=dict(backend="atomic_local"),
     ),
+    sizes=dict(type="EqualSizesHook"),
 )

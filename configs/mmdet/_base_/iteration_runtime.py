@@ -10,5 +10,6 @@ default_hooks = dict(
         max_keep_ckpts=2,
         backend_args=dict(backend="atomic_local"),
     ),
+    sizes=dict(type="EqualSizesHook"),
 )
 log_processor = dict(by_epoch=False, window_size=20)

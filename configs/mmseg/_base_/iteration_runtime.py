@@ -15,5 +15,6 @@ default_hooks = dict(
     ),
     sampler_seed=dict(type="DistSamplerSeedHook"),
     visualization=dict(type="SegVisualizationHook"),
+    sizes=dict(type="EqualSizesHook"),
 )
 log_processor = dict(window_size=20)

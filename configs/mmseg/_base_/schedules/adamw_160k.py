@@ -23,5 +23,6 @@ default_hooks = dict(
         max_keep_ckpts=3,
         backend_args=dict(backend="atomic_local"),
     ),
+    sizes=dict(type="EqualSizesHook"),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=16)
