@@ -7,6 +7,8 @@ import os
 from collections.abc import Iterable
 from typing import Any
 
+from pycocotools.mask import area
+
 from .coco_rules import is_crowd, mask_problems, problems, rle_of
 from .errors import DataError
 from .report import ERROR
@@ -88,7 +90,8 @@ def normalised(coco: dict[str, Any]) -> dict[str, Any]:
       no training learns it, and detections on it count as neither right nor wrong.
     - An `area` that is missing, null or not above 0 is computed: the pixels of the mask, without a
       mask those of the box in its image.
-    - Polygons of fewer than 3 points go; an annotation with no others has no `segmentation`.
+    - Polygons of fewer than 3 points go; an annotation with no others has no `segmentation`, nor
+      has one with broken RLE, which only runs without masks do not refuse.
     """
     entries = coco.get("annotations") or []
     if any("segments_info" in one for one in entries):  # panoptic
@@ -104,6 +107,8 @@ def normalised(coco: dict[str, Any]) -> dict[str, Any]:
         if isinstance(mask, list):
             parts = [part for part in mask if isinstance(part, list)]
             mask = one["segmentation"] = [p for p in parts if len(p) >= 6 and len(p) % 2 == 0]
+        elif isinstance(mask, dict) and not _is_drawable(one, *sizes[one["image_id"]]):
+            mask = None
         if not mask or not isinstance(mask, (list, dict)):
             one.pop("segmentation", None)
         if one.get("area") is None or one["area"] <= 0:
@@ -111,21 +116,18 @@ def normalised(coco: dict[str, Any]) -> dict[str, Any]:
     return coco
 
 
-def _area(one: dict[str, Any], width: int, height: int) -> float:
+def _is_drawable(one: dict[str, Any], width: int, height: int) -> bool:
     found = mask_problems(one, "", width, height, needed=True)
-    if all(problem.level != ERROR for problem in found):
-        return float(pixels(one, width, height))
+    return all(problem.level != ERROR for problem in found)
+
+
+def _area(one: dict[str, Any], width: int, height: int) -> float:
+    if _is_drawable(one, width, height):
+        return float(area(rle_of(one["segmentation"], width, height)))
     x, y, w, h = one["bbox"]
     across = min(x + w, width) - max(x, 0)
     down = min(y + h, height) - max(y, 0)
     return float(max(across, 0) * max(down, 0))
-
-
-def pixels(one: dict[str, Any], width: int, height: int) -> int:
-    """How many pixels an annotation's mask covers."""
-    from pycocotools.mask import area
-
-    return int(area(rle_of(one["segmentation"], width, height)))
 
 
 def missing_files(folder: str, names: Iterable[str]) -> list[str]:

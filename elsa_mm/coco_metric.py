@@ -89,6 +89,11 @@ class CocoMetric(MMDetectionMetric):
         if ann_file is not None:
             with get_local_path(ann_file, backend_args=self.backend_args) as path:
                 self._coco_api = CheckedCOCO(path, self._masks, ann_file)
+            if not self.format_only and "annotations" not in self._coco_api.dataset:
+                raise UsageError(
+                    f"annotation file {ann_file} has no annotations to evaluate with: format_only "
+                    "with outfile_prefix writes the detections instead"
+                )
 
     @property
     def _masks(self) -> bool:

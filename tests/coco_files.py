@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pycocotools.mask
 
+from elsa_data.coco_rules import has_area
+
 SIZES = [(240, 200), (64, 48), (33, 90)]
 NAMES = ("zebra", "ape", "Ächse")
 
@@ -210,7 +212,7 @@ def truth_of(coco, task, seed=0):
     found = []
     for one in coco["annotations"]:
         x, y, w, h = one["bbox"]
-        if one.get("iscrowd") or one.get("ignore") or w <= 0 or h <= 0:
+        if one.get("iscrowd") or one.get("ignore") or not has_area(one["bbox"]):
             continue
         mask = None
         if task == "segm":
@@ -234,9 +236,14 @@ def mask_of(segmentation, height, width):
 def write(folder: Path, coco, encoding="utf-8"):
     """The file, and an empty file for each image."""
     for image in coco["images"]:
-        path = folder / "images" / image["file_name"]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        if (
+            isinstance(image, dict)
+            and image.get("file_name")
+            and isinstance(image["file_name"], str)
+        ):
+            path = folder / "images" / image["file_name"]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
     file = folder / "annotations.json"
     file.write_text(json.dumps(coco, ensure_ascii=False), encoding=encoding)
     return file
