@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 # What a scheduler sends before it kills: SIGTERM, or with Slurm's --signal USR1@60 that one.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-FAILED = 1
+FAILED, REFUSED = 1, 2
 
 
 class Ended(SystemExit):

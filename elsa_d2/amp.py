@@ -1,7 +1,8 @@
-"""Training steps in mixed precision and of parts of a batch, on a GPU or on a CPU."""
+"""Training steps in every precision and of parts of a batch, on a GPU or on a CPU."""
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterable
 from contextlib import nullcontext
@@ -13,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from elsa_core.errors import UsageError
+from elsa_core.finite import FiniteWatch, not_finite
+from elsa_core.stop import largest
 
+logger = logging.getLogger(__name__)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -27,6 +31,8 @@ class AutocastTrainer(SimpleTrainer):
         parts: the model takes each batch in so many equal parts, one after the other, and the
             optimizer steps once. A loss is the mean over the parts, as it is over the processes
             of a distributed training.
+        watch: counts the iterations whose losses or gradients are not finite; they are not logged,
+            and the optimizer does not step. `StopHook` ends the training.
     """
 
     def __init__(
@@ -37,12 +43,15 @@ class AutocastTrainer(SimpleTrainer):
         device_type: str,
         dtype: torch.dtype,
         parts: int = 1,
+        watch: FiniteWatch | None = None,
     ) -> None:
         super().__init__(model, data_loader, optimizer)
         self.device_type = device_type
         self.dtype = dtype
         self.parts = parts
         self.grad_scaler = torch.amp.GradScaler(device_type, enabled=self.dtype == torch.float16)
+        self.watch = watch or FiniteWatch()
+        self.watch.guard(optimizer, self.grad_scaler)
 
     def run_step(self) -> None:
         start = time.perf_counter()
@@ -55,9 +64,14 @@ class AutocastTrainer(SimpleTrainer):
             for name, loss in self._backward(data[part * size : (part + 1) * size], part).items():
                 means[name] = means.get(name, 0) + loss / self.parts
         self.after_backward()
-        self._write_metrics(means, data_time)
+        bad = not_finite(means)
+        anywhere = bool(largest(bool(bad)))
+        if not anywhere:
+            self._write_metrics(means, data_time)
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+        if problem := self.watch.count(bad, anywhere):
+            logger.warning(f"iteration {self.iter + 1}: {problem}")
 
     def _backward(self, data: list[Any], part: int) -> dict[str, Tensor]:
         """Adds the gradients of a part; the processes share them after the last one."""

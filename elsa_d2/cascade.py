@@ -44,6 +44,17 @@ class TwoSidedBoxTransform(Box2BoxTransform):
         return super().apply_deltas(limited.flatten(1), boxes)
 
 
+class TolerantOutputLayers(FastRCNNOutputLayers):
+    """FastRCNNOutputLayers whose box loss is NaN for deltas with NaN, which fvcore's asserts on."""
+
+    def losses(self, predictions: Predictions, proposals: list[Instances]) -> dict[str, Tensor]:
+        logits, deltas = predictions
+        if bool(deltas.isfinite().all()):
+            return super().losses(predictions, proposals)
+        found = super().losses((logits, _zeros_for_nan(deltas)), proposals)
+        return {**found, "loss_box_reg": found["loss_box_reg"] + (deltas * 0).sum()}
+
+
 @ROI_BOX_HEAD_REGISTRY.register()
 class SyncedConvFCHead(FastRCNNConvFCHead):
     """FastRCNNConvFCHead whose NORM "SyncBN" works on CPUs and without boxes, too."""
@@ -116,7 +127,7 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
             "box_pooler": parts[0]["box_pooler"],
             "box_heads": heads,
             "box_predictors": [
-                FastRCNNOutputLayers(
+                TolerantOutputLayers(
                     cfg, head.output_shape, box2box_transform=TwoSidedBoxTransform(weights=weights)
                 )
                 for head, weights in zip(heads, node.BBOX_REG_WEIGHTS, strict=True)
@@ -217,6 +228,7 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
         logits, deltas = predictions
         classes = logits[:, :-1].argmax(1)
         if self.training:
+            deltas = _zeros_for_nan(deltas)  # Boxes asserts on NaN, which the losses show
             known = torch.cat([item.gt_classes for item in proposals])
             classes = torch.where(known == self.num_classes, classes, known)
         rows = torch.arange(len(deltas), device=deltas.device)
@@ -233,3 +245,8 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
             new.objectness_logits = moved.new_zeros(len(moved))
             refined.append(new)
         return refined
+
+
+def _zeros_for_nan(deltas: Tensor) -> Tensor:
+    """Infinity counts as NaN."""
+    return deltas.nan_to_num(0, 0, 0)

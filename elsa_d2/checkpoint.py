@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
+from elsa_core.errors import UsageError
 from elsa_core.files import replacing
+from elsa_core.finite import first_nonfinite
 from elsa_weights import tensors_for
 
 
@@ -18,8 +20,19 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     A model with an ELSA-Swin also loads every file that `elsa_weights` can convert: original
     checkpoints, OpenMMLab's, safetensors. ``save_dir`` is a folder of a local file system; `save`
-    raises UsageError where it cannot be written.
+    raises UsageError where it cannot be written, or for a model with NaN or infinite parameters.
+
+    Attributes:
+        last: the checkpoint that was saved last, or that a training was resumed from, "" if none.
     """
+
+    last = ""
+
+    def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
+        loaded = super().resume_or_load(path, resume=resume)
+        if resume and self.has_checkpoint():
+            self.last = self.get_checkpoint_file()
+        return loaded
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         names = self.model.state_dict()
@@ -39,10 +52,13 @@ class AtomicCheckpointer(DetectionCheckpointer):
             return
         states = {key: value.state_dict() for key, value in self.checkpointables.items()}
         path = os.path.join(self.save_dir, f"{name}.pth")
+        if spoilt := first_nonfinite(self.model):
+            raise UsageError(f"{path} is not written: {spoilt} holds NaN or infinity")
         self.logger.info(f"Saving checkpoint to {path}")
         with replacing(path) as file:
             torch.save({"model": self.model.state_dict(), **states, **extra}, file)
         self.tag_last_checkpoint(os.path.basename(path))
+        self.last = path
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:

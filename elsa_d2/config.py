@@ -9,6 +9,7 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 
 from elsa_core.errors import UsageError, one_line
+from elsa_core.finite import MAX_NONFINITE
 from elsa_core.variants import VARIANTS, Arch
 
 from .semantic_config import add_semantic_config
@@ -44,6 +45,10 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
 
     # "float16", "bfloat16", or "": float16 on CUDA and bfloat16 elsewhere.
     cfg.SOLVER.AMP.DTYPE = ""
+
+    # So many iterations in a row with a loss that is NaN or infinite end a training, as do so many
+    # steps in a row that are left out for such gradients (see elsa_core.finite).
+    cfg.SOLVER.MAX_NONFINITE = MAX_NONFINITE
 
     # The model takes each batch in so many parts, one after the other; IMS_PER_BATCH images still
     # make one step of the optimizer.

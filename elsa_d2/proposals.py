@@ -36,8 +36,7 @@ class ProbabilityRPN(RPN):
             pred_anchor_deltas: L of [N, A_i, 4].
             image_sizes: (height, width) of N images, to which boxes are clipped.
 
-        Raises:
-            FloatingPointError: in training, for numbers that are not finite.
+        Boxes and scores that are not finite are left out; a training sees them in its losses.
         """
         with torch.no_grad():
             levels = self._decode_proposals(anchors, pred_anchor_deltas)
@@ -63,8 +62,6 @@ class ProbabilityRPN(RPN):
         lengths = torch.tensor([min(most, len(level)) for level in chances])
         level = torch.arange(len(lengths)).repeat_interleave(lengths).to(box)
         finite = box.isfinite().all(1) & logit.isfinite()
-        if self.training and not finite.all():
-            raise FloatingPointError("the RPN predicts infinite or undefined boxes or scores")
         clipped = Boxes(box[finite])
         clipped.clip(size)
         large = clipped.nonempty(self.min_box_size)

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 import os
-from typing import Any
+from typing import Any, NoReturn
 
 from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
 from elsa_core.errors import UsageError
-from elsa_core.stop import FAILED, Ended, StopSignals, largest, stopped
+from elsa_core.finite import FiniteWatch, first_nonfinite, spoilt
+from elsa_core.stop import FAILED, REFUSED, Ended, StopSignals, largest, stopped
 
 from .checkpoint import AtomicCheckpointer
 
@@ -22,21 +23,38 @@ CANNOT_SAVE = 1000
 class CarefulCheckpointer(hooks.PeriodicCheckpointer):
     """Detectron2's, but a failure to save waits until `StopHook` tells the other processes.
 
+    Nothing is saved at iterations whose losses or gradients are not finite.
+
     Attributes:
         failure: what went wrong, "" if nothing did.
     """
 
     failure = ""
 
+    def __init__(self, checkpointer: AtomicCheckpointer, period: int, watch: FiniteWatch) -> None:
+        super().__init__(checkpointer, period)
+        self.watch = watch
+
     def after_step(self) -> None:
+        if self.watch.bad:
+            return
         try:
             super().after_step()
         except UsageError as error:
             self.failure = str(error)
 
 
+class FinalEvalHook(hooks.EvalHook):
+    """Detectron2's, but no evaluation follows a training that failed in its last iteration."""
+
+    def after_train(self) -> None:
+        self._eval_after_train &= self.trainer.iter >= self.trainer.max_iter
+        super().after_train()
+
+
 class StopHook(HookBase):
-    """Ends a training in all processes when one has been sent SIGTERM or SIGUSR1, or cannot save.
+    """Ends a training in all processes when one has been sent SIGTERM or SIGUSR1, or cannot save,
+    or when losses or gradients are not finite too often in a row.
 
     The iteration in progress is finished and saved. An evaluation between two iterations is broken
     off in a single process, several processes finish it first; the last evaluation of all is left
@@ -45,15 +63,22 @@ class StopHook(HookBase):
     Args:
         checkpointer: saves the state.
         periodic: the checkpointer's hook, None in processes that have none.
+        watch: counts what is not finite.
     """
 
     def __init__(
-        self, checkpointer: AtomicCheckpointer, periodic: CarefulCheckpointer | None
+        self,
+        checkpointer: AtomicCheckpointer,
+        periodic: CarefulCheckpointer | None,
+        watch: FiniteWatch,
     ) -> None:
-        self.checkpointer, self.periodic = checkpointer, periodic
+        self.checkpointer, self.periodic, self.watch = checkpointer, periodic, watch
         self.signals = StopSignals()
 
     def before_train(self) -> None:
+        if name := first_nonfinite(self.checkpointer.model):
+            source = self.checkpointer.last or self.trainer.cfg.MODEL.WEIGHTS or "the model"
+            raise Ended(REFUSED, f"{source} cannot be trained: {name} holds NaN or infinity")
         self.signals.listen()
         if comm.get_world_size() == 1:
             self.trainer.model.register_forward_pre_hook(self._in_evaluation)
@@ -63,8 +88,16 @@ class StopHook(HookBase):
         # One reduction for both; there is no signal of this number.
         state = largest(CANNOT_SAVE if failure else self.signals.received)
         if state == CANNOT_SAVE:
-            raise self._failed(failure)
-        if state and self.trainer.iter + 1 < self.trainer.max_iter:
+            self._fail(self._cannot_save(failure))
+        done, last = self.trainer.iter + 1, self.trainer.iter + 1 >= self.trainer.max_iter
+        if self.watch.at_limit or self.watch.bad and last:
+            self._fail(self.watch.ended(done, self.checkpointer.last))
+        if self.watch.recovered:
+            name = first_nonfinite(self.checkpointer.model)
+            if largest(bool(name)):
+                self._fail(spoilt(name, done, self.checkpointer.last))
+        # What is not finite is not saved: the signal waits for the end of that.
+        if state and not last and not self.watch.bad:
             self._stop(state)
 
     def after_train(self) -> None:
@@ -74,7 +107,7 @@ class StopHook(HookBase):
             raise stopped(number, self.checkpointer.get_checkpoint_file())
 
     def _in_evaluation(self, model: nn.Module, inputs: Any) -> None:
-        if self.signals.received and not model.training:
+        if self.signals.received and not model.training and not self.watch.bad:
             number, self.signals.received = self.signals.received, 0
             if self.trainer.iter + 1 < self.trainer.max_iter:
                 self._stop(number)
@@ -83,23 +116,22 @@ class StopHook(HookBase):
         name = f"model_{self.trainer.iter:07d}"
         path = os.path.join(self.checkpointer.save_dir, f"{name}.pth")
         failure = ""
-        if comm.is_main_process() and self._last() != path:
+        if comm.is_main_process() and self.checkpointer.last != path:
             try:
                 self.checkpointer.save(name, iteration=self.trainer.iter)
             except UsageError as error:
                 failure = str(error)
         if largest(bool(failure)):
-            raise self._failed(failure)
+            self._fail(self._cannot_save(failure))
         end = stopped(number, path)
         logger.warning(end.sentence)
         raise end
 
-    def _last(self) -> str:
-        known = self.checkpointer.has_checkpoint()
-        return self.checkpointer.get_checkpoint_file() if known else ""
+    def _cannot_save(self, failure: str) -> Ended:
+        hint = f"; --resume goes on from {last}" if (last := self.checkpointer.last) else ""
+        return Ended(FAILED, f"the checkpoint {failure or 'of the main process'}{hint}")
 
-    def _failed(self, failure: str) -> Ended:
-        hint = f"; --resume goes on from {last}" if (last := self._last()) else ""
-        end = Ended(FAILED, f"the checkpoint {failure or 'of the main process'}{hint}")
-        logger.error(end.sentence)
-        return end
+    def _fail(self, end: Ended) -> NoReturn:
+        if comm.is_main_process():
+            logger.error(end.sentence)
+        raise end

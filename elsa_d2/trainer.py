@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import build_detection_test_loader, build_detection_train_loader
-from detectron2.engine import DefaultTrainer, SimpleTrainer, TrainerBase, create_ddp_model, hooks
+from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
+from elsa_core.finite import FiniteWatch
 from elsa_core.stop import FAILED, Ended, spare_workers
 
 from .amp import AutocastTrainer, amp_dtype
@@ -29,7 +30,7 @@ from .order import continue_order, torch_loader
 from .schedule import build_lr_scheduler, scale_lr
 from .semantic import SegmentorWithTTA, SemanticMapper, build_sem_seg_evaluator
 from .semantic_config import is_semantic
-from .stop import CarefulCheckpointer, StopHook
+from .stop import CarefulCheckpointer, FinalEvalHook, StopHook
 from .tta import with_test_time_augmentation
 
 logger = logging.getLogger(__name__)
@@ -40,7 +41,8 @@ class Trainer(DefaultTrainer):
 
     On a CPU, several processes share the work through gloo, and SOLVER.AMP means bfloat16 unless
     told otherwise. SIGTERM and SIGUSR1 end a training at the next iteration, whose state is saved:
-    `train` then raises `elsa_core.stop.Ended`, as it does where a checkpoint cannot be written.
+    `train` then raises `elsa_core.stop.Ended`, as it does where a checkpoint cannot be written and
+    where losses or gradients are not finite (SOLVER.MAX_NONFINITE, `elsa_core.finite`).
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -54,13 +56,11 @@ class Trainer(DefaultTrainer):
         devices = [comm.get_local_rank()] if device_type == "cuda" else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
         amp, parts = cfg.SOLVER.AMP, cfg.SOLVER.ACCUMULATE_STEPS
-        if amp.ENABLED or parts > 1:
-            dtype = amp_dtype(amp.DTYPE, device_type) if amp.ENABLED else torch.float32
-            self._trainer = AutocastTrainer(
-                model, data_loader, optimizer, device_type, dtype, parts
-            )
-        else:
-            self._trainer = SimpleTrainer(model, data_loader, optimizer)
+        dtype = amp_dtype(amp.DTYPE, device_type) if amp.ENABLED else torch.float32
+        self.watch = FiniteWatch(cfg.SOLVER.MAX_NONFINITE, "SOLVER.MAX_NONFINITE")
+        self._trainer = AutocastTrainer(
+            model, data_loader, optimizer, device_type, dtype, parts, self.watch
+        )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.start_iter = 0
@@ -99,9 +99,14 @@ class Trainer(DefaultTrainer):
         periodic = None
         for place, hook in enumerate(built):
             if isinstance(hook, hooks.PeriodicCheckpointer):
-                built[place] = periodic = CarefulCheckpointer(self.checkpointer, hook.period)
+                built[place] = periodic = CarefulCheckpointer(
+                    self.checkpointer, hook.period, self.watch
+                )
+            elif isinstance(hook, hooks.EvalHook):
+                built[place] = FinalEvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
         evaluations = (i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
-        built.insert(next(evaluations, len(built)), StopHook(self.checkpointer, periodic))
+        stop = StopHook(self.checkpointer, periodic, self.watch)
+        built.insert(next(evaluations, len(built)), stop)
         if order := continue_order(torch_loader(self.data_loader), self.cfg.SOLVER.IMS_PER_BATCH):
             built.insert(0, order)
         if self.cfg.TEST.AUG.ENABLED:
@@ -109,6 +114,10 @@ class Trainer(DefaultTrainer):
             evaluate = hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
             built.insert(-1 if comm.is_main_process() else len(built), evaluate)
         return built
+
+    def _evaluate(self) -> dict[str, Any]:
+        self._last_eval_results = self.test(self.cfg, self.model)
+        return self._last_eval_results
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:

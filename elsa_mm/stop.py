@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import os
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
-from mmengine.dist import get_world_size
+from mmengine.dist import get_world_size, is_main_process
 from mmengine.hooks import CheckpointHook, EMAHook
 from mmengine.registry import HOOKS
 from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner._flexible_runner import FlexibleRunner
+from torch.optim import Optimizer
 
 from elsa_core.errors import UsageError
-from elsa_core.stop import FAILED, Ended, StopSignals, largest, spare_workers, stopped
+from elsa_core.files import replacing
+from elsa_core.finite import MAX_NONFINITE, FiniteWatch, first_nonfinite, not_finite, spoilt
+from elsa_core.stop import FAILED, REFUSED, Ended, StopSignals, largest, spare_workers, stopped
 
 from .order import continue_order
 
@@ -31,18 +36,34 @@ class StoppableCheckpointHook(CheckpointHook):
     left, in the middle of an epoch too.
 
     Every file appears complete or not at all, and where one cannot be written, the training ends
-    in all processes. Takes `CheckpointHook`'s arguments; ``backend_args`` are those of
-    `elsa_mm.AtomicLocalBackend` unless given.
+    in all processes. It also ends when losses or gradients are not finite (`elsa_core.finite`);
+    nothing is saved at such an iteration, nor ever a model with NaN.
+
+    Takes `CheckpointHook`'s arguments; ``backend_args`` are those of `elsa_mm.AtomicLocalBackend`
+    unless given.
+
+    Args:
+        max_nonfinite: so many iterations in a row with a loss that is NaN or infinite end the
+            training, as do so many steps in a row that are left out for such gradients.
     """
 
-    def __init__(self, *args: Any, backend_args: dict | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        *args: Any,
+        backend_args: dict | None = None,
+        max_nonfinite: int = MAX_NONFINITE,
+        **kwargs: Any,
+    ) -> None:
         backend_args = backend_args or dict(backend="atomic_local")
         super().__init__(*args, backend_args=backend_args, **kwargs)
+        self.watch = FiniteWatch(max_nonfinite)
         self.signals: StopSignals | None = None
         self.saved = 0  # iterations that the last checkpoint has
+        self.good: str | None = None  # the last checkpoint of this training
 
     def before_train(self, runner: Any) -> None:
         super().before_train(runner)
+        self._watch(runner)
         continue_order(runner)
         spare_workers(runner.train_dataloader)
         if runner.val_loop is not None:
@@ -51,11 +72,44 @@ class StoppableCheckpointHook(CheckpointHook):
         self.signals = StopSignals()
         self.signals.listen()
 
-    def after_train_iter(self, runner: Any, batch_idx: int, *args: Any, **kwargs: Any) -> None:
-        super().after_train_iter(runner, batch_idx, *args, **kwargs)
+    def _watch(self, runner: Any) -> None:
+        source = getattr(runner, "_load_from", None)
+        resumed = getattr(runner, "_resume", False)
+        self.good = (resumed if isinstance(resumed, str) else source) if resumed else None
+        name = _spoilt(runner)
+        if largest(bool(name)):
+            raise Ended(
+                REFUSED,
+                f"{source or 'the model'} cannot be trained: "
+                f"{name or 'a part of another process'} holds NaN or infinity",
+            )
+        wrapper = runner.optim_wrapper
+        optimizer = getattr(wrapper, "optimizer", None)
+        if isinstance(optimizer, Optimizer):  # DeepSpeed steps itself
+            self.watch.guard(optimizer, getattr(wrapper, "loss_scaler", None))
+
+    def after_train_iter(
+        self, runner: Any, batch_idx: int, data_batch: Any = None, outputs: dict | None = None
+    ) -> None:
+        self._count(runner, outputs or {})
+        super().after_train_iter(runner, batch_idx, data_batch, outputs)
         # The last iteration of an epoch belongs to an epoch that is done only after its end.
         if not _counts_epochs(runner) or batch_idx + 1 < len(runner.train_dataloader):
             self._stop_if_told(runner, runner.iter + 1, runner.epoch)
+
+    def _count(self, runner: Any, outputs: dict[str, Any]) -> None:
+        """Takes note of losses that are not finite, and ends the training after too many."""
+        # As in BaseModel.parse_losses: the others are for the log.
+        bad = not_finite({name: value for name, value in outputs.items() if "loss" in name})
+        done, anywhere = runner.iter + 1, bool(largest(bool(bad)))
+        if problem := self.watch.count(bad, anywhere, _has_stepped(runner)):
+            runner.logger.warning(f"iteration {done}: {problem}")
+        if self.watch.at_limit or self.watch.bad and self.is_last_train_iter(runner):
+            _fail(runner, self.watch.ended(done, self.good))
+        if self.watch.recovered:
+            name = _spoilt(runner)
+            if largest(bool(name)):
+                _fail(runner, spoilt(name, done, self.good))
 
     def after_train_epoch(self, runner: Any) -> None:
         super().after_train_epoch(runner)
@@ -89,7 +143,8 @@ class StoppableCheckpointHook(CheckpointHook):
 
     def _stop_if_told(self, runner: Any, done: int, epoch: int) -> None:
         """Args: done, epoch: iterations and epochs that are complete."""
-        if self.signals is None or not _has_stepped(runner):
+        # What is not finite is not saved: the signal waits for the end of that.
+        if self.signals is None or self.watch.bad or not _has_stepped(runner):
             return
         if not (number := self.signals.agreed()):
             return
@@ -118,31 +173,88 @@ class StoppableCheckpointHook(CheckpointHook):
             self.by_epoch, self.filename_tmpl, self.max_keep_ckpts = before
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
-        last = self.last_ckpt or runner.message_hub.runtime_info.get("last_ckpt")
-        with _ending_together(runner, last):
-            super()._save_checkpoint_with_step(runner, step, meta)
-        self.saved = meta["iter"]
+        """As CheckpointHook's, but older checkpoints are removed after the new one was written,
+        and ``last_checkpoint`` is never half-written."""
+        if self.watch.bad:
+            runner.logger.warning("not saved, since losses or gradients are not finite")
+            return
+        name = self.filename_tmpl.format(step)
+        path = self.file_backend.join_path(self.out_dir, name)
+        old: list[int] = []
+        if self.max_keep_ckpts > 0:
+            kept = [one for one in self.keep_ckpt_ids if one != step] + [step]
+            old, kept = kept[: -self.max_keep_ckpts], kept[-self.max_keep_ckpts :]
+            self.keep_ckpt_ids = deque(kept, self.max_keep_ckpts)
+            runner.message_hub.update_info("keep_ckpt_ids", kept)
+        with _ending_together(runner, path, self.good):
+            self.last_ckpt = path
+            runner.message_hub.update_info("last_ckpt", path)
+            runner.save_checkpoint(
+                self.out_dir,
+                name,
+                self.file_client_args,
+                save_optimizer=self.save_optimizer,
+                save_param_scheduler=self.save_param_scheduler,
+                meta=meta,
+                by_epoch=self.by_epoch,
+                backend_args=self.backend_args,
+                **self.args,
+            )
+            if is_main_process():
+                with replacing(os.path.join(runner.work_dir, "last_checkpoint")) as file:
+                    file.write(path.encode())
+                self._remove(old)
+        self.good, self.saved = path, meta["iter"]
+
+    def _remove(self, steps: list[int]) -> None:
+        for step in steps:
+            path = self.file_backend.join_path(self.out_dir, self.filename_tmpl.format(step))
+            if self.file_backend.isfile(path):
+                self.file_backend.remove(path)
+            elif self.file_backend.isdir(path):  # DeepSpeed's
+                self.file_backend.rmtree(path)
 
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
-        with _ending_together(runner, self.last_ckpt):
+        if self.watch.bad or not self.save_best:
+            return
+        with _ending_together(runner, "of the best result", self.good):
             super()._save_best_checkpoint(runner, metrics)
 
 
 @contextmanager
-def _ending_together(runner: Any, last: str | None) -> Iterator[None]:
-    """Ends all processes where one, which writes for all of them, cannot."""
-    failure = ""
-    try:
-        yield
-    except UsageError as error:
-        failure = str(error)
-    except OSError as error:
-        failure = f"{error.filename or runner.work_dir} cannot be written: {error.strerror}"
-    if largest(bool(failure)):
-        hint = f"; --resume goes on from {last}" if last else ""
-        end = Ended(FAILED, f"the checkpoint {failure or 'of the main process'}{hint}")
-        runner.logger.error(end.sentence)
-        raise end
+def _ending_together(runner: Any, path: str, last: str | None) -> Iterator[None]:
+    """Ends all processes where one, which writes for all of them, cannot.
+
+    Args:
+        path: what is written.
+        last: the checkpoint before it.
+    """
+    name = _spoilt(runner)
+    failure = f"{path} is not written: {name} holds NaN or infinity" if name else ""
+    # Before anything is removed or written.
+    if not largest(bool(failure)):
+        try:
+            yield
+        except UsageError as error:
+            failure = str(error)
+        except OSError as error:
+            failure = f"{error.filename or runner.work_dir} cannot be written: {error.strerror}"
+        if not largest(bool(failure)):
+            return
+    hint = f"; --resume goes on from {last}" if last else ""
+    _fail(runner, Ended(FAILED, f"the checkpoint {failure or 'of another process'}{hint}"))
+
+
+def _fail(runner: Any, end: Ended) -> NoReturn:
+    runner.logger.error(end.sentence)
+    runner.visualizer.close()  # what it has not written yet
+    raise end
+
+
+def _spoilt(runner: Any) -> str:
+    """The first parameter or buffer, the averaged ones included, that is NaN or infinite."""
+    averaged = [hook.ema_model for hook in runner.hooks if hasattr(hook, "ema_model")]
+    return next(filter(None, map(first_nonfinite, [runner.model, *averaged])), "")
 
 
 def _counts_epochs(runner: Any) -> bool:

@@ -8,13 +8,12 @@ import torch
 pytest.importorskip("detectron2")
 
 from d2_tiny import CONFIG, overrides
-from detectron2.engine import SimpleTrainer
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from killing_d2 import in_two_processes
 
 from elsa_d2 import Trainer, UsageError, load_config, register_coco_datasets
-from elsa_d2.amp import AutocastTrainer, amp_dtype
+from elsa_d2.amp import amp_dtype
 
 
 def make_trainer(data, output, **changes):
@@ -34,10 +33,9 @@ def steps(trainer, number):
     return storage.latest()
 
 
-@pytest.mark.parametrize("amp, kind", [(False, SimpleTrainer), (True, AutocastTrainer)])
-def test_steps_on_the_cpu(digits, tmp_path, amp, kind):
+@pytest.mark.parametrize("amp", [False, True])
+def test_steps_on_the_cpu(digits, tmp_path, amp):
     trainer = make_trainer(digits, tmp_path, MODEL__DEVICE="cpu", SOLVER__AMP__ENABLED=amp)
-    assert type(trainer._trainer) is kind
     seen = set()
     trainer.model.backbone.bottom_up.layers[0].blocks[0].mlp.fc1.register_forward_hook(
         lambda module, inputs, output: seen.add(output.dtype)
