@@ -6,6 +6,7 @@ A config imports it with `custom_imports = dict(imports=['elsa_mm'])`.
 from .amp import CPUAmpOptimWrapper
 from .backbone import ELSASwin
 from .checkpoint import AtomicLocalBackend
+from .evaluation import AugmentedValLoop
 from .schedule import WarmupCosineLR
 from .sizes import EqualSizesHook
 from .stop import StoppableCheckpointHook
@@ -14,6 +15,7 @@ from .zoo import get_config_file
 
 __all__ = [
     "AtomicLocalBackend",
+    "AugmentedValLoop",
     "CPUAmpOptimWrapper",
     "ELSAFSDPStrategy",
     "ELSASwin",

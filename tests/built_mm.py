@@ -176,6 +176,19 @@ class Built:
             "mask heads": len(masks),
         }
 
+    def validation(self):
+        """Sizes of a training's evaluation, its flips, and whose best checkpoint is kept."""
+        (view,) = [
+            step for step in self.cfg.val_dataloader.dataset.pipeline if step.type == "TestTimeAug"
+        ]
+        with self._scope():
+            views = SEG_TRANSFORMS.build(view).subroutines
+        assert self.cfg.val_cfg.type == "AugmentedValLoop"
+        assert self.cfg.val_cfg.tta_model.type == "SegTTAModel"
+        sizes = [one.transforms[0].scale for one in views]
+        flips = [step.prob for one in views for step in one.transforms if hasattr(step, "prob")]
+        return sizes, flips, self.cfg.default_hooks.checkpoint.save_best
+
     def _upernet(self):
         head, aux = self.model.decode_head, self.model.auxiliary_head
         assert self.model.test_cfg.mode == "whole" and not head.align_corners

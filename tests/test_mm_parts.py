@@ -1,14 +1,19 @@
-"""The adapter's own parts: whole checkpoints, finding them again, mixed precision on CPUs."""
+"""The adapter's own parts: checkpoints, mixed precision on CPUs, validation of several views."""
 
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mmengine.config import Config
+from mmengine.evaluator import BaseMetric, Evaluator
 from mmengine.fileio import get_file_backend
-from mmengine.registry import OPTIM_WRAPPERS
+from mmengine.registry import OPTIM_WRAPPERS, DefaultScope
+from mmengine.structures import PixelData
+from mmseg.structures import SegDataSample
+from torch.utils.data import DataLoader
 
-from elsa_mm import machine
+from elsa_mm import AugmentedValLoop, machine
 from elsa_mm.checkpoint import find_last_checkpoint
 
 BACKEND = dict(backend="atomic_local")
@@ -144,3 +149,38 @@ def test_what_works_is_left_alone(monkeypatch, device, options):
     before = cfg.to_dict()
     assert machine.use_cpu_where_needed(cfg) == []
     assert cfg.to_dict() == before
+
+
+class Notes(BaseMetric):
+    def process(self, data_batch, data_samples):
+        self.results += [sample["pred_sem_seg"]["data"] for sample in data_samples]
+
+    def compute_metrics(self, results):
+        return {}
+
+
+@pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "wrapped"])
+def test_validation_merges_the_views(wrapped):
+    def test_step(data):
+        sample = SegDataSample(seg_logits=PixelData(data=data["inputs"][0]))
+        sample.set_metainfo(dict(img_path="a.png"))
+        return [sample]
+
+    model = SimpleNamespace(out_channels=3, test_step=test_step)
+    if wrapped:  # whose attributes are the wrapper's
+        model = SimpleNamespace(module=model, test_step=test_step)
+    hooks = []
+    runner = SimpleNamespace(
+        model=model,
+        visualizer=SimpleNamespace(),
+        call_hook=lambda name, **values: hooks.append(name),
+    )
+    views = torch.randn(6, 3, 4, 5, generator=torch.Generator().manual_seed(0)) * 3
+    metric = Notes()
+    loop = AugmentedValLoop(runner, DataLoader([0]), Evaluator([metric]), dict(type="SegTTAModel"))
+    with DefaultScope.overwrite_default_scope("mmseg"):
+        loop.run_iter(0, dict(inputs=[[view] for view in views], data_samples=[[None]] * 6))
+    (merged,) = metric.results[0]
+    assert torch.equal(merged, views.softmax(1).mean(0).argmax(0))
+    assert not torch.equal(merged, views[-1].argmax(0))
+    assert hooks == ["before_val_iter", "after_val_iter"]

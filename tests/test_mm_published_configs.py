@@ -121,7 +121,10 @@ SHORT_SEGMENTOR = {
     "train_cfg.val_interval": 2,
     "train_dataloader.dataset.pipeline.2.scale": "(256,64)",
     "train_dataloader.dataset.pipeline.3.crop_size": "(64,64)",
-    "val_dataloader.dataset.pipeline.1.scale": "(256,64)",
+    **{
+        f"val_dataloader.dataset.pipeline.1.transforms.0.{view}.scale": "(256,64)"
+        for view in range(6)
+    },
     "test_dataloader.dataset.pipeline.1.scale": "(256,64)",
     "model.data_preprocessor.size": "(64,64)",
 }

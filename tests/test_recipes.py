@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from recipes import RECIPES, first_weights
+from recipes import RECIPES, first_weights, upernet_facts
 
 pytest.importorskip("detectron2")
 pytest.importorskip("mmdet")
@@ -80,6 +80,12 @@ def test_boxes_are_pooled_in_float32(framework, method, dtype, tolerance):
         assert pooled.dtype == dtype
         middle = pooled.float().mean().item()
         assert middle == pytest.approx(centre - round(centre), abs=tolerance)
+
+
+@openmmlab
+def test_segmentation_is_evaluated_at_all_sizes_while_training(framework):
+    sizes = upernet_facts()["augmented test scales"]
+    assert built(framework, METHODS["upernet"]).validation() == (sizes, [], "mIoU")
 
 
 @both

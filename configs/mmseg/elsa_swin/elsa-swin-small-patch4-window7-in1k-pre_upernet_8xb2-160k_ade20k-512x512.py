@@ -1,7 +1,7 @@
 _base_ = [
     "../_base_/models/upernet_elsa-swin_ade20k.py",
     "../_base_/datasets/ade20k.py",
-    "../_base_/schedules/adamw_160k.py",
+    "../_base_/schedules/adamw_160k_ade20k.py",
 ]
 
 model = dict(backbone=dict(arch="small", drop_path_rate=0.3))

@@ -1,5 +1,6 @@
 # MMSegmentation's ADE20K with 2 images for each of 8 GPUs. --tta resizes as the original does, to
-# multiples of (2048, 512); MMSegmentation's own takes multiples of the image's size.
+# multiples of (2048, 512); MMSegmentation's own takes multiples of the image's size. Validation is
+# at the same sizes without flip, which needs AugmentedValLoop.
 # The path is explained in models/upernet_elsa-swin.py.
 _base_ = [f"{__import__('mmseg').__path__[0]}/.mim/configs/_base_/datasets/ade20k.py"]
 
@@ -10,6 +11,14 @@ resizes = [
     dict(type="Resize", scale=(int(2048 * ratio), int(512 * ratio)), keep_ratio=True)
     for ratio in ratios
 ]
+val_pipeline = [
+    dict(type="LoadImageFromFile"),
+    dict(
+        type="TestTimeAug",
+        transforms=[resizes, [dict(type="LoadAnnotations")], [dict(type="PackSegInputs")]],
+    ),
+]
+val_dataloader = dict(dataset=dict(pipeline=val_pipeline))
 tta_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(
