@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from elsa_core.errors import UsageError
 from elsa_core.files import replacing
 from elsa_core.finite import first_nonfinite
-from elsa_weights import tensors_for
+from elsa_weights import checkpoint_for
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -23,9 +24,12 @@ class AtomicCheckpointer(DetectionCheckpointer):
     raises UsageError where it cannot be written, or for a model with NaN or infinite parameters.
 
     Attributes:
+        classes: the names of the model's classes, which `save` puts into each file, where
+            OpenMMLab's checkpoints have them.
         last: the checkpoint that was saved last, or that a training was resumed from, "" if none.
     """
 
+    classes: Sequence[str] | None = None
     last = ""
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
@@ -45,12 +49,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 loaded = {"model": {}}
             if any(name.removeprefix("module.") in names for name in loaded["model"]):
                 return loaded
-        return {"model": tensors_for(self.model, filename)}
+        return checkpoint_for(self.model, filename)
 
     def save(self, name: str, **extra: Any) -> None:
         if not self.save_dir or not self.save_to_disk:
             return
         states = {key: value.state_dict() for key, value in self.checkpointables.items()}
+        if self.classes:
+            states["meta"] = {"dataset_meta": {"classes": list(self.classes)}}
         path = os.path.join(self.save_dir, f"{name}.pth")
         if spoilt := first_nonfinite(self.model):
             raise UsageError(f"{path} is not written: {spoilt} holds NaN or infinity")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 from detectron2.data import MetadataCatalog
@@ -11,6 +12,7 @@ from detectron2.structures import BoxMode
 from pycocotools.mask import frPyObjects
 
 from elsa_core.errors import UsageError
+from elsa_data.classes import difference, labels_by_name, ordered_names
 from elsa_data.coco import load_coco
 from elsa_data.coco_rules import has_area
 from elsa_data.errors import DataError
@@ -18,24 +20,37 @@ from elsa_data.errors import DataError
 logger = logging.getLogger(__name__)
 
 
-def load_coco_json(json_file: str, image_root: str, dataset_name: str) -> list[dict[str, Any]]:
+def load_coco_json(
+    json_file: str, image_root: str, dataset_name: str, classes: Sequence[str] | None = None
+) -> list[dict[str, Any]]:
     """As Detectron2's function of this name, for every file that the checker accepts.
 
     Differs in what Detectron2's ends with a traceback or leaves out: a byte order mark; `ignore`,
     which makes an annotation a crowd; no `iscrowd`, which is 0. Boxes without area are left out,
     and the log says how many.
 
-    Sets thing_classes and thing_dataset_id_to_contiguous_id in the data set's metadata, by
-    ascending id. Raises UsageError, which names the file, for one with errors.
+    Sets thing_classes and thing_dataset_id_to_contiguous_id in the data set's metadata.
+
+    Args:
+        classes: the name of each label; None: the categories by ascending id.
+
+    Raises UsageError, which names the file, for one with errors or other categories than `classes`.
     """
     try:
         coco = load_coco(json_file)
+        names = ordered_names(coco["categories"])
+        classes = list(classes or names)
+        labels = labels_by_name(classes, coco["categories"])
     except DataError as error:
         raise UsageError(f"annotation file of data set {dataset_name!r}: {error}") from error
-    categories = sorted(coco["categories"], key=lambda one: one["id"])
-    labels = {one["id"]: label for label, one in enumerate(categories)}
+    if moved := difference(classes, names):
+        label, wanted, found = moved
+        logger.warning(
+            f"data set {dataset_name!r} is mapped by the names of its categories: class {label} is "
+            f"{wanted!r}, not {found!r} as by ascending id"
+        )
     MetadataCatalog.get(dataset_name).set(
-        thing_classes=[one["name"] for one in categories], thing_dataset_id_to_contiguous_id=labels
+        thing_classes=classes, thing_dataset_id_to_contiguous_id=labels
     )
     records = {
         image["id"]: {

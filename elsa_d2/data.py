@@ -1,27 +1,71 @@
-"""Data sets in COCO's format: registered from the config, checked before a run begins."""
+"""Data sets in COCO's format: registered from the config, checked before a run begins.
+
+A run has one order of classes: that of the checkpoint it evaluates, or of its first training part.
+Every other part's categories become labels by their names.
+"""
 
 from __future__ import annotations
 
+import logging
 import os
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from elsa_core.errors import UsageError
+from elsa_data.classes import difference, labels_by_name, ordered_names
 from elsa_data.coco import first_problem, missing_files, read_json
 from elsa_data.errors import DataError
 
+from .classes import class_names
 from .coco_json import load_coco_json
 
+logger = logging.getLogger(__name__)
+_Result = TypeVar("_Result")
 
-def register_coco_datasets(cfg: CfgNode) -> None:
+
+@dataclass(frozen=True)
+class CocoPart:
+    """What DatasetCatalog calls for the records of a data set, see `load_coco_json`.
+
+    ``order``: the class names, label by label, or the data set whose names they are; None, or a
+    data set that is not there, for the categories by ascending id.
+    """
+
+    name: str
+    json_file: str
+    image_root: str
+    order: tuple[str, ...] | str | None = None
+
+    def __call__(self) -> list[dict[str, Any]]:
+        return load_coco_json(self.json_file, self.image_root, self.name, self._order())
+
+    def _order(self) -> list[str] | None:
+        if not isinstance(self.order, str):
+            return list(self.order) if self.order else None
+        names = class_names(self.order)
+        if names is None:
+            logger.warning(
+                f"data set {self.order!r} of DATASETS.TRAIN is not there, nor does the checkpoint "
+                f"name its classes: they are those of {self.name!r} by ascending id"
+            )
+        return names
+
+
+def register_coco_datasets(cfg: CfgNode, classes: Sequence[str] | None = None) -> None:
     """Registers the data sets that DATASETS.REGISTER_COCO lists.
 
     Relative paths start at the working directory. Raises UsageError for entries of another form
     and for a name that stands for another data set already.
+
+    Args:
+        classes: the names that the labels of each data set stand for, label by label; None: those
+            of the first of DATASETS.TRAIN.
     """
+    first = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else None
     for entry in cfg.DATASETS.REGISTER_COCO:
         if (
             not isinstance(entry, (list, tuple))
@@ -33,17 +77,24 @@ def register_coco_datasets(cfg: CfgNode) -> None:
                 f"got {entry!r}"
             )
         name, json_file, image_root = entry
-        if name not in DatasetCatalog:
-            DatasetCatalog.register(name, partial(load_coco_json, json_file, image_root, name))
-            MetadataCatalog.get(name).set(
-                json_file=json_file, image_root=image_root, evaluator_type="coco"
-            )
-            continue
-        known = MetadataCatalog.get(name)
-        if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
-            raise UsageError(
-                f"DATASETS.REGISTER_COCO names {name!r}, which is registered as another data set"
-            )
+        order = tuple(classes) if classes else None if name == first else first
+        part = CocoPart(name, json_file, image_root, order)
+        if name in DatasetCatalog:
+            known = MetadataCatalog.get(name)
+            if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
+                raise UsageError(
+                    f"DATASETS.REGISTER_COCO names {name!r}, which is registered as another data "
+                    "set"
+                )
+            before = DatasetCatalog[name]
+            if not isinstance(before, CocoPart) or before == part:
+                continue
+            DatasetCatalog.remove(name)  # an earlier run of this process has other classes
+            MetadataCatalog.remove(name)
+        DatasetCatalog.register(name, part)
+        MetadataCatalog.get(name).set(
+            json_file=json_file, image_root=image_root, evaluator_type="coco"
+        )
 
 
 def check_dataset(
@@ -51,6 +102,7 @@ def check_dataset(
     num_classes: int | None = None,
     annotated: bool = True,
     masks: bool | None = False,
+    classes: Sequence[str] | None = None,
 ) -> None:
     """Raises UsageError unless a registered data set is there and whole.
 
@@ -61,6 +113,7 @@ def check_dataset(
         num_classes: how many categories it must have; None for any number.
         annotated: whether it must have annotations, as a test set of a contest has not.
         masks: whether each annotation must have a mask; None: once one has.
+        classes: the names of the run's classes, label by label; None: its own are the run's.
     """
     if name not in DatasetCatalog:
         raise UsageError(
@@ -78,6 +131,7 @@ def check_dataset(
             f"data set {name!r} has {len(coco['categories'])} categories, "
             f"but MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}"
         )
+    _check_names(name, json_file, coco["categories"], classes)
     _check_images(name, image_root, [image["file_name"] for image in coco["images"]])
 
 
@@ -106,6 +160,28 @@ def _check_annotations(
             raise UsageError(f"{what} has no {key}")
     if problem := first_problem(coco, masks):
         raise UsageError(f"{what}: {problem}")
+
+
+def _check_names(
+    name: str, json_file: str, categories: list[dict], classes: Sequence[str] | None
+) -> None:
+    names = _understood(name, json_file, ordered_names, categories)
+    if classes is None:
+        return
+    _understood(name, json_file, labels_by_name, classes, categories)
+    if names != list(classes) and not isinstance(DatasetCatalog[name], CocoPart):
+        label, wanted, found = difference(classes, names)
+        raise UsageError(
+            f"data set {name!r} has {found!r} as class {label} by ascending id, where the model "
+            f"has {wanted!r}: list it in DATASETS.REGISTER_COCO, which goes by the names"
+        )
+
+
+def _understood(name: str, json_file: str, function: Callable[..., _Result], *args: Any) -> _Result:
+    try:
+        return function(*args)
+    except DataError as error:
+        raise UsageError(f"annotation file {json_file} of data set {name!r}: {error}") from error
 
 
 def _check_images(name: str, image_root: str, file_names: list[str]) -> None:

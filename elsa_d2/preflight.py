@@ -5,15 +5,17 @@ from __future__ import annotations
 import os
 import tempfile
 import warnings
+from collections.abc import Sequence
 from typing import Any
 from urllib.parse import urlparse
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
+import elsa_weights
 from elsa_core.errors import UsageError, one_line
 
 from . import backbone
@@ -21,7 +23,8 @@ from .amp import amp_dtype
 from .augmentation import resize_class
 from .checkpoint import AtomicCheckpointer
 from .cityscapes import check_cityscapes_dataset, is_cityscapes, register_cityscapes_datasets
-from .data import check_dataset, register_coco_datasets
+from .classes import check_names, class_kind, class_names, training_classes, usable
+from .data import CocoPart, check_dataset, register_coco_datasets
 from .optimizer import build_optimizer
 from .schedule import build_lr_scheduler
 from .semantic_config import is_semantic
@@ -50,9 +53,9 @@ def check_run(
     model = _check_model(cfg)
     if not eval_only:
         _check_solver(cfg)
-    _check_weights(cfg, eval_only, resume, model)
+    stored = _check_weights(cfg, eval_only, resume, model)
     resize_class(cfg)
-    _check_data(cfg, eval_only, machines)
+    _check_data(cfg, eval_only, machines, usable(cfg, stored))
     _check_output(cfg.OUTPUT_DIR)
 
 
@@ -160,7 +163,8 @@ def _check_solver(cfg: CfgNode) -> None:
 
 def _check_weights(
     cfg: CfgNode, eval_only: bool, resume: bool, model: torch.nn.Module | None
-) -> None:
+) -> list[str] | None:
+    """The class names of the checkpoint that is evaluated or resumed, None without."""
     checkpointer = AtomicCheckpointer(torch.nn.Identity(), cfg.OUTPUT_DIR)
     if resume and checkpointer.has_checkpoint():
         last = checkpointer.get_checkpoint_file()
@@ -170,8 +174,8 @@ def _check_weights(
                 "which is not there"
             )
         if model is not None:
-            _check_fit(last, model)
-        return
+            return _check_fit(last, model)
+        return None
     weights = urlparse(cfg.MODEL.WEIGHTS)
     if eval_only and not cfg.MODEL.WEIGHTS:
         raise UsageError(
@@ -179,11 +183,12 @@ def _check_weights(
             f"OUTPUT_DIR {cfg.OUTPUT_DIR}"
         )
     if not weights.path or weights.scheme:
-        return
+        return None
     if not os.path.isfile(weights.path):
         raise UsageError(f"MODEL.WEIGHTS {weights.path} does not exist")
     if eval_only and model is not None:
-        _check_fit(weights.path, model)
+        return _check_fit(weights.path, model)
+    return None
 
 
 class _FitChecker(AtomicCheckpointer):
@@ -195,13 +200,16 @@ class _FitChecker(AtomicCheckpointer):
         self.incompatible = incompatible
 
 
-def _check_fit(file: str, model: torch.nn.Module) -> None:
-    """Raises UsageError unless the checkpoint has all parameters of the model, in their shapes."""
+def _check_fit(file: str, model: torch.nn.Module) -> list[str] | None:
+    """Raises UsageError unless the checkpoint has all parameters of the model, in their shapes.
+
+    Returns the class names that it holds, None without.
+    """
     checker = _FitChecker(model)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the model takes no values: that is on purpose
-            checker.load(file, checkpointables=[])
+            rest = checker.load(file, checkpointables=[])
     except UsageError:
         raise
     except Exception as error:
@@ -232,10 +240,12 @@ def _check_fit(file: str, model: torch.nn.Module) -> None:
             f"the checkpoint {file} does not fit the model: it lacks {len(missing)} parameters, "
             f"the first is {missing[0]}"
         )
+    return elsa_weights.class_names(rest)[0]
 
 
-def _check_data(cfg: CfgNode, eval_only: bool, machines: int) -> None:
-    register_coco_datasets(cfg)
+def _check_data(cfg: CfgNode, eval_only: bool, machines: int, stored: Sequence[str] | None) -> None:
+    """Args: stored: the class names of the checkpoint that is evaluated or resumed."""
+    register_coco_datasets(cfg, stored if eval_only else None)
     register_sem_seg_datasets(cfg)
     register_cityscapes_datasets(cfg)
     key = "TEST" if eval_only else "TRAIN"
@@ -243,12 +253,15 @@ def _check_data(cfg: CfgNode, eval_only: bool, machines: int) -> None:
         raise UsageError(f"DATASETS.{key} names no data set")
     train = [] if eval_only else cfg.DATASETS.TRAIN
     rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    trained = training_classes(cfg)
+    classes = stored if eval_only and stored else trained
     for name in dict.fromkeys([*train, *cfg.DATASETS.TEST]):
         check_dataset(
             name,
             num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES if rcnn else None,
             annotated=name in train,
             masks=cfg.MODEL.MASK_ON,
+            classes=classes,
         )
         if is_cityscapes(name):
             check_cityscapes_dataset(
@@ -260,6 +273,12 @@ def _check_data(cfg: CfgNode, eval_only: bool, machines: int) -> None:
             raise UsageError(
                 f"data set {name!r} has label maps, which {cfg.MODEL.META_ARCHITECTURE} cannot use"
             )
+        if classes and not isinstance(DatasetCatalog[name], CocoPart):
+            where = "the checkpoint" if eval_only and stored else "the training data"
+            found = class_names(name, class_kind(cfg))
+            check_names(cfg, classes, where, found, f"data set {name!r}")
+    if not eval_only:
+        check_names(cfg, stored, "the last checkpoint", trained, "the training data")
 
 
 def _check_output(folder: str) -> None:

@@ -23,6 +23,7 @@ from elsa_core.stop import FAILED, Ended, spare_workers
 from .amp import AutocastTrainer, amp_dtype
 from .checkpoint import AtomicCheckpointer
 from .cityscapes import build_cityscapes_evaluator, is_cityscapes
+from .classes import training_classes
 from .coco_evaluator import COCOEvaluator
 from .mapper import DetectionMapper, training_dicts
 from .optimizer import build_optimizer
@@ -63,6 +64,7 @@ class Trainer(DefaultTrainer):
         )
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
+        self.checkpointer.classes = training_classes(cfg)
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -17,9 +14,9 @@ import elsa_d2
 import elsa_weights
 from elsa_core.errors import UsageError, one_line
 from elsa_d2 import preflight
+from elsa_d2.classes import class_kind, class_names, number_of_classes
 from elsa_d2.semantic_config import is_semantic
 
-from .metadata import class_names
 from .models import Predictor
 from .results import Instances, Result, Segmentation
 
@@ -34,10 +31,15 @@ class Detectron2Predictor(Predictor):
     ) -> None:
         cfg = elsa_d2.load_config(config, options)
         cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", device
+        names = None
         self.cfg = cfg
         self.task = "segmentation" if is_semantic(cfg) else "detection"
-        elsa_d2.register_coco_datasets(cfg)
-        elsa_d2.register_sem_seg_datasets(cfg)
+        for register in (
+            elsa_d2.register_coco_datasets,
+            elsa_d2.register_sem_seg_datasets,
+            elsa_d2.register_cityscapes_datasets,
+        ):
+            register(cfg)
         try:
             self.predictor = elsa_d2.Predictor(cfg)
         except (KeyError, ValueError) as error:
@@ -45,16 +47,14 @@ class Detectron2Predictor(Predictor):
         self.model = self.predictor.model
         if weights is not None:
             preflight._check_fit(weights, self.model)
-            elsa_d2.AtomicCheckpointer(self.model).load(weights, checkpointables=[])
-        metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0]) if cfg.DATASETS.TEST else Metadata()
-        if self.task == "segmentation":
-            number = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-            names = metadata.get("stuff_classes") or _names_in(weights)
-            self.name_classes(number, names, metadata.get("stuff_colors"))
-        else:
-            number = cfg.MODEL.ROI_HEADS.NUM_CLASSES
-            names = metadata.get("thing_classes") or _categories(metadata) or _names_in(weights)
-            self.name_classes(number, names, metadata.get("thing_colors"))
+            rest = elsa_d2.AtomicCheckpointer(self.model).load(weights, checkpointables=[])
+            names, _ = elsa_weights.class_names(rest)
+        data = [*cfg.DATASETS.TRAIN[:1], *cfg.DATASETS.TEST]
+        listed = (class_names(name, class_kind(cfg)) for name in data)
+        configured = next(filter(None, listed), None)
+        metadata = MetadataCatalog.get(data[0]) if data else Metadata()
+        colours = metadata.get(class_kind(cfg).replace("classes", "colors"))
+        self.name_classes(number_of_classes(cfg), names, configured, colours)
 
     def predict(self, image: np.ndarray) -> Result:
         found = self.predictor(image)
@@ -92,24 +92,3 @@ class Detectron2Predictor(Predictor):
         if self.cfg.INPUT.FORMAT != "RGB":
             raise UsageError(f"INPUT.FORMAT must be RGB, got {self.cfg.INPUT.FORMAT}")
         return list(self.cfg.MODEL.PIXEL_MEAN), list(self.cfg.MODEL.PIXEL_STD)
-
-
-def _categories(metadata: Metadata) -> list[str] | None:
-    """Class names in a COCO file, in the order of their ids; None without a readable file."""
-    path = metadata.get("json_file")
-    if not path or not os.path.isfile(path):
-        return None
-    try:
-        with open(path, encoding="utf-8") as file:
-            categories = json.load(file)["categories"]
-        return [one["name"] for one in sorted(categories, key=lambda one: one["id"])]
-    except (KeyError, TypeError, ValueError):
-        return None
-
-
-def _names_in(weights: str | None) -> Any:
-    """Class names that a checkpoint of OpenMMLab carries."""
-    if weights is None:
-        return None
-    content = elsa_weights.read_checkpoint(weights)
-    return class_names(content)[0]

@@ -20,7 +20,6 @@ import elsa_weights
 from elsa_core.errors import UsageError, one_line
 from elsa_mm import preflight
 
-from .metadata import class_names
 from .models import Predictor
 from .results import Instances, Result, Segmentation
 
@@ -52,12 +51,13 @@ class OpenMMLabPredictor(Predictor):
         if weights is not None:
             content = elsa_weights.read_checkpoint(weights)
             _load(self.model, content, weights, self.framework)
-            names, colours = class_names(content)
+            names, colours = elsa_weights.class_names(content)
         self.model.cfg = cfg
         self.model.to(device).eval()
-        if names is None:
-            names, colours = _names_in(cfg)
-        self.name_classes(_number_of_classes(self.model), names, colours)
+        configured, palette = _names_in(cfg)
+        self.name_classes(
+            _number_of_classes(self.model), names, configured, palette if names is None else colours
+        )
         self.pipeline = _pipeline(cfg)
         self.painter: Any = None
 

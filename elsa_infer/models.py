@@ -13,6 +13,7 @@ from torch import nn
 
 import elsa_weights
 from elsa_core.errors import UsageError
+from elsa_data.classes import difference
 
 from .results import Result, Segmentation, palette
 
@@ -57,8 +58,28 @@ class Predictor(ABC):
         Raises UsageError where the model takes blue first.
         """
 
-    def name_classes(self, number: int, names: Sequence[str] | None, colours: Any = None) -> None:
-        """Takes names and colours if there is one for each of ``number`` classes."""
+    def name_classes(
+        self,
+        number: int,
+        names: Sequence[str] | None,
+        configured: Sequence[str] | None,
+        colours: Any = None,
+    ) -> None:
+        """Takes names and colours if there is one for each of ``number`` classes.
+
+        Args:
+            names: in the checkpoint, which knows what the model has learnt.
+            configured: in the config or its data, for a checkpoint without names.
+            colours: one for each class.
+        """
+        if names is None:
+            names = configured
+        elif configured is not None and len(names) == number == len(configured):
+            if other := difference(names, configured, spelling=self.task == "segmentation"):
+                self.note = (
+                    f"class {other[0]} is {other[1]!r} in the checkpoint and {other[2]!r} in the "
+                    "config: the checkpoint's names are taken"
+                )
         self.colours = palette(number)
         if isinstance(colours, (list, tuple)) and len(colours) == number:
             self.colours = [tuple(int(value) for value in colour) for colour in colours]

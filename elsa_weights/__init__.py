@@ -4,19 +4,21 @@ torch is the only dependency; `elsa_weights.verify` imports the frameworks that 
 """
 
 from .convert import TARGETS, Conversion, convert
-from .files import convert_file, load_backbone, tensors_for
+from .files import checkpoint_for, convert_file, load_backbone
 from .read import check_checkpoint, read_checkpoint
 from .recognise import Source, recognise
+from .write import class_names
 
 __all__ = [
     "TARGETS",
     "Conversion",
     "Source",
     "check_checkpoint",
+    "checkpoint_for",
+    "class_names",
     "convert",
     "convert_file",
     "load_backbone",
     "read_checkpoint",
     "recognise",
-    "tensors_for",
 ]

@@ -84,11 +84,12 @@ def load_backbone(backbone: nn.Module, path: str | os.PathLike) -> Conversion:
     return conversion
 
 
-def tensors_for(model: nn.Module, path: str | os.PathLike) -> dict[str, Tensor]:
-    """A checkpoint of any framework with the names of a Detectron2 model.
+def checkpoint_for(model: nn.Module, path: str | os.PathLike) -> dict[str, dict[str, Any]]:
+    """``model``, the tensors of a checkpoint of any framework under the names of a Detectron2
+    model, and ``meta``, what the checkpoint says of itself.
 
     The detector or segmentor that the model is gives all of its tensors, anything else the backbone
-    alone.
+    alone and no ``meta``.
 
     Raises UsageError as `load_backbone`, or where the model has not exactly one ELSA-Swin.
     """
@@ -100,11 +101,12 @@ def tensors_for(model: nn.Module, path: str | os.PathLike) -> dict[str, Tensor]:
     source = read_source(path)
     if prefix == D2_BACKBONES.get(source.kind) and _has_heads(names, source.kind):
         if source.family == DETECTRON2:
-            return dict(source.tensors.values())
-        return in_file(path, lambda: convert(source, "detectron2")).tensors
+            return {"model": dict(source.tensors.values()), "meta": source.meta}
+        converted = in_file(path, lambda: convert(source, "detectron2"))
+        return {"model": converted.tensors, "meta": source.meta}
     conversion = in_file(path, lambda: convert(source, "backbone"))
     _check_fit(path, conversion, names, prefix)
-    return {prefix + name: tensor for name, tensor in conversion.tensors.items()}
+    return {"model": {prefix + name: tensor for name, tensor in conversion.tensors.items()}}
 
 
 def _has_heads(names: Mapping[str, Tensor], kind: str) -> bool:

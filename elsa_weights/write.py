@@ -78,6 +78,13 @@ def metadata(conversion: Conversion, source_file: str, source_sha256: str) -> di
     return meta
 
 
+def class_names(checkpoint: Any) -> tuple[list[str] | None, list[list[int]] | None]:
+    """Names and colours of the classes in what `read_checkpoint` returns, None for what is not
+    there."""
+    meta = checkpoint.get("meta") if isinstance(checkpoint, Mapping) else None
+    return dataset_meta(meta) if isinstance(meta, Mapping) else (None, None)
+
+
 def dataset_meta(meta: Mapping[str, Any]) -> tuple[list[str] | None, list[list[int]] | None]:
     """Class names and colours, wherever a checkpoint's ``meta`` keeps them."""
     inner = meta.get("dataset_meta")

@@ -9,6 +9,7 @@ import pytest
 pytest.importorskip("detectron2")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances
 
 from elsa_d2 import UsageError, load_config, register_coco_datasets
 from elsa_d2.data import check_dataset
@@ -114,6 +115,85 @@ def test_another_format_is_left_alone():
     DatasetCatalog.register(name, list)
     MetadataCatalog.get(name).set(evaluator_type="lvis", json_file="no", image_root="where")
     check_dataset(name, num_classes=10)
+
+
+DIGITS = list("0123456789")
+
+
+def renumber(folder, number, order=1):
+    """The same objects under other category ids: ``number`` gives that of a digit."""
+    file = folder / "annotations.json"
+    coco = json.loads(file.read_text())
+    names = {one["id"]: one["name"] for one in coco["categories"]}
+    for one in coco["annotations"]:
+        one["category_id"] = number(int(names[one["category_id"]]))
+    coco["categories"] = [{"id": number(int(n)), "name": n} for n in DIGITS[::order]]
+    file.write_text(json.dumps(coco))
+
+
+def named(name):
+    """Boxes and class names of each image, as training, evaluation and pictures see them."""
+    records = DatasetCatalog.get(name)
+    names = MetadataCatalog.get(name).thing_classes
+    return [
+        [(one["bbox"], names[one["category_id"]]) for one in record["annotations"]]
+        for record in records
+    ]
+
+
+@pytest.mark.parametrize(
+    "number, order",
+    [
+        (lambda digit: digit + 1, -1),
+        (lambda digit: 10 - digit, 1),
+        (lambda digit: digit, 1),
+        (lambda digit: 7 * (digit * 3 % 10), -1),
+        (lambda digit: f"id {9 - digit}", 1),
+    ],
+    ids=["reversed list", "turned round", "from 0", "gaps", "text"],
+)
+@pytest.mark.parametrize("stored", [False, True], ids=["training part", "checkpoint"])
+def test_a_part_is_mapped_by_name(copy, number, order, stored):
+    (copy / "train").mkdir()
+    shutil.copy(copy / "annotations.json", copy / "train")
+    cfg = load_config()
+    names = [f"{part}_{uuid.uuid4().hex}" for part in ("train", "val")]
+    places = [str(copy / "train/annotations.json"), str(copy / "annotations.json")]
+    cfg.DATASETS.REGISTER_COCO = [
+        [name, place, str(copy / "images")] for name, place in zip(names, places, strict=True)
+    ]
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = names[:1], names[1:]
+    renumber(copy, number, order)
+    classes = DIGITS[::-1] if stored else None
+    register_coco_datasets(cfg, classes)
+    check_dataset(names[1], num_classes=10, classes=classes or DIGITS)
+    found = named(names[1])
+    metadata = MetadataCatalog.get(names[1])
+    assert metadata.thing_classes == (classes or DIGITS)
+    assert found == named(names[0]) and sum(map(len, found)) > 10
+    # What the evaluation turns predictions back by.
+    assert metadata.thing_dataset_id_to_contiguous_id == {
+        number(int(name)): label for label, name in enumerate(metadata.thing_classes)
+    }
+    register_coco_datasets(cfg, DIGITS)  # the next run of this process
+    assert named(names[1]) == found and MetadataCatalog.get(names[1]).thing_classes == DIGITS
+
+
+def test_the_loader_of_another_has_to_agree(copy):
+    name = f"other_{uuid.uuid4().hex}"
+    register_coco_instances(name, {}, str(copy / "annotations.json"), str(copy / "images"))
+    check_dataset(name, classes=DIGITS)
+    with pytest.raises(UsageError, match="'0' as class 0 by ascending id, where .* has '9'"):
+        check_dataset(name, classes=DIGITS[::-1])
+
+
+def test_a_part_with_another_class_is_refused(copy):
+    name = register(copy)
+    with pytest.raises(UsageError, match="no category is called 'ten': the categories are 0, 1"):
+        check_dataset(name, classes=[*DIGITS[:9], "ten"])
+    edit(copy, categories=[{"id": i, "name": "digit"} for i in range(1, 11)])
+    with pytest.raises(UsageError, match="category 2 has the name .digit., which is there twice"):
+        check_dataset(name)
 
 
 def test_number_of_classes(copy):

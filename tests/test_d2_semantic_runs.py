@@ -136,6 +136,17 @@ def test_weights_for_another_number_of_classes_are_refused(digits, tmp_path, too
     assert "it knows 11 classes, but MODEL.SEM_SEG_HEAD.NUM_CLASSES is 12" in error
 
 
+def test_parts_that_order_their_classes_differently_are_refused(digits, tmp_path, tool, capfd):
+    data = [entry("maps", digits, "training")]
+    data += [entry("turned_maps", digits, "validation", SEGMENTATION_CLASSES[::-1])]
+    changes = {"REGISTER_SEM_SEG": data, "TRAIN": ["maps"], "TEST": ["turned_maps"]}
+    changes = {f"DATASETS__{key}": value for key, value in changes.items()}
+    keys = overrides(digits, OUTPUT_DIR=str(tmp_path / "out"), **changes)
+    assert tool.main(["--config-file", DIGITS, *keys]) == 2
+    expected = "class 0 is 'background' in the training data and '9' in data set 'turned_maps'"
+    assert expected in capfd.readouterr().err
+
+
 def mislabel(root):
     file = sorted((root / "annotations/training").iterdir())[1]
     Image.fromarray(np.full((96, 96), 12, dtype=np.uint8)).save(file)

@@ -60,21 +60,51 @@ def test_training_ends_with_an_evaluation_in_the_metrics(trained):
     assert "no CUDA device found: MODEL.DEVICE is cpu instead of cuda" in log
 
 
-def test_evaluation_alone_gives_the_same_numbers(trained, digits, tool, capsys, tmp_path):
+@pytest.mark.parametrize("ids", ["as trained", "turned round"])
+def test_evaluation_alone_gives_the_same_numbers(trained, digits, tool, tmp_path, ids):
     output, _ = trained
     flags = ["--eval-only", "--config-file", str(output / "config.yaml")]
+    data = datasets(digits)
+    if ids == "turned round":  # the numbers of another export, without the training part
+        file = tmp_path / "validation.json"
+        coco = json.loads((digits / "annotations/instances_validation.json").read_text())
+        for one in coco["annotations"]:
+            one["category_id"] = 11 - one["category_id"]
+        for one in coco["categories"]:
+            one["id"] = 11 - one["id"]
+        file.write_text(json.dumps(coco))
+        data = [["turned_round", str(file), data[1][2]]]
     keys = overrides(
         digits,
         OUTPUT_DIR=str(tmp_path),
         MODEL__WEIGHTS=str(output / "model_final.pth"),
         MODEL__DEVICE="cpu",
+        DATASETS__REGISTER_COCO=data,
+        DATASETS__TEST=[data[-1][0]],
     )
     results = tool.run(tool.parse_arguments([*flags, *keys]))
     metrics = read_metrics(output)[-1]
     for task in ("bbox", "segm"):
-        for name, value in results[task].items():
+        for name, value in results[task].items():  # of each class, too
             assert value == pytest.approx(metrics[f"{task}/{name}"], nan_ok=True)
-    assert json.loads((tmp_path / "inference/coco_instances_results.json").read_text())
+    places = [folder / "inference/coco_instances_results.json" for folder in (output, tmp_path)]
+    before, after = [[one["category_id"] for one in json.loads(p.read_text())] for p in places]
+    assert after == [11 - one if ids == "turned round" else one for one in before]
+    assert len(set(after)) > 1
+
+
+def test_a_training_goes_on_with_its_own_classes_alone(trained, digits, tool, capfd, tmp_path):
+    output, _ = trained
+    checkpoint = torch.load(output / "model_final.pth")
+    classes = checkpoint["meta"]["dataset_meta"]["classes"]
+    assert classes == list("0123456789")
+    classes.reverse()
+    torch.save(checkpoint, tmp_path / "model_final.pth")
+    (tmp_path / "last_checkpoint").write_text("model_final.pth")
+    keys = overrides(digits, OUTPUT_DIR=str(tmp_path))
+    assert tool.main(["--resume", "--config-file", CONFIG, *keys]) == 2
+    expected = "class 0 is '9' in the last checkpoint and '0' in the training data"
+    assert expected in capfd.readouterr().err
 
 
 def misfits(state):

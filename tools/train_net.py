@@ -55,15 +55,16 @@ def train_or_evaluate(options: argparse.Namespace) -> dict | None:
     from elsa_core.stop import Ended
     from elsa_d2 import AtomicCheckpointer, Trainer, load_config, register_coco_datasets
     from elsa_d2.cityscapes import register_cityscapes_datasets
+    from elsa_d2.classes import usable
     from elsa_d2.semantic_data import register_sem_seg_datasets
     from elsa_d2.trainer import share_cpu_cores, use_available_device
+    from elsa_weights import class_names
 
     cfg = load_config(options.config_file, options.opts)
     setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="elsa_d2")
     use_available_device(cfg)
     cfg.freeze()
     default_setup(cfg, options)
-    register_coco_datasets(cfg)
     register_sem_seg_datasets(cfg)
     register_cityscapes_datasets(cfg)
     if cfg.MODEL.DEVICE == "cpu":
@@ -71,11 +72,13 @@ def train_or_evaluate(options: argparse.Namespace) -> dict | None:
     if options.eval_only:
         model = Trainer.build_model(cfg)
         checkpointer = AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=options.resume)
+        rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=options.resume)
+        register_coco_datasets(cfg, usable(cfg, class_names(rest)[0]))
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_tta(cfg, model))
         return results
+    register_coco_datasets(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=options.resume)
     try:

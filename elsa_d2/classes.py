@@ -1,0 +1,82 @@
+"""The names of a run's classes: those of the checkpoint it evaluates, or of its training part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from elsa_core.errors import UsageError
+from elsa_data.classes import difference, ordered_names
+from elsa_data.coco import read_json
+from elsa_data.errors import DataError
+
+from .semantic_config import is_semantic
+
+
+def class_kind(cfg: CfgNode) -> str:
+    """The name under which Detectron2's metadata has them."""
+    return "stuff_classes" if is_semantic(cfg) else "thing_classes"
+
+
+def number_of_classes(cfg: CfgNode) -> int:
+    if is_semantic(cfg):
+        return cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    one_stage = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
+    return cfg.MODEL["RETINANET" if one_stage else "ROI_HEADS"].NUM_CLASSES
+
+
+def class_names(name: str, kind: str = "thing_classes") -> list[str] | None:
+    """Of a data set in the order of its labels; None where they are not known or not readable.
+
+    Args:
+        name: in Detectron2's DatasetCatalog, or not.
+        kind: see `class_kind`.
+    """
+    if name not in DatasetCatalog:
+        return None
+    metadata = MetadataCatalog.get(name)
+    if metadata.get(kind):
+        return list(metadata.get(kind))
+    if kind != "thing_classes" or metadata.get("evaluator_type") != "coco":
+        return None
+    order = getattr(DatasetCatalog[name], "order", None)
+    if isinstance(order, tuple):
+        return list(order)
+    try:
+        return ordered_names(read_json(metadata.json_file)["categories"])
+    except (DataError, KeyError, TypeError):
+        return None
+
+
+def training_classes(cfg: CfgNode) -> list[str] | None:
+    """Of the first of DATASETS.TRAIN, which the labels of the others stand for, too."""
+    return class_names(cfg.DATASETS.TRAIN[0], class_kind(cfg)) if cfg.DATASETS.TRAIN else None
+
+
+def usable(cfg: CfgNode, names: Sequence[str] | None) -> Sequence[str] | None:
+    """The names in a checkpoint, unless there are more or fewer than the model has classes."""
+    return names if names and len(names) == number_of_classes(cfg) else None
+
+
+def check_names(
+    cfg: CfgNode,
+    names: Sequence[str] | None,
+    where: str,
+    others: Sequence[str] | None,
+    elsewhere: str,
+) -> None:
+    """Raises UsageError for a label that stands for two classes; None is nothing to compare.
+
+    Args:
+        where: the place of ``names``, and ``elsewhere`` that of ``others``, for the message.
+    """
+    if not names or not others or len(names) != len(others):
+        return
+    if found := difference(names, others, spelling=is_semantic(cfg)):
+        label, one, other = found
+        raise UsageError(
+            f"class {label} is {one!r} in {where} and {other!r} in {elsewhere}: they must have the "
+            "same classes in the same order"
+        )
