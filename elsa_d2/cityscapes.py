@@ -26,7 +26,8 @@ from detectron2.evaluation import (
 
 from elsa_core.errors import UsageError, one_line
 
-from .semantic_data import FILES_READ_BEFORE_A_RUN, IGNORE, read_pair
+from .reading import read_pair
+from .semantic_data import FILES_READ_BEFORE_A_RUN, IGNORE
 
 INSTANCES, SEMANTIC = "cityscapes_instance", "cityscapes_sem_seg"
 TASKS = {"instance_seg": INSTANCES, "sem_seg": SEMANTIC}

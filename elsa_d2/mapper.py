@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 from typing import Any
 
 import pycocotools.mask
+import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetMapper, get_detection_dataset_dicts
-from detectron2.data.detection_utils import SizeMismatchError, build_augmentation
+from detectron2.data import transforms as T
+from detectron2.data.detection_utils import (
+    SizeMismatchError,
+    build_augmentation,
+    check_image_size,
+    transform_proposals,
+)
 from detectron2.data.transforms import TransformList
 from detectron2.engine import DefaultPredictor
 
 from elsa_core.errors import DamagedFileError, UsageError, one_line
-from elsa_data.images import reason
 
 from .augmentation import configure
 from .checkpoint import AtomicCheckpointer
+from .reading import read_image, read_map, to_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -38,15 +46,27 @@ class DetectionMapper(DatasetMapper):
         return {**options, "augmentations": augmentations}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
+        """As DatasetMapper's, which reads images by another rule."""
+        entry = copy.deepcopy(dataset_dict)
+        image = read_image(entry["file_name"], self.image_format)
         try:
-            return super().__call__(dataset_dict)
-        except UsageError:
-            raise
+            check_image_size(entry, image)
         except SizeMismatchError as error:  # which names the file
             raise DamagedFileError(one_line(error)) from error
-        except (OSError, SyntaxError) as error:  # SyntaxError: PIL's word for a broken PNG
-            path = dataset_dict["file_name"]
-            raise DamagedFileError(f"image {path} cannot be read: {reason(error, path)}") from error
+        labels = entry.pop("sem_seg_file_name", None)
+        data = T.AugInput(image, sem_seg=None if labels is None else read_map(labels))
+        transforms = self.augmentations(data)
+        entry["image"] = to_tensor(data.image)
+        if data.sem_seg is not None:
+            entry["sem_seg"] = torch.as_tensor(data.sem_seg.astype("long"))
+        shape = data.image.shape[:2]
+        if self.proposal_topk is not None:
+            transform_proposals(entry, shape, transforms, proposal_topk=self.proposal_topk)
+        if not self.is_train:
+            entry.pop("annotations", None)
+        elif "annotations" in entry:
+            self._transform_annotations(entry, transforms, shape)
+        return entry
 
     def _transform_annotations(
         self, dataset_dict: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]

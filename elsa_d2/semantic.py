@@ -16,8 +16,9 @@ from detectron2.evaluation import SemSegEvaluator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .reading import read_image, read_labels, read_pair, to_tensor
 from .semantic_augmentation import Fit, build_augmentation
-from .semantic_data import IGNORE, read_image, read_labels, read_pair
+from .semantic_data import IGNORE
 
 
 class SemanticMapper:
@@ -96,11 +97,6 @@ class SemanticMapper:
         padded = mean.repeat(1, height + down, width + right)
         padded[:, :height, :width] = image
         return padded
-
-
-def to_tensor(image: np.ndarray) -> Tensor:
-    """[H, W, C] -> [C, H, W]."""
-    return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
 
 
 def build_sem_seg_evaluator(

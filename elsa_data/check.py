@@ -12,7 +12,8 @@ from tqdm import tqdm
 from .annotations import missing_images, validate
 from .coco import read_coco
 from .errors import DataError
-from .images import image_problem, labels_problem, size_problem
+from .images import image_problem, size_problem
+from .label_maps import labels_problem
 from .layout import BOTH, Annotations, Layout, Part
 from .report import ERROR, WARNING, Finding, Report, Row, first
 

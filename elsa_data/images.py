@@ -1,38 +1,114 @@
-"""Whether an image or a label map can be read, to its last row."""
+"""Images as every command reads them, and whether one can be read, to its last row.
+
+The rule, for training, evaluation and prediction in both frameworks:
+
+- 8-bit pixels stay as they are; grey, 1-bit, palette, CMYK and other files become RGB.
+- Transparency is dropped, and nothing is blended with a background.
+- Of 16 bits the high byte counts, as in OpenCV.
+- Float values are 0..1 and become 0..255, rounded; nothing is rescaled by its own content.
+- The picture is turned as its EXIF orientation says; of several frames the first counts.
+- Whole numbers of 32 bits or with a sign, float values outside 0..1, and images of more pixels than
+  Pillow takes (178,956,970) are refused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable
+from typing import Any, BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
+from .errors import DataError
+
+# Known endings, in lower case; files may have them in any case.
+ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 # How a whole file begins and ends; what ends in another way is decoded to find out.
 _WHOLE = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xaeB`\x82"))
+_ORIENTATION = 0x0112
+# EXIF orientation -> from stored pixels [H, W, ...] to those that one sees.
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda pixels: pixels[:, ::-1],
+    3: lambda pixels: pixels[::-1, ::-1],
+    4: lambda pixels: pixels[::-1],
+    5: lambda pixels: pixels.swapaxes(0, 1),
+    6: lambda pixels: pixels[::-1].swapaxes(0, 1),
+    7: lambda pixels: pixels[::-1, ::-1].swapaxes(0, 1),
+    8: lambda pixels: pixels[:, ::-1].swapaxes(0, 1),
+}
+
+
+def read_image(file: str | BinaryIO) -> np.ndarray:
+    """RGB [H, W, 3], uint8, by this module's rule.
+
+    Raises DataError, which does not name the file, for one that is damaged or refused.
+    """
+    if isinstance(file, str):
+        try:
+            # Pillow maps files that it opens itself into memory, and then turns some TIFFs no more.
+            with open(file, "rb") as opened:
+                return read_image(opened)
+        except OSError as error:
+            raise DataError(reason(error, file)) from error
+    try:
+        with Image.open(file) as image:
+            image.load()
+            # Not ImageOps.exif_transpose: it fails where other entries cannot be written back.
+            turn = _TURNS.get(_orientation(image))
+            pixels = _pixels(image)
+    except DataError:
+        raise
+    except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
+        raise DataError(reason(error)) from error
+    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # no whole EXIF block: the pixels are as good as they were
+        return 1
+
+
+def _pixels(image: Image.Image) -> np.ndarray:
+    if image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # without Pillow's warning
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        grey = (np.asarray(image) >> 8).astype(np.uint8)
+    elif image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # so that NaN is refused, too
+            raise DataError(
+                f"has float values {values.min():g}..{values.max():g}, allowed are 0..1"
+            )
+        grey = np.rint(values * 255).astype(np.uint8)
+    elif image.mode == "I":
+        raise DataError("has whole numbers of 32 bits or with a sign, allowed are 8 or 16 bits")
+    else:
+        return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return np.repeat(grey[..., None], 3, axis=2)
 
 
 def image_problem(path: str) -> str | None:
     """Decodes an image; what is wrong with it, or None."""
     try:
-        with Image.open(path) as image:
-            image.load()
-    except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
-        return reason(error, path)
+        read_image(path)
+    except DataError as error:
+        return str(error)
     return None
 
 
 def size_problem(path: str, width: Any, height: Any) -> str | None:
     """Decodes an image; what is wrong with it, or with the size that a file says it has."""
     try:
-        with Image.open(path) as image:
-            image.load()
-            sizes = {image.size, ImageOps.exif_transpose(image).size}
-    except Exception as error:
-        return reason(error, path)
-    if (width, height) in sizes:
+        found = read_image(path).shape[1::-1]
+    except DataError as error:
+        return str(error)
+    if (width, height) == found:
         return None
-    return "is {}x{} pixels, its annotations say {}x{}".format(*min(sizes), width, height)
+    with Image.open(path) as image:
+        turned = ", turned as its EXIF orientation says" if image.size != found else ""
+    return "is {}x{} pixels{}, its annotations say {}x{}".format(*found, turned, width, height)
 
 
 def cut_off(path: str) -> str | None:
@@ -52,51 +128,12 @@ def cut_off(path: str) -> str | None:
     return image_problem(path)
 
 
-def labels_problem(path: str, allowed: Collection[int], image: str | None = None) -> str | None:
-    """Decodes a label map; what is wrong with it, or None.
-
-    Args:
-        allowed: the values that it may have.
-        image: that it must be as large as.
-    """
-    try:
-        with Image.open(path) as file:
-            labels = np.array(file)
-    except Exception as error:
-        return reason(error, path)
-    if labels.ndim != 2 or not np.issubdtype(labels.dtype, np.integer):
-        return f"must have one channel of whole numbers, has shape {labels.shape} {labels.dtype}"
-    found = np.unique(labels)
-    wrong = found[~np.isin(found, list(allowed))]
-    if wrong.size:
-        return f"has the value {wrong[0]}, allowed are {ranges(allowed)}"
-    if image is None:
-        return None
-    try:
-        with Image.open(image) as file:
-            size = file.size
-    except Exception:
-        return None  # which the image's own check says
-    if size != labels.shape[::-1]:
-        return "is {}x{} pixels, its image {}x{}".format(*labels.shape[::-1], *size)
-    return None
-
-
-def ranges(values: Collection[int]) -> str:
-    """{0, 1, 2, 255} -> "0..2, 255"."""
-    parts: list[list[int]] = []
-    for value in sorted(values):
-        if parts and value == parts[-1][1] + 1:
-            parts[-1][1] = value
-        else:
-            parts.append([value, value])
-    return ", ".join(str(a) if a == b else f"{a}..{b}" for a, b in parts)
-
-
-def reason(error: Exception, path: str) -> str:
+def reason(error: Exception, path: str = "") -> str:
     """Why a file cannot be read, without its name, on one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, Image.UnidentifiedImageError):
         return "is no image of a known kind, or empty"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
     return " ".join(str(error).replace(repr(path), "").split()) or type(error).__name__

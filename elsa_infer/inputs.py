@@ -9,11 +9,12 @@ from contextlib import contextmanager
 
 import cv2
 import numpy as np
-from PIL import Image, ImageOps
 
-from elsa_core.errors import UsageError, one_line
+import elsa_data.images
+from elsa_core.errors import UsageError
+from elsa_data.errors import DataError
 
-IMAGES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+IMAGES = elsa_data.images.ENDINGS
 VIDEOS = (".mp4", ".avi", ".mov", ".mkv", ".gif")
 
 
@@ -48,15 +49,14 @@ def is_video(path: str) -> bool:
 
 
 def read_image(path: str) -> np.ndarray:
-    """[H, W, 3], 8 bits, blue first, turned as its EXIF entry says.
+    """[H, W, 3], 8 bits, blue first, as trainings and evaluations read it (`elsa_data.images`).
 
-    Raises Unreadable for a file that is no image or was cut off.
+    Raises Unreadable for a file that is no image, was cut off, or is refused.
     """
     try:
-        with Image.open(path) as file:
-            image = np.asarray(ImageOps.exif_transpose(file).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise Unreadable(f"{path} cannot be read as an image: {one_line(error)}") from error
+        image = elsa_data.images.read_image(path)
+    except DataError as error:
+        raise Unreadable(f"{path} cannot be read as an image: {error}") from error
     return np.ascontiguousarray(image[..., ::-1])
 
 

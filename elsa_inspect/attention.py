@@ -15,6 +15,8 @@ from elsa_core import ELSASwin
 from elsa_core.errors import UsageError, one_line
 from elsa_core.filters import Filters, neighbourhood_filters
 from elsa_core.variants import Arch
+from elsa_data.errors import DataError
+from elsa_data.images import read_image
 from elsa_weights.convert import convert
 from elsa_weights.files import in_file, read_source
 
@@ -71,11 +73,9 @@ def read_photo(path: str, longest: int) -> tuple[np.ndarray, float]:
     Raises UsageError, which names the file, for what is no whole image.
     """
     try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, SyntaxError, ValueError) as error:
-        why = getattr(error, "strerror", None) or one_line(error)
-        raise UsageError(f"the image {path} cannot be read: {why}") from error
+        image = Image.fromarray(read_image(path))
+    except DataError as error:
+        raise UsageError(f"the image {path} cannot be read: {error}") from error
     scale = min(1.0, longest / max(image.size))
     if scale < 1:
         width, height = (max(1, round(side * scale)) for side in image.size)

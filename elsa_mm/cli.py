@@ -21,6 +21,7 @@ from . import fit, preflight
 from .checkpoint import find_last_checkpoint
 from .evaluators import use_coco_metric
 from .machine import join_cpu_processes, use_cpu_where_needed
+from .reading import that_reads
 
 EXIT_STATUS = (
     "exit status: 0 done, 1 a run that failed, 2 a run that was refused or met a damaged file (one "
@@ -188,7 +189,10 @@ def _build_runner(cfg: Config, notes: list[str]) -> Runner:
 
         setup_cache_size_limit_of_dynamo()
     join_cpu_processes(cfg)
-    runner = RUNNERS.build(cfg) if "runner_type" in cfg else Runner.from_cfg(cfg)
+    kind = RUNNERS.get(cfg.get("runner_type", "Runner"))
+    if kind is None:
+        raise UsageError(f"runner_type {cfg.runner_type} is not registered")
+    runner = that_reads(kind).from_cfg(cfg)
     runner.logger.addFilter(HarmlessRecords())
     for note in notes:
         runner.logger.warning(note)

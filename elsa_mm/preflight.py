@@ -19,7 +19,6 @@ from elsa_data.coco import first_problem, missing_files, read_json
 from elsa_data.errors import DataError
 
 from .checkpoint import is_whole_checkpoint
-from .reading import check_label_maps, watch_reading
 
 BACKBONE = "ELSASwin"
 IMPORT_LINE = "custom_imports = dict(imports=['elsa_mm'])"
@@ -132,12 +131,19 @@ def check_data(cfg: Config, parts: Sequence[str]) -> None:
 
 
 def build_data(runner: Runner, parts: Sequence[str]) -> None:
-    """Loads the data sets before the run begins, and makes them name the files they cannot read.
+    """Loads the data sets before the run begins.
 
-    Raises UsageError for a data set without images or, in MMSegmentation, without label maps.
+    Raises UsageError for a data set without images or, in MMSegmentation, for one that would leave
+    out images, that lacks label maps, or whose label maps hold no class.
     """
-    watch_reading(runner)
+    segments = runner.cfg.get("default_scope") == "mmseg"
+    if segments:
+        from . import label_maps
     for part in parts:
+        loader = runner.cfg.get(f"{part}_dataloader") or {}
+        for dataset in _datasets(loader.get("dataset") if segments else None):
+            if not _is_remote(dataset):
+                label_maps.check_files(dataset, part)
         try:
             loop = getattr(runner, f"{part}_loop")
             size = None if loop is None else len(loop.dataloader.dataset)
@@ -159,8 +165,8 @@ def build_data(runner: Runner, parts: Sequence[str]) -> None:
                 f"the {part} data must fill a batch in each process where {part}_dataloader."
                 f"drop_last is set, got {size} images"
             )
-        if loop is not None:
-            check_label_maps(loop.dataloader.dataset, part)
+        if loop is not None and segments:
+            label_maps.check_label_maps(loop.dataloader.dataset, part)
 
 
 def walk(node: Any) -> Iterator[dict]:

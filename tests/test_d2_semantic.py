@@ -22,8 +22,9 @@ from elsa_d2 import (
     load_config,
     register_sem_seg_datasets,
 )
+from elsa_d2.reading import read_image, read_labels
 from elsa_d2.semantic_augmentation import CategoryCrop, Fit, PhotometricDistortion
-from elsa_d2.semantic_data import check_sem_seg_dataset, read_image, read_labels
+from elsa_d2.semantic_data import check_sem_seg_dataset
 
 pytestmark = pytest.mark.usefixtures("clean_catalog")
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from elsa_core.errors import DamagedFileError
 from elsa_mm import cli
-from elsa_mm.reading import Reading, _watch
+from elsa_mm.reading import LoadImage, Reading, replace_readers
 
 SMALL = {"train_cfg__max_iters": 2, "train_cfg__val_interval": 2}
 
@@ -94,7 +94,13 @@ READ = {
         0,
         "as large as its image, got {} of (20, 30) pixels for (96, 96)",
     ),
-    "a label map in colours": ("mmseg", MAPS, colour, 0, "must have one channel, got {} of shape"),
+    "a label map in colours": (
+        "mmseg",
+        MAPS,
+        colour,
+        0,
+        "must have one channel of whole numbers, got {}",
+    ),
 }
 
 
@@ -179,8 +185,8 @@ def test_images_without_a_file(refusal, copy):
 def test_images_without_a_label_map(refusal, copy):
     (copy / "annotations/validation/000003.png").unlink()
     assert refusal("train", CONFIGS["mmseg"], *options("mmseg", copy)) == (
-        "the val data lacks 1 of 4 label maps, the first is "
-        f"{copy}/annotations/validation/000003.png"
+        f"label map folder {copy}/annotations/validation lacks 1 of 8 label maps, "
+        "the first is 000003.png"
     )
 
 
@@ -201,31 +207,23 @@ def test_every_process_says_what_it_has_read(monkeypatch, capfd):
     assert capfd.readouterr().err == ""
 
 
-def test_every_transform_that_reads_is_watched():
+def test_every_step_that_reads_is_replaced_in_a_config():
     class LoadSomething:
         def __call__(self, results):
             raise ValueError("broken\ninside")
 
-    class Holder:
-        def __init__(self, **children):
-            self.__dict__.update(children)
-
-        def __call__(self, results):
-            return results
-
-    first, second, third = LoadSomething(), LoadSomething(), LoadSomething()
-    inner = Holder(subroutines=[Compose([second]), Compose([Holder(transforms=Compose([third]))])])
-    dataset = Holder(pipeline=Compose([first, inner]), metainfo={"classes": ("a",)})
-    _watch(dataset, dataset)
-    watched = [
-        dataset.pipeline.transforms[0],
-        inner.subroutines[0].transforms[0],
-        inner.subroutines[1].transforms[0].transforms.transforms[0],
-    ]
-    assert [one.transform for one in watched] == [first, second, third]
-    assert all(isinstance(one, Reading) and repr(one) == repr(one.transform) for one in watched)
+    image, other = {"type": "LoadImageFromFile", "to_float32": True}, {"type": LoadSomething}
+    grey = {"type": "mmcv.LoadImageFromFile", "color_type": "grayscale"}
+    holder = {"type": "RandomChoice", "transforms": [[dict(image)], (dict(other), grey)]}
+    loader = {"dataset": {"datasets": [{"pipeline": [dict(image), holder]}]}, "type": "LoadThis"}
+    replace_readers(loader)
+    first, held = loader["dataset"]["datasets"][0]["pipeline"]
+    (again,), (wrapped, as_asked) = held["transforms"]
+    assert first == again == {"type": LoadImage, "to_float32": True}
+    assert wrapped == {"type": Reading, "transform": other} and as_asked["transform"] == grey
+    assert loader["type"] == "LoadThis"
     with pytest.raises(DamagedFileError, match="annotations of image a.jpg .* broken inside"):
-        dataset.pipeline({"img_path": "a.jpg"})
+        Compose([wrapped])({"img_path": "a.jpg"})
 
 
 def test_the_process_ends_when_a_worker_has_met_damage(copy, tmp_path):

@@ -71,7 +71,7 @@ def _as_openmmlab(source: Source, anchor_sizes: int | None) -> dict[str, Tensor]
     return convert(source, to, anchor_sizes=anchor_sizes).tensors
 
 
-def _verify_backbone(conversion: Conversion, destination: str, image: str | Tensor) -> Differences:
+def _verify_backbone(conversion: Conversion, destination: str, image: Tensor) -> Differences:
     from . import d2, mm
 
     wanted = convert(conversion.source, "backbone").tensors

@@ -8,11 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from detectron2.data.detection_utils import read_image as read_as_detectron2
 from torch import Tensor
 
 import elsa_d2
-from elsa_core.errors import UsageError, one_line
 from elsa_core.variants import Arch
 
 from ..convert import Conversion
@@ -20,13 +18,12 @@ from ..names import CASCADE, UPERNET
 from ..shapes import Sizes, arch_name
 from . import configs
 from .compare import Outcome
-from .image import as_array
 
 
 def run(
     conversion: Conversion,
     tensors: Mapping[str, Tensor],
-    image: str | Tensor,
+    image: Tensor,
     config: str | None = None,
 ) -> Outcome:
     """The whole test pipeline of Detectron2 on a CPU, from the image file on.
@@ -48,7 +45,7 @@ def run(
         model.proposal_generator.register_forward_hook(
             lambda _, __, out: seen.update(proposals=out[0][0].proposal_boxes.tensor)
         )
-    result = predictor(_read(image))
+    result = predictor(image.numpy())
     outcome = Outcome({name: value[0] for name, value in seen["features"].items()})
     if source.kind == UPERNET:
         outcome.logits = result["sem_seg"]
@@ -105,13 +102,3 @@ def _our_config(kind: str) -> str:
         Path(__file__).parents[2] / "configs/detectron2" / name,
         Path(elsa_d2.__file__).parent / "configs" / name,
     )
-
-
-def _read(image: str | Tensor) -> Any:
-    """[H, W, 3], blue first, as Detectron2 reads it."""
-    if not isinstance(image, str):
-        return as_array(image)
-    try:
-        return read_as_detectron2(image, "BGR")
-    except OSError as error:
-        raise UsageError(f"--image {image} cannot be read: {one_line(error)}") from error

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,18 +10,24 @@ from torch import Tensor
 from elsa_core.errors import UsageError
 
 
-def read_image(path: str | None) -> str | Tensor:
-    """``path`` itself, so that each framework reads the file in its own way, or a drawn image.
+def read_image(path: str | None) -> Tensor:
+    """[H, W, 3], 8 bits, blue first: a file by the rule of `elsa_data.images`, or a drawn image.
 
-    The drawn one is [480, 640, 3], 8 bits, blue first.
+    The drawn one has 480 rows and 640 columns.
 
-    Raises UsageError for a path that is no file.
+    Raises UsageError for a path that is no file, and for a file that cannot be read.
     """
     if path is None:
         return drawn_image()
     if not os.path.isfile(path):
         raise UsageError(f"--image {path} does not exist")
-    return path
+    import elsa_data.images
+    from elsa_data.errors import DataError
+
+    try:
+        return torch.from_numpy(elsa_data.images.read_image(path)[..., ::-1].copy())
+    except DataError as error:
+        raise UsageError(f"--image {path} cannot be read: {error}") from error
 
 
 def drawn_image(height: int = 480, width: int = 640) -> Tensor:
@@ -42,19 +47,7 @@ def drawn_image(height: int = 480, width: int = 640) -> Tensor:
     return image.clamp(0, 255).byte()
 
 
-def normalised(image: str | Tensor) -> Tensor:
-    """What a backbone takes, [1, 3, H, W]. Raises UsageError for a file that is no image."""
-    if isinstance(image, str):
-        import cv2
-
-        array = cv2.imread(image)
-        if array is None:
-            raise UsageError(f"--image {image} cannot be read as an image")
-        image = torch.from_numpy(array)
+def normalised(image: Tensor) -> Tensor:
+    """What a backbone takes, [1, 3, H, W]."""
     mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
     return ((image.flip(2).float() - mean) / std).permute(2, 0, 1)[None]
-
-
-def as_array(image: str | Tensor) -> Any:
-    """What frameworks take: the path, or a numpy array."""
-    return image if isinstance(image, str) else image.numpy()

@@ -22,13 +22,12 @@ from ..names import UPERNET
 from ..shapes import Sizes, arch_name
 from . import configs
 from .compare import Outcome
-from .image import as_array
 
 
 def run(
     conversion: Conversion,
     tensors: Mapping[str, Tensor],
-    image: str | Tensor,
+    image: Tensor,
     config: str | None = None,
 ) -> Outcome:
     """The whole test pipeline of MMDetection or MMSegmentation on a CPU, from the image file on.
@@ -45,7 +44,7 @@ def run(
         return _run(cfg, kind, tensors, image)
 
 
-def _run(cfg: Config, kind: str, tensors: Mapping[str, Tensor], image: str | Tensor) -> Outcome:
+def _run(cfg: Config, kind: str, tensors: Mapping[str, Tensor], image: Tensor) -> Outcome:
     model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
     configs.load_strictly(model, tensors)
     model.cfg = cfg
@@ -55,7 +54,7 @@ def _run(cfg: Config, kind: str, tensors: Mapping[str, Tensor], image: str | Ten
     if kind == UPERNET:
         from mmseg.apis import inference_model
 
-        result = inference_model(model, as_array(image))
+        result = inference_model(model, image.numpy())
         names = [f"res{stage + 2}" for stage in range(len(seen["features"]))]
         features = {n: m[0] for n, m in zip(names, seen["features"], strict=True)}
         return Outcome(features, logits=result.seg_logits.data)
@@ -68,7 +67,7 @@ def _run(cfg: Config, kind: str, tensors: Mapping[str, Tensor], image: str | Ten
         return seen["proposals"]
 
     model.rpn_head.predict = remember
-    found = inference_detector(model, as_array(image)).pred_instances
+    found = inference_detector(model, image.numpy()).pred_instances
     names = [f"p{level + 2}" for level in range(len(seen["features"]))]
     return Outcome(
         {n: m[0] for n, m in zip(names, seen["features"], strict=True)},

@@ -45,7 +45,7 @@ train_dataloader = dict(
     persistent_workers=False,
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
-        type="BaseSegDataset",
+        type="elsa_mm.label_maps.LabelMapDataset",
         metainfo=metainfo,
         reduce_zero_label=True,
         data_root=data_root,
@@ -59,7 +59,7 @@ val_dataloader = dict(
     persistent_workers=False,
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
-        type="BaseSegDataset",
+        type="elsa_mm.label_maps.LabelMapDataset",
         metainfo=metainfo,
         reduce_zero_label=True,
         data_root=data_root,

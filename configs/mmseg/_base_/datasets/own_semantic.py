@@ -37,14 +37,14 @@ train_dataloader = dict(
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type="InfiniteSampler", shuffle=True),
-    dataset=dict(type="BaseSegDataset", pipeline=train_pipeline),
+    dataset=dict(type="elsa_mm.label_maps.LabelMapDataset", pipeline=train_pipeline),
 )
 val_dataloader = dict(
     batch_size=1,  # MMSegmentation cannot pad test images to one size
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(type="BaseSegDataset", test_mode=True, pipeline=test_pipeline),
+    dataset=dict(type="elsa_mm.label_maps.LabelMapDataset", test_mode=True, pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
 

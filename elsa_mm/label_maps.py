@@ -1,0 +1,201 @@
+"""Label maps in MMSegmentation: read as wide as they are, checked, found by any image's ending.
+
+Configs name the data set as `elsa_mm.label_maps.LabelMapDataset`: MMDetection needs no
+MMSegmentation.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from io import BytesIO
+from typing import Any
+
+import mmengine
+import numpy as np
+from mmengine import fileio
+from mmengine.registry import DATASETS, TRANSFORMS
+from mmseg.datasets import BaseSegDataset
+from mmseg.datasets.transforms import LoadAnnotations
+
+from elsa_core.errors import DamagedFileError, UsageError
+from elsa_data.coco import missing_files
+from elsa_data.errors import DataError
+from elsa_data.images import ENDINGS, reason
+from elsa_data.label_maps import IGNORE, only_none, pair_files, read_labels
+
+from .reading import leaves
+
+
+@DATASETS.register_module()
+class LabelMapDataset(BaseSegDataset):
+    """BaseSegDataset whose images may have any known ending, in any case, in subfolders too.
+
+    The label map of SUB/X.JPG is SUB/X and `seg_map_suffix`; `img_suffix` has no effect. `ann_file`
+    may list SUB/X of the images that count.
+
+    Raises UsageError for images without a label map, and for label maps without an image.
+    """
+
+    def load_data_list(self) -> list[dict]:
+        stems = None
+        if self.ann_file and not os.path.isdir(self.ann_file):
+            lines = mmengine.list_from_file(self.ann_file, backend_args=self.backend_args)
+            stems = {line.strip() for line in lines}
+        images, maps = (self.data_prefix.get(key) for key in ("img_path", "seg_map_path"))
+        try:
+            pairs = pair_files(images, maps, self.seg_map_suffix, stems)
+        except DataError as error:
+            raise UsageError(str(error)) from error
+        common = {"label_map": self.label_map, "reduce_zero_label": self.reduce_zero_label}
+        return [
+            {
+                "img_path": image,
+                **({"seg_map_path": map_} if map_ else {}),
+                **common,
+                "seg_fields": [],
+            }
+            for image, map_ in pairs
+        ]
+
+
+@TRANSFORMS.register_module()
+class LoadLabelMap(LoadAnnotations):
+    """LoadAnnotations that reads 16 bits as they are, and refuses labels that are no class.
+
+    Args:
+        num_classes: of the data set; None: labels up to 254 are taken.
+        ignore: label of pixels without a class.
+        options: LoadAnnotations'.
+
+    Raises DamagedFileError, which names the file.
+    """
+
+    def __init__(
+        self, num_classes: int | None = None, ignore: int = IGNORE, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        self.num_classes, self.ignore = num_classes, ignore
+
+    def _load_seg_map(self, results: dict) -> None:
+        path, reduce = results["seg_map_path"], results["reduce_zero_label"]
+        if self.reduce_zero_label not in (None, reduce):
+            raise UsageError(
+                f"reduce_zero_label must be the data set's {reduce}, got {self.reduce_zero_label}"
+            )
+        label_map = results.get("label_map")  # of the file's classes, where the config has fewer
+        number = len(label_map) if label_map else self.num_classes or IGNORE
+        try:
+            content = BytesIO(fileio.get(path, backend_args=self.backend_args))
+            labels = read_labels(content, path, number, reduce, self.ignore)
+        except DataError as error:
+            raise DamagedFileError(str(error)) from error
+        except OSError as error:
+            why = reason(error, path)
+            raise DamagedFileError(f"label map {path} cannot be read: {why}") from error
+        size = results.get("ori_shape")
+        if size is not None and tuple(size) != labels.shape:
+            raise DamagedFileError(
+                f"a label map must be as large as its image, got {path} of {labels.shape} pixels "
+                f"for {tuple(size)}"
+            )
+        if label_map:
+            table = np.arange(256, dtype=np.uint8)
+            table[list(label_map)] = list(label_map.values())
+            labels = table[labels]
+        results["gt_seg_map"] = labels
+        results["seg_fields"].append("gt_seg_map")
+
+
+def class_count(dataset: dict) -> int | None:
+    """How many classes a data set's config says it has, or its type."""
+    classes = (dataset.get("metainfo") or {}).get("classes")
+    if classes is None:
+        classes = getattr(_class_of(dataset), "METAINFO", {}).get("classes")
+    if isinstance(classes, str):  # a file with one a line
+        classes = mmengine.list_from_file(classes)
+    return len(classes) if classes else None
+
+
+def _class_of(dataset: dict) -> type | None:
+    kind = dataset.get("type")
+    with DATASETS.switch_scope_and_registry(None) as registry:
+        return registry.get(kind) if isinstance(kind, str) else kind
+
+
+def check_files(dataset: dict, part: str) -> None:
+    """Raises UsageError where a data set would leave out images, and says which endings it takes.
+
+    Args:
+        dataset: its config; of other data sets than MMSegmentation's nothing is checked.
+        part: "train", "val" or "test".
+    """
+    kind = _class_of(dataset)
+    if kind is None or not issubclass(kind, BaseSegDataset):
+        return
+    one = DATASETS.build({**dataset, "pipeline": [], "lazy_init": True})
+    images, maps = (one.data_prefix.get(key) for key in ("img_path", "seg_map_path"))
+    if isinstance(one, LabelMapDataset) or one.ann_file or not (images and maps):
+        return
+    if images == maps or "://" in f"{images}{maps}" or not os.path.isdir(maps):
+        return
+    taken = {
+        name.removesuffix(one.img_suffix)
+        for name in _files(images)
+        if name.endswith(one.img_suffix)
+    }
+    labelled = {
+        name.removesuffix(one.seg_map_suffix)
+        for name in _files(maps)
+        if name.endswith(one.seg_map_suffix)
+    }
+    left_out = sorted(
+        name
+        for name in _files(images)
+        if name.lower().endswith(ENDINGS)
+        and not name.endswith(one.img_suffix)
+        and os.path.splitext(name)[0] in labelled
+    )
+    if left_out:
+        raise UsageError(
+            f"the {part} data leaves out {len(left_out)} of the {len(taken) + len(left_out)} "
+            f"images in {os.path.abspath(images)}, which do not end in {one.img_suffix} "
+            f"(img_suffix), the first is {left_out[0]}: rename them, or set the data set's type to "
+            "elsa_mm.label_maps.LabelMapDataset, which takes all endings"
+        )
+    if surplus := sorted(labelled - taken):
+        raise UsageError(
+            f"the {part} data has {len(surplus)} label maps without an image, the first is "
+            f"{os.path.join(os.path.abspath(maps), surplus[0])}{one.seg_map_suffix}"
+        )
+
+
+def _files(folder: str) -> Iterator[str]:
+    return fileio.list_dir_or_file(folder, list_dir=False, recursive=True)
+
+
+def check_label_maps(dataset: Any, part: str) -> None:
+    """Raises UsageError unless each image has a label map, and these more labels than 0 and 255."""
+    for one in leaves(dataset):
+        if not isinstance(one, BaseSegDataset):
+            continue
+        infos = (one.get_data_info(index) for index in range(len(one)))
+        paths = [info["seg_map_path"] for info in infos if info.get("seg_map_path")]
+        if any("://" in path for path in paths):
+            continue
+        if missing := missing_files("", paths):
+            trains = missing[0].endswith("_gtFine_labelTrainIds.png")
+            hint = "; make them with: python tools/prepare_data.py derive cityscapes"
+            raise UsageError(
+                f"the {part} data lacks {len(missing)} of {len(paths)} label maps, the first is "
+                f"{os.path.abspath(missing[0])}{hint if trains else ''}"
+            )
+        if len(one.metainfo.get("classes") or ()) < 2 or one.ignore_index != IGNORE:
+            continue
+        try:
+            problem = only_none(paths, one.reduce_zero_label)
+        except DataError as error:
+            raise UsageError(str(error)) from error
+        if problem:
+            folder = os.path.dirname(os.path.abspath(paths[0]))
+            raise UsageError(f"the label maps of the {part} data in {folder} {problem}")
