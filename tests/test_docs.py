@@ -173,6 +173,18 @@ def test_paths_exist(path):
             assert (REPOSITORY / name).exists(), f"{path.name}: {name}"
 
 
+@pytest.mark.parametrize(
+    "path", [*PAGES, *OTHERS], ids=lambda path: path.relative_to(REPOSITORY).as_posix()
+)
+def test_named_tests_exist(path):
+    for file, name in re.findall(r"`(?:(tests/\w+\.py)::)?(test_\w+)`", path.read_text()):
+        if name in ("test_cfg", "test_dataloader", "test_evaluator", "test_pipeline"):
+            continue  # keys of OpenMMLab's configs
+        files = [REPOSITORY / file] if file else (REPOSITORY / "tests").glob("test_*.py")
+        definition = re.compile(rf"^def {name}\(", re.MULTILINE)
+        assert any(definition.search(one.read_text()) for one in files), f"{path.name}: {name}"
+
+
 def anchors(path):
     heads = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
     plain = (re.sub(r"[^\w\- ]", "", head.lower()) for head in heads)
