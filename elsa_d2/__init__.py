@@ -3,14 +3,15 @@
 from elsa_core.errors import UsageError
 
 from .backbone import ELSASwin, build_elsa_swin_backbone, build_elsa_swin_fpn_backbone
-from .cascade import ClassSpecificCascadeROIHeads, SyncedConvFCHead
+from .cascade import ClassSpecificCascadeROIHeads
 from .checkpoint import AtomicCheckpointer
 from .cityscapes import register_cityscapes_datasets
 from .config import add_elsa_swin_config, load_config
 from .data import register_coco_datasets
+from .heads import Float32ROIAlign, MMDetBoxHead, MMDetMaskHead, MMDetROIHeads
 from .mapper import DetectionMapper, Predictor
 from .optimizer import build_optimizer
-from .proposals import ProbabilityRPN
+from .proposals import MMDetRPN
 from .schedule import build_lr_scheduler
 from .semantic import SegmentorWithTTA, SemanticMapper, build_sem_seg_evaluator
 from .semantic_data import register_sem_seg_datasets
@@ -25,11 +26,14 @@ __all__ = [
     "DetectionMapper",
     "DetectionMapperTTA",
     "ELSASwin",
+    "Float32ROIAlign",
+    "MMDetBoxHead",
+    "MMDetMaskHead",
+    "MMDetROIHeads",
+    "MMDetRPN",
     "Predictor",
-    "ProbabilityRPN",
     "SegmentorWithTTA",
     "SemanticMapper",
-    "SyncedConvFCHead",
     "Trainer",
     "UPerNetHead",
     "UsageError",

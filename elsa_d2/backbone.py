@@ -9,7 +9,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import ShapeSpec
 from detectron2.modeling.backbone import BACKBONE_REGISTRY, FPN, Backbone
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
-from torch import Tensor
+from torch import Tensor, nn
 
 import elsa_core
 from elsa_core.variants import Arch
@@ -95,7 +95,7 @@ def build_elsa_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         )
     top_block = LastLevelMaxPool()
     top_block.in_feature = wanted[-1].replace("res", "p")
-    return FPN(
+    pyramid = FPN(
         bottom_up=bottom_up,
         in_features=wanted,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
@@ -103,3 +103,6 @@ def build_elsa_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
+    for layer in [*pyramid.lateral_convs, *pyramid.output_convs]:
+        nn.init.xavier_uniform_(layer.weight)  # as in MMDetection
+    return pyramid

@@ -14,10 +14,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.roi_heads import (
-    ROI_BOX_HEAD_REGISTRY,
     ROI_HEADS_REGISTRY,
     CascadeROIHeads,
-    FastRCNNConvFCHead,
     FastRCNNOutputLayers,
     select_foreground_proposals,
 )
@@ -27,7 +25,8 @@ from torch import Tensor, nn
 
 from elsa_core.errors import UsageError
 
-from .norm import resolve_norm
+from .heads import Float32Pooling
+from .matching import ProposalMatcher
 
 Features = dict[str, Tensor]
 Predictions = tuple[Tensor, Tensor]
@@ -55,16 +54,6 @@ class TolerantOutputLayers(FastRCNNOutputLayers):
         return {**found, "loss_box_reg": found["loss_box_reg"] + (deltas * 0).sum()}
 
 
-@ROI_BOX_HEAD_REGISTRY.register()
-class SyncedConvFCHead(FastRCNNConvFCHead):
-    """FastRCNNConvFCHead whose NORM "SyncBN" works on CPUs and without boxes, too."""
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        norm = resolve_norm(cfg.MODEL.ROI_BOX_HEAD.NORM)
-        return {**super().from_config(cfg, input_shape), "conv_norm": norm}
-
-
 class StageMaskHeads(nn.ModuleList):
     """A mask head for each stage; called as one, at test time, they average their masks."""
 
@@ -80,7 +69,7 @@ class StageMaskHeads(nn.ModuleList):
 
 
 @ROI_HEADS_REGISTRY.register()
-class ClassSpecificCascadeROIHeads(CascadeROIHeads):
+class ClassSpecificCascadeROIHeads(Float32Pooling, CascadeROIHeads):
     """CascadeROIHeads with a box regression for each class and a mask head for each stage.
 
     What else differs from Detectron2's: each stage samples its boxes anew, ground truth included,
@@ -132,9 +121,7 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
                 )
                 for head, weights in zip(heads, node.BBOX_REG_WEIGHTS, strict=True)
             ],
-            "proposal_matchers": [
-                Matcher([iou], [0, 1], allow_low_quality_matches=False) for iou in node.IOUS
-            ],
+            "proposal_matchers": [_matcher(cfg, iou) for iou in node.IOUS],
         }
 
     @classmethod
@@ -250,3 +237,9 @@ class ClassSpecificCascadeROIHeads(CascadeROIHeads):
 def _zeros_for_nan(deltas: Tensor) -> Tensor:
     """Infinity counts as NaN."""
     return deltas.nan_to_num(0, 0, 0)
+
+
+def _matcher(cfg: CfgNode, iou: float) -> Matcher | ProposalMatcher:
+    """Of a stage, whose proposals are positive from an IoU on."""
+    matcher = Matcher([iou], [0, 1], allow_low_quality_matches=False)
+    return ProposalMatcher(matcher) if cfg.MODEL.ROI_HEADS.PROPOSAL_APPEND_GT else matcher

@@ -57,6 +57,11 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
     # in use, nothing else does. 0: they are taken as they are.
     cfg.SOLVER.BASE_BATCH_SIZE = 0
 
+    # Of MMDetRPN: the IoU from which the best anchors of a box are positive.
+    cfg.MODEL.RPN.MIN_POS_IOU = 0.3
+    # Of MMDetRPN: anchors beyond the image, padded to a multiple of this many pixels, are not
+    # trained. 0: all in the padding of the batch are.
+    cfg.MODEL.RPN.PAD_DIVISOR = 32
     # Of each stage of ClassSpecificCascadeROIHeads.
     cfg.MODEL.ROI_BOX_CASCADE_HEAD.LOSS_WEIGHTS = (1.0, 0.5, 0.25)
 

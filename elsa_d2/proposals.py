@@ -1,24 +1,116 @@
-"""A region proposal network that ranks its boxes exactly as MMDetection's does."""
+"""A region proposal network that is trained and ranks its boxes exactly as MMDetection's does."""
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import ShapeSpec
 from detectron2.modeling.proposal_generator import PROPOSAL_GENERATOR_REGISTRY, RPN
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import nms
 
+from .matching import MaxIoUMatcher
+
 
 @PROPOSAL_GENERATOR_REGISTRY.register()
-class ProbabilityRPN(RPN):
-    """RPN (arXiv 1506.01497) that ranks boxes by probability instead of its logarithmic odds.
+class MMDetRPN(RPN):
+    """RPN (arXiv 1506.01497) with MMDetection's labels, losses and ranking.
 
-    In float32 a probability merges neighbouring odds. Whoever of two such boxes comes first
-    suppresses the other one, and then other boxes survive: about one image in 200 of a model
-    trained in one framework would give other detections in the other one. So whatever has an
-    influence on the order is as in MMDetection: probabilities, their sorting, which need not be
-    stable, and boxes of other levels that are moved aside for the suppression, and so rounded.
+    Labels: the best anchors of a box are positive from MODEL.RPN.MIN_POS_IOU on, and then this box
+    is their target. Anchors outside the image (MODEL.RPN.BOUNDARY_THRESH) or in the padding of the
+    batch (MODEL.RPN.PAD_DIVISOR) are left out before the matching. Losses are divided by the number
+    of anchors sampled.
+
+    Ranking is by probability instead of its logarithmic odds. In float32 a probability merges
+    neighbouring odds. Whoever of two such boxes comes first suppresses the other one, and then
+    other boxes survive: about one image in 200 of a model trained in one framework would give other
+    detections in the other one. So whatever has an influence on the order is as in MMDetection:
+    probabilities, their sorting, which need not be stable, and boxes of other levels that are moved
+    aside for the suppression, and so rounded. In mixed precision, too, a probability is that of a
+    float32 number.
+
+    Args:
+        pad_divisor: an image's own padding ends at the next multiple of it; anchors beyond are not
+            trained. 0: anchors in all of the batch's padding are.
+        options: as in RPN.
     """
+
+    @configurable
+    def __init__(self, *, pad_divisor: int = 0, **options: Any) -> None:
+        super().__init__(**options)
+        self.pad_divisor = pad_divisor
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        node = cfg.MODEL.RPN
+        matcher = MaxIoUMatcher(node.IOU_THRESHOLDS, node.IOU_LABELS, node.MIN_POS_IOU)
+        options = super().from_config(cfg, input_shape)
+        return {**options, "anchor_matcher": matcher, "pad_divisor": node.PAD_DIVISOR}
+
+    @torch.no_grad()
+    def label_and_sample_anchors(
+        self, anchors: list[Boxes], gt_instances: list[Instances]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Labels [R], 1, 0 or -1 for not trained, and target boxes [R, 4] of each image.
+
+        Args:
+            anchors: boxes of each of L levels, R in all.
+            gt_instances: with ``gt_boxes``, of N images.
+        """
+        everything = Boxes.cat(anchors)
+        labels, targets = [], []
+        for instances in gt_instances:
+            trained = self._trained(anchors, instances.image_size)
+            (label,), (target,) = super().label_and_sample_anchors(
+                [everything[trained]], [instances]
+            )
+            labels.append(label.new_full(trained.shape, -1).masked_scatter(trained, label))
+            boxes = target.new_zeros(len(trained), 4)
+            targets.append(boxes.masked_scatter(trained[:, None], target))
+        return labels, targets
+
+    def _trained(self, anchors: list[Boxes], size: tuple[int, int]) -> Tensor:
+        """Which anchors [R] of an image of (height, width) are trained."""
+        everything = Boxes.cat(anchors)
+        trained = torch.ones(len(everything), dtype=torch.bool, device=everything.device)
+        if self.anchor_boundary_thresh >= 0:
+            trained &= everything.inside_box(size, self.anchor_boundary_thresh)
+        if self.pad_divisor:
+            generator = self.anchor_generator
+            cells = torch.cat(
+                [
+                    level.get_centers() - generator.offset * stride
+                    for level, stride in zip(anchors, generator.strides, strict=True)
+                ]
+            )
+            height, width = (math.ceil(side / self.pad_divisor) * self.pad_divisor for side in size)
+            # Cells begin at whole pixels, but for rounding.
+            trained &= (cells.round() < cells.new_tensor([width, height])).all(1)
+        return trained
+
+    def losses(
+        self,
+        anchors: list[Boxes],
+        pred_objectness_logits: list[Tensor],
+        gt_labels: list[Tensor],
+        pred_anchor_deltas: list[Tensor],
+        gt_boxes: list[Tensor],
+    ) -> dict[str, Tensor]:
+        """ "loss_rpn_cls" and "loss_rpn_loc", means over the anchors sampled.
+
+        MMDetection counts at least one positive and one negative anchor of each image.
+        """
+        losses = super().losses(
+            anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes
+        )
+        labels = torch.stack(gt_labels)
+        sampled = sum((labels == kind).sum(1).clamp(min=1).sum() for kind in (0, 1))
+        most = self.batch_size_per_image * len(gt_labels)
+        return {name: loss * (most / sampled) for name, loss in losses.items()}
 
     def predict_proposals(
         self,
@@ -53,7 +145,7 @@ class ProbabilityRPN(RPN):
         """Of one image, from all boxes [A_i, 4] and logits [A_i] of each level."""
         most = self.pre_nms_topk[self.training]
         # Once, for all numbers of a level: a vectorised sigmoid rounds by the number's place, too.
-        chances = [level.sigmoid() for level in logits]
+        chances = [level.float().sigmoid() for level in logits]
         tops = [_order(level)[:most] if most < len(level) else slice(None) for level in chances]
         box, logit, probability = (
             torch.cat([x[top] for x, top in zip(levels, tops, strict=True)])

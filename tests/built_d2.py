@@ -9,6 +9,7 @@ from detectron2.data import transforms as T
 from detectron2.layers import ShapeSpec
 from detectron2.layers.mask_ops import paste_masks_in_image
 from detectron2.modeling import META_ARCH_REGISTRY, build_anchor_generator
+from detectron2.structures import Boxes, Instances, pairwise_iou
 from recipes import LETTERS
 
 from elsa_d2 import Trainer, load_config
@@ -65,6 +66,27 @@ class Built:
             return iterations
         assert iterations == self.recipe.iterations
         return self.recipe.epochs
+
+    def positive_overlaps(self, boxes, size):
+        """IoU of the positive anchors of each box [N, 4] with it, in an image of a size."""
+        strides = [2**i for i in range(2, 7)]
+        anchors = build_anchor_generator(self.cfg, [ShapeSpec(stride=s) for s in strides])
+        maps = [torch.zeros(1, 1, *(-(-side // stride) for side in size)) for stride in strides]
+        targets = Instances(size, gt_boxes=Boxes(boxes))
+        every = anchors(maps)
+        (labels,), (targets,) = self.model.proposal_generator.label_and_sample_anchors(
+            every, [targets]
+        )
+        overlaps = pairwise_iou(Boxes(boxes), Boxes.cat(every))
+        return [
+            row[(labels == 1) & (targets == box).all(1)].tolist()
+            for row, box in zip(overlaps, boxes, strict=True)
+        ]
+
+    def pooled(self, maps, box):
+        """What each RoI pooling makes of maps [1, C, H_i, W_i] and a box [1, 4]."""
+        roi = self.model.roi_heads
+        return [pooler(maps, [Boxes(box)]) for pooler in (roi.box_pooler, roi.mask_pooler)]
 
     def facts(self):
         cfg, solver = self.cfg, self.cfg.SOLVER

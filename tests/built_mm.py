@@ -6,11 +6,12 @@ from functools import cache, cached_property
 from pathlib import Path
 
 import torch
-from mmdet.registry import TRANSFORMS
-from mmdet.structures.bbox import bbox2roi
+from mmdet.registry import TASK_UTILS, TRANSFORMS
+from mmdet.structures.bbox import bbox2roi, bbox_overlaps
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope
+from mmengine.structures import InstanceData
 from mmseg.registry import TRANSFORMS as SEG_TRANSFORMS
 from recipes import LETTERS
 
@@ -78,6 +79,18 @@ class Built:
     def length(self):
         """Of the training: epochs or iterations."""
         return self.cfg.train_cfg.get("max_epochs") or self.cfg.train_cfg.max_iters
+
+    def positive_overlaps(self, boxes, size):
+        """IoU of the positive anchors of each box [N, 4] with it, in an image of a size."""
+        rpn, node = self.model.rpn_head, self.cfg.model.rpn_head.anchor_generator
+        generator = TASK_UTILS.build(node)
+        maps = [tuple(-(-side // stride) for side in size) for stride in node.strides]
+        anchors = torch.cat(generator.grid_priors(maps, device="cpu"))
+        flags = torch.cat(generator.valid_flags(maps, size, device="cpu"))
+        targets = InstanceData(bboxes=boxes, labels=torch.zeros(len(boxes), dtype=torch.long))
+        result = rpn._get_targets_single(anchors, flags, targets, dict(img_shape=size))[-1]
+        overlaps = bbox_overlaps(boxes, result.pos_priors)
+        return [row[result.pos_assigned_gt_inds == i].tolist() for i, row in enumerate(overlaps)]
 
     def facts(self):
         loader, wrapper = self.cfg.train_dataloader, self.cfg.optim_wrapper

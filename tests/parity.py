@@ -145,6 +145,35 @@ def scene(seed, size=(128, 192), number=5, classes=80):
     return torch.from_numpy(boxes), torch.from_numpy(labels), np.stack(masks)
 
 
+def hard_scene(size=(128, 192)):
+    """As `scene`: small, thin, overlapping, equal and half visible rectangles, some at the border.
+
+    Anchors of 3x60 pixels exist nowhere, and none overlaps by 0.3 with 8x8 pixels.
+    """
+    height, width = size
+    boxes = [
+        [50, 40, 58, 48],
+        [101, 70, 109, 78],
+        [30, 20, 33, 80],
+        [80, 60, 140, 63],
+        [60, 52, 92, 84],
+        [64, 56, 97, 88],
+        [120, 10, 160, 40],
+        [120, 10, 160, 40],
+        [0, 0, 30, 26],
+        [width - 25, height - 40, width, height],
+        [width - 8, 60, width, 68],
+        [40, height - 5, 90, height],
+        [0, 0, width, height],
+    ]
+    boxes = np.array(boxes).clip(0, [width, height] * 2)
+    boxes = boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
+    masks = np.zeros((len(boxes), height, width), bool)
+    for mask, (left, top, right, bottom) in zip(masks, boxes, strict=True):
+        mask[top:bottom, left:right] = True
+    return torch.from_numpy(boxes).float(), torch.arange(len(boxes)) * 6, masks
+
+
 def proposals_for(boxes, size, seed, number=60):
     """Boxes [number, 4] near and far from the given ones."""
     generator = torch.Generator().manual_seed(seed)
@@ -159,7 +188,8 @@ def proposals_for(boxes, size, seed, number=60):
     return everything
 
 
-def d2_targets(scenes, size):
+def d2_targets(scenes, *sizes):
+    """Of images of one size, or of a size each."""
     return [
         d2.Instances(
             size,
@@ -167,14 +197,17 @@ def d2_targets(scenes, size):
             gt_classes=labels,
             gt_masks=d2.BitMasks(torch.from_numpy(masks)),
         )
-        for boxes, labels, masks in scenes
+        for size, (boxes, labels, masks) in zip(_each(sizes, scenes), scenes, strict=True)
     ]
 
 
-def mmdet_samples(scenes, size):
+def mmdet_samples(scenes, *sizes):
+    """The same, in a batch that is padded to the largest height and width."""
+    batch = tuple(max(sides) for sides in zip(*sizes, strict=True))
     samples = []
-    for boxes, labels, masks in scenes:
-        shapes = dict(img_shape=size, pad_shape=size, batch_input_shape=size, ori_shape=size)
+    for size, (boxes, labels, masks) in zip(_each(sizes, scenes), scenes, strict=True):
+        padded = tuple(-(-side // 32) * 32 for side in size)
+        shapes = dict(img_shape=size, pad_shape=padded, batch_input_shape=batch, ori_shape=size)
         sample = DetDataSample(metainfo=dict(shapes, scale_factor=(1.0, 1.0)))
         masks = BitmapMasks(masks.astype(np.uint8), *size)
         sample.gt_instances = InstanceData(bboxes=boxes, labels=labels, masks=masks)
@@ -183,3 +216,7 @@ def mmdet_samples(scenes, size):
         )
         samples.append(sample)
     return samples
+
+
+def _each(sizes, scenes):
+    return sizes * len(scenes) if len(sizes) == 1 else sizes

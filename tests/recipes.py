@@ -35,6 +35,7 @@ class Recipe:
     warmup: int = 500
     warmup_factor: float = 0.001
     mixed_precision: bool = True
+    least_overlap: float = 0.3  # IoU of a box with the best anchors for it, to be positive
 
     @property
     def name(self) -> str:

@@ -15,10 +15,9 @@ pytest.importorskip("detectron2")
 
 from d2_tiny import REPOSITORY, TOOL, datasets, note_checkpoints, read_metrics
 from detectron2.modeling import META_ARCH_REGISTRY
-from detectron2.modeling.roi_heads import StandardROIHeads
 from detectron2.solver import build_lr_scheduler
 
-from elsa_d2 import ClassSpecificCascadeROIHeads, build_optimizer, load_config
+from elsa_d2 import ClassSpecificCascadeROIHeads, MMDetROIHeads, build_optimizer, load_config
 
 FOLDER = REPOSITORY / "configs/detectron2/COCO-InstanceSegmentation"
 LEAVES = sorted(FOLDER.glob("*.yaml"))
@@ -90,7 +89,7 @@ def test_name_and_content_agree(file):
     assert solver.STEPS == tuple(step * epoch for step in steps)
     assert solver.CHECKPOINT_PERIOD == cfg.TEST.EVAL_PERIOD == epoch
     assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.DATASETS.TEST == ("coco_2017_val",)
-    kind = {"mask_rcnn": StandardROIHeads, "cascade_mask_rcnn": ClassSpecificCascadeROIHeads}
+    kind = {"mask_rcnn": MMDetROIHeads, "cascade_mask_rcnn": ClassSpecificCascadeROIHeads}
     model = on_meta(cfg)
     assert type(model.roi_heads) is kind[method]
     last_block = model.backbone.bottom_up.layers[-1].blocks[-1]

@@ -1,4 +1,4 @@
-"""The RPN that ranks as MMDetection's does, judged by MMDetection's."""
+"""The RPN that is trained and ranks as MMDetection's does, compared with MMDetection's."""
 
 import pytest
 import torch
@@ -44,7 +44,7 @@ def propose(rpn, logits, deltas):
     return rpn.predict_proposals(anchors, flat, moved, images.image_sizes)
 
 
-def propose_in_mmdet(logits, deltas):
+def propose_in_mmdet(logits, deltas, least):
     head = dict(
         type="RPNHead",
         in_channels=256,
@@ -56,7 +56,7 @@ def propose_in_mmdet(logits, deltas):
             nms_pre=BEFORE,
             max_per_img=AFTER,
             nms=dict(type="nms", iou_threshold=0.7),
-            min_bbox_size=0,
+            min_bbox_size=least,
         ),
     )
     with DefaultScope.overwrite_default_scope("mmdet"):
@@ -67,11 +67,19 @@ def propose_in_mmdet(logits, deltas):
 # The larger the logits, the more of them become the same probability.
 @pytest.mark.parametrize("deviation", [1, 10, 40])
 @pytest.mark.parametrize("seed", range(4))
-def test_the_same_boxes_in_the_same_order(ours, deviation, seed):
+# -1 keeps boxes without area, as the original does; some of them are nowhere in the image.
+@pytest.mark.parametrize("least", [0, -1])
+def test_the_same_boxes_in_the_same_order(ours, deviation, seed, least, monkeypatch):
     torch.manual_seed(seed)
     logits, deltas = random_outputs(deviation)
-    theirs = propose_in_mmdet(logits, deltas)
-    for mine, other in zip(propose(ours.eval(), logits, deltas), theirs, strict=True):
+    for x in deltas:
+        x[:, ::4] += 20 * (torch.rand_like(x[:, ::4]) < 0.1)
+    theirs = propose_in_mmdet(logits, deltas, least)
+    monkeypatch.setattr(ours, "min_box_size", least)
+    found = propose(ours.eval(), logits, deltas)
+    empty = sum((~item.proposal_boxes.nonempty()).sum() for item in found)
+    assert (empty > 0) == (least < 0)
+    for mine, other in zip(found, theirs, strict=True):
         assert len(mine) == AFTER
         chances = mine.objectness_logits.sigmoid()
         torch.testing.assert_close(chances, other.scores, rtol=0, atol=1e-6)
@@ -93,3 +101,26 @@ def test_training_leaves_out_what_is_not_finite(ours):
     assert all(len(boxes) for boxes in found)
     assert all(boxes.proposal_boxes.tensor.isfinite().all() for boxes in found)
     assert all(boxes.objectness_logits.isfinite().all() for boxes in found)
+
+
+def test_scores_are_not_rounded_in_mixed_precision(ours):
+    """Half the logits of a level share a value as bfloat16 probabilities."""
+    torch.manual_seed(0)
+    logits, deltas = random_outputs(3)
+    half = [x.bfloat16() for x in logits], [x.bfloat16() for x in deltas]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = propose(ours.eval(), *half)
+    expected = propose(ours, *([x.float() for x in part] for part in half))
+    for mine, other in zip(found, expected, strict=True):
+        assert torch.equal(mine.proposal_boxes.tensor, other.proposal_boxes.tensor)
+        assert torch.equal(mine.objectness_logits.float(), other.objectness_logits)
+
+
+def test_min_size_is_the_key(ours):
+    cfg = elsa_d2.load_config(
+        elsa_d2.get_config_file(CONFIG), ["MODEL.PROPOSAL_GENERATOR.MIN_SIZE", "-1"]
+    )
+    shapes = {f"p{i + 2}": ShapeSpec(channels=256, stride=s) for i, s in enumerate(STRIDES)}
+    with torch.device("meta"):
+        assert build_proposal_generator(cfg, shapes).min_box_size == -1
+    assert ours.min_box_size == 0

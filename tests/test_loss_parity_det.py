@@ -11,7 +11,15 @@ from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
 from mmengine.structures import InstanceData
-from parity import METHODS, d2_targets, mmdet_samples, pair, proposals_for, scene
+from parity import (
+    METHODS,
+    d2_targets,
+    hard_scene,
+    mmdet_samples,
+    pair,
+    proposals_for,
+    scene,
+)
 
 SIZE = (128, 192)
 # All boxes are trained, so that nothing is drawn by chance, and detected.
@@ -56,15 +64,25 @@ def test_feature_maps(models):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_rpn_losses(models, scenes, monkeypatch):
+SMALLER = (90, 110)
+
+
+@pytest.mark.parametrize("sizes", [(SIZE, SIZE), (SIZE, SMALLER)], ids=["one-size", "two-sizes"])
+@pytest.mark.parametrize("objects", ["usual", "hard", "none"])
+def test_rpn_losses(models, objects, sizes, monkeypatch):
     first, second, ours, theirs = models
+    scenes = {
+        "usual": [scene(1, SIZE), scene(2, sizes[1], number=3)],
+        "hard": [hard_scene(SIZE), hard_scene(sizes[1])],
+        "none": [scene(1, SIZE), [part[:0] for part in scene(2, sizes[1])]],
+    }[objects]
     # Both samplers draw from a permutation of the same candidates.
     monkeypatch.setattr(torch, "randperm", lambda n, **options: torch.arange(n))
-    images = ImageList(torch.zeros(2, 3, *SIZE), [SIZE] * 2)
+    images = ImageList(torch.zeros(2, 3, *SIZE), list(sizes))
     with EventStorage() as storage:
-        _, found = first.proposal_generator(images, ours, d2_targets(scenes, SIZE))
+        _, found = first.proposal_generator(images, ours, d2_targets(scenes, *sizes))
         assert storage.latest()["rpn/num_pos_anchors"][0] > 5
-    samples = mmdet_samples(scenes, SIZE)
+    samples = mmdet_samples(scenes, *sizes)
     for sample in samples:
         sample.gt_instances.labels.zero_()
     expected = second.rpn_head.loss(theirs, samples)
@@ -88,8 +106,14 @@ def mmdet_proposals(boxes):
     return [InstanceData(bboxes=item) for item in boxes]
 
 
-def test_head_losses_and_their_gradients(models, scenes, boxes):
+@pytest.mark.parametrize("objects", ["usual", "hard"])
+def test_head_losses_and_their_gradients(models, scenes, boxes, objects):
     first, second, ours, theirs = models
+    if objects == "hard":
+        scenes = [hard_scene(SIZE)] * 2
+        # None near the fifth object: the best one for it fits its neighbour better.
+        near = torch.cat([scenes[0][0][:4], scenes[0][0][5:]])
+        boxes = [proposals_for(near, SIZE, seed, 99) for seed in range(2)]
     with EventStorage() as storage:
         _, found = first.roi_heads(None, ours, d2_proposals(boxes), d2_targets(scenes, SIZE))
         counts = {key: value[0] for key, value in storage.latest().items() if "samples" in key}

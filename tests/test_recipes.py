@@ -132,3 +132,33 @@ def test_schedule(framework, recipe):
     assert objects.rates(recipe, iterations) == pytest.approx(
         expected, rel=TOLERANCE[framework], abs=0
     )
+
+
+detectors = pytest.mark.parametrize(
+    "recipe",
+    [recipe for recipe in RECIPES if (recipe.arch, recipe.epochs) == ("tiny", 12)],
+    ids=lambda recipe: recipe.method,
+)
+
+
+@both
+@detectors
+def test_labels_of_anchors(framework, recipe):
+    """No anchor is positive for a box that none overlaps by the recipe's least IoU."""
+    boxes = torch.tensor([[50, 40, 58, 48], [101, 20, 104, 80], [60, 100, 104, 144.0]])
+    small, thin, usual = built(framework, recipe).positive_overlaps(boxes, (192, 256))
+    assert small == thin == []
+    assert min(usual) >= recipe.least_overlap and len(usual) > 0
+    assert min(usual) < 0.7  # without the rule of the best ones it would have none
+
+
+@pytest.mark.parametrize("framework", ["detectron2"])
+@detectors
+def test_boxes_are_not_rounded_in_mixed_precision(framework, recipe):
+    """Maps whose values say where they are: RoIs are pooled from where they should be."""
+    maps = [torch.arange(1280 // s).expand(1, 1, 64, -1) * s / 4 - 250 for s in (4, 8, 16, 32)]
+    box = torch.tensor([[969.3, 40.0, 1033.3, 104.0]])
+    with torch.autocast("cpu", torch.bfloat16):
+        for pooled in built(framework, recipe).pooled([x.bfloat16() for x in maps], box):
+            assert pooled.dtype == torch.bfloat16
+            assert 4 * (pooled.double().mean().item() + 250.5) == pytest.approx(1001.3, abs=0.1)
