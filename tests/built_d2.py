@@ -1,6 +1,7 @@
 """What Detectron2 builds from a config, in the words of tests/recipes.py."""
 
 import inspect
+import re
 from functools import cached_property
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import torch
 from detectron2.data import transforms as T
 from detectron2.layers import ShapeSpec
 from detectron2.layers.mask_ops import paste_masks_in_image
-from detectron2.modeling import META_ARCH_REGISTRY, build_anchor_generator
+from detectron2.modeling import META_ARCH_REGISTRY, build_anchor_generator, build_model
 from detectron2.structures import Boxes, Instances, pairwise_iou
+from parity import mmdet_name
 from recipes import LETTERS
 
 from elsa_d2 import Trainer, load_config
@@ -87,6 +89,17 @@ class Built:
         """What each RoI pooling makes of maps [1, C, H_i, W_i] and a box [1, 4]."""
         roi = self.model.roi_heads
         return [pooler(maps, [Boxes(box)]) for pooler in (roi.box_pooler, roi.mask_pooler)]
+
+    def first_weights(self):
+        """Parameters of neck and heads, by OpenMMLab's names or, of UPerNet, nearly so."""
+        named = build_model(self.cfg).named_parameters()
+        if self.recipe.method == "upernet":
+            words = {".norm.": ".bn.", "_predictor.": ".conv_seg.", ".predictor.": ".conv_seg."}
+            pattern = "|".join(map(re.escape, words))
+            new = {re.sub(pattern, lambda m: words[m[0]], name): part for name, part in named}
+        else:
+            new = {mmdet_name(name): part for name, part in named}
+        return {name: part for name, part in new.items() if not name.startswith("backbone.")}
 
     def facts(self):
         cfg, solver = self.cfg, self.cfg.SOLVER
