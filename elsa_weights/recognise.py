@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +45,14 @@ TRAINING_STATE = {
 }
 _WEIGHTS = ("state_dict", "model")
 _EMA = "state_dict_ema"
+# What torch.compile, FSDP and activation checkpointing put into names.
+_WRAPPERS = re.compile(
+    r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
+)
+# A tensor that every model has, after a prefix such as Lightning's "model.".
+_MARK = re.compile(
+    r"((?:.*?\.)??)(?:backbone\.)?(?:bottom_up\.)?patch_embed\.(?:proj|projection)\.weight"
+)
 # MMEngine's EMAHook puts the averaged weights into state_dict and the trained ones here.
 _NOT_AVERAGED = "ema_state_dict"
 # RGB order, as Detectron2's older checkpoints store it: ours has the same input in every framework.
@@ -161,6 +170,30 @@ def _with_rest(source: Source, rest: dict[str, Any]) -> Source:
 
 
 def _recognise(tensors: dict[str, Tensor]) -> Source:
+    tensors, prefix, outside = _without_prefix(tensors)
+    source = _recognise_named(tensors)
+    source.dropped += [(name, f"outside of {prefix}, with which the model's names begin")
+                       for name in outside]  # fmt: skip
+    return source
+
+
+def _without_prefix(
+    tensors: dict[str, Tensor],
+) -> tuple[dict[str, Tensor], str, list[str]]:
+    """The model's tensors without what compiled, sharded and wrapped models put before their names,
+    that prefix, and the names that do not begin with it."""
+    tensors = {_WRAPPERS.sub(r"\1", name): value for name, value in tensors.items()}
+    prefixes = sorted({found[1] for name in tensors if (found := _MARK.fullmatch(name))})
+    if not prefixes or "" in prefixes:
+        return tensors, "", []
+    if len(prefixes) > 1:
+        raise UsageError(f"it holds several models, with the prefixes {', '.join(prefixes)}")
+    (prefix,) = prefixes
+    named = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
+    return named, prefix, [name for name in tensors if not name.startswith(prefix)]
+
+
+def _recognise_named(tensors: dict[str, Tensor]) -> Source:
     if any(".attn.pre_proj." in name for name in tensors):
         return _elsa(tensors)
     if any(".attn.qkv." in name or ".attn.w_msa.qkv." in name for name in tensors):
