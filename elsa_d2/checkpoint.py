@@ -42,14 +42,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
         names = self.model.state_dict()
         if not any(name.endswith("patch_embed.proj.weight") for name in names):
             return super()._load_file(filename)
+        content = None
         if not filename.endswith((".pkl", ".safetensors")):
             try:
                 loaded = super()._load_file(filename)
             except pickle.UnpicklingError:  # objects that torch does not know: read as data below
-                loaded = {"model": {}}
+                return checkpoint_for(self.model, filename)
             if any(name.removeprefix("module.") in names for name in loaded["model"]):
                 return loaded
-        return checkpoint_for(self.model, filename)
+            # Detectron2 puts files without "model" under that name.
+            content = loaded["model"] if loaded.keys() == {"model"} else loaded
+        return checkpoint_for(self.model, filename, content)
 
     def save(self, name: str, **extra: Any) -> None:
         if not self.save_dir or not self.save_to_disk:

@@ -11,7 +11,6 @@ from detectron2.structures import Instances as D2Instances
 from detectron2.utils.visualizer import ColorMode, Visualizer
 
 import elsa_d2
-import elsa_weights
 from elsa_core.errors import UsageError, one_line
 from elsa_d2 import preflight
 from elsa_d2.classes import class_kind, class_names, number_of_classes
@@ -46,9 +45,7 @@ class Detectron2Predictor(Predictor):
             raise UsageError(f"the config {config} cannot be used: {one_line(error)}") from error
         self.model = self.predictor.model
         if weights is not None:
-            preflight._check_fit(weights, self.model)
-            rest = elsa_d2.AtomicCheckpointer(self.model).load(weights, checkpointables=[])
-            names, _ = elsa_weights.class_names(rest)
+            names = preflight._check_fit(weights, self.model)  # the model has its weights now
         data = [*cfg.DATASETS.TRAIN[:1], *cfg.DATASETS.TEST]
         listed = (class_names(name, class_kind(cfg)) for name in data)
         configured = next(filter(None, listed), None)

@@ -84,12 +84,17 @@ def load_backbone(backbone: nn.Module, path: str | os.PathLike) -> Conversion:
     return conversion
 
 
-def checkpoint_for(model: nn.Module, path: str | os.PathLike) -> dict[str, dict[str, Any]]:
+def checkpoint_for(
+    model: nn.Module, path: str | os.PathLike, content: Any = None
+) -> dict[str, dict[str, Any]]:
     """``model``, the tensors of a checkpoint of any framework under the names of a Detectron2
     model, and ``meta``, what the checkpoint says of itself.
 
     The detector or segmentor that the model is gives all of its tensors, anything else the backbone
     alone and no ``meta``.
+
+    Args:
+        content: of the file, where it has been read already.
 
     Raises UsageError as `load_backbone`, or where the model has not exactly one ELSA-Swin.
     """
@@ -98,7 +103,8 @@ def checkpoint_for(model: nn.Module, path: str | os.PathLike) -> dict[str, dict[
     if len(prefixes) != 1:
         raise UsageError(f"{os.fspath(path)} needs a model with one ELSA-Swin, got {len(prefixes)}")
     (prefix,) = prefixes
-    source = read_source(path)
+    checkpoint = read_checkpoint(path) if content is None else content
+    source = in_file(path, lambda: recognise(checkpoint))
     if prefix == D2_BACKBONES.get(source.kind) and _has_heads(names, source.kind):
         if source.family == DETECTRON2:
             return {"model": dict(source.tensors.values()), "meta": source.meta}

@@ -292,6 +292,16 @@ def test_unknown_class_names_are_numbers_and_said(weights, tmp_path):
     assert "2 class names for 11 classes" in predictor.note
 
 
+@pytest.mark.parametrize("config", [DET["detectron2"], DET["mmdet"], SEG["detectron2"]])
+def test_a_checkpoint_is_read_once(config, weights, monkeypatch):
+    """Detectron2's own, MMDetection's own, and MMSegmentation's for Detectron2."""
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: (read.append(1), load(*a, **k))[1])
+    name = "segmentation" if config == SEG["detectron2"] else Path(config).parts[-3]
+    predictor = load_predictor(config, weights[name], device="cpu")
+    assert len(read) == 1 and len(predictor.classes) in (10, 11) and predictor.note is None
+
+
 def test_weights_of_detectron2_work_in_openmmlab(weights, images, tmp_path):
     elsa_weights.convert_file(weights["segmentation"], tmp_path / "d2.pth", "detectron2")
     image = read_image(str(images[0]))
