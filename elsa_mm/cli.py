@@ -17,7 +17,7 @@ from elsa_core.errors import DamagedFileError, UsageError, one_line
 from elsa_core.quiet import HarmlessRecords, quiet_frameworks
 from elsa_core.stop import Ended
 
-from . import fit, preflight
+from . import classes, fit, preflight
 from .checkpoint import find_last_checkpoint
 from .evaluators import use_coco_metric
 from .machine import join_cpu_processes, use_cpu_where_needed
@@ -129,9 +129,10 @@ def _train(options: argparse.Namespace) -> None:
     if options.auto_scale_lr:
         _enable_auto_scale_lr(cfg)
     parts = ["train", "val"] if cfg.get("val_dataloader") else ["train"]
+    notes = classes.settle(cfg, parts)
     preflight.check_data(cfg, parts)
     preflight.check_work_dir(cfg.work_dir)
-    notes = _set_resume(cfg, options.resume)
+    notes += _set_resume(cfg, options.resume)
     _make_stoppable(cfg)
     runner = _build_runner(cfg, notes)
     fit.check_batch(cfg)
@@ -139,6 +140,8 @@ def _train(options: argparse.Namespace) -> None:
         fit.check_weights(fit.model_of(runner), cfg.load_from)
     preflight.build_data(runner, parts)
     fit.check_classes(runner, parts)
+    resumed = (cfg.get("load_from") or "") if cfg.get("resume") else ""
+    classes.check(runner, parts, classes.stored_classes(resumed), resumed)
     runner.train()
 
 
@@ -152,12 +155,17 @@ def _test(options: argparse.Namespace) -> None:
         _enable_tta(cfg)
     if options.out:
         _check_out(cfg, options.out)
+    stored = classes.stored_classes(options.checkpoint)
+    notes = classes.settle(cfg, ["test"], stored)
+    if stored is None:
+        notes.append("the checkpoint names no classes: those of the config are taken for its own")
     preflight.check_data(cfg, ["test"])
     preflight.check_work_dir(cfg.work_dir)
-    runner = _build_runner(cfg, [])
+    runner = _build_runner(cfg, notes)
     fit.check_weights(fit.model_of(runner), options.checkpoint)
     preflight.build_data(runner, ["test"])
     fit.check_classes(runner, ["test"])
+    classes.check(runner, ["test"], stored, options.checkpoint)
     if options.out and not _is_mmseg(cfg):
         runner.test_evaluator.metrics.append(_dump_metric(cfg, options.out))
     runner.test()

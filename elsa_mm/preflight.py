@@ -19,6 +19,7 @@ from elsa_data.coco import first_problem, missing_files, read_json
 from elsa_data.errors import DataError
 
 from .checkpoint import is_whole_checkpoint
+from .reading import datasets_in
 
 BACKBONE = "ELSASwin"
 IMPORT_LINE = "custom_imports = dict(imports=['elsa_mm'])"
@@ -120,7 +121,7 @@ def check_data(cfg: Config, parts: Sequence[str]) -> None:
     known: dict[tuple[str, bool], list[str]] = {}
     for part in parts:
         loader = cfg.get(f"{part}_dataloader")
-        for dataset in _datasets((loader or {}).get("dataset")):
+        for dataset in datasets_in((loader or {}).get("dataset")):
             _check_dataset(dataset, part, known)
         for node in walk(cfg.get(f"{part}_evaluator") or {}):
             if isinstance(node.get("ann_file"), str) and not _is_remote(node):
@@ -141,7 +142,7 @@ def build_data(runner: Runner, parts: Sequence[str]) -> None:
         from . import label_maps
     for part in parts:
         loader = runner.cfg.get(f"{part}_dataloader") or {}
-        for dataset in _datasets(loader.get("dataset") if segments else None):
+        for dataset in datasets_in(loader.get("dataset") if segments else None):
             if not _is_remote(dataset):
                 label_maps.check_files(dataset, part)
         try:
@@ -178,18 +179,6 @@ def walk(node: Any) -> Iterator[dict]:
         return
     for child in node:
         yield from walk(child)
-
-
-def _datasets(node: Any) -> Iterator[dict]:
-    """The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            yield from _datasets(child)
-    elif isinstance(node, dict) and ("dataset" in node or "datasets" in node):
-        yield from _datasets(node.get("dataset"))
-        yield from _datasets(node.get("datasets"))
-    elif isinstance(node, dict):
-        yield node
 
 
 def _is_remote(node: dict) -> bool:

@@ -165,6 +165,18 @@ def _check_size(results: dict) -> None:
         )
 
 
+def datasets_in(node: Any) -> Iterator[dict]:
+    """The configs of the data sets inside wrappers such as RepeatDataset and ConcatDataset."""
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            yield from datasets_in(child)
+    elif isinstance(node, dict) and ("dataset" in node or "datasets" in node):
+        yield from datasets_in(node.get("dataset"))
+        yield from datasets_in(node.get("datasets"))
+    elif isinstance(node, dict):
+        yield node
+
+
 def leaves(dataset: Any) -> Iterator[Any]:
     """A data set and, in wrappers such as RepeatDataset and ConcatDataset, those inside."""
     yield dataset

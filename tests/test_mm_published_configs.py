@@ -70,7 +70,7 @@ def test_name_and_content_agree(path):
     else:
         assert cfg.train_cfg.max_epochs == 12 * int(name["schedule"])
         assert cfg.optim_wrapper.type == "AmpOptimWrapper"
-        assert cfg.train_dataloader.dataset.type == "CocoDataset"
+        assert cfg.train_dataloader.dataset.type == "elsa_mm.coco.CocoDataset"
         pipeline = {step.type: step for step in cfg.train_dataloader.dataset.pipeline}
         branches = [[step.type for step in steps] for steps in pipeline["RandomChoice"].transforms]
         assert (

@@ -2,6 +2,10 @@
 # temporary folder: in a common one, runs would take each other's.
 _base_ = ["mmdet::_base_/datasets/cityscapes_instance.py"]
 
+by_name = "elsa_mm.coco.CityscapesDataset"
+train_dataloader = dict(dataset=dict(dataset=dict(type=by_name)))
+val_dataloader = dict(dataset=dict(type=by_name))
+test_dataloader = val_dataloader
 val_evaluator = [
     dict(
         type="elsa_mm.coco_metric.CocoMetric",

@@ -1,5 +1,5 @@
-# MMDetection's COCO with masks, the training augmentation of DETR and Sparse R-CNN, and a metric
-# that counts as many detections as the model gives.
+# MMDetection's COCO with masks, the training augmentation of DETR and Sparse R-CNN, categories that
+# are classes by name, and a metric that counts as many detections as the model gives.
 _base_ = ["mmdet::_base_/datasets/coco_instance.py"]
 
 short_sides = dict(
@@ -33,6 +33,9 @@ train_pipeline = [
     ),
     dict(type="PackDetInputs"),
 ]
-train_dataloader = dict(dataset=dict(pipeline=train_pipeline))
+by_name = "elsa_mm.coco.CocoDataset"
+train_dataloader = dict(dataset=dict(type=by_name, pipeline=train_pipeline))
+val_dataloader = dict(dataset=dict(type=by_name))
+test_dataloader = val_dataloader
 val_evaluator = dict(type="elsa_mm.coco_metric.CocoMetric")
 test_evaluator = val_evaluator

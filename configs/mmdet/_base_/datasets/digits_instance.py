@@ -30,7 +30,7 @@ train_dataloader = dict(
     persistent_workers=False,
     sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
-        type="CocoDataset",
+        type="elsa_mm.coco.CocoDataset",
         metainfo=metainfo,
         data_root=data_root,
         ann_file="annotations/instances_training.json",
@@ -45,7 +45,7 @@ val_dataloader = dict(
     persistent_workers=False,
     sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
-        type="CocoDataset",
+        type="elsa_mm.coco.CocoDataset",
         metainfo=metainfo,
         data_root=data_root,
         ann_file="annotations/instances_validation.json",

@@ -28,7 +28,7 @@ train_dataloader = dict(
     sampler=dict(type="InfiniteSampler", shuffle=True),
     batch_sampler=dict(type="AspectRatioBatchSampler"),
     dataset=dict(
-        type="CocoDataset",
+        type="elsa_mm.coco.CocoDataset",
         filter_cfg=dict(filter_empty_gt=True),
         pipeline=train_pipeline,
     ),
@@ -38,7 +38,7 @@ val_dataloader = dict(
     num_workers=2,
     persistent_workers=True,
     sampler=dict(type="DefaultSampler", shuffle=False),
-    dataset=dict(type="CocoDataset", test_mode=True, pipeline=test_pipeline),
+    dataset=dict(type="elsa_mm.coco.CocoDataset", test_mode=True, pipeline=test_pipeline),
 )
 test_dataloader = val_dataloader
 

@@ -1,0 +1,190 @@
+"""Class names: one order for the checkpoint, the config and every annotation file of a run."""
+
+from __future__ import annotations
+
+import os
+import zipfile
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from mmengine.config import Config
+from mmengine.fileio import list_from_file
+from mmengine.runner import Runner
+
+import elsa_weights
+from elsa_core.errors import UsageError
+from elsa_data.classes import difference, labels_by_name
+from elsa_data.coco import read_json
+from elsa_data.errors import DataError
+from elsa_weights import safetensors
+
+from .reading import datasets_in, leaves
+
+# MMDetection's data sets that number categories in the order of the file, and ours.
+BY_NAME = {name: f"elsa_mm.coco.{name}" for name in ("CocoDataset", "CityscapesDataset")}
+
+
+def stored_classes(path: str) -> list[str] | None:
+    """The class names in a checkpoint that `preflight.check_checkpoint` lets pass, None without."""
+    if "://" in path or not os.path.isfile(path):
+        return None
+    if path.endswith(".safetensors"):
+        content: Any = {"meta": safetensors.load(path)[1]}
+    else:  # where the format allows it, the tensors' bytes stay on the disk
+        mapped = zipfile.is_zipfile(path)
+        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=False)
+    return elsa_weights.class_names(content)[0]
+
+
+def settle(cfg: Config, parts: Sequence[str], stored: Sequence[str] | None = None) -> list[str]:
+    """Gives the data sets of a run that go by names one order of classes, before they are built.
+
+    MMDetection's CocoDataset and CityscapesDataset become ours, and those whose config lists the
+    model's classes in another order get the model's order. Returns what there is to say.
+
+    Args:
+        parts: "train", "val", "test": the loaders that the run uses, training first.
+        stored: the class names of the checkpoint that is evaluated; None: those of the first data
+            set are the model's.
+
+    Raises UsageError for classes that are a text instead of a list.
+    """
+    notes: list[str] = []
+    for part in parts:
+        for node in datasets_in((cfg.get(f"{part}_dataloader") or {}).get("dataset")):
+            _check_form(node, part)
+            if (name := _by_name(node, cfg.get("default_scope"))) is None:
+                continue
+            if node["type"] != BY_NAME[name]:
+                node["type"] = BY_NAME[name]
+                notes.append(
+                    f"the {part} data: {BY_NAME[name]} in place of MMDetection's {name}, which "
+                    "takes the classes in the order of the annotation file"
+                )
+            names = _names(node, name)
+            if stored is None:
+                stored = names
+            if names != list(stored) and sorted(names) == sorted(stored):
+                label, wanted, found = difference(stored, names)
+                notes.append(
+                    f"the {part} data is mapped by class names: class {label} is {wanted!r}, not "
+                    f"{found!r} as in its metainfo"
+                )
+                _reorder(node, names, stored)
+    return notes
+
+
+def check(
+    runner: Runner, parts: Sequence[str], stored: Sequence[str] | None = None, path: str = ""
+) -> None:
+    """Raises UsageError where a label of the data, once it is loaded, stands for another class.
+
+    Args:
+        parts: as for `settle`.
+        stored: the class names of the checkpoint that is evaluated or resumed, at ``path``.
+    """
+    spelling = runner.cfg.get("default_scope") != "mmdet"
+    model, where = stored, f"the checkpoint {path}"
+    folders: list[str] | None = None
+    for part in parts:
+        loop = getattr(runner, f"{part}_loop")
+        for dataset in [] if loop is None else leaves(loop.dataloader.dataset):
+            names = (getattr(dataset, "metainfo", None) or {}).get("classes")
+            if not isinstance(names, (list, tuple)):
+                continue
+            if model is None:
+                model, where = names, f"the {part} data"
+            if len(names) == len(model) and (found := difference(model, names, spelling=spelling)):
+                label, one, other = found
+                raise UsageError(
+                    f"class {label} is {one!r} in {where} and {other!r} in the {part} data: they "
+                    "must have the same classes in the same order"
+                )
+            _check_file(dataset, names, part)
+            folders = _check_folders(dataset, names, part, folders)
+        for metric in getattr(getattr(loop, "evaluator", None), "metrics", ()):
+            truth = getattr(getattr(metric, "_coco_api", None), "dataset", None)
+            if model is not None and truth and type(metric).__name__ == "CocoMetric":
+                try:
+                    labels_by_name(model, truth["categories"], others=True)
+                except DataError as error:
+                    raise UsageError(f"the {part} evaluator's annotation file: {error}") from error
+
+
+def _check_form(node: dict, part: str) -> None:
+    for place, given in (("metainfo.", node.get("metainfo")), ("", node)):
+        names = given.get("classes") if isinstance(given, dict) else None
+        if isinstance(names, str) and "://" not in names and not os.path.isfile(names):
+            raise UsageError(
+                f"{part}_dataloader.dataset.{place}classes must be a list of names, or a file with "
+                f"one a line, got the text {names!r}: a list of one name is [{names!r}], or "
+                f"({names!r},) with the comma"
+            )
+
+
+def _by_name(node: dict, scope: str | None) -> str | None:
+    """The name in `BY_NAME` of a data set's type, None for other types."""
+    kind = node.get("type")
+    if not isinstance(kind, str):  # a class, as configs in pure Python style have it
+        kind = f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
+    *place, name = kind.split(".")
+    ours = kind == BY_NAME.get(name)
+    return name if name in BY_NAME and (ours or (place or [scope])[0] == "mmdet") else None
+
+
+def _names(node: dict, name: str) -> list[str]:
+    from . import coco  # which needs MMDetection
+
+    names = (node.get("metainfo") or {}).get("classes")
+    if names is None:
+        names = getattr(coco, name).METAINFO["classes"]
+    return list_from_file(names) if isinstance(names, str) else list(names)
+
+
+def _reorder(node: dict, names: list[str], order: Sequence[str]) -> None:
+    metainfo = dict(node.get("metainfo") or {})
+    palette = metainfo.get("palette")
+    if isinstance(palette, (list, tuple)) and len(palette) == len(names):
+        metainfo["palette"] = [palette[names.index(one)] for one in order]
+    node["metainfo"] = {**metainfo, "classes": tuple(order)}
+
+
+def _check_file(dataset: Any, names: Sequence[str], part: str) -> None:
+    """Of data sets that derive from MMDetection's CocoDataset and number as it does."""
+    labels, path = getattr(dataset, "cat2label", None), str(getattr(dataset, "ann_file", ""))
+    if not labels or type(dataset).__module__ == f"{__package__}.coco" or not os.path.isfile(path):
+        return
+    categories = {one["id"]: one["name"] for one in read_json(path)["categories"]}
+    if not set(names) <= set(categories.values()):
+        return  # it has a rule of its own
+    for category, label in labels.items():
+        if categories.get(category) != names[label]:
+            raise UsageError(
+                f"the {part} data takes category {categories.get(category)!r} of {path} for class "
+                f"{names[label]!r}: {type(dataset).__name__} goes by the order of the file, let it "
+                f"derive from {BY_NAME['CocoDataset']}"
+            )
+
+
+def _check_folders(
+    dataset: Any, names: Sequence[str], part: str, before: list[str] | None
+) -> list[str] | None:
+    """Of classification data whose labels are folders by name. Returns those of the first part."""
+    found = getattr(dataset, "folder_to_idx", None)
+    if not found:
+        return before
+    folders = sorted(found, key=found.get)
+    if sorted(names) == folders != list(names):
+        label, one, other = difference(names, folders)
+        raise UsageError(
+            f"class {label} of the {part} data is {one!r}, its folder is {other!r}: "
+            "metainfo.classes must be in the order of the folders, which is that of their names"
+        )
+    if before is not None and len(before) == len(folders) and folders != before:
+        label, one, other = difference(before, folders)
+        raise UsageError(
+            f"class {label} is the folder {one!r} of the training data and {other!r} of the {part} "
+            "data: all parts must have the same folders"
+        )
+    return before or folders

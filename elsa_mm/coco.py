@@ -1,0 +1,74 @@
+"""Data sets in COCO's format whose labels are the classes by name, in MMDetection.
+
+MMDetection numbers the categories in the order of the file, whatever the order of the classes.
+Configs name these by their place, because they need MMDetection:
+`dict(type="elsa_mm.coco.CocoDataset", metainfo=dict(classes=...), ...)`.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import mmdet.datasets
+from mmengine.logging import print_log
+
+from elsa_core.errors import UsageError
+from elsa_data.classes import labels_by_name, ordered_names
+from elsa_data.errors import DataError
+
+from .coco_metric import CheckedCOCO
+
+
+class NamedCOCO(CheckedCOCO):
+    """MMDetection's index of a file, which gives category ids in the order of their names."""
+
+    path = ""
+
+    def __init__(self, annotation_file: str | None = None, *args: Any, **options: Any) -> None:
+        super().__init__(annotation_file, *args, **options)
+        self.path = annotation_file or ""
+
+    def get_cat_ids(
+        self, cat_names: Sequence[str] = (), sup_names: Sequence[str] = (), cat_ids: Sequence = ()
+    ) -> list[Any]:
+        """Where names alone are given: the id of each, in their order.
+
+        Raises UsageError where the file lacks one.
+        """
+        if not cat_names or sup_names or cat_ids:
+            return super().get_cat_ids(cat_names, sup_names, cat_ids)
+        categories = self.dataset["categories"]
+        try:
+            ids = list(labels_by_name(cat_names, categories, others=True))
+        except DataError as error:
+            raise UsageError(f"annotation file {self.path}: {error}") from error
+        if [name for name in ordered_names(categories) if name in cat_names] != list(cat_names):
+            print_log(f"{self.path}: the categories are mapped to the classes by name", "current")
+        self._tell_of_others(set(ids))
+        return ids
+
+    def _tell_of_others(self, ids: set[Any]) -> None:
+        """Left out are categories that are no class: a slip, maybe, where they have objects."""
+        counts = Counter(one["category_id"] for one in self.dataset.get("annotations") or [])
+        names = {one["id"]: one["name"] for one in self.dataset["categories"]}
+        if left := [f"{names[key]} ({n})" for key, n in counts.items() if key not in ids]:
+            print_log(
+                f"{self.path}: annotations of categories that are no class are left out: "
+                + ", ".join(sorted(left)),
+                "current",
+                level=30,
+            )
+
+
+class CocoDataset(mmdet.datasets.CocoDataset):
+    """CocoDataset whose label i is the category that is called like class i of the metainfo."""
+
+    COCOAPI = NamedCOCO
+
+
+class CityscapesDataset(mmdet.datasets.CityscapesDataset):
+    """CityscapesDataset, of whose labels the same is true."""
+
+    COCOAPI = NamedCOCO
