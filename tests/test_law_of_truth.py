@@ -18,6 +18,7 @@ pytest.importorskip("mmdet")
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
+from mmdet.registry import DATASETS as MMDET_DATASETS
 from mmdet.registry import METRICS as MMDET_METRICS
 from mmengine.config import Config
 from mmengine.logging import MMLogger
@@ -26,6 +27,7 @@ from elsa_d2 import Trainer, load_config, register_coco_datasets
 from elsa_d2.data import check_dataset
 from elsa_data.annotations import validate
 from elsa_data.coco import read_coco
+from elsa_data.coco_rules import is_crowd
 from elsa_mm.preflight import check_data
 
 D2_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -72,6 +74,15 @@ class InDetectron2:
     def records(self):
         return DatasetCatalog.get(self.name)
 
+    def learnt(self, coco):
+        """(image, name, box, whether it is a crowd) of each annotation that training reads."""
+        records, names = self.records(), MetadataCatalog.get(self.name).thing_classes
+        return [
+            (record["image_id"], names[one["category_id"]], one["bbox"], bool(one["iscrowd"]))
+            for record in records
+            for one in record["annotations"]
+        ]
+
     def scores(self, coco, detections):
         records, found = self.records(), by_image(detections, self.limit)
         classes = MetadataCatalog.get(self.name).thing_classes
@@ -99,16 +110,16 @@ class InMMDetection:
 
     def __init__(self, folder, task, limit):
         self.folder, self.task, self.limit = folder, task, limit
-        load = dict(type="LoadAnnotations", with_bbox=True, with_mask=task == "segm")
         self.cfg = Config(
             dict(
                 test_dataloader=dict(
                     dataset=dict(
-                        type="CocoDataset",
+                        type="elsa_mm.coco.CocoDataset",
+                        test_mode=True,
                         data_root=str(folder),
                         ann_file="annotations.json",
                         data_prefix=dict(img="images"),
-                        pipeline=[load],
+                        pipeline=[],
                     )
                 ),
                 test_evaluator=dict(
@@ -126,13 +137,36 @@ class InMMDetection:
     def evaluator(self):
         return MMDET_METRICS.build(self.cfg.test_evaluator)
 
-    def scores(self, coco, detections):
-        found = by_image(detections, self.limit)
+    def dataset(self, coco):
         classes = [one["name"] for one in coco["categories"]][::-1]  # any order will do
+        cfg = {**self.cfg.test_dataloader.dataset, "metainfo": dict(classes=classes)}
+        return MMDET_DATASETS.build({**cfg, "serialize_data": False})
+
+    def learnt(self, coco):
+        """As in Detectron2."""
+        dataset = self.dataset(coco)
+        names = dataset.metainfo["classes"]
+        found = []
+        for info in dataset:
+            for one in info["instances"]:
+                left, top, right, bottom = one["bbox"]
+                # As they stand in the file: sums and differences of floats round.
+                box = next(
+                    each["bbox"]
+                    for each in coco["annotations"]
+                    if np.allclose(each["bbox"], [left, top, right - left, bottom - top], 1e-9)
+                )
+                crowd = bool(one["ignore_flag"])
+                found.append((info["img_id"], names[one["bbox_label"]], box, crowd))
+        return found
+
+    def scores(self, coco, detections):
+        found, dataset = by_image(detections, self.limit), self.dataset(coco)
+        classes = dataset.metainfo["classes"]
         metric = self.evaluator()
-        metric.dataset_meta = dict(classes=classes)
-        for image in coco["images"]:
-            mine, size = found.get(image["id"], []), (image["height"], image["width"])
+        metric.dataset_meta = dataset.metainfo
+        for info in dataset:
+            mine, size = found.get(info["img_id"], []), (info["height"], info["width"])
             instances = dict(
                 bboxes=torch.tensor([one.box for one in mine]).reshape(-1, 4),
                 scores=torch.tensor([one.score for one in mine]),
@@ -141,7 +175,7 @@ class InMMDetection:
             if self.task == "segm":
                 masks = [torch.from_numpy(one.mask) for one in mine]
                 instances["masks"] = torch.stack(masks) if masks else torch.zeros(0, *size)
-            sample = dict(img_id=image["id"], ori_shape=size, pred_instances=instances)
+            sample = dict(img_id=info["img_id"], ori_shape=size, pred_instances=instances)
             metric.process({}, [sample])
         scores = metric.evaluate(size=len(coco["images"]))
         return [scores[f"coco/{self.task}_{name}"] for name in MM_NAMES]
@@ -169,11 +203,18 @@ def test_truth_scores_100(cfg, tmp_path, kind):
     file = write(tmp_path, coco, "utf-8-sig" if kind.endswith("mark") else "utf-8")
     assert not checker_errors(file)
     limit = 400 if kind == "400 objects" else 100
+    names = {one["id"]: one["name"] for one in coco["categories"]}
+    learnt = sorted(
+        (one["image_id"], names[one["category_id"]], one["bbox"], is_crowd(one))
+        for one in coco["annotations"]
+        if one["bbox"][2] > 0
+    )
     for task in ("bbox", "segm"):
         truth = truth_of(coco, task)
         for run in both(cfg, tmp_path, task, limit):
             run.check()
             assert is_perfect(run.scores(coco, truth), run.top)
+            assert sorted(run.learnt(coco)) == learnt
 
 
 def imperfect(coco, task, number=150, seed=0):
