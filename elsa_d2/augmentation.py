@@ -65,7 +65,7 @@ def configure(
     cfg: CfgNode, augmentations: Sequence[T.Augmentation], is_train: bool
 ) -> list[T.Augmentation]:
     """Detectron2's augmentations with the resize of INPUT.RESIZE and, where a model is trained
-    with INPUT.MULTI_SCALE_CROP, that crop before them.
+    with INPUT.MULTI_SCALE_CROP, that crop before them, and flips before that crop.
 
     The crop is DETR's (arXiv 2005.12872, section 4): with the probability PROB, an image is resized
     to a short edge from MIN_SIZES and cropped to between CROP_SIZE[0] and CROP_SIZE[1] pixels.
@@ -83,5 +83,8 @@ def configure(
             resize(list(crop.MIN_SIZES), cfg.INPUT.MAX_SIZE_TRAIN, "choice"),
             T.RandomCrop("absolute_range", tuple(crop.CROP_SIZE)),
         ]
-        chosen.insert(0, T.RandomApply(T.AugmentationList(steps), prob=crop.PROB))
+        flips = [item for item in chosen if isinstance(item, T.RandomFlip)]
+        others = [item for item in chosen if not isinstance(item, T.RandomFlip)]
+        # Flips come first, as in the original: masks resized by nearest pixels are not symmetric.
+        chosen = [*flips, T.RandomApply(T.AugmentationList(steps), prob=crop.PROB), *others]
     return chosen

@@ -13,12 +13,16 @@ from detectron2.data import DatasetMapper, get_detection_dataset_dicts
 from detectron2.data import transforms as T
 from detectron2.data.detection_utils import (
     SizeMismatchError,
+    annotations_to_instances,
     build_augmentation,
     check_image_size,
+    filter_empty_instances,
+    transform_instance_annotations,
     transform_proposals,
 )
 from detectron2.data.transforms import TransformList
 from detectron2.engine import DefaultPredictor
+from detectron2.structures import BoxMode
 
 from elsa_core.errors import DamagedFileError, UsageError, one_line
 
@@ -33,7 +37,8 @@ class DetectionMapper(DatasetMapper):
     """DatasetMapper with the resize and the crop of INPUT, and with OpenMMLab's masks.
 
     With INPUT.MASK_FORMAT "bitmask", polygons are drawn at the image's own size and then resized,
-    cropped and flipped with it.
+    cropped and flipped with it. Boxes with an edge under a pixel, or outside the image, are left
+    out; a box whose mask a crop empties stays, as in OpenMMLab.
 
     Raises DamagedFileError, which names the file, for an image that cannot be read or has another
     size than its annotations say, and for masks that cannot be used.
@@ -82,14 +87,40 @@ class DetectionMapper(DatasetMapper):
     def _transform(
         self, dataset_dict: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]
     ) -> None:
-        if self.use_instance_mask and self.instance_mask_format == "bitmask":
-            size = dataset_dict["height"], dataset_dict["width"]
-            for annotation in dataset_dict["annotations"]:
-                polygons = annotation.get("segmentation")
-                if isinstance(polygons, list):
-                    parts = pycocotools.mask.frPyObjects(polygons, *size)
-                    annotation["segmentation"] = pycocotools.mask.merge(parts)
-        super()._transform_annotations(dataset_dict, transforms, image_shape)
+        if not self.use_instance_mask or self.instance_mask_format != "bitmask":
+            super()._transform_annotations(dataset_dict, transforms, image_shape)
+            return
+        size = dataset_dict["height"], dataset_dict["width"]
+        kept = []
+        for annotation in dataset_dict.pop("annotations"):
+            if annotation.get("iscrowd", 0) or not _has_area(annotation, size):
+                continue
+            polygons = annotation.get("segmentation")
+            if isinstance(polygons, list):
+                parts = pycocotools.mask.frPyObjects(polygons, *size)
+                annotation["segmentation"] = pycocotools.mask.merge(parts)
+            if not self.use_keypoint:
+                annotation.pop("keypoints", None)
+            kept.append(
+                transform_instance_annotations(
+                    annotation,
+                    transforms,
+                    image_shape,
+                    keypoint_hflip_indices=self.keypoint_hflip_indices,
+                )
+            )
+        instances = annotations_to_instances(kept, image_shape, mask_format="bitmask")
+        if self.recompute_boxes:
+            instances.gt_boxes = instances.gt_masks.get_bounding_boxes()
+        dataset_dict["instances"] = filter_empty_instances(instances, by_mask=False)
+
+
+def _has_area(annotation: dict[str, Any], size: tuple[int, int]) -> bool:
+    """Whether a box has edges of a pixel or more, and a part in the image of (height, width)."""
+    box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
+    left, top, right, bottom = box
+    large = right - left >= 1 and bottom - top >= 1
+    return large and right > 0 and bottom > 0 and left < size[1] and top < size[0]
 
 
 class Predictor(DefaultPredictor):

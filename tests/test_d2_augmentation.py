@@ -1,6 +1,7 @@
 """What happens to images and annotations before training and testing, compared with OpenMMLab."""
 
 import json
+import uuid
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ pytest.importorskip("detectron2")
 from d2_tiny import CONFIG, datasets, overrides
 from detectron2.data import DatasetCatalog
 from detectron2.data import transforms as T
+from detectron2.data.datasets import register_coco_instances
 from detectron2.modeling import build_model
 from PIL import Image
 
@@ -69,7 +71,7 @@ def test_ranges_and_no_resize():
 def test_multi_scale_and_crop_are_the_recipes():
     leaf = "configs/detectron2/COCO-InstanceSegmentation/mask_rcnn_elsa_swin_t_fpn_1x.yaml"
     cfg = load_config(leaf)
-    crop, resize, flip = DetectionMapper(cfg, True).augmentations.augs
+    flip, crop, resize = DetectionMapper(cfg, True).augmentations.augs
     sides = list(range(480, 801, 32))
     assert type(resize) is OpenCVResizeShortestEdge and type(flip) is T.RandomFlip
     assert list(resize.short_edge_length) == sides and resize.max_size == 1333
@@ -102,7 +104,8 @@ def entries(data):
 
 
 @pytest.mark.parametrize("crop", [True, False])
-def test_training_data_are_mmdetections(digits, monkeypatch, crop):
+@pytest.mark.parametrize("flip", [True, False])
+def test_training_data_are_mmdetections(digits, monkeypatch, tmp_path, crop, flip):
     """The same image, boxes and masks, where chance decides alike."""
     datasets_ = pytest.importorskip("mmdet.datasets")
     from mmdet.utils import register_all_modules
@@ -117,44 +120,57 @@ def test_training_data_are_mmdetections(digits, monkeypatch, crop):
     pipeline = [
         dict(type="LoadImageFromFile"),
         dict(type="LoadAnnotations", with_bbox=True, with_mask=True),
+        dict(type="RandomFlip", prob=float(flip)),
         *(steps if crop else []),
         dict(type="RandomChoiceResize", scales=[(112, 1333)], keep_ratio=True),
         dict(type="PackDetInputs"),
     ]
+    file = tmp_path / "small.json"
+    part = json.loads((digits / "annotations/instances_training.json").read_text())
+    first = part["annotations"][0]
+    first["bbox"][2] = 0.9  # under a pixel
+    for item in part["annotations"][1:9]:  # masks that leave most of their boxes, and the crop
+        left, top = item["bbox"][:2]
+        item["segmentation"] = [[left, top, left + 4, top, left, top + 4]]
+    file.write_text(json.dumps(part))
     theirs = datasets_.CocoDataset(
-        data_root=str(digits),
-        ann_file="annotations/instances_training.json",
-        data_prefix=dict(img="images/training/"),
+        ann_file=str(file),
+        data_prefix=dict(img=str(digits / "images/training")),
         metainfo=dict(classes=tuple("0123456789")),
         pipeline=pipeline,
     )
     cfg = config(
         digits,
-        INPUT__MULTI_SCALE_CROP__ENABLED=crop,
-        INPUT__MULTI_SCALE_CROP__PROB=1.0,
+        INPUT__RANDOM_FLIP="horizontal",
+        INPUT__MULTI_SCALE_CROP__ENABLED=True,
+        INPUT__MULTI_SCALE_CROP__PROB=float(crop),
         INPUT__MULTI_SCALE_CROP__MIN_SIZES=sides[0],
         INPUT__MULTI_SCALE_CROP__CROP_SIZE=cuts,
         INPUT__MIN_SIZE_TRAIN=[112],
     )
     mapper = DetectionMapper(cfg, True)
+    mapper.augmentations.augs[0].prob = float(flip)
     middle = lambda low, high=None: (low + high) // 2 if high else low // 2  # noqa: E731
     monkeypatch.setattr(np.random, "randint", middle)
     monkeypatch.setattr(np.random, "uniform", lambda low, high, size: np.zeros(size))
-    seen = 0
-    for number, entry in enumerate(entries(digits)):
+    monkeypatch.setattr(np.random, "random", lambda *size: np.full(size, 0.5) if size else 0.5)
+    name = f"small_{uuid.uuid4().hex}"
+    register_coco_instances(name, {}, str(file), str(digits / "images/training"))
+    seen = emptied = 0
+    for number, entry in enumerate(DatasetCatalog.get(name)):
         ours, other = mapper(entry), theirs[number]
         assert torch.equal(ours["image"], other["inputs"].flip(0))  # RGB and BGR
-        known = other["data_samples"].gt_instances
-        filled = torch.from_numpy(known.masks.masks).flatten(1).any(1)
-        instances = ours["instances"]
+        known, instances = other["data_samples"].gt_instances, ours["instances"]
         torch.testing.assert_close(
-            instances.gt_boxes.tensor, known.bboxes.tensor[filled], rtol=0, atol=1e-3
+            instances.gt_boxes.tensor, known.bboxes.tensor, rtol=0, atol=1e-4
         )
-        assert torch.equal(instances.gt_classes, known.labels[filled])
-        masks = torch.from_numpy(known.masks.masks).bool()[filled]
+        assert torch.equal(instances.gt_classes, known.labels)
+        masks = torch.from_numpy(known.masks.masks).bool()
         assert torch.equal(instances.gt_masks.tensor, masks)
         seen += len(instances)
+        emptied += (~masks.flatten(1).any(1)).sum().item()
     assert seen > 20
+    assert (emptied > 0) == crop
 
 
 def test_polygons_become_masks_before_they_are_cropped(digits, monkeypatch):
