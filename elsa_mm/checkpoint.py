@@ -8,6 +8,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.runner import CheckpointLoader
 
@@ -70,6 +71,15 @@ def is_whole_checkpoint(path: str | Path) -> bool:
     with open(path, "rb") as file:
         head = file.read(9)
     return head[:1] == b"\x80" or safetensors.is_safetensors(head, os.path.getsize(path))
+
+
+def local_content(path: str | Path) -> Any:
+    """What is in a checkpoint of `torch.save` that `preflight.check_checkpoint` lets pass.
+
+    Where the format allows it, the tensors' bytes stay on the disk.
+    """
+    mapped = zipfile.is_zipfile(path)
+    return torch.load(path, map_location="cpu", mmap=mapped, weights_only=False)
 
 
 @CheckpointLoader.register_scheme(r".*\.safetensors$", force=True)

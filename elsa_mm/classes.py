@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import zipfile
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from mmengine.config import Config
 from mmengine.fileio import list_from_file
 from mmengine.runner import Runner
@@ -19,6 +17,7 @@ from elsa_data.coco import read_json
 from elsa_data.errors import DataError
 from elsa_weights import safetensors
 
+from .checkpoint import local_content
 from .reading import datasets_in, leaves
 
 # MMDetection's data sets that number categories in the order of the file, and ours.
@@ -31,9 +30,8 @@ def stored_classes(path: str) -> list[str] | None:
         return None
     if path.endswith(".safetensors"):
         content: Any = {"meta": safetensors.load(path)[1]}
-    else:  # where the format allows it, the tensors' bytes stay on the disk
-        mapped = zipfile.is_zipfile(path)
-        content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=False)
+    else:
+        content = local_content(path)
     return elsa_weights.class_names(content)[0]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -15,6 +14,8 @@ from mmengine.runner import Runner
 from torch import distributed, nn
 
 from elsa_core.errors import UsageError
+
+from .checkpoint import local_content
 
 # What has one output or label for each class of the data; an RPN has not.
 _HEADS = re.compile(
@@ -111,9 +112,7 @@ def check_weights(model: nn.Module, path: str) -> None:
 
 def _shapes(path: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a checkpoint's tensors, as MMEngine finds and names them."""
-    # Where the format allows it, the tensors' bytes stay on the disk.
-    mapped = zipfile.is_zipfile(path)
-    content = torch.load(path, map_location="cpu", mmap=mapped, weights_only=False)
+    content = local_content(path)
     if isinstance(content, Mapping):
         content = content.get("state_dict", content)
     if not isinstance(content, Mapping):
