@@ -75,7 +75,8 @@ class StoppableCheckpointHook(CheckpointHook):
     def _watch(self, runner: Any) -> None:
         source = getattr(runner, "_load_from", None)
         resumed = getattr(runner, "_resume", False)
-        self.good = (resumed if isinstance(resumed, str) else source) if resumed else None
+        good = (resumed if isinstance(resumed, str) else source) if resumed else None
+        self.good = os.path.abspath(good) if good and os.path.exists(good) else good
         name = _spoilt(runner)
         if largest(bool(name)):
             raise Ended(
