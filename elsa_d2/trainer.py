@@ -81,6 +81,10 @@ class Trainer(DefaultTrainer):
         elif not resume and not self.cfg.MODEL.WEIGHTS:
             logger.warning("MODEL.WEIGHTS names no file: training starts from random weights")
         super().resume_or_load(resume)
+        if self.start_iter:  # its rate as SOLVER says now: MAX_ITER may have grown
+            rates = self.scheduler.get_lr()
+            for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate
 
     def train(self) -> Any:
         try:

@@ -97,7 +97,7 @@ def test_published_model_trains_evaluates_saves_and_resumes(
         assert tool.main([*leaf, "--resume", *pairs, "SOLVER.MAX_ITER", "2"]) == 0
         resumed, evaluation = read_metrics(output)[2:]
         assert resumed["iteration"] == 1 and evaluation["iteration"] == 2
-        assert resumed["lr"] == pytest.approx(6e-5 * (1e-6 + 1 / 1499), rel=1e-3)
+        assert resumed["lr"] == pytest.approx(6e-5 * 0.5 * (1e-6 + (1 - 1e-6) / 1500))
         assert saved == [("model_final", 1, {2})]
     finally:
         for file in output.glob("*.pth"):
