@@ -226,6 +226,12 @@ def test_images_without_objects_or_size_are_left_out(digits, tmp_path):
     part["annotations"] = [item for item in part["annotations"] if item["image_id"] in (1, 2, 3, 4)]
     for image, edge in zip(part["images"], (31, 32, 96, 31, 96, 31), strict=True):
         image["height"] = edge
+    for item in part["annotations"]:  # inside the lowest of them
+        item |= {
+            "bbox": [2, 2, 20, 20],
+            "area": 400,
+            "segmentation": [[2, 2, 22, 2, 22, 22, 2, 22]],
+        }
     file = tmp_path / "some.json"
     file.write_text(json.dumps(part))
     names = [*datasets(digits), ["some_digits", str(file), str(digits / "images/training")]]

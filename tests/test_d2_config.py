@@ -111,7 +111,8 @@ def test_every_config_uses_the_recipe(file):
     cfg = load_config(file)
     assert cfg.MODEL.BACKBONE.NAME.startswith("build_elsa_swin")
     segmentation = cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN"
-    decay = 0.01 if segmentation and "digits" not in file else 0.05
+    own_recipe = Path(file).parent.name in ("digits", "own_data")
+    decay = 0.01 if segmentation and not own_recipe else 0.05
     assert cfg.SOLVER.OPTIMIZER == "AdamW" and cfg.SOLVER.WEIGHT_DECAY == decay
     assert cfg.SOLVER.WEIGHT_DECAY_NORM is None
     assert cfg.INPUT.FORMAT == "RGB"

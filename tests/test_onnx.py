@@ -126,7 +126,7 @@ def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
     backbone = randomised(ELSASwin(SMALL))
     path = tmp_path / "wrong.onnx"
     path.write_text("as before")
-    monkeypatch.setattr(onnx_graph, "_roll", lambda x, shift: x)
+    monkeypatch.setattr(onnx_graph, "_roll", lambda x, shift, back=False: x)
     with pytest.raises(UsageError, match="must agree to 0.0001, they differ by"):
         export(Backbone(backbone, None), str(path))
     assert path.read_text() == "as before"

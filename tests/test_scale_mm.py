@@ -22,7 +22,9 @@ from elsa_mm.checkpoint import find_last_checkpoint
 
 CONFIGS = REPOSITORY / "configs"
 PUBLISHED = sorted(
-    path for path in CONFIGS.glob("mm*/*/*.py") if path.parent.name not in ("_base_", "digits")
+    path
+    for path in CONFIGS.glob("mm*/*/*.py")
+    if path.parent.name not in ("_base_", "digits", "own_data")
 )
 
 
