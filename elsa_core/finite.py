@@ -177,7 +177,7 @@ def first_nonfinite(model: nn.Module) -> str:
 
     That is a parameter or, of the buffers, the statistics of batch norm.
     """
-    tensors = dict(model.named_parameters())
+    tensors: dict[str, Tensor] = dict(model.named_parameters())
     tensors |= {name: b for name, b in model.named_buffers() if _STATISTICS.fullmatch(name)}
     if all_finite(tensors.values()):
         return ""

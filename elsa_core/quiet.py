@@ -54,6 +54,9 @@ class _WithoutLines:
         ends, self._skipped = self._skipped and text == "\n", bool(LINES.fullmatch(text))
         return len(text) if ends or self._skipped else self._stream.write(text)
 
+    def flush(self) -> None:
+        self._stream.flush()
+
     def __getattr__(self, name: str) -> object:
         return getattr(self._stream, name)
 
