@@ -83,7 +83,8 @@ class Built:
     def positive_overlaps(self, boxes, size):
         """IoU of the positive anchors of each box [N, 4] with it, in an image of a size."""
         rpn, node = self.model.rpn_head, self.cfg.model.rpn_head.anchor_generator
-        generator = TASK_UTILS.build(node)
+        with self._scope():
+            generator = TASK_UTILS.build(node)
         maps = [tuple(-(-side // stride) for side in size) for stride in node.strides]
         anchors = torch.cat(generator.grid_priors(maps, device="cpu"))
         flags = torch.cat(generator.valid_flags(maps, size, device="cpu"))
