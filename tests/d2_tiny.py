@@ -26,6 +26,20 @@ TINY = {
     "SOLVER.WARMUP_ITERS": 2,
     "SOLVER.MAX_ITER": 4,
 }
+# Of the published configs: the widths of all parts, and nothing else.
+NARROW = {
+    "MODEL.ELSA_SWIN.ARCH": "free",
+    **{key: value for key, value in TINY.items() if "FREE_ARCH" in key},
+    "MODEL.ELSA_SWIN.FREE_ARCH.EMBED_DIM": 16,
+    "MODEL.ELSA_SWIN.FREE_ARCH.NUM_HEADS": [1, 2, 4, 8],
+    "MODEL.ELSA_SWIN.FREE_ARCH.GROUP_WIDTH": 8,
+    "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.ROI_BOX_HEAD.CONV_DIM": 16,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 16,
+    "MODEL.SEM_SEG_HEAD.AUX_CONVS_DIM": 16,
+}
 
 
 def overrides(data: Path, **changes) -> list[str]:

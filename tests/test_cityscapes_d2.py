@@ -17,7 +17,7 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
-from d2_tiny import REPOSITORY, TOOL, note_checkpoints, read_metrics
+from d2_tiny import NARROW, REPOSITORY, TOOL, note_checkpoints, read_metrics
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import register_all_cityscapes
 from detectron2.structures import Instances
@@ -114,7 +114,7 @@ def test_a_shrunk_leaf_trains_evaluates_saves_and_resumes(
 ):
     output = tmp_path / "out"
     arguments = ["--config-file", str(CONFIGS / f"{leaf.format(variant)}.yaml")]
-    keys = pairs(OUTPUT_DIR=output)
+    keys = pairs(OUTPUT_DIR=output, **NARROW)
     try:
         assert tool.main([*arguments, *keys, "SOLVER.MAX_ITER", "1"]) == 0
         training, evaluation = read_metrics(output)

@@ -12,6 +12,7 @@ from PIL import Image
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
+from mm_tiny import narrow
 from mmdet.visualization import DetLocalVisualizer
 from mmengine.config import Config
 from mmengine.evaluator import Evaluator
@@ -91,7 +92,7 @@ def fresh_visualizer():
 @pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
 def test_a_shrunk_leaf_trains_evaluates_saves_and_resumes(path, cityscapes, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    values = options(path, cityscapes)
+    values = options(path, cityscapes) | narrow(Config.fromfile(path).model)
     run("train", path, "--work-dir", "runs", **values)
     values |= {"train_cfg.max_epochs": 2} if "rcnn" in path.stem else {"train_cfg.max_iters": 2}
     run("train", path, "--work-dir", "runs", "--resume", **values)

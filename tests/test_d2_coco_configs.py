@@ -13,7 +13,7 @@ import yaml
 
 pytest.importorskip("detectron2")
 
-from d2_tiny import REPOSITORY, TOOL, datasets, note_checkpoints, read_metrics
+from d2_tiny import NARROW, REPOSITORY, TOOL, datasets, note_checkpoints, read_metrics
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.solver import build_lr_scheduler
 
@@ -223,9 +223,11 @@ def shrunk(data, output, **changes):
 def test_a_shrunk_leaf_trains_evaluates_saves_and_resumes(
     few, tmp_path, tool, monkeypatch, method, variant, schedule
 ):
+    """One leaf at its published size, the others narrow."""
+    published = (method, variant, schedule) == ("mask_rcnn", "t", "1x")
     output = tmp_path / "out"
     arguments = ["--config-file", str(leaf(method, variant, schedule))]
-    keys = shrunk(few, output)
+    keys = shrunk(few, output, **({} if published else NARROW))
     try:
         assert tool.main([*arguments, *keys, "SOLVER.MAX_ITER", "1"]) == 0
         training, evaluation = read_metrics(output)
@@ -240,4 +242,4 @@ def test_a_shrunk_leaf_trains_evaluates_saves_and_resumes(
         assert math.isfinite(resumed["total_loss"])
         assert saved == [("model_final", 1, {2})]
     finally:
-        shutil.rmtree(output, ignore_errors=True)  # a gigabyte
+        shutil.rmtree(output, ignore_errors=True)  # up to half a gigabyte
