@@ -55,8 +55,17 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return checkpoint_for(self.model, filename, content)
 
     def save(self, name: str, **extra: Any) -> None:
+        if path := self.write(name, **extra):
+            self.tag_last_checkpoint(os.path.basename(path))
+            self.last = path
+
+    def write(self, name: str, **extra: Any) -> str:
+        """As `save`, but a resumed training does not go on from the file.
+
+        Returns its path, "" where this process saves nothing.
+        """
         if not self.save_dir or not self.save_to_disk:
-            return
+            return ""
         states = {key: value.state_dict() for key, value in self.checkpointables.items()}
         if self.classes:
             states["meta"] = {"dataset_meta": {"classes": list(self.classes)}}
@@ -66,8 +75,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.logger.info(f"Saving checkpoint to {path}")
         with replacing(path) as file:
             torch.save({"model": self.model.state_dict(), **states, **extra}, file)
-        self.tag_last_checkpoint(os.path.basename(path))
-        self.last = path
+        return path
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:

@@ -73,6 +73,10 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
         {"ENABLED": False, "PROB": 0.5, "MIN_SIZES": (400, 500, 600), "CROP_SIZE": (384, 600)}
     )
 
+    # A metric, such as "sem_seg/mIoU" or "bbox/AP": model_best.pth is the checkpoint of the
+    # evaluation with its highest value. "": none is kept.
+    cfg.TEST.BEST_METRIC = ""
+
     # Data sets in COCO's format to register: [name, annotation file, image folder] each.
     cfg.DATASETS.REGISTER_COCO = []
     # Training images with a shorter edge, in pixels, are left out.

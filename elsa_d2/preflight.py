@@ -53,6 +53,7 @@ def check_run(
     model = _check_model(cfg)
     if not eval_only:
         _check_solver(cfg)
+    _check_evaluation(cfg)
     stored = _check_weights(cfg, eval_only, resume, model)
     resize_class(cfg)
     _check_data(cfg, eval_only, machines, usable(cfg, stored))
@@ -159,6 +160,22 @@ def _check_solver(cfg: CfgNode) -> None:
         raise
     except Exception as error:
         raise UsageError(f"SOLVER does not fit: {one_line(error)}") from error
+
+
+def _check_evaluation(cfg: CfgNode) -> None:
+    for key, ratios in (
+        ("SEM_SEG_RATIOS", cfg.TEST.SEM_SEG_RATIOS),
+        ("AUG.RATIOS", cfg.TEST.AUG.RATIOS),
+    ):
+        if not ratios or not all(isinstance(one, (int, float)) and one > 0 for one in ratios):
+            raise UsageError(f"TEST.{key} must be one or more numbers above 0, got {list(ratios)}")
+    metric = cfg.TEST.BEST_METRIC
+    tasks = ["sem_seg"] if is_semantic(cfg) else ["bbox", "segm", "keypoints"]
+    if metric and metric.split("/")[-2:-1] not in [[task] for task in tasks]:
+        raise UsageError(
+            f"TEST.BEST_METRIC must be a metric of {', '.join(tasks)}, such as "
+            f"{tasks[0]}/{'mIoU' if is_semantic(cfg) else 'AP'}, got {metric}"
+        )
 
 
 def _check_weights(

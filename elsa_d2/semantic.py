@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .reading import read_image, read_labels, read_pair, to_tensor
 from .semantic_augmentation import Fit, build_augmentation
+from .semantic_config import is_semantic
 from .semantic_data import IGNORE
 
 
@@ -119,22 +120,31 @@ def build_sem_seg_evaluator(
 class SegmentorWithTTA(nn.Module):
     """Mean of the class probabilities at several scales, and of mirrored images too.
 
-    Each image is resized to TEST.AUG.RATIOS times INPUT.SEM_SEG.SCALE. The logits are resized to
-    the image's own size before they become probabilities, as in MMSegmentation's SegTTAModel.
+    Each image is resized to multiples of INPUT.SEM_SEG.SCALE. The logits are resized to the image's
+    own size before they become probabilities, as in MMSegmentation's SegTTAModel.
 
     Args:
         cfg: its TEST.AUG, INPUT.SEM_SEG and INPUT.FORMAT.
         model: a `SemanticSegmentor`.
+        ratios: the multiples; None: TEST.AUG.RATIOS.
+        flip: whether images are mirrored too; None: TEST.AUG.FLIP.
     """
 
-    def __init__(self, cfg: CfgNode, model: nn.Module) -> None:
+    def __init__(
+        self,
+        cfg: CfgNode,
+        model: nn.Module,
+        ratios: Sequence[float] | None = None,
+        flip: bool | None = None,
+    ) -> None:
         super().__init__()
         self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self.training = model.training  # which an evaluation restores
         self.image_format = cfg.INPUT.FORMAT
-        self.resizes = [
-            Fit(cfg.INPUT.SEM_SEG.SCALE, (ratio, ratio)) for ratio in cfg.TEST.AUG.RATIOS
-        ]
-        self.flips = (False, True) if cfg.TEST.AUG.FLIP else (False,)
+        ratios = cfg.TEST.AUG.RATIOS if ratios is None else ratios
+        self.resizes = [Fit(cfg.INPUT.SEM_SEG.SCALE, (ratio, ratio)) for ratio in ratios]
+        mirrored = cfg.TEST.AUG.FLIP if flip is None else flip
+        self.flips = (False, True) if mirrored else (False,)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """As the model's, but reads the images from "file_name", and gives probabilities."""
@@ -155,3 +165,11 @@ class SegmentorWithTTA(nn.Module):
                 probabilities = self.model([one])[0]["sem_seg"].softmax(dim=0)
                 total = total + (probabilities.flip(-1) if flip else probabilities)
         return total / (len(self.resizes) * len(self.flips))
+
+
+def at_test_ratios(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """What TEST.SEM_SEG_RATIOS makes of a `SemanticSegmentor`; every other model as it is."""
+    ratios = list(cfg.TEST.SEM_SEG_RATIOS)
+    if not is_semantic(cfg) or isinstance(model, SegmentorWithTTA) or ratios == [1.0]:
+        return model
+    return SegmentorWithTTA(cfg, model, ratios, flip=False)

@@ -7,7 +7,7 @@ from detectron2.modeling import META_ARCH_REGISTRY, SemanticSegmentor
 
 
 def add_semantic_config(cfg: CfgNode) -> None:
-    """Adds to MODEL.SEM_SEG_HEAD, INPUT, SOLVER, TEST.AUG and DATASETS."""
+    """Adds to MODEL.SEM_SEG_HEAD, INPUT, SOLVER, TEST and DATASETS."""
     head = cfg.MODEL.SEM_SEG_HEAD
     # Sides of the maps that "UPerNetHead" pools the coarsest feature to.
     head.POOL_SCALES = [1, 2, 3, 6]
@@ -36,6 +36,10 @@ def add_semantic_config(cfg: CfgNode) -> None:
     # Of LR_SCHEDULER_NAME "WarmupPolyLR", which falls from the first iteration on
     # and would reach BASE_LR_END in iteration MAX_ITER, the one after the last.
     cfg.SOLVER.POLY_LR_POWER = 1.0
+
+    # The multiples of INPUT.SEM_SEG.SCALE at which a segmentor is evaluated, in training and by
+    # --eval-only; the class probabilities are averaged.
+    cfg.TEST.SEM_SEG_RATIOS = [1.0]
 
     # TEST.AUG.ENABLED also means: the mean of the class probabilities at these multiples of
     # INPUT.SEM_SEG.SCALE, with TEST.AUG.FLIP of the mirrored images too.

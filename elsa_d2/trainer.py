@@ -21,6 +21,7 @@ from elsa_core.finite import FiniteWatch
 from elsa_core.stop import FAILED, Ended, spare_workers
 
 from .amp import AutocastTrainer, amp_dtype
+from .best import BestCheckpointHook
 from .checkpoint import AtomicCheckpointer
 from .cityscapes import build_cityscapes_evaluator, is_cityscapes
 from .classes import training_classes
@@ -29,7 +30,7 @@ from .mapper import DetectionMapper, training_dicts
 from .optimizer import build_optimizer
 from .order import continue_order, torch_loader
 from .schedule import build_lr_scheduler, scale_lr
-from .semantic import SegmentorWithTTA, SemanticMapper, build_sem_seg_evaluator
+from .semantic import SegmentorWithTTA, SemanticMapper, at_test_ratios, build_sem_seg_evaluator
 from .semantic_config import is_semantic
 from .stop import CarefulCheckpointer, FinalEvalHook, StopHook
 from .tta import with_test_time_augmentation
@@ -100,7 +101,7 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[hooks.HookBase]:
         """DefaultTrainer's; one that stops the training and one that keeps the order of the data;
-        and an evaluation with TEST.AUG at the end where that is enabled."""
+        the best checkpoint's, and an evaluation with TEST.AUG at the end, where enabled."""
         built = super().build_hooks()
         periodic = None
         for place, hook in enumerate(built):
@@ -111,8 +112,12 @@ class Trainer(DefaultTrainer):
             elif isinstance(hook, hooks.EvalHook):
                 built[place] = FinalEvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
         evaluations = (i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
-        stop = StopHook(self.checkpointer, periodic, self.watch)
-        built.insert(next(evaluations, len(built)), stop)
+        evaluation = next(evaluations, len(built))
+        metric, period = self.cfg.TEST.BEST_METRIC, self.cfg.TEST.EVAL_PERIOD
+        if metric and self.cfg.DATASETS.TEST:
+            best = BestCheckpointHook(self.checkpointer, metric, period, self.watch)
+            built.insert(evaluation + 1, best)
+        built.insert(evaluation, StopHook(self.checkpointer, periodic, self.watch))
         if order := continue_order(torch_loader(self.data_loader), self.cfg.SOLVER.IMS_PER_BATCH):
             built.insert(0, order)
         if self.cfg.TEST.AUG.ENABLED:
@@ -141,6 +146,16 @@ class Trainer(DefaultTrainer):
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
         spare_workers(loader)
         return loader
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
+    ) -> dict[str, Any]:
+        """As DefaultTrainer, but segmentors are evaluated at TEST.SEM_SEG_RATIOS."""
+        return super().test(cfg, at_test_ratios(cfg, model), evaluators)
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:

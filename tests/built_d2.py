@@ -17,7 +17,7 @@ from recipes import LETTERS
 from elsa_d2 import Trainer, load_config
 from elsa_d2.augmentation import OpenCVResizeShortestEdge
 from elsa_d2.mapper import DetectionMapper
-from elsa_d2.semantic import SegmentorWithTTA, SemanticMapper
+from elsa_d2.semantic import SegmentorWithTTA, SemanticMapper, at_test_ratios
 from elsa_d2.semantic_augmentation import CategoryCrop, Fit, PhotometricDistortion
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/detectron2"
@@ -196,14 +196,16 @@ class Built:
         cfg, head = self.cfg, self.model.sem_seg_head
         crop, resize = self.steps[CategoryCrop], self.steps[Fit]
         augmented = SegmentorWithTTA(cfg, self.model)
+        validated = at_test_ratios(cfg, self.model)
+        once = validated is self.model
         return {
             "crop": (crop.size, crop.max_ratio),
             "training scale": (resize.scale, resize.ratio_range),
             "test scale": self.test_steps[Fit].scale,
-            "augmented test scales": [
-                tuple(int(side * step.ratio_range[0]) for side in step.scale)
-                for step in augmented.resizes
-            ],
+            "validation scales": [self.test_steps[Fit].scale] if once else _sizes(validated),
+            "validation flip": not once and True in validated.flips,
+            "best checkpoint": cfg.TEST.BEST_METRIC.removeprefix("sem_seg/") or None,
+            "augmented test scales": _sizes(augmented),
             "augmented test flip": augmented.flips == (False, True),
             "colours distorted": PhotometricDistortion in self.steps,
             "head": (head.fpn_bottleneck.out_channels, head.pool_scales, head.dropout.p),
@@ -219,6 +221,10 @@ class Built:
             "saved every": cfg.SOLVER.CHECKPOINT_PERIOD,
             "evaluated every": cfg.TEST.EVAL_PERIOD,
         }
+
+
+def _sizes(augmented):
+    return [tuple(int(s * step.ratio_range[0]) for s in step.scale) for step in augmented.resizes]
 
 
 def _list(part):

@@ -190,18 +190,23 @@ class Built:
             "mask heads": len(masks),
         }
 
-    def validation(self):
-        """Sizes of a training's evaluation, its flips, and whose best checkpoint is kept."""
-        (view,) = [
-            step for step in self.cfg.val_dataloader.dataset.pipeline if step.type == "TestTimeAug"
-        ]
+    def _validation(self):
+        """Sizes and flips of a training's evaluation."""
+        pipeline, loop = self.cfg.val_dataloader.dataset.pipeline, self.cfg.val_cfg
+        augmented = [step for step in pipeline if step.type == "TestTimeAug"]
+        assert loop == (
+            {"type": "AugmentedValLoop", "tta_model": {"type": "SegTTAModel"}}
+            if augmented
+            else {"type": "ValLoop"}
+        )
+        if not augmented:
+            return [step.scale for step in pipeline if step.type == "Resize"], []
         with self._scope():
-            views = SEG_TRANSFORMS.build(view).subroutines
-        assert self.cfg.val_cfg.type == "AugmentedValLoop"
-        assert self.cfg.val_cfg.tta_model.type == "SegTTAModel"
+            views = SEG_TRANSFORMS.build(augmented[0]).subroutines
         sizes = [one.transforms[0].scale for one in views]
-        flips = [step.prob for one in views for step in one.transforms if hasattr(step, "prob")]
-        return sizes, flips, self.cfg.default_hooks.checkpoint.save_best
+        return sizes, [
+            step.prob for one in views for step in one.transforms if hasattr(step, "prob")
+        ]
 
     def _upernet(self):
         head, aux = self.model.decode_head, self.model.auxiliary_head
@@ -209,10 +214,14 @@ class Built:
         crop, resize = self.steps["RandomCrop"], self.steps["RandomResize"]
         augmented = [steps.transforms for steps in self.tta.subroutines]
         hooks = self.cfg.default_hooks
+        sizes, flips = self._validation()
         return {
             "crop": (tuple(crop.crop_size), crop.cat_max_ratio),
             "training scale": (tuple(resize.scale), tuple(resize.ratio_range)),
             "test scale": tuple(self.test_steps["Resize"].scale),
+            "validation scales": sizes,
+            "validation flip": any(flips),
+            "best checkpoint": hooks.checkpoint.get("save_best"),
             "augmented test scales": [resize.scale for resize, flip, *_ in augmented if flip.prob],
             "augmented test flip": [flip.prob for _, flip, *_ in augmented] == [0.0, 1.0] * 6,
             "colours distorted": "PhotoMetricDistortion" in self.steps,

@@ -146,6 +146,8 @@ def test_segmentation_is_the_recipe(framework, variant, monkeypatch):
         "crop": ((512, 1024), 0.75),
         "training scale": ((2048, 1024), (0.5, 2.0)),
         "test scale": (2048, 1024),
+        "validation scales": [(2048, 1024)],
+        "best checkpoint": None,
         "augmented test scales": [(int(2048 * r), int(1024 * r)) for r in ratios],
         "classes": 19,
         "saved every": 8000,

@@ -79,9 +79,13 @@ def read_metrics(folder):
 def test_published_model_trains_evaluates_saves_and_resumes(
     variant, ade20k, tmp_path, tool, monkeypatch
 ):
-    """The leaf, on images of 48x32 pixels: an iteration, and after --resume another one."""
+    """The leaf, on images of 48x32 pixels: an iteration, and after --resume another one.
+
+    To save time, evaluations take two of the six sizes, and no best checkpoint is kept.
+    """
     output = tmp_path / "out"
     keys = {**TINY, "OUTPUT_DIR": str(output), "INPUT.SEM_SEG.SCALE": [48, 32]}
+    keys |= {"TEST.SEM_SEG_RATIOS": [0.5, 1.0], "TEST.BEST_METRIC": ""}
     pairs = [str(part) for pair in keys.items() for part in pair]
     leaf = ["--config-file", LEAF.format(variant)]
     try:
@@ -110,19 +114,48 @@ def test_evaluation_alone_and_at_several_scales(digits, tmp_path, tool):
         digits,
         OUTPUT_DIR=str(output),
         SOLVER__MAX_ITER=2,
+        TEST__SEM_SEG_RATIOS=[0.5, 1.0],
+        TEST__BEST_METRIC="sem_seg/mIoU",
         TEST__AUG__ENABLED=True,
         TEST__AUG__RATIOS=[0.5, 1.0],
     )
     assert tool.main(["--config-file", DIGITS, *keys]) == 0
     metrics = read_metrics(output)[-1]
-    weights = ["MODEL.WEIGHTS", str(output / "model_final.pth")]
-    results = tool.run(
-        tool.parse_arguments(["--config-file", DIGITS, "--eval-only", *keys, *weights])
-    )
+
+    def evaluated(*changes, checkpoint="model_final"):
+        weights = ["MODEL.WEIGHTS", str(output / f"{checkpoint}.pth")]
+        arguments = ["--config-file", DIGITS, "--eval-only", *keys, *weights, *changes]
+        return tool.run(tool.parse_arguments(arguments))
+
+    results = evaluated()
     assert set(results) == {"sem_seg", "sem_seg_TTA"}
     for task, values in results.items():
         for name, value in values.items():
             assert value == pytest.approx(metrics[f"{task}/{name}"], nan_ok=True)
+    # Both have the same sizes, and no flip.
+    assert results["sem_seg"]["mIoU"] == results["sem_seg_TTA"]["mIoU"]
+    once = evaluated("TEST.SEM_SEG_RATIOS", "[1.0]", checkpoint="model_best")
+    assert once["sem_seg"]["mIoU"] != once["sem_seg_TTA"]["mIoU"]
+    assert once["sem_seg_TTA"] == pytest.approx(results["sem_seg_TTA"], nan_ok=True)
+    best = torch.load(output / "model_best.pth", mmap=True)
+    assert best["best"] == {"metric": "sem_seg/mIoU", "score": metrics["sem_seg/mIoU"]}
+    assert (best["iteration"], (output / "last_checkpoint").read_text()) == (1, "model_final.pth")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"SEM_SEG_RATIOS": []}, "TEST.SEM_SEG_RATIOS must be one or more numbers above 0, got"),
+        ({"AUG__RATIOS": [1, -0.5]}, r"TEST.AUG.RATIOS must be .* above 0, got \[1, -0.5\]"),
+        ({"BEST_METRIC": "mIoU"}, "a metric of sem_seg, such as sem_seg/mIoU, got mIoU"),
+        ({"BEST_METRIC": "bbox/AP"}, "a metric of sem_seg, such as sem_seg/mIoU, got bbox/AP"),
+    ],
+)
+def test_wrong_evaluations_are_refused(digits, tmp_path, tool, capfd, changes, message):
+    changes = {f"TEST__{key}": value for key, value in changes.items()}
+    keys = overrides(digits, OUTPUT_DIR=str(tmp_path / "out"), **changes)
+    assert tool.main(["--config-file", DIGITS, *keys]) == 2
+    assert re.search(message, capfd.readouterr().err)
 
 
 def test_weights_for_another_number_of_classes_are_refused(digits, tmp_path, tool, capfd):

@@ -183,7 +183,8 @@ def test_resuming_without_a_checkpoint_says_so(digits, tmp_path, tool, capsys):
 
 def test_two_processes_train_and_evaluate(digits, tmp_path):
     flags = ["--num-gpus", "2", "--dist-url", "auto"]
-    train(tmp_path, arguments_of(digits, *flags, OUTPUT_DIR="out", SOLVER__MAX_ITER=2))
+    changes = {"OUTPUT_DIR": "out", "SOLVER__MAX_ITER": 2, "TEST__BEST_METRIC": "bbox/AP"}
+    train(tmp_path, arguments_of(digits, *flags, **changes))
     output = tmp_path / "out"
     for name, rank in (("log.txt", 0), ("log.txt.rank1", 1)):
         log = (output / name).read_text()
@@ -193,6 +194,7 @@ def test_two_processes_train_and_evaluate(digits, tmp_path):
         assert "Start inference on 4 batches" in log
     metrics = read_metrics(output)[-1]
     assert 0 <= metrics["bbox/AP"] <= 100
+    assert (output / "model_best.pth").exists()
     predictions = json.loads((output / "inference/coco_instances_results.json").read_text())
     assert {prediction["image_id"] for prediction in predictions} == set(range(1, 9))
 

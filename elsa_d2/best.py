@@ -1,0 +1,96 @@
+"""The best checkpoint of a training, beside the last ones."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from typing import Any
+
+import torch
+from detectron2.engine import HookBase
+from detectron2.utils import comm
+
+from elsa_core.errors import UsageError
+from elsa_core.finite import FiniteWatch
+from elsa_core.stop import FAILED, REFUSED, Ended, largest
+
+from .checkpoint import AtomicCheckpointer
+
+logger = logging.getLogger(__name__)
+NAME = "model_best"
+
+
+class BestCheckpointHook(HookBase):
+    """Saves model_best.pth after each evaluation that scores higher than all before it.
+
+    The score is in the file, so that a resumed training compares with it. Detectron2's own
+    BestCheckpointer forgets it, makes --resume go on from the best checkpoint, and writes the last
+    iteration's number one too high. Belongs right after the hook that evaluates.
+
+    Args:
+        checkpointer: saves the state.
+        metric: its name in metrics.json, such as "sem_seg/mIoU"; higher is better.
+        period: of the evaluation, in iterations; 0: only after the last one.
+        watch: nothing is saved at iterations whose losses or gradients are not finite.
+
+    Attributes:
+        best: the highest score up to now, None before the first.
+    """
+
+    def __init__(
+        self, checkpointer: AtomicCheckpointer, metric: str, period: int, watch: FiniteWatch
+    ) -> None:
+        self.checkpointer, self.metric, self.period = checkpointer, metric, period
+        self.watch = watch
+        self.best: float | None = None
+
+    def before_train(self) -> None:
+        path = os.path.join(self.checkpointer.save_dir, f"{NAME}.pth")
+        if not (comm.is_main_process() and self.trainer.start_iter and os.path.isfile(path)):
+            return
+        try:
+            known = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["best"]
+            if known["metric"] == self.metric:
+                self.best = float(known["score"])
+        except Exception as error:  # whatever it is, no checkpoint of this hook
+            logger.warning(f"{path} tells no best {self.metric}, and will be replaced: {error!r}")
+
+    def after_step(self) -> None:
+        done = self.trainer.iter + 1
+        if self.period > 0 and done % self.period == 0 and done != self.trainer.max_iter:
+            self._compare(self.trainer.iter)
+
+    def after_train(self) -> None:
+        if self.trainer.iter >= self.trainer.max_iter:
+            self._compare(self.trainer.max_iter - 1)
+
+    def _compare(self, iteration: int) -> None:
+        end = self._save(iteration) if comm.is_main_process() else None
+        if status := largest(end.code if end else 0):
+            end = end or Ended(status, f"{NAME}.pth cannot be written by the main process")
+            if comm.is_main_process():
+                logger.error(end.sentence)
+            raise end
+
+    def _save(self, iteration: int) -> Ended | None:
+        latest = {name: value for name, (value, _) in self.trainer.storage.latest().items()}
+        if self.metric not in latest:
+            names = ", ".join(name for name in latest if "/" in name)
+            sentence = f"TEST.BEST_METRIC must be one of {names}, got {self.metric}"
+            return Ended(REFUSED, sentence + self._hint())
+        score = float(latest[self.metric])
+        if not math.isfinite(score) or self.watch.bad:
+            logger.warning(f"{self.metric} {score} of iteration {iteration + 1} does not count")
+        elif self.best is None or score > self.best:
+            extra: dict[str, Any] = {"best": {"metric": self.metric, "score": score}}
+            try:
+                path = self.checkpointer.write(NAME, iteration=iteration, **extra)
+            except UsageError as error:
+                return Ended(FAILED, f"the checkpoint {error}{self._hint()}")
+            logger.info(f"{path} is the best up to now: {self.metric} {score:.4f}")
+            self.best = score
+        return None
+
+    def _hint(self) -> str:
+        return f"; --resume goes on from {last}" if (last := self.checkpointer.last) else ""
