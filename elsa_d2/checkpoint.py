@@ -3,25 +3,33 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
+from elsa_core import ELSASwin
 from elsa_core.errors import UsageError
 from elsa_core.files import replacing
 from elsa_core.finite import first_nonfinite
 from elsa_weights import checkpoint_for
+
+# A checkpoint with less of the attention's weights is of another backbone, though some vectors may
+# agree by chance. Stock Swin gives the small variant a quarter of them.
+LEAST_PART = 0.1
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, but each file appears complete or not at all.
 
     A model with an ELSA-Swin also loads every file that `elsa_weights` can convert: original
-    checkpoints, OpenMMLab's, safetensors. ``save_dir`` is a folder of a local file system; `save`
-    raises UsageError where it cannot be written, or for a model with NaN or infinite parameters.
+    checkpoints, OpenMMLab's, safetensors. What matches in part is loaded, and the log says how much
+    that is. `load` raises UsageError for a file in which no parameter has the name and shape of one
+    of the model, or less than a tenth of the weights of ELSA-Swin's attention.
+
+    ``save_dir`` is a folder of a local file system; `save` raises UsageError where it cannot be
+    written, or for a model with NaN or infinite parameters.
 
     Attributes:
         classes: the names of the model's classes, which `save` puts into each file, where
@@ -31,6 +39,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     classes: Sequence[str] | None = None
     last = ""
+    _file = ""
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         loaded = super().resume_or_load(path, resume=resume)
@@ -39,20 +48,57 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return loaded
 
     def _load_file(self, filename: str) -> dict[str, Any]:
-        names = self.model.state_dict()
-        if not any(name.endswith("patch_embed.proj.weight") for name in names):
+        self._file = filename
+        attention = self._attention()
+        if not attention:
             return super()._load_file(filename)
-        content = None
-        if not filename.endswith((".pkl", ".safetensors")):
-            try:
-                loaded = super()._load_file(filename)
-            except pickle.UnpicklingError:  # objects that torch does not know: read as data below
-                return checkpoint_for(self.model, filename)
-            if any(name.removeprefix("module.") in names for name in loaded["model"]):
-                return loaded
+        if filename.endswith((".pkl", ".safetensors")):
+            return checkpoint_for(self.model, filename)
+        try:
+            loaded = super()._load_file(filename)
+        except Exception:  # damaged, or with objects that torch does not know: read as data
+            return checkpoint_for(self.model, filename)
+        names = {str(name).removeprefix("module.") for name in loaded["model"]}
+        if attention <= names:
+            return loaded
+        try:
             # Detectron2 puts files without "model" under that name.
             content = loaded["model"] if loaded.keys() == {"model"} else loaded
-        return checkpoint_for(self.model, filename, content)
+            return checkpoint_for(self.model, filename, content)
+        except UsageError:
+            if attention.isdisjoint(names):
+                raise
+            return loaded
+
+    def _attention(self) -> set[str]:
+        """The parameters that no other backbone has: those of the ELSA-Swins' attention."""
+        return {
+            f"{prefix}.{name}" if prefix else name
+            for prefix, module in self.model.named_modules()
+            if isinstance(module, ELSASwin)
+            for name, _ in module.named_parameters()
+            if ".attn." in name
+        }
+
+    def _load_model(self, checkpoint: dict[str, Any]) -> Any:
+        """As Detectron2's, but raises UsageError where nothing, or next to nothing, matches."""
+        incompatible = super()._load_model(checkpoint)
+        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
+        given = sizes.keys() - set(incompatible.missing_keys)
+        counts = f"{len(given)} of the {len(sizes)} parameters of the model"
+        refused = bool(sizes) and not given
+        if attention := self._attention():
+            whole, part = (sum(map(sizes.get, names)) for names in (attention, given & attention))
+            counts += f" and {part / whole:.0%} of the weights of ELSA-Swin's attention"
+            refused |= part < LEAST_PART * whole
+        if refused:
+            raise UsageError(
+                f"the checkpoint {self._file} does not match the model: by name and shape, "
+                f"it has {counts}"
+            )
+        if len(given) < len(sizes):
+            self.logger.info(f"{self._file} has {counts}")
+        return incompatible
 
     def save(self, name: str, **extra: Any) -> None:
         if path := self.write(name, **extra):

@@ -117,8 +117,21 @@ def misfits(state):
         "classes": ({**state, **rows}, "it knows 8 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 10"),
         "shape": (wider, f"1 parameters have another shape, the first is {head} with (16, 7)"),
         "lacking": (less, "parameters, the first is roi_heads.mask_head"),
-        "damaged": (None, "cannot be loaded"),
+        "damaged": (None, "is cut off"),
     }
+
+
+def test_a_training_from_weights_that_match_nothing_is_refused(
+    trained, digits, tool, capfd, tmp_path
+):
+    state = torch.load(trained[0] / "model_final.pth")["model"]
+    file = tmp_path / "weights.pth"
+    torch.save({"model": {key: value for key, value in state.items() if "roi" in key}}, file)
+    keys = overrides(digits, OUTPUT_DIR=str(tmp_path / "out"), MODEL__WEIGHTS=str(file))
+    assert tool.main(["--config-file", CONFIG, *keys]) == 2
+    line = capfd.readouterr().err.splitlines()[-1]
+    assert line.startswith(f"train_net: {file} cannot be converted: it holds no ELSA-Swin")
+    assert not list((tmp_path / "out").glob("*.pth"))
 
 
 @pytest.mark.parametrize("case", ["classes", "shape", "lacking", "damaged"])

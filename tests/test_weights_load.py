@@ -1,6 +1,8 @@
 """Converted and original files where the frameworks' users expect them."""
 
 import logging
+import pickle
+import re
 
 import pytest
 import torch
@@ -28,7 +30,7 @@ from weights_models import (
 import elsa_d2
 import elsa_mm
 from elsa_core.errors import UsageError
-from elsa_weights import convert_file
+from elsa_weights import convert_file, safetensors
 from elsa_weights.verify import d2, mm
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
@@ -207,3 +209,91 @@ def test_other_models_load_as_ever(tmp_path):
     other = torch.nn.Linear(2, 3)
     assert load_in_d2(other, tmp_path / "a.pth") == (set(), set(), [])
     assert torch.equal(other.weight, model.weight)
+
+
+def resnet(model):
+    """A detector's heads and neck under a ResNet."""
+    heads = {n: t for n, t in model.state_dict().items() if ".bottom_up." not in n}
+    return {**heads, "backbone.bottom_up.stem.conv1.weight": torch.ones(8, 3, 7, 7)}
+
+
+def stock_swin(model):
+    """Names of norms and MLPs, and their shapes, are those of ELSA-Swin."""
+    heads = {n: t for n, t in model.state_dict().items() if ".bottom_up." not in n}
+    tensors = swin(arch=TINY).items()
+    return {**heads, **{f"backbone.bottom_up.{name}": tensor for name, tensor in tensors}}
+
+
+def wider(model):
+    """Only some vectors have the same shape."""
+    tensors = model.state_dict().items()
+    return {n: torch.zeros(2, *t.shape) if t.dim() > 2 or "proj" in n else t for n, t in tensors}
+
+
+def only(part):
+    return lambda model: {n: t for n, t in model.state_dict().items() if part in n}
+
+
+def bare(name):
+    return lambda model: {name: torch.ones(8, 3, 7, 7)}
+
+
+UNMATCHED = {
+    "another detector": (resnet, ".pth"),
+    "another detector's pickle": (resnet, ".pkl"),
+    "another detector's safetensors": (resnet, ".safetensors"),
+    "another detector with nearly our names": (stock_swin, ".pth"),
+    "another classifier": (bare("conv1.weight"), ".pth"),
+    "other shapes": (wider, ".pth"),
+    "heads alone": (only("roi_heads"), ".pth"),
+    "one tensor by chance": (only("patch_embed.proj.weight"), ".pth"),
+    "pixels alone": (only("pixel_mean"), ".pth"),
+    "nothing": (lambda model: {}, ".pth"),
+}
+
+
+@pytest.mark.parametrize("make, suffix", UNMATCHED.values(), ids=UNMATCHED)
+def test_weights_that_match_nothing_are_refused(tmp_path, make, suffix):
+    path, model = tmp_path / f"a{suffix}", detectron2("mask_rcnn")
+    tensors = make(model)
+    if suffix == ".pth":
+        torch.save({"model": tensors}, path)
+    elif suffix == ".pkl":
+        arrays = {name: tensor.numpy() for name, tensor in tensors.items()}
+        path.write_bytes(pickle.dumps({"model": arrays, "__author__": "Detectron2 Model Zoo"}))
+    else:
+        with path.open("wb") as file:
+            safetensors.save(file, tensors, {})
+    with pytest.raises(
+        UsageError, match=f"{path.name} (does not match the model: by|cannot be conv)"
+    ):
+        load_in_d2(model, path)
+
+
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod.", "model."])
+def test_prefixes_of_detectron2s_names(tmp_path, prefix):
+    first, model = detectron2("mask_rcnn").state_dict(), detectron2("mask_rcnn")
+    path = save(tmp_path, {"model": {prefix + name: tensor for name, tensor in first.items()}})
+    missing, unknown, wrong = load_in_d2(model, path)
+    assert not unknown and not wrong and missing <= {"pixel_mean", "pixel_std"}
+    assert all(torch.equal(tensor, first[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_part_that_matches_is_loaded_and_counted(tmp_path, caplog):
+    first, model = detectron2("mask_rcnn").state_dict(), detectron2("mask_rcnn")
+    other = {n: t[:2] if "roi_heads" in n or "pre_proj" in n else t for n, t in first.items()}
+    with caplog.at_level(logging.INFO):
+        load_in_d2(model, save(tmp_path, {"model": other}))
+    (line,) = [text for text in caplog.messages if " parameters of the model" in text]
+    assert re.search(r"\d+ of the \d+ parameters of the model and [23]\d% of the weights of", line)
+    name = "backbone.bottom_up.layers.0.blocks.0.mlp.fc1.weight"
+    assert torch.equal(model.state_dict()[name], first[name])
+
+
+@pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", "cut"], ids=str)
+def test_damaged_weights_are_refused_in_a_sentence(tmp_path, content):
+    model = detectron2("mask_rcnn")
+    path = save(tmp_path, {"model": model.state_dict()})
+    path.write_bytes(path.read_bytes()[:5000] if content == "cut" else content)
+    with pytest.raises(UsageError, match=path.name):
+        load_in_d2(model, path)
