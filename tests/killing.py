@@ -1,15 +1,14 @@
-"""Real trainings in processes that are killed by real signals, at random moments.
+"""Real trainings in processes that are killed by real signals, at moments named by what they do.
 
 The processes are forks of one that has imported the framework, so that they start at once. Each
-writes what it did into its folder: `losses.txt`, a line for each iteration, and `log.txt`.
+writes what it did into its folder: `losses.txt`, a line for each iteration, and `log.txt`. A signal
+comes before a file is opened or renamed, so that no test depends on how long anything takes.
 """
 
 import functools
 import gc
-import json
 import multiprocessing
 import os
-import random
 import resource
 import signal
 import socket
@@ -21,18 +20,43 @@ from unittest import mock
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Kills by each signal and in each framework; ELSA_KILLS=10 takes minutes.
-KILLS = int(os.environ.get("ELSA_KILLS", "2"))
+PATIENCE = 600  # seconds after which a process is taken to hang
+# What a process does to a file, the end of its name, how often: a kill comes before the last.
+ITERATION = ("open", "losses.txt", 3)
+CHECKPOINT = ("open", ".pth.part", 1)
+NAME = ("os.rename", ".pth.part", 1)
+NOTE = ("os.rename", "last_checkpoint.part", 1)
 STOPPED = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGKILL: -signal.SIGKILL}
 
 
-def fork(target, *arguments):
-    """Starts a process that has imported the target's module already."""
+def fork(target, *arguments, death=None):
+    """Starts a process that has imported the target's module already.
+
+    Args:
+        death: the signal that the process sends itself, and the moment.
+    """
     server = server_of(target.__module__)
+    if death is not None:
+        target, arguments = dying, (*death, target, *arguments)
     process = multiprocessing.get_context("forkserver").Process(target=target, args=arguments)
     with mock.patch.object(forkserver, "connect_to_new_process", server.connect_to_new_process):
         process.start()
     return process
+
+
+def dying(number, moment, target, *arguments):
+    """In the child: calls the target; a signal comes at the moment."""
+    wanted, end, times = moment
+
+    def look(event, values):
+        nonlocal times
+        if event == wanted and str(values[0]).endswith(end):
+            times -= 1
+            if times == 0:
+                os.kill(os.getpid(), number)
+
+    sys.addaudithook(look)
+    target(*arguments)
 
 
 @functools.cache
@@ -48,16 +72,24 @@ def server_of(module):
     return server
 
 
-def statuses_of(processes, seconds):
-    """The exit statuses of forks, each of which has so many seconds before it is killed."""
+def statuses_of(processes):
+    """The exit statuses of forks; None for one that hangs, which is killed."""
     try:
         for process in processes:
-            process.join(seconds)
+            process.join(PATIENCE)
         return [process.exitcode for process in processes]
     finally:
         for process in processes:
             process.kill()
             process.join()
+
+
+def wait_until(condition, processes):
+    """Polls while all processes run."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        assert time.monotonic() < end and all(p.exitcode is None for p in processes)
+        time.sleep(0.02)
 
 
 def free_port():
@@ -80,69 +112,33 @@ class Trainings:
     Args:
         target: a function of (folder, resume), in a module that imports the framework.
         folder: where it trains.
-        seed: of the random moments.
     """
 
-    def __init__(self, target, folder, seed):
+    def __init__(self, target, folder):
         self.target, self.folder = target, Path(folder)
         self.folder.mkdir()
-        self.random = random.Random(seed)
-        self.moments = []
 
-    def start(self, resume):
-        return fork(self.target, str(self.folder), resume)
+    def kill(self, number, moment=ITERATION, resume=True):
+        """Starts the training, which a signal ends at the moment; returns its exit status."""
+        process = fork(self.target, str(self.folder), resume, death=(number, moment))
+        (status,) = statuses_of([process])
+        return status
 
-    def kill(self, number, resume=True):
-        """Starts the training and sends it a signal; returns its exit status.
-
-        Half of the signals come at any time within a second of the first iteration, the others
-        while a checkpoint is written.
-        """
-        before = len(self.losses())
-        process = self.start(resume)
-        try:
-            self._wait(lambda: len(self.losses()) > before, process)
-            moment = self.random.choice(["saving", self.random.uniform(0, 1)])
-            self.moments.append(moment)
-            if moment == "saving":
-                self._wait(lambda: any(self.folder.rglob("*.part")), process, pause=0)
-            else:
-                time.sleep(moment)
-            os.kill(process.pid, number)
-            process.join(60)
-            assert process.exitcode is not None, f"still there, {self}"
-        finally:
-            process.kill()
-            process.join()
-        return process.exitcode
-
-    def run_until(self, iterations):
-        """Trains for so many iterations at least; returns their losses by iteration."""
-        process = self.start(False)
-        try:
-            self._wait(lambda: len(self.losses()) >= iterations, process)
-        finally:
-            process.kill()
-            process.join()
+    def run_for(self, iterations):
+        """Trains for so many iterations; returns their losses by iteration."""
+        self.kill(signal.SIGKILL, ("open", "losses.txt", iterations + 1), resume=False)
         return dict(self.losses())
-
-    def _wait(self, condition, process, seconds=120, pause=0.01):
-        end = time.monotonic() + seconds
-        while not condition():
-            assert process.exitcode is None and time.monotonic() < end, f"{self}"
-            time.sleep(pause)
 
     def losses(self):
         return read_losses(self.folder)
 
     def __str__(self):
         log = self.folder / "log.txt"
-        tail = log.read_text()[-3000:] if log.exists() else ""
-        return f"signals at {json.dumps(self.moments)}\n{tail}"
+        return log.read_text()[-3000:] if log.exists() else ""
 
 
-def check_kills(trainings, number, last_iteration, times=KILLS):
-    """Kills a training several times; checks that each goes on from its last whole checkpoint.
+def check_kills(trainings, number, last_iteration):
+    """Kills a training at each moment; checks that it goes on from its last whole checkpoint.
 
     Args:
         last_iteration: a function that loads the last checkpoint and returns its iterations.
@@ -150,9 +146,9 @@ def check_kills(trainings, number, last_iteration, times=KILLS):
     Returns the losses by iteration, each of which may have been computed several times.
     """
     values, done, start = {}, 0, 0
-    for time_ in range(times):
-        status = trainings.kill(number, resume=time_ > 0)
-        assert status == STOPPED[number], f"{status=}, {trainings}"
+    for moment in (CHECKPOINT, ITERATION, NAME, NOTE):
+        status = trainings.kill(number, moment, resume=moment is not CHECKPOINT)
+        assert status == STOPPED[number], f"{moment=} {status=} {trainings}"
         new = trainings.losses()[start:]
         start += len(new)
         first, last = new[0][0], new[-1][0]

@@ -85,7 +85,7 @@ def with_own_signals(rank, function, *arguments):
 def in_two_processes(folder, function, *arguments):
     """Calls a function in two processes that Detectron2 has connected, without CUDA."""
     processes = [fork(be_rank, rank, folder, function, arguments) for rank in (0, 1)]
-    assert statuses_of(processes, 120) == [0, 0], (folder / "log.txt").read_text()
+    assert statuses_of(processes) == [0, 0], (folder / "log.txt").read_text()
 
 
 def be_rank(rank, folder, function, arguments):

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("detectron2")
 
 from d2_tiny import CONFIG, TOOL, arguments_of, datasets, overrides, read_metrics
-from killing import fork
+from killing import PATIENCE, fork
 from killing_d2 import run_tool
 
 
@@ -30,7 +30,7 @@ def train(folder, arguments):
     """Runs a training that must succeed in a process of its own; returns what it printed."""
     process = fork(run_tool, folder, arguments)
     try:
-        process.join(300)
+        process.join(PATIENCE)
         status = process.exitcode
     finally:
         if process.exitcode is None:
@@ -309,7 +309,7 @@ def test_exit_status_and_output_of_the_command(digits, tmp_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        timeout=300,
+        timeout=PATIENCE,
     )
     assert result.returncode == 2
     assert result.stdout.startswith("train_net: an evaluation needs weights")

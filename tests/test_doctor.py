@@ -22,7 +22,7 @@ def test_report_names_what_there_is(capsys):
 def test_command_line():
     def run(*arguments):
         command = [sys.executable, "-m", "elsa_core.doctor", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120)
+        return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
     shown = run("-h")
     assert shown.returncode == 0 and "Exit status" in shown.stdout

@@ -1,4 +1,4 @@
-"""A Detectron2 training that is killed at random moments goes on from its last whole checkpoint."""
+"""A Detectron2 training that is killed goes on from its last whole checkpoint."""
 
 import errno
 import os
@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("detectron2")
 
 import killing_d2
-from killing import Trainings, check_curve, check_kills, fork
+from killing import Trainings, check_curve, check_kills, fork, statuses_of
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def reference(folder):
     def losses(iterations):
         if len(known) < iterations:
             folder_ = folder / f"whole_{iterations}"
-            known.update(Trainings(killing_d2.train, folder_, seed=0).run_until(iterations))
+            known.update(Trainings(killing_d2.train, folder_).run_for(iterations))
         return known
 
     return losses
@@ -51,22 +51,22 @@ def reference(folder):
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_trainings_go_on(folder, number, reference):
-    trainings = Trainings(killing_d2.train, folder / number.name, seed=int(number))
+    trainings = Trainings(killing_d2.train, folder / number.name)
     values = check_kills(trainings, number, lambda: last_iteration(trainings.folder / "out"))
     check_curve(values, reference(max(values)))
 
 
 def test_a_full_disk_ends_the_training_in_one_sentence(folder):
-    trainings = Trainings(killing_d2.train, folder / "full", seed=0)
+    trainings = Trainings(killing_d2.train, folder / "full")
     output, log = trainings.folder / "out", trainings.folder / "log.txt"
     assert trainings.kill(signal.SIGTERM, resume=False) == 143
     iteration, last = last_iteration(output), (output / "last_checkpoint").read_text()
     before = len(log.read_text())
     size = (output / last).stat().st_size
     process = fork(killing_d2.train_on_full_disk, str(trainings.folder), size * 3 // 4)
-    process.join(120)
+    statuses = statuses_of([process])
     text = log.read_text()[before:]
-    assert process.exitcode == 1 and "Traceback" not in text, text[-3000:]
+    assert statuses == [1] and "Traceback" not in text, text[-3000:]
     name, reason = r"out/model_(\d+)\.pth", os.strerror(errno.EFBIG)
     sentence = rf"^train_net: the checkpoint {name} cannot be written: {reason}; "
     (number,) = re.findall(sentence + f"--resume goes on from out/{last}$", text, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""An OpenMMLab training that is killed at random moments goes on from its last whole checkpoint."""
+"""An OpenMMLab training that is killed goes on from its last whole checkpoint."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ import signal
 import killing_mm
 import pytest
 import torch
-from killing import Trainings, check_curve, check_kills, fork, read_losses
+from killing import Trainings, check_curve, check_kills, fork, read_losses, statuses_of
 
 from elsa_mm.checkpoint import find_last_checkpoint
 
@@ -41,7 +41,7 @@ def reference(folder):
         found = known.setdefault(target, {})
         if len(found) < iterations:
             folder_ = folder / f"whole_{target.__name__}_{iterations}"
-            found.update(Trainings(target, folder_, seed=0).run_until(iterations))
+            found.update(Trainings(target, folder_).run_for(iterations))
         return found
 
     return losses
@@ -52,7 +52,7 @@ def reference(folder):
 def test_killed_trainings_go_on(folder, number, target, reference):
     """Counted in iterations, and in epochs, in the middle of which a signal may come."""
     name = f"{target.__name__}_{number.name}"
-    trainings = Trainings(target, folder / name, seed=int(number))
+    trainings = Trainings(target, folder / name)
     values = check_kills(trainings, number, lambda: last_iteration(trainings.folder / "out"))
     check_curve(values, reference(target, max(values)))
 
@@ -64,24 +64,23 @@ def test_a_signal_at_the_end_and_in_the_middle_of_an_epoch(tmp_path, digits, ite
     for stop, flags in ((iteration, []), (iteration + 5, ["--resume"])):
         arguments = (str(run), {"STOP_AT": str(stop)}, flags, killing_mm.EPOCHS)
         process = fork(killing_mm.train_with, *arguments)
-        process.join(120)
-        assert process.exitcode == 143, (run / "log.txt").read_text()[-3000:]
+        assert statuses_of([process]) == [143], (run / "log.txt").read_text()[-3000:]
         meta = torch.load(find_last_checkpoint(run / "out"), weights_only=False)["meta"]
         assert meta["iter"] == stop and meta["epoch"] == stop // 8
     assert [number for number, _ in read_losses(run)] == list(range(1, iteration + 6))
 
 
 def test_a_full_disk_ends_the_training_in_one_sentence(folder):
-    trainings = Trainings(killing_mm.train, folder / "full", seed=0)
+    trainings = Trainings(killing_mm.train, folder / "full")
     output, log = trainings.folder / "out", trainings.folder / "log.txt"
     assert trainings.kill(signal.SIGTERM, resume=False) == 143
     iteration, last = last_iteration(output), find_last_checkpoint(output).name
     before = len(log.read_text())
     size = (output / last).stat().st_size
     process = fork(killing_mm.train_on_full_disk, str(trainings.folder), size * 3 // 4)
-    process.join(120)
+    statuses = statuses_of([process])
     text = log.read_text()[before:]
-    assert process.exitcode == 1 and "Traceback" not in text, text[-3000:]
+    assert statuses == [1] and "Traceback" not in text, text[-3000:]
     name, reason = r"/.*/out/iter_(\d+)\.pth", os.strerror(errno.EFBIG)
     sentence = rf"^train: the checkpoint {name} cannot be written: {reason}; "
     (number,) = re.findall(sentence + f"--resume goes on from /.*/out/{last}$", text, re.MULTILINE)

@@ -127,10 +127,10 @@ def test_a_disk_that_takes_no_more_is_an_error(tmp_path):
 
 
 def wait_for(condition, process):
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 600
     while not condition():
         assert process.poll() is None, f"ended with status {process.returncode}"
-        assert time.monotonic() < deadline, "nothing was written within a minute"
+        assert time.monotonic() < deadline, "nothing was written"
         time.sleep(0.02)
 
 

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from killing import fork
+from killing import fork, statuses_of
 from killing_mm import run_tool_to_its_end
 from mm_tiny import CONFIGS, REPOSITORY, options
 from mmengine.config import Config
@@ -231,7 +231,6 @@ def test_the_process_ends_when_a_worker_has_met_damage(copy, tmp_path):
     values = options("mmseg", copy, train_dataloader__num_workers=2, **SMALL)
     arguments = [CONFIGS["mmseg"], *values]
     process = fork(run_tool_to_its_end, REPOSITORY / "tools/train.py", arguments, tmp_path)
-    process.join(120)
-    assert process.exitcode == 2
+    assert statuses_of([process]) == [2]
     last = (tmp_path / "log.txt").read_text().strip().splitlines()[-1]
     assert last.startswith(f"train: image {copy}/images/training/") and "truncated" in last

@@ -302,7 +302,7 @@ assert len(messages) == 1, messages
 print(messages[0])
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
     assert "without its compiled operator" in done.stdout

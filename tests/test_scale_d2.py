@@ -3,7 +3,6 @@
 import itertools
 import os
 import signal
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +15,7 @@ from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import create_ddp_model
 from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
-from killing import fork, free_port
+from killing import PATIENCE, fork, free_port, wait_until
 from killing_d2 import in_two_processes, run_tool
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
@@ -175,14 +174,11 @@ def test_two_machines_stop_together(digits, tmp_path):
         machines.append(fork(run_tool, tmp_path / str(rank), arguments))
     output = tmp_path / "0/out"
     try:
-        end = time.monotonic() + 150
-        while not (output / "metrics.json").exists() or not read_metrics(output):
-            running = all(machine.exitcode is None for machine in machines)
-            assert running and time.monotonic() < end
-            time.sleep(0.05)
+        metrics = output / "metrics.json"
+        wait_until(lambda: metrics.exists() and read_metrics(output), machines)
         os.killpg(machines[1].pid, signal.SIGTERM)
         for machine in machines:
-            machine.join(60)
+            machine.join(PATIENCE)
         statuses = [machine.exitcode for machine in machines]
     finally:
         for machine in machines:

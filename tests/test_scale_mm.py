@@ -3,14 +3,13 @@
 import os
 import re
 import signal
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
 import killing_mm
 import pytest
 import torch
-from killing import fork, free_port, read_losses, statuses_of, two_ranks
+from killing import ITERATION, PATIENCE, fork, free_port, read_losses, statuses_of, two_ranks
 from mm_tiny import REPOSITORY
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
@@ -92,7 +91,7 @@ def train_in_two(folder, environments, *arguments, config="", bases=()):
         fork(killing_mm.train_with, str(folder), environment, list(arguments), config, bases)
         for environment in environments
     ]
-    statuses = statuses_of(processes, 150)
+    statuses = statuses_of(processes)
     log = (folder / "log.txt").read_text()
     assert statuses == [0, 0], log[-3000:]
     return log
@@ -173,19 +172,16 @@ def test_slurm_without_an_address_asks_for_the_first_host(monkeypatch, tmp_path)
 def test_one_signal_stops_all_processes_at_a_whole_step(folder):
     config = SHORT.format(10000) + "optim_wrapper = dict(accumulative_counts=3)\n"
     environments = two_ranks()
+    arguments, deaths = ["--launcher", "pytorch"], (None, (signal.SIGUSR1, ITERATION))
     processes = [
-        fork(killing_mm.train_with, str(folder), environment, ["--launcher", "pytorch"], config)
-        for environment in environments
+        fork(killing_mm.train_with, str(folder), environment, arguments, config, death=death)
+        for environment, death in zip(
+            environments, (None, (signal.SIGUSR1, ITERATION)), strict=True
+        )
     ]
-    end = time.monotonic() + 100
-    while len(read_losses(folder)) < 4:
-        assert time.monotonic() < end and all(p.exitcode is None for p in processes)
-        time.sleep(0.02)
-    os.kill(processes[1].pid, signal.SIGUSR1)
-    for process in processes:
-        process.join(60)
+    statuses = statuses_of(processes)
     log = (folder / "log.txt").read_text()
-    assert [process.exitcode for process in processes] == [138, 138], log[-3000:]
+    assert statuses == [138, 138], log[-3000:]
     last = find_last_checkpoint(folder / "out")
     iteration = torch.load(last, weights_only=False)["meta"]["iter"]
     assert last.name == f"iter_{iteration}.pth" and iteration % 3 == 0
@@ -209,12 +205,12 @@ def test_two_machines_through_torchrun(folder):
     ]
     try:
         for machine_ in machines:
-            machine_.join(150)
+            machine_.join(PATIENCE)
         statuses = [machine_.exitcode for machine_ in machines]
     finally:
         for machine_ in machines:
             machine_.terminate()
-            machine_.join(60)
+            machine_.join(PATIENCE)
     log = (folder / "0.txt").read_text()
     assert statuses == [0, 0], log[-3000:]
     assert "GPU number: 2" in log and "Iter(train) [2/2]" in log
@@ -225,8 +221,7 @@ def test_tensorboard(folder):
     backends = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
     config = SHORT.format(3) + f"visualizer = dict(vis_backends={backends!r})\n"
     process = fork(killing_mm.train_with, str(folder), {}, [], config)
-    process.join(100)
-    assert process.exitcode == 0, (folder / "log.txt").read_text()[-3000:]
+    assert statuses_of([process]) == [0], (folder / "log.txt").read_text()[-3000:]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     (file,) = Path(folder, "out").rglob("events.out.tfevents.*")
