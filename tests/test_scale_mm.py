@@ -175,9 +175,7 @@ def test_one_signal_stops_all_processes_at_a_whole_step(folder):
     arguments, deaths = ["--launcher", "pytorch"], (None, (signal.SIGUSR1, ITERATION))
     processes = [
         fork(killing_mm.train_with, str(folder), environment, arguments, config, death=death)
-        for environment, death in zip(
-            environments, (None, (signal.SIGUSR1, ITERATION)), strict=True
-        )
+        for environment, death in zip(environments, deaths, strict=True)
     ]
     statuses = statuses_of(processes)
     log = (folder / "log.txt").read_text()
