@@ -22,9 +22,12 @@ class ELSASwin(nn.Module):
     ``out_indices``: C_i is ``num_features[i]``, H_i and W_i are H and W divided by 4 * 2**i and
     rounded up. The outputs are views with channels-last strides.
 
+    Stages after the last of ``out_indices`` are not built: their parameters would get no gradients,
+    which DistributedDataParallel refuses, and would fill memory and checkpoints.
+
     Parameter names are those of the original release. `load_state_dict` accepts and drops its
-    bookkeeping buffers and the norms of stages that are not in ``out_indices``; anything else
-    missing or unknown is reported as usual.
+    bookkeeping buffers, the norms of stages that are not in ``out_indices``, and with one line in
+    the log the stages that are not built; anything else missing or unknown is reported as usual.
 
     Args:
         arch: "tiny", "small", "base" or a dict with the fields of `elsa_core.variants.Arch`.
@@ -78,9 +81,9 @@ class ELSASwin(nn.Module):
 
         self.patch_embed = PatchEmbed(in_chans, self.num_features[0])
         self.pos_drop = nn.Dropout(drop_rate)
-        last_stage, last_block = len(self.num_features) - 1, sum(self.arch.depths) - 1
+        last_stage, last_block = self.out_indices[-1], sum(self.arch.depths) - 1
         self.layers = nn.ModuleList()
-        for stage, dim in enumerate(self.num_features):
+        for stage, dim in enumerate(self.num_features[: last_stage + 1]):
             first_block = sum(self.arch.depths[:stage])
             blocks = [
                 Block(
@@ -152,8 +155,6 @@ class ELSASwin(nn.Module):
             if index in self.out_indices:
                 norm = getattr(self, f"norm{index}")
                 outputs.append(norm(out).permute(0, 3, 1, 2))
-            if index == self.out_indices[-1]:
-                break
         return tuple(outputs)
 
     def train(self: _Self, mode: bool = True) -> _Self:
@@ -165,8 +166,8 @@ class ELSASwin(nn.Module):
         if self.frozen_stages < 0:
             return
         frozen: list[nn.Module] = [self.patch_embed, self.pos_drop]
-        for index in range(self.frozen_stages):
-            frozen.append(self.layers[index])
+        for index, stage in enumerate(self.layers[: self.frozen_stages]):
+            frozen.append(stage)
             if index in self.out_indices:
                 frozen.append(getattr(self, f"norm{index}"))
         for module in frozen:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from elsa_core import ELSASwin
+from elsa_core.checkpoint import drop_unused_keys
 from elsa_core.errors import UsageError
 
 from . import write
@@ -17,8 +19,6 @@ from .read import read_checkpoint
 from .recognise import DETECTRON2, Source, recognise
 
 _Result = TypeVar("_Result")
-# A tensor that every ELSA-Swin has.
-_MARK = "patch_embed.proj.weight"
 
 
 def read_source(path: str | os.PathLike, *, trust: bool = False, ema: bool | None = None) -> Source:
@@ -67,7 +67,7 @@ def convert_file(
     return conversion
 
 
-def load_backbone(backbone: nn.Module, path: str | os.PathLike) -> Conversion:
+def load_backbone(backbone: ELSASwin, path: str | os.PathLike) -> Conversion:
     """Loads what any convertible checkpoint has for an `elsa_core.ELSASwin`, and says what it was.
 
     A backbone that returns the last stage's map alone is taken for a classifier's and also gets the
@@ -79,8 +79,9 @@ def load_backbone(backbone: nn.Module, path: str | os.PathLike) -> Conversion:
     source = read_source(path)
     last_only = tuple(backbone.out_indices) == (len(backbone.num_features) - 1,)
     conversion = in_file(path, lambda: convert(source, "backbone", keep_norm=last_only))
-    _check_fit(path, conversion, backbone.state_dict())
-    backbone.load_state_dict(conversion.tensors, strict=False)
+    tensors = _used(backbone, conversion)
+    _check_fit(path, conversion, tensors, backbone.state_dict())
+    backbone.load_state_dict(tensors, strict=False)
     return conversion
 
 
@@ -99,10 +100,11 @@ def checkpoint_for(
     Raises UsageError as `load_backbone`, or where the model has not exactly one ELSA-Swin.
     """
     names = model.state_dict()
-    prefixes = [name.removesuffix(_MARK) for name in names if name.endswith(_MARK)]
-    if len(prefixes) != 1:
-        raise UsageError(f"{os.fspath(path)} needs a model with one ELSA-Swin, got {len(prefixes)}")
-    (prefix,) = prefixes
+    found = [(name, part) for name, part in model.named_modules() if isinstance(part, ELSASwin)]
+    if len(found) != 1:
+        raise UsageError(f"{os.fspath(path)} needs a model with one ELSA-Swin, got {len(found)}")
+    prefix, backbone = found[0]
+    prefix += "." if prefix else ""
     checkpoint = read_checkpoint(path) if content is None else content
     source = in_file(path, lambda: recognise(checkpoint))
     if prefix == D2_BACKBONES.get(source.kind) and _has_heads(names, source.kind):
@@ -111,8 +113,16 @@ def checkpoint_for(
         converted = in_file(path, lambda: convert(source, "detectron2"))
         return {"model": converted.tensors, "meta": source.meta}
     conversion = in_file(path, lambda: convert(source, "backbone"))
-    _check_fit(path, conversion, names, prefix)
-    return {"model": {prefix + name: tensor for name, tensor in conversion.tensors.items()}}
+    given = {prefix + name: tensor for name, tensor in _used(backbone, conversion).items()}
+    _check_fit(path, conversion, given, names, prefix)
+    return {"model": given}
+
+
+def _used(backbone: ELSASwin, conversion: Conversion) -> dict[str, Tensor]:
+    """The tensors without those of stages and norms that the backbone is built without."""
+    tensors = dict(conversion.tensors)
+    drop_unused_keys(tensors, "", backbone.out_indices, len(backbone.num_features))
+    return tensors
 
 
 def _has_heads(names: Mapping[str, Tensor], kind: str) -> bool:
@@ -121,10 +131,13 @@ def _has_heads(names: Mapping[str, Tensor], kind: str) -> bool:
 
 
 def _check_fit(
-    path: str | os.PathLike, conversion: Conversion, names: Mapping[str, Tensor], prefix: str = ""
+    path: str | os.PathLike,
+    conversion: Conversion,
+    given: Mapping[str, Tensor],
+    names: Mapping[str, Tensor],
+    prefix: str = "",
 ) -> None:
     """Raises UsageError unless the tensors are those under ``prefix``, but for output norms."""
-    given = {prefix + name: tensor for name, tensor in conversion.tensors.items()}
     absent = {prefix + name for name, _ in conversion.absent}
     wrong = [
         name

@@ -92,7 +92,13 @@ def read_arch(tensors: Mapping[str, Tensor], prefix: str = "") -> Arch:
     for stage in range(stages - 1):
         name = f"{prefix}layers.{stage}.blocks.0.attn.attn.2.weight"
         heads.append(_shape(tensors, name, 4)[0] // kernel_size**2)
-    last_heads, span = _shape(tensors, f"{prefix}layers.{stages - 1}.blocks.0.attn.rb", 2)
+    last = f"{prefix}layers.{stages - 1}.blocks.0.attn."
+    if f"{last}attn.0.weight" in tensors:
+        raise UsageError(
+            f"its backbone ends with stage {stages - 1} of ELSA: it was built without the stages "
+            "after it, whose outputs its model does not use, and fits no other model"
+        )
+    last_heads, span = _shape(tensors, f"{last}rb", 2)
     ghost = tensors.get(f"{first}ghost_head")
     two = ghost is not None and ghost.dim() == 5
     try:

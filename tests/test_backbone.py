@@ -218,8 +218,10 @@ def test_recomputation_gives_the_same_gradients(frozen_stages):
     assert calls == {False: 6, True: 6 + trained_blocks}
 
 
-def test_every_parameter_gets_a_gradient():
-    model = ELSASwin({**ARCH, "lam": 1}, attn_drop_rate=0.1, drop_rate=0.1)
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (0, 1, 2), (1,)])
+def test_every_parameter_gets_a_gradient(out_indices):
+    """Which DistributedDataParallel demands."""
+    model = ELSASwin({**ARCH, "lam": 1}, 3, 0.1, 0.1, 0.1, out_indices)
     sum((output**2).mean() for output in model(torch.randn(1, 3, 64, 64))).backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.isfinite().all(), name

@@ -45,6 +45,18 @@ def test_fewer_outputs_drop_the_norms_of_the_others(original):
     assert torch.equal(model.norm1.weight, original["norm1.weight"])
 
 
+@pytest.mark.parametrize("last, unused", [(0, 52), (1, 32)])
+def test_stages_that_are_not_built_are_dropped_with_a_word(original, last, unused, caplog):
+    model = ELSASwin(ARCH, out_indices=(last,))
+    model.load_state_dict(original, strict=True)
+    assert len(model.layers) == last + 1 and model.layers[last].downsample is None
+    assert all(torch.equal(value, original[key]) for key, value in model.state_dict().items())
+    (line,) = caplog.messages
+    assert line.startswith(f"{unused} tensors of a checkpoint are not used: they come after stage")
+    model.load_state_dict(model.state_dict(), strict=True)
+    assert len(caplog.messages) == 1
+
+
 def test_copies_load_into_themselves(original):
     model = ELSASwin(ARCH, out_indices=(0, 2))
     duplicate = copy.deepcopy(model)
@@ -83,6 +95,8 @@ def test_original_loads_inside_a_detector(original):
         "layers.2.blocks.0.attn.relative_ids",
         "layers.2.blocks.0.mlp.relative_id",
         "layers.0.blocks.0.attn.qkv.weight",
+        "layers.2.downsample.norm.weight",
+        "layers.3.blocks.0.norm1.weight",
     ],
 )
 def test_unknown_keys_are_still_errors(original, key):

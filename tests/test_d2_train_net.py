@@ -197,6 +197,11 @@ def test_resuming_without_a_checkpoint_says_so(digits, tmp_path, tool, capsys):
 def test_two_processes_train_and_evaluate(digits, tmp_path):
     flags = ["--num-gpus", "2", "--dist-url", "auto"]
     changes = {"OUTPUT_DIR": "out", "SOLVER__MAX_ITER": 2, "TEST__BEST_METRIC": "bbox/AP"}
+    # Without the last stage: parameters that get no gradients would end the second iteration.
+    changes |= {"MODEL__ELSA_SWIN__OUT_FEATURES": ["res2", "res3", "res4"]}
+    changes |= {"MODEL__FPN__IN_FEATURES": ["res2", "res3", "res4"]}
+    changes |= {"MODEL__RPN__IN_FEATURES": ["p2", "p3", "p4", "p5"]}
+    changes |= {"MODEL__ANCHOR_GENERATOR__SIZES": [[32], [64], [128], [256]]}
     train(tmp_path, arguments_of(digits, *flags, **changes))
     output = tmp_path / "out"
     for name, rank in (("log.txt", 0), ("log.txt.rank1", 1)):

@@ -29,6 +29,7 @@ from weights_models import (
 
 import elsa_d2
 import elsa_mm
+from elsa_core import ELSASwin
 from elsa_core.errors import UsageError
 from elsa_weights import convert_file, safetensors
 from elsa_weights.verify import d2, mm
@@ -37,9 +38,9 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 suffixes = pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 
 
-def detectron2(kind):
+def detectron2(kind, *keys):
     cfg = elsa_d2.load_config(d2._our_config(kind))
-    cfg.merge_from_list([*d2.overrides(TINY, sizes(kind), kind), "MODEL.DEVICE", "cpu"])
+    cfg.merge_from_list([*d2.overrides(TINY, sizes(kind), kind), "MODEL.DEVICE", "cpu", *keys])
     return build_model(cfg)
 
 
@@ -297,3 +298,46 @@ def test_damaged_weights_are_refused_in_a_sentence(tmp_path, content):
     path.write_bytes(path.read_bytes()[:5000] if content == "cut" else content)
     with pytest.raises(UsageError, match=path.name):
         load_in_d2(model, path)
+
+
+NOT_BUILT = "tensors of a checkpoint are not used: they come after stage 2"
+
+
+@pytest.mark.parametrize("kind", ["mask_rcnn", "upernet", "classifier", "itself"])
+def test_a_whole_checkpoint_without_the_last_stage_in_detectron2(tmp_path, kind, caplog):
+    checkpoint = classification() if kind == "classifier" else original("mask_rcnn")
+    if kind == "upernet":
+        checkpoint = original(kind)
+    if kind == "itself":
+        checkpoint = {"model": detectron2("mask_rcnn").state_dict()}
+    features = ["res2", "res3", "res4"]
+    keys = [("MODEL.ELSA_SWIN.OUT_FEATURES", features), ("MODEL.FPN.IN_FEATURES", features)]
+    keys += [("MODEL.RPN.IN_FEATURES", [f"p{i}" for i in range(2, 6)])]
+    keys += [("MODEL.ANCHOR_GENERATOR.SIZES", [[32], [64], [128], [256]])]
+    model = detectron2("mask_rcnn", *(part for pair in keys for part in pair))
+    missing, unknown, wrong = load_in_d2(model, save(tmp_path, checkpoint))
+    assert not wrong and not [name for name in missing | unknown if "bottom_up.layers" in name]
+    assert [NOT_BUILT in text for text in caplog.messages].count(True) == 1
+    assert not [name for name in model.state_dict() if "bottom_up.layers.3" in name]
+
+
+def test_a_whole_checkpoint_without_the_last_stage_in_openmmlab(tmp_path, caplog):
+    options = dict(type="ELSASwin", arch=TINY, out_indices=(0, 1, 2))
+    wanted = detector("mask_rcnn")
+    tensors = {name: t for name, t in wanted.items() if name.startswith("backbone.")}
+    backbone = MODELS.build(options)
+    model = torch.nn.ModuleDict({"backbone": backbone})
+    load_checkpoint(model, str(save(tmp_path, {"state_dict": tensors})), strict=True)
+    assert all(torch.equal(t, wanted[n]) for n, t in model.state_dict().items())
+    path = str(save(tmp_path, original("mask_rcnn"), "b.pth"))
+    backbone = MODELS.build(dict(**options, init_cfg=dict(type="Pretrained", checkpoint=path)))
+    backbone.init_weights()
+    assert all(torch.equal(t, wanted[f"backbone.{n}"]) for n, t in backbone.state_dict().items())
+    assert [NOT_BUILT in text for text in caplog.messages].count(True) == 2
+
+
+def test_a_checkpoint_without_the_last_stage_becomes_nothing_else(tmp_path):
+    backbone = ELSASwin(TINY, out_indices=(0, 1, 2))
+    path = save(tmp_path, backbone.state_dict())
+    with pytest.raises(UsageError, match="its backbone ends with stage 2 of ELSA: it was built"):
+        convert_file(path, tmp_path / "b.pth", "backbone")

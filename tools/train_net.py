@@ -61,7 +61,8 @@ def train_or_evaluate(options: argparse.Namespace) -> dict | None:
     from elsa_weights import class_names
 
     cfg = load_config(options.config_file, options.opts)
-    setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="elsa_d2")
+    for name in ("elsa_d2", "elsa_core"):
+        setup_logger(cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name=name)
     use_available_device(cfg)
     cfg.freeze()
     default_setup(cfg, options)
