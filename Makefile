@@ -7,6 +7,8 @@ PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
 VENV := .venv/bin
 ASAN := build/asan
 EMULATION := tests/cuda_emulation
+# The frameworks' thousands of files are compiled to bytecode once, not in each process.
+export PYTHONDONTWRITEBYTECODE :=
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh \
 	$(EMULATION)/*.cpp $(EMULATION)/*.h $(EMULATION)/include/*.h $(EMULATION)/include/*.cuh $(EMULATION)/include/c10/cuda/*.h)
 DEMO_ARGS ?=

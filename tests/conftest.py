@@ -1,6 +1,5 @@
 """Shared fixtures, and the rule that tests for CUDA cannot vanish silently."""
 
-import functools
 import itertools
 import os
 import sys
@@ -73,10 +72,11 @@ def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def metafiles_read_once() -> None:
-    """MMEngine reads 200 files anew for each config that builds on one of another package."""
-    if (utils := sys.modules.get("mmengine.config.utils")) is not None:
-        utils.load = functools.cache(utils.load)
+def quick_mmengine() -> None:
+    if "mmengine" in sys.modules:
+        from quick_mmengine import quicken_mmengine
+
+        quicken_mmengine()
 
 
 @pytest.fixture(autouse=True)

@@ -16,8 +16,11 @@ from killing import fill_disk, note_loss, run_in
 from mm_tiny import CONFIGS
 from mmengine.hooks import Hook
 from mmengine.registry import HOOKS
+from quick_mmengine import quicken_mmengine
 
 import elsa_core  # noqa: F401
+
+quicken_mmengine()
 
 # Nothing is random but the order of the images.
 CONFIG = """
