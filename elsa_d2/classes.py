@@ -20,11 +20,15 @@ def class_kind(cfg: CfgNode) -> str:
     return "stuff_classes" if is_semantic(cfg) else "thing_classes"
 
 
-def number_of_classes(cfg: CfgNode) -> int:
+def classes_node(cfg: CfgNode) -> str:
+    """The part of MODEL whose NUM_CLASSES the model has."""
     if is_semantic(cfg):
-        return cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    one_stage = cfg.MODEL.META_ARCHITECTURE == "RetinaNet"
-    return cfg.MODEL["RETINANET" if one_stage else "ROI_HEADS"].NUM_CLASSES
+        return "SEM_SEG_HEAD"
+    return "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
+
+
+def number_of_classes(cfg: CfgNode) -> int:
+    return cfg.MODEL[classes_node(cfg)].NUM_CLASSES
 
 
 def class_names(name: str, kind: str = "thing_classes") -> list[str] | None:

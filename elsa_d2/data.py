@@ -103,6 +103,7 @@ def check_dataset(
     annotated: bool = True,
     masks: bool | None = False,
     classes: Sequence[str] | None = None,
+    node: str = "ROI_HEADS",
 ) -> None:
     """Raises UsageError unless a registered data set is there and whole.
 
@@ -114,6 +115,7 @@ def check_dataset(
         annotated: whether it must have annotations, as a test set of a contest has not.
         masks: whether each annotation must have a mask; None: once one has.
         classes: the names of the run's classes, label by label; None: its own are the run's.
+        node: the part of MODEL that has the number of classes.
     """
     if name not in DatasetCatalog:
         raise UsageError(
@@ -126,10 +128,16 @@ def check_dataset(
     json_file, image_root = metadata.json_file, metadata.image_root
     coco = _read_json(name, json_file)
     _check_annotations(name, json_file, coco, annotated, masks)
+    ignored = any(one.get("ignore") for one in coco.get("annotations") or ())
+    if ignored and not isinstance(DatasetCatalog[name], CocoPart):
+        raise UsageError(
+            f"annotation file {json_file} of data set {name!r} has annotations with ignore 1, at "
+            "which Detectron2 fails: list it in DATASETS.REGISTER_COCO, which takes them as crowds"
+        )
     if num_classes is not None and len(coco["categories"]) != num_classes:
         raise UsageError(
             f"data set {name!r} has {len(coco['categories'])} categories, "
-            f"but MODEL.ROI_HEADS.NUM_CLASSES is {num_classes}"
+            f"but MODEL.{node}.NUM_CLASSES is {num_classes}"
         )
     _check_names(name, json_file, coco["categories"], classes)
     _check_images(name, image_root, [image["file_name"] for image in coco["images"]])

@@ -13,7 +13,15 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.layers import ShapeSpec
-from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
+from detectron2.modeling import (
+    BACKBONE_REGISTRY,
+    META_ARCH_REGISTRY,
+    GeneralizedRCNN,
+    PanopticFPN,
+    ProposalNetwork,
+    RetinaNet,
+    SemanticSegmentor,
+)
 
 import elsa_weights
 from elsa_core.errors import UsageError, one_line
@@ -23,12 +31,29 @@ from .amp import amp_dtype
 from .augmentation import resize_class
 from .checkpoint import AtomicCheckpointer
 from .cityscapes import check_cityscapes_dataset, is_cityscapes, register_cityscapes_datasets
-from .classes import check_names, class_kind, class_names, training_classes, usable
+from .classes import (
+    check_names,
+    class_kind,
+    class_names,
+    classes_node,
+    number_of_classes,
+    training_classes,
+    usable,
+)
 from .data import CocoPart, check_dataset, register_coco_datasets
 from .optimizer import build_optimizer
 from .schedule import build_lr_scheduler
 from .semantic_config import is_semantic
 from .semantic_data import check_sem_seg_dataset, register_sem_seg_datasets
+
+# The heads of Detectron2's models whose IN_FEATURES name the backbone's; a subclass goes first.
+HEADS: dict[type, tuple[str, ...]] = {
+    PanopticFPN: ("RPN", "ROI_HEADS", "SEM_SEG_HEAD"),
+    GeneralizedRCNN: ("RPN", "ROI_HEADS"),
+    ProposalNetwork: ("RPN",),
+    RetinaNet: ("RETINANET",),
+    SemanticSegmentor: ("SEM_SEG_HEAD",),
+}
 
 
 def check_run(
@@ -121,21 +146,28 @@ def _check_model(cfg: CfgNode) -> torch.nn.Module | None:
         with torch.device("meta"):  # builds it without memory and without random numbers
             pyramid = build(cfg, ShapeSpec(channels=len(cfg.MODEL.PIXEL_MEAN)))
             _check_features(cfg, list(pyramid.output_shape()))
-            return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)(cfg)
-    except (KeyError, ValueError) as error:  # a KeyError names a head that is not registered
+            return _model_class(cfg)(cfg)
+    # A KeyError names a head that is not registered, an AssertionError a number that is wrong.
+    except (AssertionError, KeyError, ValueError) as error:
         raise UsageError(one_line(error)) from error
+
+
+def _model_class(cfg: CfgNode) -> type[torch.nn.Module]:
+    return META_ARCH_REGISTRY.get(cfg.MODEL.META_ARCHITECTURE)
 
 
 def _check_features(cfg: CfgNode, available: list[str]) -> None:
     """Whether the backbone, with its neck, gives what the heads take."""
-    if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
-        return
-    for part in ("RPN", "ROI_HEADS"):
-        wanted = list(cfg.MODEL[part].IN_FEATURES)
-        if not set(wanted) <= set(available):
+    model = _model_class(cfg)
+    if cfg.MODEL.MASK_ON and issubclass(model, RetinaNet):
+        raise UsageError("RetinaNet finds no masks: it needs MODEL.MASK_ON False, got True")
+    heads = next((heads for kind, heads in HEADS.items() if issubclass(model, kind)), ())
+    for head in heads:
+        wanted = list(cfg.MODEL[head].IN_FEATURES)
+        if not wanted or not set(wanted) <= set(available):
             raise UsageError(
-                f"MODEL.{part}.IN_FEATURES must be among the {', '.join(available)} of "
-                f"{cfg.MODEL.BACKBONE.NAME}, got {', '.join(wanted)}"
+                f"MODEL.{head}.IN_FEATURES must be among the {', '.join(available)} of "
+                f"{cfg.MODEL.BACKBONE.NAME}, got {', '.join(wanted) or 'none'}"
             )
 
 
@@ -236,7 +268,11 @@ def _check_fit(file: str, model: torch.nn.Module) -> list[str] | None:
     counter = "num_batches_tracked"
     missing = [key for key in checker.incompatible.missing_keys if not key.endswith(counter)]
     for key, found, wanted in shapes:
-        if key.endswith("cls_score.weight") and found[1:] == wanted[1:]:
+        if (
+            key.startswith("roi_heads.")
+            and key.endswith("cls_score.weight")
+            and found[1:] == wanted[1:]
+        ):
             raise UsageError(
                 f"the checkpoint {file} does not fit the model: it knows {found[0] - 1} classes, "
                 f"but MODEL.ROI_HEADS.NUM_CLASSES is {wanted[0] - 1}"
@@ -269,16 +305,17 @@ def _check_data(cfg: CfgNode, eval_only: bool, machines: int, stored: Sequence[s
     if not cfg.DATASETS[key]:
         raise UsageError(f"DATASETS.{key} names no data set")
     train = [] if eval_only else cfg.DATASETS.TRAIN
-    rcnn = cfg.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    counted = issubclass(_model_class(cfg), (GeneralizedRCNN, RetinaNet))
     trained = training_classes(cfg)
     classes = stored if eval_only and stored else trained
     for name in dict.fromkeys([*train, *cfg.DATASETS.TEST]):
         check_dataset(
             name,
-            num_classes=cfg.MODEL.ROI_HEADS.NUM_CLASSES if rcnn else None,
+            num_classes=number_of_classes(cfg) if counted else None,
             annotated=name in train,
             masks=cfg.MODEL.MASK_ON,
             classes=classes,
+            node=classes_node(cfg),
         )
         if is_cityscapes(name):
             check_cityscapes_dataset(

@@ -39,6 +39,13 @@ def edit(folder, **changes):
     file.write_text(json.dumps({key: value for key, value in coco.items() if value is not None}))
 
 
+def mark(folder, key, number=None):
+    """The key of the first annotations, or of all, becomes 1."""
+    annotations = json.loads((folder / "annotations.json").read_text())["annotations"]
+    changed = [{**one, key: 1} for one in annotations[:number]]
+    edit(folder, annotations=changed + annotations[len(changed) :])
+
+
 def test_a_registered_data_set_loads(copy):
     name = register(copy)
     check_dataset(name, num_classes=10)
@@ -88,6 +95,7 @@ def test_a_data_set_that_is_not_registered():
         (lambda d: edit(d, annotations=[]), "has no annotations"),
         (lambda d: edit(d, annotations=None), "has no list of annotations"),
         (lambda d: edit(d, categories=[]), "has no categories"),
+        (lambda d: mark(d, "iscrowd"), "no annotation is an object: a box with an area that is no"),
         (lambda d: edit(d, images=[{"id": 1}]), "image 1 has no width, got None"),
         (lambda d: shutil.rmtree(d / "images"), "does not exist"),
         (
@@ -108,6 +116,17 @@ def test_a_test_set_may_lack_annotations(copy):
     name = register(copy)
     edit(copy, annotations=None)
     check_dataset(name, num_classes=10, annotated=False)
+
+
+def test_difficult_objects_are_crowds_and_refused_where_detectron2_reads(copy):
+    name = register(copy)
+    mark(copy, "ignore", 1)
+    check_dataset(name)
+    flags = [one["iscrowd"] for record in DatasetCatalog.get(name) for one in record["annotations"]]
+    assert sum(flags) == 1
+    register_coco_instances(f"{name}_2", {}, str(copy / "annotations.json"), str(copy / "images"))
+    with pytest.raises(UsageError, match="ignore 1, at which Detectron2 fails: list it in DATA"):
+        check_dataset(f"{name}_2")
 
 
 def test_another_format_is_left_alone():

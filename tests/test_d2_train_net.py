@@ -217,6 +217,8 @@ def test_two_processes_train_and_evaluate(digits, tmp_path):
     assert {prediction["image_id"] for prediction in predictions} == set(range(1, 9))
 
 
+RETINANET = {"MODEL__META_ARCHITECTURE": "RetinaNet", "MODEL__MASK_ON": False}
+ONE_STAGE = {**RETINANET, "MODEL__RETINANET__IN_FEATURES": ["p2", "p3", "p4", "p5", "p6"]}
 REFUSALS = {
     "missing config file": (
         ["--config-file", "nowhere.yaml"],
@@ -239,6 +241,41 @@ REFUSALS = {
         {"MODEL__FPN__IN_FEATURES": ["res2", "res3", "res4"]},
         "MODEL.RPN.IN_FEATURES must be among the p2, p3, p4, p5 of build_elsa_swin_fpn_backbone, "
         "got p2, p3, p4, p5, p6",
+    ),
+    "one stage without features": (
+        [],
+        RETINANET,
+        "MODEL.RETINANET.IN_FEATURES must be among the p2, p3, p4, p5, p6 of "
+        "build_elsa_swin_fpn_backbone, got p3, p4, p5, p6, p7",
+    ),
+    "proposals without features": (
+        [],
+        {"MODEL__META_ARCHITECTURE": "ProposalNetwork", "MODEL__RPN__IN_FEATURES": ["res4"]},
+        "MODEL.RPN.IN_FEATURES must be among the p2, p3, p4, p5, p6 of build",
+    ),
+    "no features": (
+        [],
+        {"MODEL__ROI_HEADS__IN_FEATURES": []},
+        "p6 of build_elsa_swin_fpn_backbone, got none",
+    ),
+    "segmentor without features": (
+        [],
+        {
+            "MODEL__META_ARCHITECTURE": "SemanticSegmentor",
+            "MODEL__SEM_SEG_HEAD__IN_FEATURES": ["res2"],
+        },
+        "MODEL.SEM_SEG_HEAD.IN_FEATURES must be among the p2, p3, p4, p5, p6 of build",
+    ),
+    "anchors of another number": (
+        [],
+        {"MODEL__ANCHOR_GENERATOR__SIZES": [[32], [64]]},
+        "sizes of length 2 in anchor generator, but the number of input features is 5",
+    ),
+    "masks of one stage": ([], {**RETINANET, "MODEL__MASK_ON": True}, "MODEL.MASK_ON False, got"),
+    "classes of one stage": (
+        [],
+        {**ONE_STAGE, "MODEL__RETINANET__NUM_CLASSES": 9},
+        "has 10 categories, but MODEL.RETINANET.NUM_CLASSES is 9",
     ),
     "neck without features": (
         [],
