@@ -3,6 +3,7 @@
 from elsa_core.errors import UsageError
 
 from .backbone import ELSASwin, build_elsa_swin_backbone, build_elsa_swin_fpn_backbone
+from .boxes import MMDetAnchorGenerator
 from .cascade import ClassSpecificCascadeROIHeads
 from .checkpoint import AtomicCheckpointer
 from .cityscapes import register_cityscapes_datasets
@@ -27,6 +28,7 @@ __all__ = [
     "DetectionMapperTTA",
     "ELSASwin",
     "Float32ROIAlign",
+    "MMDetAnchorGenerator",
     "MMDetBoxHead",
     "MMDetMaskHead",
     "MMDetROIHeads",

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
-from detectron2.modeling.box_regression import Box2BoxTransform
 from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
@@ -25,22 +24,12 @@ from torch import Tensor, nn
 
 from elsa_core.errors import UsageError
 
+from .boxes import MMDetBoxTransform
 from .heads import Float32Pooling
 from .matching import ProposalMatcher
 
 Features = dict[str, Tensor]
 Predictions = tuple[Tensor, Tensor]
-
-
-class TwoSidedBoxTransform(Box2BoxTransform):
-    """Box2BoxTransform that limits the logarithm of shrinking as it does that of growing."""
-
-    def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
-        """Boxes [N, 4] moved by deltas [N, k*4], as [N, k*4] in pixels."""
-        deltas = deltas.float()
-        lowest = [-float("inf")] * 2 + [-self.scale_clamp * weight for weight in self.weights[2:]]
-        limited = torch.maximum(deltas.unflatten(1, (-1, 4)), deltas.new_tensor(lowest))
-        return super().apply_deltas(limited.flatten(1), boxes)
 
 
 class TolerantOutputLayers(FastRCNNOutputLayers):
@@ -117,7 +106,7 @@ class ClassSpecificCascadeROIHeads(Float32Pooling, CascadeROIHeads):
             "box_heads": heads,
             "box_predictors": [
                 TolerantOutputLayers(
-                    cfg, head.output_shape, box2box_transform=TwoSidedBoxTransform(weights=weights)
+                    cfg, head.output_shape, box2box_transform=MMDetBoxTransform(weights=weights)
                 )
                 for head, weights in zip(heads, node.BBOX_REG_WEIGHTS, strict=True)
             ],

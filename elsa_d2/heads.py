@@ -12,11 +12,13 @@ from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
     ROI_MASK_HEAD_REGISTRY,
     FastRCNNConvFCHead,
+    FastRCNNOutputLayers,
     MaskRCNNConvUpsampleHead,
     StandardROIHeads,
 )
 from torch import Tensor, nn
 
+from .boxes import MMDetBoxTransform
 from .matching import MaxIoUMatcher, ProposalMatcher
 from .norm import resolve_norm
 
@@ -55,10 +57,10 @@ def _in_float32(level: nn.Module) -> nn.Module:
 
 @ROI_HEADS_REGISTRY.register()
 class MMDetROIHeads(Float32Pooling, StandardROIHeads):
-    """StandardROIHeads with the targets of MMDetection's Mask R-CNN, which pools in float32.
+    """StandardROIHeads with targets and boxes of MMDetection's Mask R-CNN, pooling in float32.
 
     The proposals that overlap most with an object are trained for this object if the overlap makes
-    them positive, even where they overlap more with another one.
+    them positive, even where they overlap more with another one. Boxes are MMDetBoxTransform's.
     """
 
     @classmethod
@@ -68,6 +70,14 @@ class MMDetROIHeads(Float32Pooling, StandardROIHeads):
         if node.PROPOSAL_APPEND_GT:
             matcher = ProposalMatcher(matcher)
         return {**super().from_config(cfg, input_shape), "proposal_matcher": matcher}
+
+    @classmethod
+    def _init_box_head(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
+        parts = super()._init_box_head(cfg, input_shape)
+        transform = MMDetBoxTransform(weights=cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS)
+        shape = parts["box_head"].output_shape
+        predictor = FastRCNNOutputLayers(cfg, shape, box2box_transform=transform)
+        return {**parts, "box_predictor": predictor}
 
 
 @ROI_BOX_HEAD_REGISTRY.register()

@@ -13,6 +13,7 @@ from detectron2.structures import Boxes, Instances
 from torch import Tensor
 from torchvision.ops import nms
 
+from .boxes import MMDetBoxTransform
 from .matching import MaxIoUMatcher
 
 
@@ -29,27 +30,36 @@ class MMDetRPN(RPN):
     neighbouring odds. Whoever of two such boxes comes first suppresses the other one, and then
     other boxes survive: about one image in 200 of a model trained in one framework would give other
     detections in the other one. So whatever has an influence on the order is as in MMDetection:
-    probabilities, their sorting, which need not be stable, and boxes of other levels that are moved
-    aside for the suppression, and so rounded. In mixed precision, too, a probability is that of a
-    float32 number.
+    probabilities, the order of the anchors, which equal ones keep, the arithmetic of boxes, and
+    boxes of other levels that are moved aside for the suppression, and so rounded. In mixed
+    precision, too, a probability is that of a float32 number.
 
     Args:
         pad_divisor: an image's own padding ends at the next multiple of it; anchors beyond are not
             trained. 0: anchors in all of the batch's padding are.
+        anchor_ratios: of the anchors of each size. Detectron2 has the anchors of a position in the
+            order of their sizes, MMDetection of their ratios.
         options: as in RPN.
     """
 
     @configurable
-    def __init__(self, *, pad_divisor: int = 0, **options: Any) -> None:
+    def __init__(self, *, pad_divisor: int = 0, anchor_ratios: int = 1, **options: Any) -> None:
         super().__init__(**options)
         self.pad_divisor = pad_divisor
+        self.anchor_ratios = anchor_ratios
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
         node = cfg.MODEL.RPN
         matcher = MaxIoUMatcher(node.IOU_THRESHOLDS, node.IOU_LABELS, node.MIN_POS_IOU)
         options = super().from_config(cfg, input_shape)
-        return {**options, "anchor_matcher": matcher, "pad_divisor": node.PAD_DIVISOR}
+        return {
+            **options,
+            "anchor_matcher": matcher,
+            "box2box_transform": MMDetBoxTransform(weights=node.BBOX_REG_WEIGHTS),
+            "pad_divisor": node.PAD_DIVISOR,
+            "anchor_ratios": len(cfg.MODEL.ANCHOR_GENERATOR.ASPECT_RATIOS[0]),
+        }
 
     @torch.no_grad()
     def label_and_sample_anchors(
@@ -131,26 +141,39 @@ class MMDetRPN(RPN):
         Boxes and scores that are not finite are left out; a training sees them in its losses.
         """
         with torch.no_grad():
-            levels = self._decode_proposals(anchors, pred_anchor_deltas)
             return [
                 self._best(
-                    [boxes[i] for boxes in levels],
-                    [logits[i] for logits in pred_objectness_logits],
+                    [self._by_ratio(level.tensor) for level in anchors],
+                    [self._by_ratio(logits[i]) for logits in pred_objectness_logits],
+                    [self._by_ratio(deltas[i]) for deltas in pred_anchor_deltas],
                     size,
                 )
                 for i, size in enumerate(image_sizes)
             ]
 
-    def _best(self, boxes: list[Tensor], logits: list[Tensor], size: tuple[int, int]) -> Instances:
-        """Of one image, from all boxes [A_i, 4] and logits [A_i] of each level."""
+    def _by_ratio(self, values: Tensor) -> Tensor:
+        """What a level's anchors have [A, ...], in MMDetection's order."""
+        sizes = self.anchor_generator.num_anchors[0] // self.anchor_ratios
+        grid = values.unflatten(0, (-1, sizes, self.anchor_ratios))
+        return grid.transpose(1, 2).flatten(0, 2)
+
+    def _best(
+        self,
+        anchors: list[Tensor],
+        logits: list[Tensor],
+        deltas: list[Tensor],
+        size: tuple[int, int],
+    ) -> Instances:
+        """Of one image, from all anchors [A_i, 4], logits [A_i] and deltas [A_i, 4] of levels."""
         most = self.pre_nms_topk[self.training]
         # Once, for all numbers of a level: a vectorised sigmoid rounds by the number's place, too.
         chances = [level.float().sigmoid() for level in logits]
         tops = [_order(level)[:most] if most < len(level) else slice(None) for level in chances]
-        box, logit, probability = (
+        anchor, delta, logit, probability = (
             torch.cat([x[top] for x, top in zip(levels, tops, strict=True)])
-            for levels in (boxes, logits, chances)
+            for levels in (anchors, deltas, logits, chances)
         )
+        box = self.box2box_transform.apply_deltas(delta, anchor)
         lengths = torch.tensor([min(most, len(level)) for level in chances])
         level = torch.arange(len(lengths)).repeat_interleave(lengths).to(box)
         finite = box.isfinite().all(1) & logit.isfinite()

@@ -16,7 +16,8 @@ from killing_d2 import in_two_processes
 from torch import nn
 
 from elsa_d2 import ClassSpecificCascadeROIHeads, UsageError, load_config
-from elsa_d2.cascade import StageMaskHeads, TwoSidedBoxTransform
+from elsa_d2.boxes import MMDetBoxTransform
+from elsa_d2.cascade import StageMaskHeads
 from elsa_d2.norm import SyncBatchNorm, resolve_norm
 from elsa_d2.tta import with_test_time_augmentation
 
@@ -103,7 +104,7 @@ def test_structure(model):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_boxes_shrink_and_grow_by_the_same_factor_at_most(dtype):
-    transform = TwoSidedBoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
+    transform = MMDetBoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
     boxes = torch.tensor([[0.0, 0.0, 100.0, 50.0], [10.0, 10.0, 30.0, 40.0]])
     deltas = torch.tensor([[0, 0, -1e3, 1e3, 1, -2, 0.5, -0.5], [0, 0, 1e3, -1e3, 0, 0, 0, 0]])
     moved = transform.apply_deltas(deltas.to(dtype), boxes).reshape(2, 2, 4)
@@ -115,20 +116,22 @@ def test_boxes_shrink_and_grow_by_the_same_factor_at_most(dtype):
     )
     stock = Box2BoxTransform(weights=(10.0, 10.0, 5.0, 5.0))
     usual = deltas[:, 4:].contiguous()
-    assert torch.equal(transform.apply_deltas(usual, boxes), stock.apply_deltas(usual, boxes))
+    torch.testing.assert_close(
+        transform.apply_deltas(usual, boxes), stock.apply_deltas(usual, boxes), rtol=1e-6, atol=0
+    )
 
 
-def test_boxes_agree_with_mmdetections():
+@pytest.mark.parametrize(
+    "deviations", [(1, 1, 1, 1), (0.1, 0.1, 0.2, 0.2), (0.033, 0.033, 0.067, 0.067)]
+)
+def test_boxes_are_mmdetections_to_the_bit(deviations):
     coders = pytest.importorskip("mmdet.models.task_modules.coders")
-    deviations = (0.033, 0.033, 0.067, 0.067)
     coder = coders.DeltaXYWHBBoxCoder(target_stds=deviations)
     corner = torch.rand(200, 2) * 300
     boxes = torch.cat([corner, corner + 5 + torch.rand(200, 2) * 200], 1)
     deltas = torch.randn(200, 12) * torch.tensor([1, 10, 100]).repeat(4)
-    transform = TwoSidedBoxTransform(weights=tuple(1 / value for value in deviations))
-    torch.testing.assert_close(
-        transform.apply_deltas(deltas, boxes), coder.decode(boxes, deltas), rtol=1e-5, atol=1e-2
-    )
+    transform = MMDetBoxTransform(weights=tuple(1 / value for value in deviations))
+    assert torch.equal(transform.apply_deltas(deltas, boxes), coder.decode(boxes, deltas))
 
 
 def test_each_stage_samples_anew_with_its_threshold(model, features):

@@ -18,40 +18,47 @@ SIZES = [(90, 120), (96, 128)]
 STRIDES = (4, 8, 16, 32, 64)
 BEFORE, AFTER = 50, 40
 CONFIG = "COCO-InstanceSegmentation/mask_rcnn_elsa_swin_t_fpn_1x.yaml"
+# The published models' anchors, and those of the digits, of two sizes.
+ANCHORS = {
+    CONFIG: dict(scales=[8], ratios=[0.5, 1.0, 2.0]),
+    "digits/mask_rcnn_elsa_swin_digits.yaml": dict(scales=[8, 11.3], ratios=[1.0, 2.0]),
+}
 
 
 @pytest.fixture(scope="module")
 def ours():
-    cfg = elsa_d2.load_config(elsa_d2.get_config_file(CONFIG))
+    return build(CONFIG)
+
+
+def build(config):
+    cfg = elsa_d2.load_config(elsa_d2.get_config_file(config))
     cfg.MODEL.RPN.PRE_NMS_TOPK_TEST = cfg.MODEL.RPN.PRE_NMS_TOPK_TRAIN = BEFORE
     cfg.MODEL.RPN.POST_NMS_TOPK_TEST = cfg.MODEL.RPN.POST_NMS_TOPK_TRAIN = AFTER
     shapes = {f"p{i + 2}": ShapeSpec(channels=256, stride=s) for i, s in enumerate(STRIDES)}
     return build_proposal_generator(cfg, shapes)
 
 
-def random_outputs(deviation):
-    """Logits [2, 3, H, W] and deltas [2, 12, H, W] of each level."""
+def random_outputs(deviation, number=3):
+    """Logits [2, number, H, W] and deltas [2, number * 4, H, W] of each level."""
     shapes = [(96 // s + (96 % s > 0), 128 // s) for s in STRIDES]
-    logits = [deviation * torch.randn(2, 3, *shape) for shape in shapes]
-    return logits, [0.5 * torch.randn(2, 12, *shape) for shape in shapes]
+    logits = [deviation * torch.randn(2, number, *shape) for shape in shapes]
+    return logits, [0.5 * torch.randn(2, number * 4, *shape) for shape in shapes]
 
 
 def propose(rpn, logits, deltas):
     images = ImageList(torch.zeros(2, 3, 96, 128), SIZES)
     anchors = rpn.anchor_generator(logits)
     flat = [x.permute(0, 2, 3, 1).flatten(1) for x in logits]
-    moved = [x.view(2, 3, 4, *x.shape[-2:]).permute(0, 3, 4, 1, 2).flatten(1, -2) for x in deltas]
+    moved = [x.view(2, -1, 4, *x.shape[-2:]).permute(0, 3, 4, 1, 2).flatten(1, -2) for x in deltas]
     return rpn.predict_proposals(anchors, flat, moved, images.image_sizes)
 
 
-def propose_in_mmdet(logits, deltas, least):
+def propose_in_mmdet(logits, deltas, least, anchors):
     head = dict(
         type="RPNHead",
         in_channels=256,
         feat_channels=256,
-        anchor_generator=dict(
-            type="AnchorGenerator", scales=[8], ratios=[0.5, 1.0, 2.0], strides=STRIDES
-        ),
+        anchor_generator=dict(type="AnchorGenerator", strides=STRIDES, **anchors),
         test_cfg=ConfigDict(
             nms_pre=BEFORE,
             max_per_img=AFTER,
@@ -66,24 +73,33 @@ def propose_in_mmdet(logits, deltas, least):
 
 # The larger the logits, the more of them become the same probability.
 @pytest.mark.parametrize("deviation", [1, 10, 40])
-@pytest.mark.parametrize("seed", range(4))
 # -1 keeps boxes without area, as the original does; some of them are nowhere in the image.
 @pytest.mark.parametrize("least", [0, -1])
-def test_the_same_boxes_in_the_same_order(ours, deviation, seed, least, monkeypatch):
-    torch.manual_seed(seed)
-    logits, deltas = random_outputs(deviation)
-    for x in deltas:
-        x[:, ::4] += 20 * (torch.rand_like(x[:, ::4]) < 0.1)
-    theirs = propose_in_mmdet(logits, deltas, least)
-    monkeypatch.setattr(ours, "min_box_size", least)
-    found = propose(ours.eval(), logits, deltas)
-    empty = sum((~item.proposal_boxes.nonempty()).sum() for item in found)
-    assert (empty > 0) == (least < 0)
-    for mine, other in zip(found, theirs, strict=True):
-        assert len(mine) == AFTER
-        chances = mine.objectness_logits.sigmoid()
-        torch.testing.assert_close(chances, other.scores, rtol=0, atol=1e-6)
-        torch.testing.assert_close(mine.proposal_boxes.tensor, other.bboxes, rtol=0, atol=1e-4)
+@pytest.mark.parametrize("config", ANCHORS)
+def test_the_same_boxes_in_the_same_order(deviation, least, config, monkeypatch):
+    """To the bit, whatever is suppressed."""
+    rpn, anchors = build(config).eval(), ANCHORS[config]
+    monkeypatch.setattr(rpn, "min_box_size", least)
+    sizes, ratios = map(len, anchors.values())
+    for seed in range(4):
+        torch.manual_seed(seed)
+        logits, deltas = random_outputs(deviation, sizes * ratios)
+        for x in deltas:
+            x[:, ::4] += 20 * (torch.rand_like(x[:, ::4]) < 0.1)
+        theirs = propose_in_mmdet(logits, deltas, least, anchors)
+        # MMDetection's channels are by ratio, ours by size.
+        mine = [
+            [x.unflatten(1, (ratios, sizes, -1)).transpose(1, 2).flatten(1, 3) for x in part]
+            for part in (logits, deltas)
+        ]
+        found = propose(rpn, *mine)
+        empty = sum((~item.proposal_boxes.nonempty()).sum() for item in found)
+        assert (empty > 0) == (least < 0)
+        for item, other in zip(found, theirs, strict=True):
+            assert len(item) == AFTER
+            chances = item.objectness_logits.sigmoid()
+            torch.testing.assert_close(chances, other.scores, rtol=0, atol=1e-6)
+            assert torch.equal(item.proposal_boxes.tensor, other.bboxes)
 
 
 def test_images_without_any_box(ours):
