@@ -9,15 +9,10 @@ from typing import Any
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 
-from elsa_core import ELSASwin
 from elsa_core.errors import UsageError
 from elsa_core.files import replacing
 from elsa_core.finite import first_nonfinite
-from elsa_weights import checkpoint_for
-
-# A checkpoint with less of the attention's weights is of another backbone, though some vectors may
-# agree by chance. Stock Swin gives the small variant a quarter of them.
-LEAST_PART = 0.1
+from elsa_weights import attention_names, checkpoint_for, coverage, has_names_of
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -49,7 +44,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def _load_file(self, filename: str) -> dict[str, Any]:
         self._file = filename
-        attention = self._attention()
+        attention = attention_names(self.model)
         if not attention:
             return super()._load_file(filename)
         if filename.endswith((".pkl", ".safetensors")):
@@ -59,7 +54,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         except Exception:  # damaged, or with objects that torch does not know: read as data
             return checkpoint_for(self.model, filename)
         names = {str(name).removeprefix("module.") for name in loaded["model"]}
-        if attention <= names:
+        if has_names_of(self.model, names):
             return loaded
         try:
             # Detectron2 puts files without "model" under that name.
@@ -70,33 +65,18 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 raise
             return loaded
 
-    def _attention(self) -> set[str]:
-        """The parameters that no other backbone has: those of the ELSA-Swins' attention."""
-        return {
-            f"{prefix}.{name}" if prefix else name
-            for prefix, module in self.model.named_modules()
-            if isinstance(module, ELSASwin)
-            for name, _ in module.named_parameters()
-            if ".attn." in name
-        }
-
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         """As Detectron2's, but raises UsageError where nothing, or next to nothing, matches."""
         incompatible = super()._load_model(checkpoint)
-        sizes = {name: parameter.numel() for name, parameter in self.model.named_parameters()}
-        given = sizes.keys() - set(incompatible.missing_keys)
-        counts = f"{len(given)} of the {len(sizes)} parameters of the model"
-        refused = bool(sizes) and not given
-        if attention := self._attention():
-            whole, part = (sum(map(sizes.get, names)) for names in (attention, given & attention))
-            counts += f" and {part / whole:.0%} of the weights of ELSA-Swin's attention"
-            refused |= part < LEAST_PART * whole
-        if refused:
+        names = {name for name, _ in self.model.named_parameters()}
+        given = names - set(incompatible.missing_keys)
+        counts, enough = coverage(self.model, given)
+        if not enough:
             raise UsageError(
                 f"the checkpoint {self._file} does not match the model: by name and shape, "
                 f"it has {counts}"
             )
-        if len(given) < len(sizes):
+        if given != names:
             self.logger.info(f"{self._file} has {counts}")
         return incompatible
 

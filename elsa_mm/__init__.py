@@ -7,6 +7,7 @@ from .amp import CPUAmpOptimWrapper
 from .backbone import ELSASwin
 from .checkpoint import AtomicLocalBackend
 from .evaluation import AugmentedValLoop
+from .loading import WeightsHook
 from .schedule import WarmupCosineLR
 from .sizes import EqualSizesHook
 from .stop import StoppableCheckpointHook
@@ -22,5 +23,6 @@ __all__ = [
     "EqualSizesHook",
     "StoppableCheckpointHook",
     "WarmupCosineLR",
+    "WeightsHook",
     "get_config_file",
 ]

@@ -137,7 +137,7 @@ def _train(options: argparse.Namespace) -> None:
     runner = _build_runner(cfg, notes)
     fit.check_batch(cfg)
     if cfg.get("resume") and os.path.isfile(cfg.get("load_from") or ""):
-        fit.check_weights(fit.model_of(runner), cfg.load_from)
+        fit.check_weights(fit.model_of(runner), cfg.load_from, resumes=True)
     preflight.build_data(runner, parts)
     fit.check_classes(runner, parts)
     resumed = (cfg.get("load_from") or "") if cfg.get("resume") else ""
@@ -191,7 +191,7 @@ def _load_config(options: argparse.Namespace) -> Config:
 def _build_runner(cfg: Config, notes: list[str]) -> Runner:
     notes += use_cpu_where_needed(cfg)
     use_coco_metric(cfg)
-    _look_at_sizes(cfg)
+    _add_hooks(cfg)
     if cfg.get("default_scope") == "mmdet":
         from mmdet.utils import setup_cache_size_limit_of_dynamo
 
@@ -215,8 +215,11 @@ def _make_stoppable(cfg: Config) -> None:
         hook["type"] = "StoppableCheckpointHook"
 
 
-def _look_at_sizes(cfg: Config) -> None:
-    cfg.setdefault("default_hooks", {}).setdefault("sizes", dict(type="EqualSizesHook"))
+def _add_hooks(cfg: Config) -> None:
+    """Gives configs what ours have."""
+    hooks = cfg.setdefault("default_hooks", {})
+    hooks.setdefault("sizes", dict(type="EqualSizesHook"))
+    hooks.setdefault("weights", dict(type="WeightsHook"))
 
 
 def _enable_amp(cfg: Config) -> None:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import copy
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from mmengine.config import Config
-from mmengine.model import BaseTTAModel, is_model_wrapper
-from mmengine.registry import MODELS
 from mmengine.runner import Runner
 from torch import distributed, nn
 
 from elsa_core.errors import UsageError
 
 from .checkpoint import local_content
+from .loading import adopt, check_progress, plain_model, unbuilt_model
 
 # What has one output or label for each class of the data; an RPN has not.
 _HEADS = re.compile(
@@ -58,10 +56,7 @@ def check_classes(runner: Runner, parts: Sequence[str]) -> None:
 
 def model_of(runner: Runner) -> nn.Module:
     """The runner's model; where it is built later (FlexibleRunner), one without memory."""
-    if isinstance(runner.model, nn.Module):
-        return runner.model
-    with torch.device("meta"):
-        return MODELS.build(copy.deepcopy(runner.model))
+    return runner.model if isinstance(runner.model, nn.Module) else unbuilt_model(runner.model)
 
 
 def check_batch(cfg: Config) -> None:
@@ -86,16 +81,24 @@ def check_batch(cfg: Config) -> None:
         )
 
 
-def check_weights(model: nn.Module, path: str) -> None:
+def check_weights(model: nn.Module, path: str, *, resumes: bool = False) -> None:
     """Raises UsageError unless a checkpoint holds every parameter of a model in its shape.
 
     MMEngine would go on with random values for the others. URLs pass.
+
+    Args:
+        resumes: whether a training goes on from it.
     """
     if "://" in path:
         return
-    stored = _shapes(path)
-    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
-        model = model.module
+    model, content = plain_model(model), local_content(path)
+    adopt(model, content, path, resumes=resumes)
+    state = content.get("state_dict", content)
+    stored = {
+        re.sub("^module\\.", "", name): tuple(tensor.shape)
+        for name, tensor in state.items()
+        if isinstance(tensor, torch.Tensor)
+    }
     wanted = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     for name, shape in wanted.items():
         if stored.get(name, shape) != shape:
@@ -108,17 +111,5 @@ def check_weights(model: nn.Module, path: str) -> None:
             f"the checkpoint {path} does not fit the model: it lacks {len(missing)} of the "
             f"{len(wanted)} parameters, {missing[0]} for one"
         )
-
-
-def _shapes(path: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a checkpoint's tensors, as MMEngine finds and names them."""
-    content = local_content(path)
-    if isinstance(content, Mapping):
-        content = content.get("state_dict", content)
-    if not isinstance(content, Mapping):
-        raise UsageError(f"the checkpoint {path} holds no state dict, got {type(content).__name__}")
-    return {
-        re.sub("^module\\.", "", name): tuple(tensor.shape)
-        for name, tensor in content.items()
-        if isinstance(tensor, torch.Tensor)
-    }
+    if resumes:
+        check_progress(content, path)

@@ -5,6 +5,7 @@ torch is the only dependency; `elsa_weights.verify` imports the frameworks that 
 
 from .convert import TARGETS, Conversion, convert
 from .files import checkpoint_for, convert_file, load_backbone
+from .fit import attention_names, coverage, has_names_of
 from .read import check_checkpoint, read_checkpoint
 from .recognise import Source, recognise
 from .write import class_names
@@ -13,11 +14,14 @@ __all__ = [
     "TARGETS",
     "Conversion",
     "Source",
+    "attention_names",
     "check_checkpoint",
     "checkpoint_for",
     "class_names",
     "convert",
     "convert_file",
+    "coverage",
+    "has_names_of",
     "load_backbone",
     "read_checkpoint",
     "recognise",

@@ -14,9 +14,17 @@ from elsa_core.errors import UsageError
 
 from . import write
 from .convert import Conversion, convert
-from .names import D2_BACKBONES, RULES
+from .names import D2_BACKBONES, RULES, UPERNET
 from .read import read_checkpoint
-from .recognise import DETECTRON2, Source, recognise
+from .recognise import (
+    BACKBONE,
+    CLASSIFIER,
+    DETECTRON2,
+    OPENMMLAB,
+    SWIN,
+    Source,
+    recognise,
+)
 
 _Result = TypeVar("_Result")
 
@@ -77,8 +85,8 @@ def load_backbone(backbone: ELSASwin, path: str | os.PathLike) -> Conversion:
     than ``backbone``; then nothing was loaded.
     """
     source = read_source(path)
-    last_only = tuple(backbone.out_indices) == (len(backbone.num_features) - 1,)
-    conversion = in_file(path, lambda: convert(source, "backbone", keep_norm=last_only))
+    keep = _returns_last_only(backbone)
+    conversion = in_file(path, lambda: convert(source, "backbone", keep_norm=keep))
     tensors = _used(backbone, conversion)
     _check_fit(path, conversion, tensors, backbone.state_dict())
     backbone.load_state_dict(tensors, strict=False)
@@ -86,16 +94,23 @@ def load_backbone(backbone: ELSASwin, path: str | os.PathLike) -> Conversion:
 
 
 def checkpoint_for(
-    model: nn.Module, path: str | os.PathLike, content: Any = None
-) -> dict[str, dict[str, Any]]:
-    """``model``, the tensors of a checkpoint of any framework under the names of a Detectron2
-    model, and ``meta``, what the checkpoint says of itself.
+    model: nn.Module,
+    path: str | os.PathLike,
+    content: Any = None,
+    *,
+    to: str = DETECTRON2,
+    anchor_sizes: int | None = None,
+) -> dict[str, Any]:
+    """``model``, the tensors of a checkpoint of any framework under the names of a model of
+    Detectron2 or OpenMMLab, and ``meta``, what the checkpoint says of itself.
 
-    The detector or segmentor that the model is gives all of its tensors, anything else the backbone
-    alone and no ``meta``.
+    The same kind of model gives all of its tensors, anything else the backbone alone and no
+    ``meta``.
 
     Args:
         content: of the file, where it has been read already.
+        to: whose names the model has, "detectron2" or "openmmlab".
+        anchor_sizes: of the model, as for `convert`.
 
     Raises UsageError as `load_backbone`, or where the model has not exactly one ELSA-Swin.
     """
@@ -107,15 +122,25 @@ def checkpoint_for(
     prefix += "." if prefix else ""
     checkpoint = read_checkpoint(path) if content is None else content
     source = in_file(path, lambda: recognise(checkpoint))
-    if prefix == D2_BACKBONES.get(source.kind) and _has_heads(names, source.kind):
-        if source.family == DETECTRON2:
-            return {"model": dict(source.tensors.values()), "meta": source.meta}
-        converted = in_file(path, lambda: convert(source, "detectron2"))
-        return {"model": converted.tensors, "meta": source.meta}
-    conversion = in_file(path, lambda: convert(source, "backbone"))
+    if target := _whole_model(names, prefix, source, to):
+        if target != source.family or source.kind == CLASSIFIER:
+            tensors = in_file(
+                path, lambda: convert(source, target, anchor_sizes=anchor_sizes)
+            ).tensors
+        elif to == DETECTRON2:
+            tensors = dict(source.tensors.values())
+        else:
+            tensors = {name: tensor for name, (_, tensor) in source.tensors.items()}
+        return {"model": tensors, "meta": source.meta}
+    keep = to == OPENMMLAB and _returns_last_only(backbone)
+    conversion = in_file(path, lambda: convert(source, "backbone", keep_norm=keep))
     given = {prefix + name: tensor for name, tensor in _used(backbone, conversion).items()}
     _check_fit(path, conversion, given, names, prefix)
     return {"model": given}
+
+
+def _returns_last_only(backbone: ELSASwin) -> bool:
+    return tuple(backbone.out_indices) == (len(backbone.num_features) - 1,)
 
 
 def _used(backbone: ELSASwin, conversion: Conversion) -> dict[str, Tensor]:
@@ -125,8 +150,26 @@ def _used(backbone: ELSASwin, conversion: Conversion) -> dict[str, Tensor]:
     return tensors
 
 
-def _has_heads(names: Mapping[str, Tensor], kind: str) -> bool:
-    parts = {rule.d2.split(".")[0] for rule in RULES[kind]}
+def _whole_model(names: Mapping[str, Tensor], prefix: str, source: Source, to: str) -> str:
+    """What to convert to where a model takes more than the backbone, the source's own family where
+    its names are the model's, "" for the backbone alone."""
+    if to == DETECTRON2:
+        if prefix != D2_BACKBONES.get(source.kind) or not _has_heads(names, source.kind, "d2"):
+            return ""
+        return DETECTRON2
+    if prefix != "backbone." or source.kind == BACKBONE or source.family == SWIN:
+        return ""
+    if source.kind == CLASSIFIER:
+        return "mmpretrain" if "head.fc.weight" in names else ""
+    if source.family != DETECTRON2:
+        return source.family
+    if source.kind not in RULES or not _has_heads(names, source.kind, "mm"):
+        return ""
+    return "mmseg" if source.kind == UPERNET else "mmdet"
+
+
+def _has_heads(names: Mapping[str, Tensor], kind: str, side: str) -> bool:
+    parts = {getattr(rule, side).split(".")[0] for rule in RULES[kind]}
     return parts <= {name.split(".")[0] for name in names}
 
 

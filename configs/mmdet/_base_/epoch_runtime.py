@@ -9,4 +9,5 @@ default_hooks = dict(
         backend_args=dict(backend="atomic_local"),
     ),
     sizes=dict(type="EqualSizesHook"),
+    weights=dict(type="WeightsHook"),
 )

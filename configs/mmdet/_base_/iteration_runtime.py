@@ -11,5 +11,6 @@ default_hooks = dict(
         backend_args=dict(backend="atomic_local"),
     ),
     sizes=dict(type="EqualSizesHook"),
+    weights=dict(type="WeightsHook"),
 )
 log_processor = dict(by_epoch=False, window_size=20)

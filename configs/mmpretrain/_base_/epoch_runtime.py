@@ -12,5 +12,6 @@ default_hooks = dict(
         rule="greater",
         backend_args=dict(backend="atomic_local"),
     ),
+    weights=dict(type="WeightsHook"),
 )
 randomness = dict(seed=42, diff_rank_seed=True)

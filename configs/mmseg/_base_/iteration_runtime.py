@@ -16,5 +16,6 @@ default_hooks = dict(
     sampler_seed=dict(type="DistSamplerSeedHook"),
     visualization=dict(type="SegVisualizationHook"),
     sizes=dict(type="EqualSizesHook"),
+    weights=dict(type="WeightsHook"),
 )
 log_processor = dict(window_size=20)

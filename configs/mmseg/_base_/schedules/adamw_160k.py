@@ -24,5 +24,6 @@ default_hooks = dict(
         backend_args=dict(backend="atomic_local"),
     ),
     sizes=dict(type="EqualSizesHook"),
+    weights=dict(type="WeightsHook"),
 )
 auto_scale_lr = dict(enable=False, base_batch_size=16)

@@ -1,0 +1,130 @@
+"""Checkpoints of every form that `elsa_weights` knows, loaded whole or refused."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from mmengine.hooks import Hook
+from mmengine.model import BaseTTAModel, is_model_wrapper
+from mmengine.registry import HOOKS, MODELS
+from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+
+from elsa_core.errors import UsageError
+from elsa_weights import attention_names, checkpoint_for, coverage, has_names_of
+
+OPENMMLAB = "openmmlab"
+# What MMEngine reads of a checkpoint that a training is resumed from.
+_PROGRESS, _STATE = ("epoch", "iter"), ("message_hub",)
+_AVERAGED = "ema_state_dict"
+
+
+@HOOKS.register_module()
+class WeightsHook(Hook):
+    """Gives a checkpoint that MMEngine has loaded the names of the model, and refuses strangers.
+
+    Detectron2's and the original's checkpoints, bare backbones, and names with prefixes such as
+    ``_orig_mod.`` or ``model.`` are converted as ``init_cfg`` does. What matches in part is loaded,
+    and the log says how much that is.
+
+    Raises UsageError where nothing matches, or less than a tenth of the weights of ELSA-Swin's
+    attention, and for a checkpoint that is resumed from without the state of a training.
+    """
+
+    priority = "VERY_HIGH"  # before EMAHook, which takes the averaged weights from the checkpoint
+
+    def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        path = str(getattr(runner, "_load_from", None) or "that was loaded")
+        model = plain_model(runner.model)
+        if any(isinstance(module, FSDP) for module in runner.model.modules()):
+            model = unbuilt_model(runner.cfg.model)  # FSDP's parameters are flat
+        resumes = bool(getattr(runner, "_resume", False))
+        if note := adopt(model, checkpoint, path, resumes=resumes):
+            runner.logger.info(note)
+        if resumes:
+            check_progress(checkpoint, path)
+
+
+def plain_model(model: nn.Module) -> nn.Module:
+    """The model in wrappers for several processes or for test-time augmentation."""
+    while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
+        model = model.module
+    return model
+
+
+def unbuilt_model(config: dict) -> nn.Module:
+    """The model without memory for its parameters."""
+    with torch.device("meta"):
+        return MODELS.build(copy.deepcopy(config))
+
+
+def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -> str:
+    """Puts a checkpoint's tensors, under the names of a model, into its ``state_dict``, in place.
+
+    Args:
+        content: of the file ``path``, as MMEngine reads it.
+        resumes: whether a training goes on from it.
+
+    Returns what there is to say, "" where the checkpoint has all parameters under their names.
+    Raises UsageError as `WeightsHook`.
+    """
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(state, Mapping):
+        raise UsageError(f"the checkpoint {path} holds no state dict, got {type(state).__name__}")
+    wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
+    # As MMEngine names them.
+    plain = {re.sub("^module\\.", "", str(name)): value for name, value in state.items()}
+    found, reason = plain, None
+    if attention_names(model) and not has_names_of(model, plain):
+        try:
+            sizes = _anchor_sizes(model)
+            found = checkpoint_for(model, path, content, to=OPENMMLAB, anchor_sizes=sizes)["model"]
+        except UsageError as error:
+            reason = error
+    given = {n for n, t in found.items() if isinstance(t, Tensor) and wanted.get(n) == t.shape}
+    words, enough = coverage(model, given)
+    if not enough:
+        ours = ", ".join(list(wanted)[:2])
+        if reason is not None:
+            raise UsageError(
+                f"the checkpoint {path} does not match the model, whose names begin with {ours}: "
+                f"{reason}"
+            ) from reason
+        raise UsageError(
+            f"the checkpoint {path} does not match the model: by name and shape, it has {words}; "
+            f"its names begin with {', '.join(list(plain)[:2])}, the model's with {ours}"
+        )
+    converted = found.keys() - plain.keys()
+    if converted and resumes and _AVERAGED in content:
+        raise UsageError(
+            f"the checkpoint {path} cannot be resumed from: its names are not the model's, "
+            f"{min(converted)} for one, and it has averaged weights beside them"
+        )
+    if converted or state is content:
+        content["state_dict"] = found  # type: ignore[index]
+    how = ", converted to the names of the model," if converted else ""
+    return f"the checkpoint {path}{how} has {words}" if how or given != wanted.keys() else ""
+
+
+def _anchor_sizes(model: nn.Module) -> int | None:
+    """Of a pyramid level, in the config of MMDetection's RPN."""
+    generator = getattr(getattr(model, "rpn_head", None), "prior_generator", None)
+    scales = getattr(generator, "scales", None)
+    return None if scales is None else len(scales)
+
+
+def check_progress(content: Mapping, path: str) -> None:
+    """Raises UsageError for a checkpoint without what a training is resumed with."""
+    meta = content.get("meta")
+    known = meta if isinstance(meta, Mapping) else {}
+    if missing := [f"meta.{name}" for name in _PROGRESS if name not in known] + [
+        name for name in _STATE if name not in content
+    ]:
+        raise UsageError(
+            f"the checkpoint {path} cannot be resumed from, it lacks {missing[0]} of a training's "
+            "state: load_from begins a training with its weights"
+        )
