@@ -13,7 +13,7 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.runner import CheckpointLoader
 
 from elsa_core.files import replacing
-from elsa_weights import safetensors
+from elsa_weights import read_checkpoint, safetensors
 
 
 @register_backend("atomic_local")
@@ -74,12 +74,13 @@ def is_whole_checkpoint(path: str | Path) -> bool:
 
 
 def local_content(path: str | Path) -> Any:
-    """What is in a checkpoint of `torch.save` that `preflight.check_checkpoint` lets pass.
+    """What is in a checkpoint that `preflight.check_checkpoint` lets pass.
 
     Where the format allows it, the tensors' bytes stay on the disk.
     """
-    mapped = zipfile.is_zipfile(path)
-    return torch.load(path, map_location="cpu", mmap=mapped, weights_only=False)
+    if zipfile.is_zipfile(path):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    return read_checkpoint(path)
 
 
 @CheckpointLoader.register_scheme(r".*\.safetensors$", force=True)
@@ -93,3 +94,13 @@ def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, 
         raise FileNotFoundError(f"{filename} can not be found.")
     tensors, meta = safetensors.load(filename)
     return {"state_dict": tensors, "meta": meta}
+
+
+@CheckpointLoader.register_scheme(r"(?!.*://).*\.pkl$", force=True)
+def load_from_pickle(filename: str, map_location: Any = None) -> Any:
+    """What MMEngine loads where a local checkpoint's name ends in .pkl, as Detectron2's zoo has
+    them, on the CPU.
+
+    Raises UsageError for a file that is not there, damaged, or would execute code.
+    """
+    return read_checkpoint(os.path.expanduser(filename))

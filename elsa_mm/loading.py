@@ -72,7 +72,7 @@ def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -
     Returns what there is to say, "" where the checkpoint has all parameters under their names.
     Raises UsageError as `WeightsHook`.
     """
-    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    state = _state(content)
     if not isinstance(state, Mapping):
         raise UsageError(f"the checkpoint {path} holds no state dict, got {type(state).__name__}")
     wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
@@ -104,10 +104,17 @@ def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -
             f"the checkpoint {path} cannot be resumed from: its names are not the model's, "
             f"{min(converted)} for one, and it has averaged weights beside them"
         )
-    if converted or state is content:
+    if converted or "state_dict" not in content:
         content["state_dict"] = found  # type: ignore[index]
     how = ", converted to the names of the model," if converted else ""
     return f"the checkpoint {path}{how} has {words}" if how or given != wanted.keys() else ""
+
+
+def _state(content: Any) -> Any:
+    """The tensors in a checkpoint of MMEngine, Detectron2, or without anything beside them."""
+    if not isinstance(content, Mapping) or "state_dict" in content:
+        return content["state_dict"] if isinstance(content, Mapping) else content
+    return content["model"] if isinstance(content.get("model"), Mapping) else content
 
 
 def _anchor_sizes(model: nn.Module) -> int | None:

@@ -1,5 +1,7 @@
 """`load_from`, --resume and tools/test.py take every form of checkpoint, or refuse it."""
 
+import pickle
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -7,10 +9,11 @@ import torch
 from mm_tiny import CONFIGS, options
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import CheckpointLoader
 
 from elsa_core.errors import UsageError
 from elsa_mm import WeightsHook, fit
-from elsa_weights import convert, recognise
+from elsa_weights import convert, recognise, safetensors
 
 ARCH = dict(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
 TINY = {
@@ -132,7 +135,7 @@ SENTENCES = {
 @pytest.mark.parametrize("kind", SENTENCES)
 def test_what_matches_nothing_is_refused(models, kind):
     with pytest.raises(UsageError) as error:
-        load(models["mmdet"], {"state_dict": strangers(models)[kind]})
+        load(models["mmdet"], {"model": strangers(models)[kind], "meta": {}})
     assert str(error.value).startswith("the checkpoint a.pth does not match the model")
     assert SENTENCES[kind] in str(error.value)
 
@@ -159,11 +162,27 @@ def test_resumption(models, form):
             load(model, averaged, resume=True)
 
 
+@pytest.mark.parametrize("suffix", ["pkl", "safetensors"])
+def test_files_that_are_not_of_torch(models, tmp_path, suffix):
+    state = FORMS["detectron2"](models["mmdet"].state_dict())
+    path = str(tmp_path / f"a.{suffix}")
+    if suffix == "pkl":
+        arrays = {name: tensor.numpy() for name, tensor in state.items()}
+        Path(path).write_bytes(pickle.dumps({"model": arrays, "__author__": "somebody"}))
+    else:
+        with open(path, "wb") as file:
+            safetensors.save(file, state, {})
+    fit.check_weights(models["mmdet"], path)
+    loaded, _ = load(models["mmdet"], CheckpointLoader.load_checkpoint(path))
+    wanted = models["mmdet"].state_dict()
+    assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
+
+
 @pytest.mark.parametrize("form", ["_orig_mod.", "detectron2"])
 def test_evaluated_checkpoints_take_every_form(models, form, tmp_path):
     path = str(tmp_path / "a.pth")
     state = FORMS[form](models["mmdet"].state_dict())
-    torch.save({"state_dict": state}, path)
+    torch.save({"model" if form == "detectron2" else "state_dict": state}, path)
     fit.check_weights(models["mmdet"], path)
     torch.save({"state_dict": dict(list(state.items())[:-1])}, path)
     with pytest.raises(UsageError, match="a.pth (does not fit the model: it lacks 1|.*missing)"):
