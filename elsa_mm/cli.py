@@ -20,7 +20,7 @@ from elsa_core.stop import Ended
 from . import classes, fit, preflight
 from .checkpoint import find_last_checkpoint
 from .evaluators import use_coco_metric
-from .machine import join_cpu_processes, use_cpu_where_needed
+from .machine import agree, join_processes, use_cpu_where_needed
 from .reading import that_reads
 
 EXIT_STATUS = (
@@ -130,15 +130,16 @@ def _train(options: argparse.Namespace) -> None:
         _enable_auto_scale_lr(cfg)
     parts = ["train", "val"] if cfg.get("val_dataloader") else ["train"]
     notes = classes.settle(cfg, parts)
-    preflight.check_data(cfg, parts)
-    preflight.check_work_dir(cfg.work_dir)
+    join_processes(cfg)
+    agree(lambda: preflight.check_data(cfg, parts), first_only=True)
+    agree(lambda: preflight.check_work_dir(cfg.work_dir))
     notes += _set_resume(cfg, options.resume)
     _make_stoppable(cfg)
     runner = _build_runner(cfg, notes)
     fit.check_batch(cfg)
     if cfg.get("resume") and os.path.isfile(cfg.get("load_from") or ""):
         fit.check_weights(fit.model_of(runner), cfg.load_from, resumes=True)
-    preflight.build_data(runner, parts)
+    agree(lambda: preflight.build_data(runner, parts))
     fit.check_classes(runner, parts)
     resumed = (cfg.get("load_from") or "") if cfg.get("resume") else ""
     classes.check(runner, parts, classes.stored_classes(resumed), resumed)
@@ -159,11 +160,12 @@ def _test(options: argparse.Namespace) -> None:
     notes = classes.settle(cfg, ["test"], stored)
     if stored is None:
         notes.append("the checkpoint names no classes: those of the config are taken for its own")
-    preflight.check_data(cfg, ["test"])
-    preflight.check_work_dir(cfg.work_dir)
+    join_processes(cfg)
+    agree(lambda: preflight.check_data(cfg, ["test"]), first_only=True)
+    agree(lambda: preflight.check_work_dir(cfg.work_dir))
     runner = _build_runner(cfg, notes)
     fit.check_weights(fit.model_of(runner), options.checkpoint)
-    preflight.build_data(runner, ["test"])
+    agree(lambda: preflight.build_data(runner, ["test"]))
     fit.check_classes(runner, ["test"])
     classes.check(runner, ["test"], stored, options.checkpoint)
     if options.out and not _is_mmseg(cfg):
@@ -196,7 +198,6 @@ def _build_runner(cfg: Config, notes: list[str]) -> Runner:
         from mmdet.utils import setup_cache_size_limit_of_dynamo
 
         setup_cache_size_limit_of_dynamo()
-    join_cpu_processes(cfg)
     kind = RUNNERS.get(cfg.get("runner_type", "Runner"))
     if kind is None:
         raise UsageError(f"runner_type {cfg.runner_type} is not registered")

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Callable
 from datetime import timedelta
 
 from mmengine.config import Config
 from mmengine.device import get_device
+from mmengine.dist import all_gather_object, init_dist, is_main_process
+from mmengine.utils.dl_utils import set_multi_processing
 from torch import distributed
 
-from elsa_core.errors import UsageError
+from elsa_core.errors import UsageError, one_line
 
 from .preflight import walk
 
@@ -33,13 +36,19 @@ def use_cpu_where_needed(cfg: Config) -> list[str]:
     return notes
 
 
-def join_cpu_processes(cfg: Config) -> None:
-    """Joins the other processes where MMEngine, which asks for a CUDA device first, cannot.
+def join_processes(cfg: Config) -> None:
+    """Joins the other processes of a distributed run, before MMEngine's runner would.
 
-    Raises UsageError if the launcher is neither torchrun nor Slurm.
+    So can MMEngine on GPUs only: on CPUs, it asks for a CUDA device first. Raises UsageError where
+    there is no GPU and the launcher is neither torchrun nor Slurm.
     """
     launcher = cfg.get("launcher", "none")
-    if launcher == "none" or get_device() != "cpu":
+    if launcher == "none" or distributed.is_initialized():
+        return
+    settings = cfg.get("env_cfg") or {}
+    if get_device() != "cpu":
+        set_multi_processing(**settings.get("mp_cfg", {}), distributed=True)
+        init_dist(launcher, **settings.get("dist_cfg", {}))
         return
     if launcher == "slurm":
         _read_slurm()
@@ -52,9 +61,30 @@ def join_cpu_processes(cfg: Config) -> None:
             "--launcher pytorch is for processes that torchrun has started, "
             f"the environment variable {missing[0]} is not set"
         )
-    seconds = (cfg.get("env_cfg") or {}).get("dist_cfg", {}).get("timeout")
+    seconds = settings.get("dist_cfg", {}).get("timeout")
     timeout = None if seconds is None else timedelta(seconds=seconds)
     distributed.init_process_group("gloo", timeout=timeout)
+
+
+def agree(check: Callable[[], None], *, first_only: bool = False) -> None:
+    """Calls a check, whose error in any process of the run ends all of them.
+
+    Args:
+        first_only: the first process checks for all, as what they would read is the same.
+
+    Raises the process's own error, or UsageError with the sentence of the first that has one.
+    """
+    failure: Exception | None = None
+    if not first_only or is_main_process():
+        try:
+            check()
+        except Exception as error:
+            failure = error
+    sentences = all_gather_object(None if failure is None else one_line(failure))
+    if failure is not None:
+        raise failure
+    if said := [sentence for sentence in sentences if sentence is not None]:
+        raise UsageError(said[0])
 
 
 def _read_slurm() -> None:

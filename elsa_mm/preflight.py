@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dist import is_main_process
 from mmengine.registry import MODELS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
@@ -132,12 +133,12 @@ def check_data(cfg: Config, parts: Sequence[str]) -> None:
 
 
 def build_data(runner: Runner, parts: Sequence[str]) -> None:
-    """Loads the data sets before the run begins.
+    """Loads the data sets before the run begins; the first process looks at label maps.
 
     Raises UsageError for a data set without images or, in MMSegmentation, for one that would leave
     out images, that lacks label maps, or whose label maps hold no class.
     """
-    segments = runner.cfg.get("default_scope") == "mmseg"
+    segments = runner.cfg.get("default_scope") == "mmseg" and is_main_process()
     if segments:
         from . import label_maps
     for part in parts:

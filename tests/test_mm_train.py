@@ -13,7 +13,7 @@ import cv2
 import pytest
 import torch
 from killing import fork, statuses_of, two_ranks
-from killing_mm import run_tool, run_tool_to_its_end
+from killing_mm import run_tool, run_tool_noting_reads, run_tool_to_its_end
 from mm_tiny import CONFIGS, REPOSITORY, options
 
 frameworks = pytest.mark.parametrize("framework", CONFIGS)
@@ -141,3 +141,21 @@ def test_two_processes_in_mixed_precision(digits, tmp_path, framework):
     assert set(last_metrics(output, framework)) == set(METRICS[framework])
     state = torch.load(tmp_path / "runs/iter_2.pth", weights_only=False)
     assert not [name for name in state["state_dict"] if name.startswith("module.")]
+
+
+def test_the_first_process_checks_the_data_for_all(digits, tmp_path):
+    content = json.loads((digits / "annotations/instances_training.json").read_text())
+    content["images"].append({**content["images"][0], "id": 99, "file_name": "gone.jpg"})
+    file = tmp_path / "training.json"
+    file.write_text(json.dumps(content))
+    values = options("mmdet", digits, train_dataloader__dataset__ann_file=file)
+    arguments = [CONFIGS["mmdet"], "--launcher", "pytorch", "--work-dir", "runs", *values]
+    tool, log = REPOSITORY / "tools/train.py", tmp_path / "log.txt"
+    processes = [
+        fork(run_tool_noting_reads, str(file), tool, arguments, tmp_path, log, environment)
+        for environment in two_ranks()
+    ]
+    assert statuses_of(processes) == [2, 2], log.read_text()[-3000:]
+    assert log.read_text().count("lacks 1 of the 17 images") == 1
+    assert "Traceback" not in log.read_text()
+    assert set((tmp_path / "reads.txt").read_text()) == {"0"}
