@@ -9,9 +9,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -23,6 +22,7 @@ from detectron2.evaluation import (
     CityscapesSemSegEvaluator,
     DatasetEvaluator,
 )
+from detectron2.utils.comm import get_world_size
 
 from elsa_core.errors import UsageError, one_line
 
@@ -36,6 +36,7 @@ _IMAGE, _POLYGONS = "leftImg8bit.png", "gtFine_polygons.json"
 _INSTANCES, _LABELS = "gtFine_instanceIds.png", "gtFine_labelIds.png"
 _TRAIN_IDS = "gtFine_labelTrainIds.png"
 FEW_IMAGES = 64
+BUILTIN = "detectron2.data.datasets.builtin"  # where Detectron2 registers its own
 
 
 class InstanceEvaluator(CityscapesInstanceEvaluator):
@@ -52,28 +53,28 @@ class InstanceEvaluator(CityscapesInstanceEvaluator):
 EVALUATORS = {INSTANCES: InstanceEvaluator, SEMANTIC: CityscapesSemSegEvaluator}
 
 
-class _Readers:
-    """Processes that end by themselves after the one map that they are for; few items need none.
+def load_instances(image_dir: str, gt_dir: str) -> list[dict[str, Any]]:
+    """Detectron2's records of images and their instances.
 
-    Detectron2 ends those that read instances by SIGTERM, which a training takes for a scheduler's.
+    Its own function of the kind leaves the processes that read the files to a SIGTERM, which they
+    take for a scheduler's and wait out while a training runs. Here they end by themselves, and few
+    files are read without any.
     """
+    from cityscapesscripts.helpers.labels import labels
 
-    def __init__(self, processes: int) -> None:
-        self.processes = processes
-
-    def map(self, function: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-        """In the order of the items."""
-        if len(items) <= FEW_IMAGES:
-            return [function(item) for item in items]
-        pool = multiprocessing.Pool(self.processes)
-        results = pool.map(function, items)
-        pool.close()
-        pool.join()
-        return results
-
-
-# In place of Detectron2's pool, for the data sets under its own names, too.
-reader.mp = SimpleNamespace(Pool=_Readers, cpu_count=multiprocessing.cpu_count)
+    files = reader._get_cityscapes_files(image_dir, gt_dir)
+    read = partial(reader._cityscapes_files_to_dict, from_json=True, to_polygons=True)
+    if len(files) <= FEW_IMAGES:
+        records = [read(names) for names in files]
+    else:
+        processes = max(multiprocessing.cpu_count() // get_world_size() // 2, 4)
+        with ProcessPoolExecutor(processes) as pool:
+            records = list(pool.map(read, files, chunksize=-(-len(files) // (4 * processes))))
+    counted = [label.id for label in labels if label.hasInstances and not label.ignoreInEval]
+    for record in records:
+        for one in record["annotations"]:
+            one["category_id"] = counted.index(one["category_id"])
+    return records
 
 
 def register_cityscapes_datasets(cfg: CfgNode) -> None:
@@ -82,7 +83,16 @@ def register_cityscapes_datasets(cfg: CfgNode) -> None:
     The classes are those of Cityscapes, 8 for instances and 19 for semantic segmentation. Relative
     paths start at the working directory. Raises UsageError for entries of another form and for a
     name that stands for another data set already.
+
+    Of the data sets under Detectron2's own names, those of instances that the run uses are
+    registered anew, with `load_instances`.
     """
+    for name in {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} & set(DatasetCatalog.list()):
+        metadata, theirs = MetadataCatalog.get(name), DatasetCatalog[name].__module__ == BUILTIN
+        if theirs and metadata.get("evaluator_type") == INSTANCES:
+            folders = {"image_dir": metadata.image_dir, "gt_dir": metadata.gt_dir}
+            DatasetCatalog.remove(name)
+            DatasetCatalog.register(name, partial(load_instances, **folders))
     for entry in cfg.DATASETS.REGISTER_CITYSCAPES:
         if (
             not isinstance(entry, (list, tuple))
@@ -100,11 +110,7 @@ def register_cityscapes_datasets(cfg: CfgNode) -> None:
         }
         description = {**folders, "evaluator_type": TASKS[task]}
         if name not in DatasetCatalog:
-            load = (
-                reader.load_cityscapes_instances
-                if task == "instance_seg"
-                else reader.load_cityscapes_semantic
-            )
+            load = load_instances if task == "instance_seg" else reader.load_cityscapes_semantic
             DatasetCatalog.register(name, partial(load, **folders))
             classes = _get_builtin_metadata("cityscapes")
             MetadataCatalog.get(name).set(ignore_label=IGNORE, **description, **classes)

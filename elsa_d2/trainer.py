@@ -23,7 +23,11 @@ from elsa_core.stop import FAILED, Ended, spare_workers
 from .amp import AutocastTrainer, amp_dtype
 from .best import BestCheckpointHook
 from .checkpoint import AtomicCheckpointer
-from .cityscapes import build_cityscapes_evaluator, is_cityscapes
+from .cityscapes import (
+    build_cityscapes_evaluator,
+    is_cityscapes,
+    register_cityscapes_datasets,
+)
 from .classes import training_classes
 from .coco_evaluator import COCOEvaluator
 from .mapper import DetectionMapper, training_dicts
@@ -50,6 +54,7 @@ class Trainer(DefaultTrainer):
     def __init__(self, cfg: CfgNode) -> None:
         # DefaultTrainer's own __init__ cannot do without CUDA for DDP and AMP.
         TrainerBase.__init__(self)
+        register_cityscapes_datasets(cfg)
         cfg = scale_lr(self.auto_scale_workers(cfg, comm.get_world_size()))
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)

@@ -11,6 +11,11 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 OPENMMLAB = ("mmengine", "mmcv", "mmdet", "mmseg", "mmpretrain")
 ADAPTERS = {"elsa_d2": "detectron2", "elsa_mm": "mmengine"}
+LARGE = {
+    "elsa_d2": "detectron2.data, detectron2.engine, detectron2.evaluation, detectron2.modeling",
+    "elsa_mm": "mmengine.runner, mmengine.hooks, mmengine.model",
+}
+FRAMEWORKS = ("detectron2", "fvcore", *OPENMMLAB)
 FORBIDDEN = {"elsa_d2": {*OPENMMLAB, "elsa_mm"}, "elsa_mm": {"detectron2", "elsa_d2"}}
 
 
@@ -90,11 +95,18 @@ def test_importing_elsa_core_is_lean():
 
 
 @pytest.mark.parametrize("package", [name for name in ADAPTERS if sources(name)])
-def test_importing_an_adapter_initialises_no_cuda_and_silences_nothing(package):
+def test_importing_an_adapter_initialises_no_cuda_and_changes_nothing(package):
+    """Neither in the warnings' filters nor in the framework's modules, but for new entries."""
     if find_spec(ADAPTERS[package]) is None:
         pytest.skip(f"{ADAPTERS[package]} is not installed")
     result = run(
+        f"import sys, {LARGE[package]}\n"
+        f"modules = {{n: m for n, m in sys.modules.items() if n.split('.')[0] in {FRAMEWORKS}}}\n"
+        "before = {name: dict(vars(module)) for name, module in modules.items()}\n"
         f"import torch, warnings, {package}, elsa_core.quiet as quiet\n"
+        "changed = [f'{n}.{key}' for n, names in before.items() for key, value in names.items()\n"
+        "           if getattr(modules[n], key, None) is not value]\n"
+        "assert len(modules) > 30 and not changed, changed\n"
         "assert not torch.cuda.is_initialized()\n"
         "silenced = [f[1].pattern for f in warnings.filters if f[1] is not None]\n"
         "assert not set(silenced) & set(quiet.WARNINGS), silenced\n"
