@@ -140,6 +140,7 @@ def _train(options: argparse.Namespace) -> None:
     if cfg.get("resume") and os.path.isfile(cfg.get("load_from") or ""):
         fit.check_weights(fit.model_of(runner), cfg.load_from, resumes=True)
     agree(lambda: preflight.build_data(runner, parts))
+    agree(lambda: fit.check_last_batch(runner))
     fit.check_classes(runner, parts)
     resumed = (cfg.get("load_from") or "") if cfg.get("resume") else ""
     classes.check(runner, parts, classes.stored_classes(resumed), resumed)

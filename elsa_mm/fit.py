@@ -7,8 +7,10 @@ from collections.abc import Sequence
 
 import torch
 from mmengine.config import Config
-from mmengine.runner import Runner
+from mmengine.dataset import InfiniteSampler
+from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import distributed, nn
+from torch.utils.data import BatchSampler
 
 from elsa_core.errors import UsageError
 
@@ -68,17 +70,45 @@ def check_batch(cfg: Config) -> None:
         raise UsageError(
             f"train_dataloader.batch_size must be an integer of at least 1, got {size}"
         )
-    head = cfg.model.get("decode_head")
-    if not isinstance(head, dict) or 1 not in head.get("pool_scales", (1, 2, 3, 6)):
-        return
-    norm = (head.get("norm_cfg") or {}).get("type")
-    together = distributed.get_world_size() if distributed.is_initialized() else 1
-    images = {"BN": size, "SyncBN": size * together}.get(norm)
-    if head.get("type") in ("UPerHead", "PSPHead") and images == 1:
+    name, norm, least = _over_batch(cfg)
+    if size < least:
         raise UsageError(
-            f"train_dataloader.batch_size must be at least 2: {head['type']} normalises maps of "
-            f"one position over the batch ({norm}), got {size}"
+            f"train_dataloader.batch_size must be at least 2: {name} normalises maps of one "
+            f"position over the batch ({norm}), got {size}"
         )
+
+
+def check_last_batch(runner: Runner) -> None:
+    """Raises UsageError if an epoch ends with a batch of this process that is too small for batch
+    normalisation; the data is loaded."""
+    loop = runner.train_loop
+    batches = loop.dataloader.batch_sampler
+    sampler = getattr(batches, "sampler", None)
+    name, norm, least = _over_batch(runner.cfg)
+    if type(batches) is not BatchSampler or isinstance(sampler, InfiniteSampler):
+        return
+    images, size = len(sampler), batches.batch_size
+    ends = isinstance(loop, EpochBasedTrainLoop) or loop.max_iters >= len(batches)
+    if ends and not batches.drop_last and 0 < images % size < least:
+        raise UsageError(
+            f"the last training batch of an epoch has 1 of the {images} images, in batches of "
+            f"{size}, and {name} normalises maps of one position over the batch ({norm}): set "
+            f"train_dataloader.drop_last=True or another batch_size"
+        )
+
+
+def _over_batch(cfg: Config) -> tuple[str, str, int]:
+    """A head that normalises maps of one position over the images of a batch, its norm, and how
+    many of these a process needs: 1 where that is no such head."""
+    head = cfg.model.get("decode_head")
+    if not isinstance(head, dict):
+        return "", "", 1
+    name, norm = str(head.get("type")), str((head.get("norm_cfg") or {}).get("type"))
+    pools = name in ("UPerHead", "PSPHead") and 1 in head.get("pool_scales", (1, 2, 3, 6))
+    pools |= name in ("ASPPHead", "DepthwiseSeparableASPPHead")  # the image's mean
+    together = distributed.get_world_size() if distributed.is_initialized() else 1
+    alone = norm == "BN" or norm == "SyncBN" and together == 1
+    return name, norm, 2 if pools and alone else 1
 
 
 def check_weights(model: nn.Module, path: str, *, resumes: bool = False) -> None:

@@ -1,14 +1,18 @@
 """Models, data and checkpoints that do not fit each other: one sentence, before the run begins."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mm_tiny import CONFIGS, options
 from mmengine.config import Config
+from mmengine.dataset import DefaultSampler, InfiniteSampler
 from mmengine.registry import MODELS, DefaultScope
+from mmengine.runner import EpochBasedTrainLoop
 from mmseg.models import SegTTAModel
 from torch import nn
+from torch.utils.data import DataLoader
 
 from elsa_core.errors import UsageError
 from elsa_mm import fit
@@ -112,6 +116,66 @@ def test_batch_of_one_image_for_batch_normalisation(refusal, digits):
         "train_dataloader.batch_size must be at least 2: UPerHead normalises maps of one position "
         "over the batch (SyncBN), got 1"
     )
+
+
+EPOCHS = """
+train_cfg = dict(_delete_=True, type="EpochBasedTrainLoop", max_epochs=1)
+train_dataloader = dict(sampler=dict(type="DefaultSampler", shuffle=True))
+param_scheduler = []
+"""
+
+
+@pytest.mark.parametrize("loop", [EPOCHS, EPOCHS.split("\n", 2)[2]], ids=["epochs", "iterations"])
+def test_last_batch_of_one_image_for_batch_normalisation(refusal, digits, tmp_path, loop):
+    (tmp_path / "config.py").write_text(f"_base_ = [{str(CONFIGS['mmseg'])!r}]\n{loop}")
+    values = options("mmseg", digits, train_dataloader__batch_size=5)
+    assert refusal("train", "config.py", *values) == (
+        "the last training batch of an epoch has 1 of the 16 images, in batches of 5, and UPerHead "
+        "normalises maps of one position over the batch (SyncBN): set train_dataloader.drop_last="
+        "True or another batch_size"
+    )
+
+
+@pytest.mark.parametrize(
+    "images, world, change, refused",
+    [
+        (12, 1, {}, True),
+        (13, 1, {}, False),
+        (12, 1, {"drop_last": True}, False),
+        (12, 1, {"norm": "GN"}, False),
+        (12, 1, {"max_iters": 1}, False),
+        (12, 1, {"max_iters": 2}, True),
+        (12, 1, {"sampler": InfiniteSampler}, False),
+        # Each of two processes has 12 images, with one that is seen twice.
+        (23, 2, {}, True),
+        (23, 2, {"norm": "SyncBN"}, False),
+        (22, 2, {}, False),
+        # Without rounding up, the second process has 11.
+        (23, 2, {"round_up": False}, False),
+        (24, 2, {"round_up": False}, True),
+    ],
+)
+def test_last_batch(monkeypatch, images, world, change, refused):
+    monkeypatch.setattr("mmengine.dataset.sampler.get_dist_info", lambda: (world - 1, world))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: world > 1)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: world)
+    kind = change.get("sampler", DefaultSampler)
+    rounding = {"round_up": change.get("round_up", True)} if kind is DefaultSampler else {}
+    sampler = kind(range(images), seed=0, **rounding)
+    loader = DataLoader(
+        range(images), 11, sampler=sampler, drop_last=change.get("drop_last", False)
+    )
+    head = dict(type="UPerHead", norm_cfg=dict(type=change.get("norm", "BN")))
+    if limit := change.get("max_iters"):
+        loop = SimpleNamespace(dataloader=loader, max_iters=limit)
+    else:
+        loop = EpochBasedTrainLoop(SimpleNamespace(), loader, max_epochs=1)
+    runner = SimpleNamespace(cfg=Config(dict(model=dict(decode_head=head))), train_loop=loop)
+    if refused:
+        with pytest.raises(UsageError, match="has 1 of the 12 images, in batches of 11"):
+            fit.check_last_batch(runner)
+    else:
+        fit.check_last_batch(runner)
 
 
 def test_auxiliary_head_that_does_not_fit(refusal, digits):
