@@ -15,7 +15,6 @@ from detectron2.modeling.matcher import Matcher
 from detectron2.modeling.roi_heads import (
     ROI_HEADS_REGISTRY,
     CascadeROIHeads,
-    FastRCNNOutputLayers,
     select_foreground_proposals,
 )
 from detectron2.structures import Boxes, ImageList, Instances
@@ -25,15 +24,15 @@ from torch import Tensor, nn
 from elsa_core.errors import UsageError
 
 from .boxes import MMDetBoxTransform
-from .heads import Float32Pooling
+from .heads import Float32OutputLayers, Float32Pooling
 from .matching import ProposalMatcher
 
 Features = dict[str, Tensor]
 Predictions = tuple[Tensor, Tensor]
 
 
-class TolerantOutputLayers(FastRCNNOutputLayers):
-    """FastRCNNOutputLayers whose box loss is NaN for deltas with NaN, which fvcore's asserts on."""
+class TolerantOutputLayers(Float32OutputLayers):
+    """Float32OutputLayers whose box loss is NaN for deltas with NaN, which fvcore's asserts on."""
 
     def losses(self, predictions: Predictions, proposals: list[Instances]) -> dict[str, Tensor]:
         logits, deltas = predictions
@@ -154,7 +153,7 @@ class ClassSpecificCascadeROIHeads(Float32Pooling, CascadeROIHeads):
             logits.append(predictions[0])
             proposals = self._refine(stage, predictions, proposals)
         final, deltas = self._run_stage(features, proposals, last)
-        mean = torch.stack([*logits, final]).float().mean(0)
+        mean = torch.stack([*logits, final]).mean(0)
         detections, _ = self.box_predictor[last].inference((mean, deltas), proposals)
         return detections
 

@@ -55,6 +55,16 @@ def _in_float32(level: nn.Module) -> nn.Module:
     )
 
 
+class Float32OutputLayers(FastRCNNOutputLayers):
+    """FastRCNNOutputLayers whose logits and deltas are float32: half precision makes ties between
+    scores."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits [R, K+1] and box deltas [R, K*4] of features [R, C]."""
+        logits, deltas = super().forward(x)
+        return logits.float(), deltas.float()
+
+
 @ROI_HEADS_REGISTRY.register()
 class MMDetROIHeads(Float32Pooling, StandardROIHeads):
     """StandardROIHeads with targets and boxes of MMDetection's Mask R-CNN, pooling in float32.
@@ -76,7 +86,7 @@ class MMDetROIHeads(Float32Pooling, StandardROIHeads):
         parts = super()._init_box_head(cfg, input_shape)
         transform = MMDetBoxTransform(weights=cfg.MODEL.ROI_BOX_HEAD.BBOX_REG_WEIGHTS)
         shape = parts["box_head"].output_shape
-        predictor = FastRCNNOutputLayers(cfg, shape, box2box_transform=transform)
+        predictor = Float32OutputLayers(cfg, shape, box2box_transform=transform)
         return {**parts, "box_predictor": predictor}
 
 
@@ -100,8 +110,16 @@ class MMDetBoxHead(FastRCNNConvFCHead):
 
 @ROI_MASK_HEAD_REGISTRY.register()
 class MMDetMaskHead(MaskRCNNConvUpsampleHead):
-    """MaskRCNNConvUpsampleHead whose predictor starts from Kaiming's weights, not near 0."""
+    """MaskRCNNConvUpsampleHead whose predictor starts from Kaiming's weights, not near 0.
+
+    Its logits are float32. Detectron2 pastes masks at coordinates in their own type, and bfloat16
+    moves these by up to 1/256 of a box.
+    """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         nn.init.kaiming_normal_(self.predictor.weight, mode="fan_out", nonlinearity="relu")
+
+    def layers(self, x: Tensor) -> Tensor:
+        """Logits [R, K, 2h, 2w] of features [R, C, h, w]."""
+        return super().layers(x).float()

@@ -1,4 +1,4 @@
-"""In mixed precision, too, both frameworks compute the same losses from the same maps."""
+"""In mixed precision, too, both frameworks make of the same maps the same losses and detections."""
 
 import numpy as np
 import pytest
@@ -7,27 +7,35 @@ import torch
 pytest.importorskip("detectron2")
 pytest.importorskip("mmdet")
 
+from detectron2.modeling.postprocessing import detector_postprocess
 from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import EventStorage
+from mmdet.structures import DetDataSample
 from mmengine.structures import InstanceData
 from parity import (
     METHODS,
     WIDTH,
     d2_targets,
     mmdet_samples,
+    mmdet_state,
     pair,
     proposals_for,
     scene,
 )
 
 SIZE = (288, 352)
+PROPOSALS, DETECTIONS = 60, 30
 NAMES = {"loss_cls": "loss_cls", "loss_box_reg": "loss_bbox", "loss_mask": "loss_mask"}
 # Later stages of a cascade pool from boxes that differ in their last bits, whose features are then
 # rounded to another number of half precision.
 TOLERANCES = {torch.float16: 5e-4, torch.bfloat16: 3e-3}
+# Share of pixels: MMDetection rounds a mask's probabilities to half precision, ours are float32.
+MASKS = {torch.float16: 1e-4, torch.bfloat16: 5e-4}
 
 
 def every_box(model):
+    model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=DETECTIONS)
+    model.test_cfg.rpn.max_per_img = PROPOSALS
     rcnn = model.train_cfg.rcnn
     for stage in rcnn if isinstance(rcnn, list) else [rcnn]:
         stage.sampler.update(num=999, pos_fraction=1.0)
@@ -38,6 +46,9 @@ def models(request, scenes):
     keys = {
         "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 999,
         "MODEL.ROI_HEADS.POSITIVE_FRACTION": 1.0,
+        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+        "MODEL.RPN.POST_NMS_TOPK_TEST": PROPOSALS,
+        "TEST.DETECTIONS_PER_IMAGE": DETECTIONS,
     }
     models = pair(request.param, keys, every_box)
     with pytest.MonkeyPatch.context() as patch:  # both samplers draw from the same candidates
@@ -57,15 +68,20 @@ def scenes():
     ]
 
 
-def losses(models, scenes, dtype):
-    """Of RPN and heads by Detectron2's names, of each framework."""
-    first, second = models
+def feature_maps(dtype):
+    """[2, WIDTH, H, W] of each level, and the same by Detectron2's names."""
     generator = torch.Generator().manual_seed(5)
     maps = [
         torch.randn(2, WIDTH, SIZE[0] // stride, SIZE[1] // stride, generator=generator).to(dtype)
         for stride in (4, 8, 16, 32, 64)
     ]
-    ours = dict(zip(["p2", "p3", "p4", "p5", "p6"], maps, strict=True))
+    return maps, dict(zip(["p2", "p3", "p4", "p5", "p6"], maps, strict=True))
+
+
+def losses(models, scenes, dtype):
+    """Of RPN and heads by Detectron2's names, of each framework."""
+    first, second = models
+    maps, ours = feature_maps(dtype)
     boxes = [proposals_for(item[0], SIZE, seed) for seed, item in enumerate(scenes)]
     images = ImageList(torch.zeros(2, 3, *SIZE), [SIZE] * 2)
     targets, samples = d2_targets(scenes, SIZE), mmdet_samples(scenes, SIZE)
@@ -100,3 +116,52 @@ def test_losses_in_mixed_precision(models, scenes, dtype):
         assert ours[name] == pytest.approx(theirs[name], rel=close), name
         assert theirs[name] == pytest.approx(exact[name], rel=2 * TOLERANCES[dtype]), name
     assert min(ours.values()) > 1e-3  # comparisons of something
+
+
+def detections(models, dtype):
+    """Proposals and detections of each image, in each framework."""
+    first, second = models
+    maps, ours = feature_maps(dtype)
+    images = ImageList(torch.zeros(2, 3, *SIZE), [SIZE] * 2)
+    metas = dict(img_shape=SIZE, ori_shape=SIZE, scale_factor=(1.0, 1.0), batch_input_shape=SIZE)
+    samples = [DetDataSample(metainfo=metas) for _ in range(2)]
+    with torch.autocast("cpu", dtype), torch.no_grad():
+        proposed, _ = first.proposal_generator(images, ours)
+        found, _ = first.roi_heads(images, ours, proposed)
+        theirs = second.rpn_head.predict(maps, samples, rescale=False)
+        expected = second.roi_head.predict(maps, theirs, samples, rescale=False)
+    found = [detector_postprocess(item, *SIZE) for item in found]
+    return (proposed, found), (theirs, expected)
+
+
+def in_order(labels, scores, boxes):
+    """Indices by score, class and box: equal scores may have any order, and the limit may part
+    those that are as low as the last one."""
+    keys = torch.cat([scores[:, None], labels[:, None].to(scores), boxes], 1).tolist()
+    return [i for i in sorted(range(len(keys)), key=keys.__getitem__) if scores[i] > scores.min()]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["float16", "bfloat16"])
+def test_detections_in_mixed_precision(models, dtype):
+    """To the bit, but for the masks."""
+    (first, second), _ = models
+    second.load_state_dict(mmdet_state(first))  # statistics of batches are rounded by each
+    first.eval(), second.eval()
+    try:
+        (proposed, found), (theirs, expected) = detections((first, second), dtype)
+    finally:
+        first.train(), second.train()
+    for a, b in zip(proposed, theirs, strict=True):
+        assert torch.equal(a.proposal_boxes.tensor, b.bboxes) and len(a) == PROPOSALS
+    for a, b in zip(found, expected, strict=True):
+        assert len(a) == len(b) == DETECTIONS and torch.equal(a.scores, b.scores)
+        ours, others = (
+            (a.pred_classes, a.scores, a.pred_boxes.tensor),
+            (b.labels, b.scores, b.bboxes),
+        )
+        left, right = in_order(*ours), in_order(*others)
+        assert len(left) > DETECTIONS // 2
+        for mine, other in zip(ours, others, strict=True):
+            assert torch.equal(mine[left], other[right])
+        different = a.pred_masks[left] != b.masks[right]
+        assert different.float().mean() < MASKS[dtype] and a.pred_masks.any()
