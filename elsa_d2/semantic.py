@@ -148,16 +148,17 @@ class SegmentorWithTTA(nn.Module):
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
         """As the model's, but reads the images from "file_name", and gives probabilities."""
-        return [{"sem_seg": self._mean(x["file_name"])} for x in batched_inputs]
+        return [{"sem_seg": self._mean(x)} for x in batched_inputs]
 
-    def _mean(self, path: str) -> Tensor:
-        image = read_image(path, self.image_format)
+    def _mean(self, entry: dict[str, Any]) -> Tensor:
+        image = read_image(entry["file_name"], self.image_format)
         height, width = image.shape[:2]
         total: Tensor | int = 0
         for resize in self.resizes:
             resized = to_tensor(resize.get_transform(image).apply_image(image))
             for flip in self.flips:
                 one = {
+                    **entry,
                     "image": resized.flip(-1) if flip else resized,
                     "height": height,
                     "width": width,
