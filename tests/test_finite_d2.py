@@ -12,6 +12,7 @@ import killing_d2
 from d2_semantic_tiny import DIGITS
 from d2_semantic_tiny import overrides as semantic
 from d2_tiny import CONFIG, overrides
+from detectron2.utils import comm
 
 from elsa_core.stop import Ended
 from elsa_d2 import Trainer, load_config, register_coco_datasets
@@ -28,7 +29,8 @@ def train(cfg, part, bad):
         if module.training and trainer.iter + 1 in bad:
             return nan_like(output)
 
-    trainer.model.get_submodule(part).register_forward_hook(spoil)
+    model = getattr(trainer.model, "module", trainer.model)
+    model.get_submodule(part).register_forward_hook(spoil)
     trainer.train()
 
 
@@ -83,6 +85,27 @@ def test_nan_ends_a_training_in_one_sentence(digits, tmp_path, task, part, dtype
     assert [path.name for path in tmp_path.glob("*.pth")] == ["model_0000001.pth"]
     state = torch.load(last, weights_only=False)["model"]
     assert all(tensor.isfinite().all() for tensor in state.values())
+
+
+def train_with_nan_in_the_second_process(cfg, output):
+    bad = range(4, 99) if comm.get_rank() == 1 else ()
+    with pytest.raises(Ended) as end:
+        train(cfg, "sem_seg_head.predictor", bad)
+    (output / f"end{comm.get_rank()}").write_text(f"{end.value.code} {end.value.sentence}")
+
+
+def test_nan_in_one_of_two_processes_ends_both(digits, tmp_path):
+    cfg = config(digits, tmp_path / "out", "semantic")
+    (tmp_path / "out").mkdir()
+    killing_d2.in_two_processes(tmp_path, train_with_nan_in_the_second_process, cfg, tmp_path)
+    first, second = ((tmp_path / f"end{rank}").read_text() for rank in (0, 1))
+    start = "1 training ended at iteration 5 after 2 iterations in a row with losses that are not "
+    # That of the main process, which saves, is the one to be seen.
+    last = tmp_path / "out/model_0000001.pth"
+    problem = "finite (loss_sem_seg is nan)"
+    assert first.startswith(start) and first.endswith(f"; the last good checkpoint is {last}")
+    assert second.startswith(start + problem) and problem not in first
+    assert [path.name for path in (tmp_path / "out").glob("*.pth")] == ["model_0000001.pth"]
 
 
 def test_what_bad_iterations_leave_behind(digits, tmp_path):
