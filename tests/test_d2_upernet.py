@@ -184,7 +184,8 @@ def test_refusals_of_the_head(changes, message):
 @pytest.mark.parametrize(
     "overrides, message",
     [
-        (["MODEL.SEM_SEG_HEAD.IN_FEATURES", "['p2','p3']"], "UPerNet needs two or more features"),
+        (["MODEL.SEM_SEG_HEAD.IN_FEATURES", "['res5']"], "UPerNet needs two or more features"),
+        (["MODEL.SEM_SEG_HEAD.IN_FEATURES", "['p2','p3']"], "among the res2, res3.*, got p2, p3"),
         (["MODEL.SEM_SEG_HEAD.NAME", "X"], "No object named 'X' found in 'SEM_SEG_HEADS'"),
         (["SOLVER.IMS_PER_BATCH", "1"], "two or more images at a time, got .*IMS_PER_BATCH 1"),
     ],
