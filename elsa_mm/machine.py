@@ -72,8 +72,12 @@ def agree(check: Callable[[], None], *, first_only: bool = False) -> None:
     Args:
         first_only: the first process checks for all, as what they would read is the same.
 
-    Raises the process's own error, or UsageError with the sentence of the first that has one.
+    Raises UsageError with the sentence of the first process that has one; another error of its own
+    as it is.
     """
+    if not distributed.is_initialized():
+        check()
+        return
     failure: Exception | None = None
     if not first_only or is_main_process():
         try:
@@ -81,10 +85,10 @@ def agree(check: Callable[[], None], *, first_only: bool = False) -> None:
         except Exception as error:
             failure = error
     sentences = all_gather_object(None if failure is None else one_line(failure))
-    if failure is not None:
+    if failure is not None and not isinstance(failure, UsageError):
         raise failure
     if said := [sentence for sentence in sentences if sentence is not None]:
-        raise UsageError(said[0])
+        raise UsageError(said[0]) from failure
 
 
 def _read_slurm() -> None:

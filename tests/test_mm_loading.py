@@ -6,10 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from mm_tiny import CONFIGS, options
+from mm_tiny import CONFIGS, REPOSITORY, options
 from mmengine.config import Config
+from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.runner import CheckpointLoader
+from mmengine.runner import CheckpointLoader, get_priority
 
 from elsa_core.errors import UsageError
 from elsa_mm import WeightsHook, fit
@@ -23,12 +24,14 @@ TINY = {
         decode_head=dict(in_channels=[8, 16, 32, 64], channels=8),
         auxiliary_head=dict(in_channels=32, channels=8),
     ),
+    "mmpretrain": dict(backbone=dict(arch=ARCH), head=dict(in_channels=64)),
 }
 STATE = dict(meta=dict(epoch=0, iter=2), message_hub={})
 
 
 def build(framework, **changes):
-    cfg = Config.fromfile(CONFIGS[framework])
+    classifier = REPOSITORY / "configs/mmpretrain/digits/elsa-swin_digits.py"
+    cfg = Config.fromfile(CONFIGS.get(framework, classifier))
     cfg.merge_from_dict({"model": TINY[framework]})
     cfg.merge_from_dict(changes)
     with DefaultScope.overwrite_default_scope(framework):
@@ -74,6 +77,20 @@ def test_forms(models, framework, form):
         f"the checkpoint a.pth, converted to the names of the model, has {count} of the {count} "
         "parameters of the model and 100% of the weights of ELSA-Swin's attention"
     ]
+
+
+@pytest.mark.parametrize("form", ["_orig_mod.", "original"])
+def test_classifiers(form):
+    model = build("mmpretrain")
+    state = model.state_dict()
+    given = convert(recognise(dict(state)), form).tensors if form == "original" else state
+    loaded, (said,) = load(model, {"state_dict": FORMS.get(form, dict)(given)})
+    assert all(torch.equal(loaded[name], state[name]) for name, _ in model.named_parameters())
+    assert said.startswith("the checkpoint a.pth, converted to the names of the model, has 81 of ")
+
+
+def test_averaged_weights_are_taken_from_what_was_converted():
+    assert get_priority(WeightsHook.priority) < get_priority(EMAHook.priority)
 
 
 @pytest.mark.parametrize("wrapped", [True, False])

@@ -13,6 +13,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch.utils.data import DataLoader
 
+from elsa_core.errors import UsageError
 from elsa_mm import AugmentedValLoop, machine
 from elsa_mm.checkpoint import find_last_checkpoint
 
@@ -184,3 +185,36 @@ def test_validation_merges_the_views(wrapped):
     assert torch.equal(merged, views.softmax(1).mean(0).argmax(0))
     assert not torch.equal(merged, views[-1].argmax(0))
     assert hooks == ["before_val_iter", "after_val_iter"]
+
+
+def test_processes_on_gpus_join_as_mmengine_lets_them(monkeypatch):
+    calls = []
+    monkeypatch.setattr(machine, "get_device", lambda: "cuda")
+    for name in ("set_multi_processing", "init_dist"):
+        monkeypatch.setattr(machine, name, lambda *a, name=name, **k: calls.append((name, a, k)))
+    settings = dict(mp_cfg=dict(mp_start_method="fork"), dist_cfg=dict(backend="nccl", timeout=9))
+    machine.join_processes(Config(dict(launcher="mpi", env_cfg=settings)))
+    assert calls == [
+        ("set_multi_processing", (), dict(mp_start_method="fork", distributed=True)),
+        ("init_dist", ("mpi",), dict(backend="nccl", timeout=9)),
+    ]
+
+
+@pytest.mark.parametrize("rank, first_only, checks", [(0, True, 1), (1, True, 0), (1, False, 1)])
+@pytest.mark.parametrize("kind", [None, UsageError, OSError])
+def test_processes_agree(monkeypatch, rank, first_only, checks, kind):
+    """Of two, the other one fails, unless this one does; what it says is what the first says."""
+    said, called = [], []
+    monkeypatch.setattr(machine.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(machine, "is_main_process", lambda: rank == 0)
+    monkeypatch.setattr(machine, "all_gather_object", lambda own: said.append(own) or [own, "b"])
+
+    def check():
+        called.append(1)
+        if kind:
+            raise kind("a")
+
+    own = kind if checks else None
+    with pytest.raises(own or UsageError, match="a" if own else "b"):
+        machine.agree(check, first_only=first_only)
+    assert len(called) == checks and said == ["a" if own else None]
