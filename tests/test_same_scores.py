@@ -19,6 +19,7 @@ import torch
 pytest.importorskip("detectron2")
 pytest.importorskip("mmdet")
 
+from mmengine.config import Config
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 
@@ -177,6 +178,7 @@ def assert_same_detections(ours, theirs):
 def test_mixed_images(mixed, converted, limit, tmp_path):
     ours, found = in_detectron2(mixed, limit, tmp_path / f"mixed_{limit}")
     theirs, others = in_mmdetection(mixed, limit, tmp_path / "mmdet", converted)
+    assert Config.fromfile(MM_CONFIG).test_dataloader.batch_size == 1  # as in Detectron2
     assert_same_scores(ours, theirs)
     assert min(ours["segm"].values()) > 0.02 and ours["segm"]["APl"] > 60
     assert found.keys() == others.keys() and len(found) == 40
