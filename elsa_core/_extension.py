@@ -1,5 +1,6 @@
 """Finds and loads the compiled operator."""
 
+import sys
 import warnings
 from pathlib import Path
 
@@ -7,8 +8,18 @@ import torch
 
 
 def binaries() -> list[Path]:
-    """The compiled extension beside this file; empty where it was not built."""
-    return sorted(Path(__file__).parent.glob("_C*.so"))
+    """The compiled extension beside this file; empty where it was not built.
+
+    In the folder of a clone, Python imports the clone and not what was installed from it: where
+    this copy has no binary, that of another copy of the same version on ``sys.path`` is taken.
+    """
+    here = Path(__file__).parent
+    version = (here / "__init__.py").read_bytes()
+    for folder in [here, *(Path(place, here.name).resolve() for place in sys.path)]:
+        found = sorted(folder.glob("_C*.so"))
+        if found and (folder / "__init__.py").read_bytes() == version:
+            return found
+    return []
 
 
 def load_extension() -> bool:

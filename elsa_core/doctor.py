@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 from collections.abc import Sequence
@@ -12,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import __version__, elsa_attention, elsa_attention_reference
+from . import ELSASwin, __version__, elsa_attention, elsa_attention_reference
 from ._extension import binaries
 from .operator import has_extension
 
+FOLDER = Path(__file__).parent
 # Distributions under which a framework is published; the first one that is there is shown.
 FRAMEWORKS = {
     "detectron2": ("detectron2", "sal-detectron2"),
@@ -26,13 +28,19 @@ FRAMEWORKS = {
 }
 # Largest error, relative to the largest number, that the self-check accepts.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# Of a backbone in float32: GPUs convolve in TF32 unless told otherwise.
+BACKBONE_TOLERANCE = 1e-2
 
 
-def self_check(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+def self_check(device: torch.device, dtype: torch.dtype, multiplied: bool) -> tuple[float, float]:
     """Errors of the operator's result and of its gradients, each relative to the largest number.
 
     Compared with the reference in double precision on the CPU, at a shape that has borders, two
-    heads, both ghost filters and an incomplete vector.
+    heads of 32 channels and an incomplete vector.
+
+    Args:
+        multiplied: with both ghost filters, for which CUDA devices have general kernels; else with
+            the additive one alone as in the published models, for which they have fast ones.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -40,7 +48,9 @@ def self_check(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
         return torch.randn(*size, generator=generator).to(dtype).double()
 
     shape, taps = (2, 9, 19), 7 * 7
-    exact = [draw(*shape, 64), draw(*shape, 2 * taps), draw(64, 7, 7), draw(64, 7, 7)]
+    exact = [draw(*shape, 64), draw(*shape, 2 * taps), draw(64, 7, 7)]
+    if multiplied:
+        exact.append(draw(64, 7, 7))
     ours = [tensor.to(device, dtype).requires_grad_() for tensor in exact]
     exact = [tensor.requires_grad_() for tensor in exact]
     grad = draw(*shape, 64)
@@ -52,8 +62,23 @@ def self_check(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
     return _error(out.detach(), expected.detach()), backward
 
 
+def check_backbone(device: torch.device) -> float:
+    """Largest error, relative to the largest number, of a small `ELSASwin` in float32.
+
+    Compared with itself in double precision on the CPU, from a state dict that it has loaded.
+    """
+    arch = dict(embed_dim=32, depths=(1, 1, 1), num_heads=(1, 2, 4), group_width=8)
+    exact, ours = (ELSASwin(arch, out_indices=(0, 1, 2)).eval() for _ in range(2))
+    ours.load_state_dict(exact.state_dict())
+    image = torch.randn(1, 3, 61, 83, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = ours.to(device)(image.to(device)), exact.double()(image.double())
+    return max(map(_error, found, expected))
+
+
 def _error(result: Tensor, expected: Tensor) -> float:
-    difference = (result.cpu().double() - expected).abs().max()
+    # As infinity, NaN is the largest of several errors.
+    difference = (result.cpu().double() - expected).abs().nan_to_num(nan=math.inf).max()
     return (difference / expected.abs().max()).item()
 
 
@@ -67,11 +92,20 @@ def _version(distributions: Sequence[str]) -> str | None:
 
 
 def _kernels(key: str) -> str:
-    """The instruction sets of the operator's compiled kernels for a dispatch key."""
+    """What the operator's compiled kernels for a dispatch key are compiled for."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key("elsa::attention", key):
         return "none, plain PyTorch instead"
-    name = {"CPU": "cpu_capability", "CUDA": "cuda_architectures"}[key]
-    return getattr(torch.ops.elsa, name)() if hasattr(torch.ops.elsa, name) else "yes"
+    if key == "CPU":
+        return torch.ops.elsa.cpu_capability()
+    names = torch.ops.elsa.cuda_architectures().split(",")  # such as 800, 1200
+    return f"for compute capability {', '.join(f'{name[:-2]}.{name[-2]}' for name in names)}"
+
+
+def _extension() -> str:
+    if not has_extension:
+        return "none, it was not compiled"
+    file = binaries()[0]
+    return str(file) if file.parent == FOLDER else f"{file}, of another copy of elsa_core"
 
 
 def _processor() -> str:
@@ -100,11 +134,11 @@ def report() -> tuple[list[str], bool]:
     """The lines, and whether every self-check passed."""
     found = [f"{name} {v}" for name, names in FRAMEWORKS.items() if (v := _version(names))]
     lines = [
-        f"elsa_core {__version__}, Python {platform.python_version()}, "
+        f"elsa_core {__version__} in {FOLDER}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}",
         f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda or 'none'}",
         f"frameworks: {', '.join(found) or 'none, elsa_core needs none'}",
-        f"extension: {binaries()[0] if has_extension else 'none, it was not compiled'}",
+        f"extension: {_extension()}",
         f"CPU kernels: {_kernels('CPU')}",
         f"CUDA kernels: {_kernels('CUDA')}",
         f"matrix products on the CPU: oneDNN {_yes(torch.backends.mkldnn.is_available())}, "
@@ -113,13 +147,19 @@ def report() -> tuple[list[str], bool]:
     healthy = True
     for device in _devices():
         lines.append(f"{device}: {describe_device(device)}")
-        errors = {dtype: max(self_check(device, dtype)) for dtype in TOLERANCE}
+        errors = {
+            dtype: max(max(self_check(device, dtype, multiplied)) for multiplied in (False, True))
+            for dtype in TOLERANCE
+        }
         right = all(error <= TOLERANCE[dtype] for dtype, error in errors.items())
-        healthy &= right
+        backbone = check_backbone(device)
+        whole = backbone <= BACKBONE_TOLERANCE
+        healthy &= right and whole
         figures = ", ".join(f"{str(t).removeprefix('torch.')} {e:.0e}" for t, e in errors.items())
         lines.append(
             f"self-check {device}: operator and gradients {'right' if right else 'WRONG'} "
-            f"(relative errors: {figures})"
+            f"(relative errors: {figures}), a small backbone {'right' if whole else 'WRONG'} "
+            f"({backbone:.0e})"
         )
     return lines, healthy
 

@@ -1,6 +1,7 @@
 """The operator against its definition: values, gradients, registrations and refusals."""
 
 import itertools
+import os
 import shutil
 import subprocess
 import sys
@@ -302,7 +303,12 @@ assert len(messages) == 1, messages
 print(messages[0])
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=600
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": ""},  # where another copy may have a binary
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     assert "without its compiled operator" in done.stdout

@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <type_traits>
 #include <vector>
@@ -220,6 +221,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
 }
 
 }  // namespace
+
+TORCH_LIBRARY_FRAGMENT(elsa, m) {
+  m.def("cuda_architectures() -> str", [] { return std::string(architectures()); });
+}
 
 TORCH_LIBRARY_IMPL(elsa, CUDA, m) {
   m.impl("attention", &attention);

@@ -67,6 +67,9 @@ struct Backward {
   Arithmetic<S>*add_parts, *mul_parts;
 };
 
+// The architectures that the kernels are compiled for, as nvcc names them: "800,900".
+const char* architectures();
+
 // Kernels for any size, in attention_any.cu. The largest kernel is bounded by shared memory.
 inline constexpr int64_t kLargestKernel = 77;
 template <typename S>

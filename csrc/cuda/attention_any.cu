@@ -247,6 +247,18 @@ void backward_any(const Backward<S>& call, cudaStream_t stream) {
   launch_sum_parts(call, stream);
 }
 
+#define ELSA_QUOTE(...) #__VA_ARGS__
+#define ELSA_TEXT(...) ELSA_QUOTE(__VA_ARGS__)
+const char* architectures() {
+#ifdef __CUDA_ARCH_LIST__
+  return ELSA_TEXT(__CUDA_ARCH_LIST__);
+#else
+  return "";
+#endif
+}
+#undef ELSA_TEXT
+#undef ELSA_QUOTE
+
 #define ELSA_INSTANTIATE(S)                                   \
   template void forward_any(const Forward<S>&, cudaStream_t); \
   template void backward_any(const Backward<S>&, cudaStream_t);
