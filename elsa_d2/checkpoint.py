@@ -12,7 +12,8 @@ from detectron2.checkpoint import DetectionCheckpointer
 from elsa_core.errors import UsageError
 from elsa_core.files import replacing
 from elsa_core.finite import first_nonfinite
-from elsa_weights import attention_names, checkpoint_for, coverage, has_names_of
+from elsa_data.classes import other_classes
+from elsa_weights import attention_names, checkpoint_for, class_names, coverage, has_names_of
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -40,6 +41,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         loaded = super().resume_or_load(path, resume=resume)
         if resume and self.has_checkpoint():
             self.last = self.get_checkpoint_file()
+        elif others := other_classes(class_names(loaded)[0], self.classes):
+            self.logger.warning(f"{path}: {others}")
         return loaded
 
     def _load_file(self, filename: str) -> dict[str, Any]:

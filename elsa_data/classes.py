@@ -97,6 +97,25 @@ def difference(
     return label, *pairs[label]
 
 
+def other_classes(stored: Sequence[str] | None, names: Sequence[str] | None) -> str:
+    """What to say of a training that begins with class layers of other classes, "" for nothing.
+
+    Args:
+        stored: the classes of the checkpoint; None: not known. Those of another number have layers
+            of another shape, which are not loaded.
+        names: the classes of the training.
+    """
+    if not stored or not names or len(stored) != len(names):
+        return ""
+    if (found := difference(stored, names, spelling=True)) is None:
+        return ""
+    label, theirs, ours = found
+    return (
+        f"its class {label} is {theirs!r}, and {ours!r} in the training data: the class layers "
+        "begin with the weights of other classes"
+    )
+
+
 def _synonyms(name: str) -> set[str]:
     return {part.strip().casefold() for part in name.replace(";", ",").split(",")}
 

@@ -11,11 +11,13 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS, MODELS
+from mmengine.runner import BaseLoop
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from elsa_core.errors import UsageError
-from elsa_weights import attention_names, checkpoint_for, coverage, has_names_of
+from elsa_data.classes import other_classes
+from elsa_weights import attention_names, checkpoint_for, class_names, coverage, has_names_of
 
 OPENMMLAB = "openmmlab"
 # What MMEngine reads of a checkpoint that a training is resumed from.
@@ -47,6 +49,10 @@ class WeightsHook(Hook):
             runner.logger.info(note)
         if resumes:
             check_progress(checkpoint, path)
+        elif isinstance(loop := getattr(runner, "_train_loop", None), BaseLoop):
+            names = (getattr(loop.dataloader.dataset, "metainfo", None) or {}).get("classes")
+            if others := other_classes(class_names(checkpoint)[0], names):
+                runner.logger.warning(f"the checkpoint {path}: {others}")
 
 
 def plain_model(model: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from mm_tiny import CONFIGS, REPOSITORY, options
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
 from mmengine.registry import MODELS, DefaultScope
-from mmengine.runner import CheckpointLoader, get_priority
+from mmengine.runner import CheckpointLoader, IterBasedTrainLoop, get_priority
 
 from elsa_core.errors import UsageError
 from elsa_mm import WeightsHook, fit
@@ -120,6 +120,22 @@ def test_fine_tuning_with_other_classes(models):
     assert loaded.keys() == state.keys()
     count = len(list(other.parameters()))
     assert said.startswith(f"the checkpoint a.pth has {count - 4} of the {count} parameters of ")
+
+
+@pytest.mark.parametrize("stored", [["b", "a"], ["a", "b"], ["a"], None], ids=str)
+def test_class_layers_of_other_classes_are_named(models, stored):
+    """Only where the layers are loaded, and a training begins."""
+    model, said = models["mmseg"], []
+    loop = IterBasedTrainLoop.__new__(IterBasedTrainLoop)
+    dataset = SimpleNamespace(metainfo=dict(classes=("a", "b")))
+    loop.dataloader = SimpleNamespace(dataset=dataset)
+    content = {"state_dict": model.state_dict(), "meta": dict(dataset_meta=dict(classes=stored))}
+    runner = SimpleNamespace(model=model, _load_from="a.pth", _resume=False, _train_loop=loop)
+    runner.logger = SimpleNamespace(info=said.append, warning=said.append)
+    WeightsHook().after_load_checkpoint(runner, checkpoint=content)
+    sentence = "the checkpoint a.pth: its class 0 is 'b', and 'a' in the training data: "
+    assert [text for text in said if sentence in text] == said
+    assert len(said) == (stored == ["b", "a"])
 
 
 def strangers(models):

@@ -306,10 +306,12 @@ def test_second_set_up_waits_for_the_first(tmp_path, capsys):
 
 def test_command_left_by_a_killed_set_up_is_waited_for(tmp_path):
     handle = env.lock(tmp_path)
-    sleeper = subprocess.Popen(["sleep", "1"], close_fds=False)
+    command = ["sh", "-c", f"sleep 1; touch {tmp_path}/done"]
+    sleeper = subprocess.Popen(command, close_fds=False)
     os.close(handle)
     os.close(env.lock(tmp_path))
-    assert sleeper.poll() == 0
+    assert (tmp_path / "done").exists()
+    sleeper.wait()
 
 
 # mmcv's wheel

@@ -291,6 +291,18 @@ def test_a_part_that_matches_is_loaded_and_counted(tmp_path, caplog):
     assert torch.equal(model.state_dict()[name], first[name])
 
 
+@pytest.mark.parametrize("stored", [["b", "a"], ["a", "b"], ["a"], None], ids=str)
+def test_class_layers_of_other_classes_are_named(tmp_path, caplog, stored):
+    model = detectron2("mask_rcnn")
+    content = {"model": model.state_dict(), "meta": {"dataset_meta": {"classes": stored}}}
+    checkpointer = elsa_d2.AtomicCheckpointer(model)
+    checkpointer.classes = ["a", "b"]
+    checkpointer.resume_or_load(str(save(tmp_path, content)), resume=False)
+    said = [text for text in caplog.messages if "class layers begin with the weights of" in text]
+    assert len(said) == (stored == ["b", "a"])
+    assert all("its class 0 is 'b', and 'a' in the training data" in text for text in said)
+
+
 @pytest.mark.parametrize("content", [b"", b"text", b"PK\x03\x04", "cut"], ids=str)
 def test_damaged_weights_are_refused_in_a_sentence(tmp_path, content):
     model = detectron2("mask_rcnn")
