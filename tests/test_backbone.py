@@ -246,20 +246,6 @@ def test_training_under_autocast():
     assert all(p.grad.dtype == torch.float32 for p in model.parameters())
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_without_graph_breaks(training):
-    torch.compiler.reset()
-    model = make().train(training)
-    image = torch.randn(1, 3, 37, 61)
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    with torch.set_grad_enabled(training):
-        expected, outputs = model(image), compiled(image)
-    torch.testing.assert_close(outputs, expected, atol=1e-5, rtol=1e-5)
-    if training:
-        sum(output.square().mean() for output in outputs).backward()
-        assert all(p.grad is not None for p in model.parameters())
-
-
 def test_free_arch_with_two_stages():
     arch = {"embed_dim": 6, "depths": [1, 1], "num_heads": [2, 3], "group_width": 2}
     outputs = ELSASwin(arch, out_indices=(0, 1), in_chans=1)(torch.randn(1, 1, 30, 30))
