@@ -139,7 +139,7 @@ def spoilt(name: str, done: int, checkpoint: str | None) -> Ended:
 
 
 def _ended(done: int, reason: str, checkpoint: str | None) -> Ended:
-    good = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint is good"
+    good = f"the last finite checkpoint is {checkpoint}" if checkpoint else "no checkpoint is good"
     return Ended(FAILED, f"training ended at iteration {done} {reason}; {good}")
 
 

@@ -76,7 +76,8 @@ class BestCheckpointHook(HookBase):
     def _save(self, iteration: int) -> Ended | None:
         latest = {name: value for name, (value, _) in self.trainer.storage.latest().items()}
         if self.metric not in latest:
-            names = ", ".join(name for name in latest if "/" in name)
+            task = self.metric.split("/")[:-1]
+            names = ", ".join(name for name in latest if name.split("/")[:-1] == task)
             sentence = f"TEST.BEST_METRIC must be one of {names}, got {self.metric}"
             return Ended(REFUSED, sentence + self._hint())
         score = float(latest[self.metric])

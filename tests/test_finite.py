@@ -52,7 +52,7 @@ def test_bad_iterations_change_nothing_and_end_the_training(dtype):
     end = training.watch.ended(7, "out/a.pth")
     assert end.code == 1 and end.sentence == (
         "training ended at iteration 7 after 3 iterations in a row with losses that are not finite "
-        "(loss is nan); the last good checkpoint is out/a.pth"
+        "(loss is nan); the last finite checkpoint is out/a.pth"
     )
 
 
@@ -102,8 +102,8 @@ def test_what_spoils_a_model():
     model[0].weight.data[0, 1] = INF
     assert first_nonfinite(model) == "0.weight"
     assert spoilt("0.weight", 5, "a.pth").sentence == (
-        "training ended at iteration 5 because 0.weight is not finite; the last good checkpoint is "
-        "a.pth"
+        "training ended at iteration 5 because 0.weight is not finite; the last finite checkpoint "
+        "is a.pth"
     )
 
 

@@ -77,7 +77,7 @@ def test_nan_ends_a_training_in_one_sentence(digits, tmp_path, task, part, dtype
     last = f"{tmp_path}/model_0000001.pth"
     assert re.fullmatch(
         rf"training ended at iteration 5 after 2 iterations in a row with losses that are not "
-        rf"finite \(loss\w* is nan.*\); the last good checkpoint is {last}",
+        rf"finite \(loss\w* is nan.*\); the last finite checkpoint is {last}",
         end.value.sentence,
     )
     assert (tmp_path / "last_checkpoint").read_text() == "model_0000001.pth"
@@ -103,7 +103,7 @@ def test_nan_in_one_of_two_processes_ends_both(digits, tmp_path):
     # That of the main process, which saves, is the one to be seen.
     last = tmp_path / "out/model_0000001.pth"
     problem = "finite (loss_sem_seg is nan)"
-    assert first.startswith(start) and first.endswith(f"; the last good checkpoint is {last}")
+    assert first.startswith(start) and first.endswith(f"; the last finite checkpoint is {last}")
     assert second.startswith(start + problem) and problem not in first
     assert [path.name for path in (tmp_path / "out").glob("*.pth")] == ["model_0000001.pth"]
 
@@ -114,7 +114,7 @@ def test_what_bad_iterations_leave_behind(digits, tmp_path):
         train(config(digits, tmp_path, "semantic"), "backbone", [4])
     assert re.fullmatch(
         r"training ended at iteration 5 because sem_seg_head.*running_mean is not finite; "
-        rf"the last good checkpoint is {tmp_path}/model_0000001.pth",
+        rf"the last finite checkpoint is {tmp_path}/model_0000001.pth",
         end.value.sentence,
     )
 

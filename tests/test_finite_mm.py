@@ -77,7 +77,7 @@ def test_nan_ends_a_training_in_one_sentence(
     assert "Traceback" not in log
     assert re.search(
         rf"^train: training ended at iteration 5 after 2 iterations in a row with losses that are "
-        rf"not finite \(loss\S* is nan.*\); the last good checkpoint is {last}$",
+        rf"not finite \(loss\S* is nan.*\); the last finite checkpoint is {last}$",
         log,
         re.MULTILINE,
     ), log[-2000:]
@@ -93,7 +93,8 @@ def test_nan_ends_a_training_of_mmdetections_own_tool(digits, tmp_path, monkeypa
         of_mmdetections_own_tool(digits).train()
     assert end.value.code == 1 and find_last_checkpoint("out") == Path("out/iter_2.pth")
     assert end.value.sentence.startswith("training ended at iteration 5 after 2 iterations in a ")
-    assert end.value.sentence.endswith(f"the last good checkpoint is {tmp_path / 'out/iter_2.pth'}")
+    last = tmp_path / "out/iter_2.pth"
+    assert end.value.sentence.endswith(f"the last finite checkpoint is {last}")
 
 
 def test_mmdetections_own_tool_refuses_what_matches_nothing(digits, tmp_path, monkeypatch):
@@ -122,7 +123,7 @@ def test_nan_ends_a_training_of_mmpretrain(digits, tmp_path, monkeypatch, capfd)
     assert cli.train(["config.py", "--work-dir", "out"]) == 1
     log, last = capfd.readouterr().err, tmp_path / "out/iter_2.pth"
     assert "Traceback" not in log and log.count("train: training ended at iteration 5 ") == 1
-    assert f"; the last good checkpoint is {last}\n" in log and last.is_file()
+    assert f"; the last finite checkpoint is {last}\n" in log and last.is_file()
 
 
 def test_nan_in_one_of_two_processes_ends_both(digits, tmp_path):
@@ -141,6 +142,6 @@ def test_nan_in_one_of_two_processes_ends_both(digits, tmp_path):
     statuses, log = statuses_of(processes), (folder / "log.txt").read_text()
     assert statuses == [1, 1], log[-3000:]
     assert log.count("train: training ended at iteration 5 after 2 iterations in a row") == 1
-    assert f"; the last good checkpoint is {folder.resolve()}/out/iter_2.pth\n" in log
+    assert f"; the last finite checkpoint is {folder.resolve()}/out/iter_2.pth\n" in log
     assert "Traceback" not in log
     assert [path.name for path in (folder / "out").glob("*.pth")] == ["iter_2.pth"]
