@@ -118,8 +118,10 @@ def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -
 
 def _state(content: Any) -> Any:
     """The tensors in a checkpoint of MMEngine, Detectron2, or without anything beside them."""
-    if not isinstance(content, Mapping) or "state_dict" in content:
-        return content["state_dict"] if isinstance(content, Mapping) else content
+    if not isinstance(content, Mapping):
+        return content
+    if "state_dict" in content:
+        return content["state_dict"]
     return content["model"] if isinstance(content.get("model"), Mapping) else content
 
 
