@@ -33,6 +33,11 @@ class Ended(SystemExit):
         self.sentence = sentence
 
 
+def resume_hint(checkpoint: str | None) -> str:
+    """What follows the reason of an end: where --resume goes on, "" without a checkpoint."""
+    return f"; --resume goes on from {checkpoint}" if checkpoint else ""
+
+
 def stopped(number: int, checkpoint: str) -> Ended:
     """The end of a run after the signal of this number, with the state saved in ``checkpoint``.
 
@@ -40,7 +45,7 @@ def stopped(number: int, checkpoint: str) -> Ended:
     SIGTERM, 138 for SIGUSR1.
     """
     name = signal.Signals(number).name
-    return Ended(128 + number, f"stopped by {name}; --resume goes on from {checkpoint}")
+    return Ended(128 + number, f"stopped by {name}{resume_hint(checkpoint)}")
 
 
 class StopSignals:

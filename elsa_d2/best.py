@@ -13,7 +13,7 @@ from detectron2.utils import comm
 
 from elsa_core.errors import UsageError
 from elsa_core.finite import FiniteWatch
-from elsa_core.stop import FAILED, REFUSED, Ended, largest
+from elsa_core.stop import FAILED, REFUSED, Ended, largest, resume_hint
 
 from .checkpoint import AtomicCheckpointer
 
@@ -74,12 +74,13 @@ class BestCheckpointHook(HookBase):
             raise end
 
     def _save(self, iteration: int) -> Ended | None:
+        hint = resume_hint(self.checkpointer.last)
         latest = {name: value for name, (value, _) in self.trainer.storage.latest().items()}
         if self.metric not in latest:
             task = self.metric.split("/")[:-1]
             names = ", ".join(name for name in latest if name.split("/")[:-1] == task)
             sentence = f"TEST.BEST_METRIC must be one of {names}, got {self.metric}"
-            return Ended(REFUSED, sentence + self._hint())
+            return Ended(REFUSED, sentence + hint)
         score = float(latest[self.metric])
         if not math.isfinite(score) or self.watch.bad:
             logger.warning(f"{self.metric} {score} of iteration {iteration + 1} does not count")
@@ -88,10 +89,7 @@ class BestCheckpointHook(HookBase):
             try:
                 path = self.checkpointer.write(NAME, iteration=iteration, **extra)
             except UsageError as error:
-                return Ended(FAILED, f"the checkpoint {error}{self._hint()}")
+                return Ended(FAILED, f"the checkpoint {error}{hint}")
             logger.info(f"{path} is the best up to now: {self.metric} {score:.4f}")
             self.best = score
         return None
-
-    def _hint(self) -> str:
-        return f"; --resume goes on from {last}" if (last := self.checkpointer.last) else ""

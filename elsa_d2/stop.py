@@ -12,7 +12,7 @@ from torch import nn
 
 from elsa_core.errors import UsageError
 from elsa_core.finite import FiniteWatch, first_nonfinite, spoilt
-from elsa_core.stop import FAILED, REFUSED, Ended, StopSignals, largest, stopped
+from elsa_core.stop import FAILED, REFUSED, Ended, StopSignals, largest, resume_hint, stopped
 
 from .checkpoint import AtomicCheckpointer
 
@@ -128,7 +128,7 @@ class StopHook(HookBase):
         raise end
 
     def _cannot_save(self, failure: str) -> Ended:
-        hint = f"; --resume goes on from {last}" if (last := self.checkpointer.last) else ""
+        hint = resume_hint(self.checkpointer.last)
         return Ended(FAILED, f"the checkpoint {failure or 'of the main process'}{hint}")
 
     def _fail(self, end: Ended) -> NoReturn:

@@ -18,7 +18,16 @@ from torch.optim import Optimizer
 from elsa_core.errors import UsageError
 from elsa_core.files import replacing
 from elsa_core.finite import MAX_NONFINITE, FiniteWatch, first_nonfinite, not_finite, spoilt
-from elsa_core.stop import FAILED, REFUSED, Ended, StopSignals, largest, spare_workers, stopped
+from elsa_core.stop import (
+    FAILED,
+    REFUSED,
+    Ended,
+    StopSignals,
+    largest,
+    resume_hint,
+    spare_workers,
+    stopped,
+)
 
 from .order import continue_order
 
@@ -242,8 +251,8 @@ def _ending_together(runner: Any, path: str, last: str | None) -> Iterator[None]
             failure = f"{error.filename or runner.work_dir} cannot be written: {error.strerror}"
         if not largest(bool(failure)):
             return
-    hint = f"; --resume goes on from {last}" if last else ""
-    _fail(runner, Ended(FAILED, f"the checkpoint {failure or 'of another process'}{hint}"))
+    reason = f"the checkpoint {failure or 'of another process'}"
+    _fail(runner, Ended(FAILED, reason + resume_hint(last)))
 
 
 def _fail(runner: Any, end: Ended) -> NoReturn:
