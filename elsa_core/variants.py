@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
 from math import isfinite
 from numbers import Integral, Real
@@ -23,8 +23,11 @@ def _check_positive_integer(name: str, value: object) -> None:
 
 
 def _positive_integers(name: str, values: Any) -> tuple[int, ...]:
-    if not isinstance(values, (list, tuple)) or not all(
-        _is_integer(value) and value >= 1 for value in values
+    # Any sequence: a LazyConfig of Detectron2 has OmegaConf's.
+    if (
+        not isinstance(values, Sequence)
+        or isinstance(values, (str, bytes))
+        or not all(_is_integer(value) and value >= 1 for value in values)
     ):
         raise ValueError(
             f"{name} must be a list of integers of at least 1, one per stage, got {name}={values!r}"

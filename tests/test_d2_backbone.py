@@ -5,8 +5,12 @@ import torch
 
 pytest.importorskip("detectron2")
 
+from detectron2.config import LazyCall as L
+from detectron2.config import LazyConfig, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone
+from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from omegaconf import OmegaConf
 
 import elsa_core
 import elsa_d2
@@ -126,6 +130,34 @@ def test_wrong_pyramid_inputs(features):
     cfg.MODEL.FPN.IN_FEATURES = features
     with pytest.raises(ValueError, match="MODEL.FPN.IN_FEATURES must be consecutive"):
         build_backbone(cfg)
+
+
+def test_lazy_config_of_a_free_architecture(tmp_path):
+    """It is written and read, changed by the command line, built, and learns."""
+    model = L(FPN)(
+        bottom_up=L(elsa_d2.ELSASwin)(arch=dict(ARCH), out_features=["res3", "res4", "res5"]),
+        in_features=["res3", "res4", "res5"],
+        out_channels=8,
+        top_block=L(LastLevelMaxPool)(),
+    )
+    file = str(tmp_path / "config.yaml")
+    LazyConfig.save(OmegaConf.create({"model": model}), file)
+    changes = ["model.bottom_up.arch.depths=[1,1,2,1]", "model.bottom_up.drop_path_rate=0.1"]
+    model = instantiate(LazyConfig.apply_overrides(LazyConfig.load(file), changes).model)
+    assert model.bottom_up.arch == elsa_core.ELSASwin({**ARCH, "depths": (1, 1, 2, 1)}).arch
+    assert model.bottom_up.layers[-1].blocks[-1].drop_path.rate == pytest.approx(0.1)
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 64, 64)
+
+    def loss():
+        return sum(feature.square().mean() for feature in model(image).values())
+
+    before = loss()
+    before.backward()
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    with torch.no_grad():
+        assert loss() < before
+        assert list(model.eval()(image)) == ["p3", "p4", "p5", "p6"]
 
 
 def test_pyramid_inputs_that_the_backbone_does_not_return():

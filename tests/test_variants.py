@@ -1,6 +1,7 @@
 """The variants and the checks of free ones."""
 
 import re
+from collections import UserDict, UserList
 
 import pytest
 
@@ -26,6 +27,12 @@ def test_from_spec():
     assert Arch.from_spec({**FREE, "kernel_size": 3, "lam": 1.0}).kernel_size == 3
 
 
+def test_from_any_mapping_and_sequence():
+    """As of OmegaConf, whose containers are neither dicts nor lists."""
+    arch = Arch.from_spec(UserDict(FREE, depths=UserList([1, 2]), num_heads=UserList([2, 4])))
+    assert arch == Arch.from_spec(FREE) and type(arch.depths) is tuple
+
+
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
@@ -37,6 +44,7 @@ def test_from_spec():
         ({**FREE, "depths": [2], "num_heads": [2]}, "at least 2 stages"),
         ({**FREE, "depths": [0, 2]}, "got depths=[0, 2]"),
         ({**FREE, "depths": 2}, "got depths=2"),
+        ({**FREE, "depths": "12"}, "got depths='12'"),
         ({**FREE, "num_heads": [2, 5]}, "got 48 channels and 5 heads in stage 1"),
         ({**FREE, "num_heads": [2, 2.0]}, "got num_heads=[2, 2.0]"),
         ({**FREE, "embed_dim": 2}, "embed_dim must be at least 3, got embed_dim=2"),
