@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from .errors import UsageError
+from .packages import missing
 from .quiet import quiet_frameworks
 
 
-def exit_status(tool: str, run: Callable[[], int], interrupted: str = "interrupted") -> int:
+def exit_status(
+    tool: str,
+    run: Callable[[], int],
+    interrupted: str = "interrupted",
+    packages: Sequence[str] = (),
+) -> int:
     """What ``run`` returns; 2 after a UsageError or for want of a package, 130 after Ctrl-C.
 
     These end in one sentence on standard error, which ``tool`` begins and ``interrupted`` is for
-    the last of them.
+    the last of them. Of ``packages``, the modules that ``run`` needs besides ours, all that are
+    missing are named with the first of them.
     """
     try:
         with quiet_frameworks():
@@ -21,7 +28,7 @@ def exit_status(tool: str, run: Callable[[], int], interrupted: str = "interrupt
     except UsageError as error:
         status, sentence = 2, str(error)
     except ModuleNotFoundError as error:
-        status, sentence = 2, f"the Python package {error.name} is missing in {sys.executable}"
+        status, sentence = 2, missing([error.name], packages)
     except KeyboardInterrupt:
         status, sentence = 130, interrupted
     print(f"{tool}: {' '.join(sentence.split())}", file=sys.stderr)

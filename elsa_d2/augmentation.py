@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import ModuleType
 
-import cv2
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from PIL import Image
 
 from elsa_core.errors import UsageError
+from elsa_core.packages import need
 
 _METHODS = {
-    Image.NEAREST: cv2.INTER_NEAREST,
-    Image.BILINEAR: cv2.INTER_LINEAR,
-    Image.BICUBIC: cv2.INTER_CUBIC,
+    Image.NEAREST: "INTER_NEAREST",
+    Image.BILINEAR: "INTER_LINEAR",
+    Image.BICUBIC: "INTER_CUBIC",
 }
+
+
+def need_opencv(purpose: str) -> ModuleType:
+    """The module cv2, which Detectron2 does not bring. Raises UsageError where it is missing."""
+    return need("cv2", purpose)
 
 
 class OpenCVResizeTransform(T.ResizeTransform):
@@ -24,7 +30,8 @@ class OpenCVResizeTransform(T.ResizeTransform):
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
         """Image [H, W] or [H, W, C] in the new size; ``interp`` is one of Pillow's numbers."""
-        method = _METHODS[self.interp if interp is None else interp]
+        cv2 = need_opencv("a resize by OpenCV")
+        method = getattr(cv2, _METHODS[self.interp if interp is None else interp])
         size = (self.new_w, self.new_h)
         # OpenCV takes no mirrored views, as RGB from BGR is, and drops a single channel's axis.
         resized = cv2.resize(np.ascontiguousarray(img), size, interpolation=method)
@@ -53,11 +60,16 @@ RESIZES = {"pil": T.ResizeShortestEdge, "cv2": OpenCVResizeShortestEdge}
 
 
 def resize_class(cfg: CfgNode) -> type[T.ResizeShortestEdge]:
-    """What INPUT.RESIZE names: "pil" is Detectron2's own, "cv2" OpenMMLab's."""
+    """What INPUT.RESIZE names: "pil" is Detectron2's own, "cv2" OpenMMLab's.
+
+    Raises UsageError for another name, and for "cv2" without OpenCV.
+    """
     if cfg.INPUT.RESIZE not in RESIZES:
         raise UsageError(
             f"INPUT.RESIZE must be one of {', '.join(RESIZES)}, got {cfg.INPUT.RESIZE!r}"
         )
+    if cfg.INPUT.RESIZE == "cv2":
+        need_opencv("INPUT.RESIZE cv2")
     return RESIZES[cfg.INPUT.RESIZE]
 
 

@@ -28,7 +28,7 @@ from elsa_core.errors import UsageError, one_line
 
 from . import backbone
 from .amp import amp_dtype
-from .augmentation import resize_class
+from .augmentation import need_opencv, resize_class
 from .checkpoint import AtomicCheckpointer
 from .cityscapes import check_cityscapes_dataset, is_cityscapes, register_cityscapes_datasets
 from .classes import (
@@ -81,6 +81,8 @@ def check_run(
     _check_evaluation(cfg)
     stored = _check_weights(cfg, eval_only, resume, model)
     resize_class(cfg)
+    if is_semantic(cfg):
+        need_opencv(cfg.MODEL.META_ARCHITECTURE)
     _check_data(cfg, eval_only, machines, usable(cfg, stored))
     _check_output(cfg.OUTPUT_DIR)
 

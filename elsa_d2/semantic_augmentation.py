@@ -8,13 +8,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-import cv2
 import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from fvcore.transforms.transform import CropTransform, Transform
 
-from .augmentation import OpenCVResizeTransform
+from .augmentation import OpenCVResizeTransform, need_opencv
 
 TRIES = 10
 
@@ -126,6 +125,7 @@ class PhotometricDistortion(T.Augmentation):
 
     def _in_hsv(self, image: np.ndarray, saturation: float | None, hue: int | None) -> np.ndarray:
         """Each change makes its own way to HSV and back, which rounds."""
+        cv2 = need_opencv("a change of colours")
         there = getattr(cv2, f"COLOR_{self.image_format}2HSV")
         back = getattr(cv2, f"COLOR_HSV2{self.image_format}")
         if saturation is not None:
@@ -147,7 +147,11 @@ def _linear(image: np.ndarray, factor: float = 1.0, shift: float = 0.0) -> np.nd
 
 
 def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
-    """The augmentations of INPUT.SEM_SEG and INPUT.RANDOM_FLIP, in MMSegmentation's order."""
+    """The augmentations of INPUT.SEM_SEG and INPUT.RANDOM_FLIP, in MMSegmentation's order.
+
+    Raises UsageError without OpenCV.
+    """
+    need_opencv("MMSegmentation's resize")
     node = cfg.INPUT.SEM_SEG
     if not is_train:
         return [Fit(node.SCALE)]

@@ -25,10 +25,13 @@ error (one sentence on standard error), 130 interrupted
 """
 
 
+PACKAGES = ("cv2", "pycocotools", "tqdm")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     kept = f"interrupted, what is in {options.out} is whole, results.json is not of this run"
-    return exit_status("demo", lambda: run(options), kept)
+    return exit_status("demo", lambda: run(options), kept, PACKAGES)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

@@ -27,10 +27,13 @@ exit status: 0 done, 2 an error (one sentence on standard error; OUT is as it wa
 """
 
 
+PACKAGES = ("onnx", "onnx_ir", "onnxruntime", "onnxscript")
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
     kept = f"interrupted, {options.out} is as it was before"
-    return exit_status("export_onnx", lambda: run(options), kept)
+    return exit_status("export_onnx", lambda: run(options), kept, PACKAGES)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

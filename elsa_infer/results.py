@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import cv2
 import numpy as np
 
 
@@ -90,6 +89,8 @@ def enlarge(
     factor = max(1, min(round(least / short), most // long))
     if factor == 1:
         return image, result
+    import cv2
+
     image = cv2.resize(image, None, fx=factor, fy=factor, interpolation=cv2.INTER_CUBIC)
     return image, result.enlarged(factor)
 
@@ -103,6 +104,8 @@ def _encode(mask: np.ndarray) -> dict[str, Any]:
 
 def palette(classes: int) -> list[tuple[int, int, int]]:
     """A bright RGB colour for each class; neighbours in number are far apart in hue."""
+    import cv2
+
     hues = (np.arange(classes) * 0.61803 % 1 * 180).astype(np.uint8)
     values = np.where(np.arange(classes) % 2, 255, 215).astype(np.uint8)
     colours = np.stack([hues, np.full_like(hues, 210), values], axis=-1)[None]

@@ -31,7 +31,7 @@ heads and channels are counted from 1. The last stage has window attention and n
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    return exit_status("analyze", lambda: options.run(options))
+    return exit_status("analyze", lambda: options.run(options), packages=options.packages)
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
@@ -70,7 +70,7 @@ def _add_parts(commands: argparse._SubParsersAction) -> None:
         "classifiers, 800 1280 for detectors, 512 2048 for segmentation",
     )
     parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON, too")
-    parser.set_defaults(run=_parts)
+    parser.set_defaults(run=_parts, packages=())
 
 
 def _add_filters(commands: argparse._SubParsersAction) -> None:
@@ -108,7 +108,7 @@ def _add_filters(commands: argparse._SubParsersAction) -> None:
         help="larger images are shrunk to N pixels on their longer side (default: %(default)s)",
     )
     parser.add_argument("--out", required=True, metavar="PNG", help="picture to write")
-    parser.set_defaults(run=_filters)
+    parser.set_defaults(run=_filters, packages=("PIL", "matplotlib"))
 
 
 def _pixel(text: str) -> tuple[int, int]:

@@ -35,6 +35,8 @@ already holds them, nothing is done; an interrupted run leaves nothing behind in
 exit status: 0 done, 2 an error (one sentence on standard error), 130 interrupted
 """
 
+PACKAGES = ("cv2", "pycocotools", "skimage", "sklearn", "tqdm")
+
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
@@ -79,11 +81,16 @@ def main(arguments: list[str] | None = None) -> int:
         from demo.digits import DigitsError
         from demo.layouts import make_layout
     except ModuleNotFoundError as error:
-        return fail(f"the Python package {error.name} is missing in {sys.executable}")
+        from elsa_core.packages import missing
+
+        return fail(missing([error.name], PACKAGES))
     try:
         summary = make_layout(**vars(options))
     except ModuleNotFoundError as error:
-        return fail(f"--layout {options.layout} needs the Python package {error.name}")
+        return fail(
+            f"--layout {options.layout} needs the Python package {error.name}"
+            f": pip install {error.name}"
+        )
     except DigitsError as error:
         return fail(str(error))
     except OSError as error:

@@ -28,7 +28,9 @@ def main(arguments: list[str] | None = None) -> int:
         from zoo.models import ZooError
         from zoo.page import PAGE, make_page
     except ModuleNotFoundError as error:
-        return fail(f"the Python package {error.name} is missing in {sys.executable}", 2)
+        from elsa_core.packages import missing
+
+        return fail(missing([error.name], ["tabulate"]), 2)
     try:
         text = make_page(options.root)
     except ZooError as error:

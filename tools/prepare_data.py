@@ -10,7 +10,8 @@ try:
     from elsa_data.cli import main
 except ModuleNotFoundError as error:
     print(
-        f"prepare_data: the Python package {error.name} is missing in {sys.executable}",
+        f"prepare_data: the Python package {error.name} is missing in {sys.executable}: "
+        "pip install numpy pillow pycocotools tqdm",
         file=sys.stderr,
     )
     sys.exit(2)

@@ -102,7 +102,9 @@ def main(arguments: list[str] | None = None) -> int:
         from elsa_d2 import UsageError, load_config
         from elsa_d2.preflight import check_run
     except ModuleNotFoundError as error:
-        return fail(f"the Python package {error.name} is missing in {sys.executable}")
+        from elsa_core.packages import missing
+
+        return fail(missing([error.name]))
     try:
         with quiet_frameworks():
             check_run(

@@ -1,0 +1,63 @@
+"""Packages that only some commands need: one sentence about all that are missing."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Iterable
+from importlib.util import find_spec
+from types import ModuleType
+
+from .errors import UsageError, one_line
+
+# What pip installs for a module. Frameworks are left out: their guides have their commands.
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "cityscapesscripts": "cityscapesscripts",
+    "cv2": "opencv-python-headless",  # the builds of OpenCV with windows need libGL
+    "matplotlib": "matplotlib",
+    "numpy": "numpy",
+    "onnx": "onnx",
+    "onnx_ir": "onnx-ir",
+    "onnxruntime": "onnxruntime",
+    "onnxscript": "onnxscript",
+    "pycocotools": "pycocotools",
+    "scipy": "scipy",
+    "skimage": "scikit-image",
+    "sklearn": "scikit-learn",
+    "tabulate": "tabulate",
+    "tqdm": "tqdm",
+}
+
+
+def need(module: str, purpose: str) -> ModuleType:
+    """The module. Raises UsageError, which says how to install it, where it cannot be imported."""
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        absent = isinstance(error, ModuleNotFoundError) and error.name == module
+        fault = f"is missing in {sys.executable}" if absent else f"fails with {one_line(error)!r}"
+        raise UsageError(
+            f"{purpose} needs the Python package {module}, which {fault}{_command([module])}"
+        ) from error
+
+
+def missing(modules: Iterable[str | None], others: Iterable[str] = ()) -> str:
+    """A sentence that names modules that are missing, and those of others that are, too."""
+    names = list(dict.fromkeys([*map(str, modules), *filter(is_missing, others)]))
+    what = "package {} is" if len(names) == 1 else "packages {} are"
+    sentence = f"the Python {what.format(', '.join(names))} missing in {sys.executable}"
+    return sentence + _command(names)
+
+
+def is_missing(module: str) -> bool:
+    """Whether a module of the highest level cannot be found."""
+    try:
+        return find_spec(module) is None
+    except ImportError:
+        return True
+
+
+def _command(modules: Iterable[str]) -> str:
+    known = [DISTRIBUTIONS[name] for name in modules if name in DISTRIBUTIONS]
+    return f": pip install {' '.join(known)}" if known else ""
