@@ -6,11 +6,14 @@ those below cityscapes/ in the folder that the environment variable DETECTRON2_D
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import multiprocessing
 import os
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
+from importlib.machinery import ModuleSpec
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -25,6 +28,7 @@ from detectron2.evaluation import (
 from detectron2.utils.comm import get_world_size
 
 from elsa_core.errors import UsageError, one_line
+from elsa_core.packages import is_missing, need
 
 from .reading import read_pair
 from .semantic_data import FILES_READ_BEFORE_A_RUN, IGNORE
@@ -37,6 +41,33 @@ _INSTANCES, _LABELS = "gtFine_instanceIds.png", "gtFine_labelIds.png"
 _TRAIN_IDS = "gtFine_labelTrainIds.png"
 FEW_IMAGES = 64
 BUILTIN = "detectron2.data.datasets.builtin"  # where Detectron2 registers its own
+# What newer versions of Detectron2 import cityscapesscripts from: a package that is not published.
+UNPUBLISHED = "deeplearning.projects.cityscapesApi"
+SCRIPTS = ("", ".helpers", ".helpers.labels", ".evaluation")
+SCRIPTS += tuple(f".evaluation.eval{kind}LevelSemanticLabeling" for kind in ("Instance", "Pixel"))
+
+
+def provide_cityscapesscripts() -> None:
+    """Lets Detectron2 import cityscapesscripts by either of the names that it has for it.
+
+    Since the end of 2024 Detectron2 takes it from a package of Meta's. Where that is missing, its
+    names stand for the published modules. Raises UsageError without cityscapesscripts.
+    """
+    need("cityscapesscripts", "Cityscapes")
+    if not is_missing(UNPUBLISHED):
+        return
+    parts = UNPUBLISHED.split(".")
+    for name in (".".join(parts[: i + 1]) for i in range(len(parts))):
+        if is_missing(name):
+            spec = ModuleSpec(name, None, is_package=True)
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            parent, _, last = name.rpartition(".")
+            if parent:
+                setattr(sys.modules[parent], last, sys.modules[name])
+    for name in SCRIPTS:
+        module = importlib.import_module(f"cityscapesscripts{name}")
+        sys.modules[f"{UNPUBLISHED}.cityscapesscripts{name}"] = module
+    vars(sys.modules[UNPUBLISHED])["cityscapesscripts"] = sys.modules["cityscapesscripts"]
 
 
 class InstanceEvaluator(CityscapesInstanceEvaluator):
@@ -60,6 +91,7 @@ def load_instances(image_dir: str, gt_dir: str) -> list[dict[str, Any]]:
     take for a scheduler's and wait out while a training runs. Here they end by themselves, and few
     files are read without any.
     """
+    provide_cityscapesscripts()
     from cityscapesscripts.helpers.labels import labels
 
     files = reader._get_cityscapes_files(image_dir, gt_dir)
@@ -68,7 +100,7 @@ def load_instances(image_dir: str, gt_dir: str) -> list[dict[str, Any]]:
         records = [read(names) for names in files]
     else:
         processes = max(multiprocessing.cpu_count() // get_world_size() // 2, 4)
-        with ProcessPoolExecutor(processes) as pool:
+        with ProcessPoolExecutor(processes, initializer=provide_cityscapesscripts) as pool:
             records = list(pool.map(read, files, chunksize=-(-len(files) // (4 * processes))))
     counted = [label.id for label in labels if label.hasInstances and not label.ignoreInEval]
     for record in records:
@@ -130,6 +162,7 @@ def is_cityscapes(name: str) -> bool:
 
 def build_cityscapes_evaluator(name: str) -> DatasetEvaluator:
     """Detectron2's: average precision of masks, or IoU of classes and categories; in percent."""
+    provide_cityscapesscripts()
     import elsa_data.cityscapes_judge  # noqa: F401 (any NumPy does then)
 
     return EVALUATORS[MetadataCatalog.get(name).evaluator_type](name)
@@ -148,6 +181,7 @@ def check_cityscapes_dataset(
         evaluated: the model is evaluated on the data set, too.
         machines: that take part.
     """
+    provide_cityscapesscripts()
     metadata = MetadataCatalog.get(name)
     if semantic != (metadata.evaluator_type == SEMANTIC):
         tasks = list(TASKS) if semantic else list(TASKS)[::-1]

@@ -2,6 +2,7 @@
 
 import gc
 import importlib.util
+import inspect
 import json
 import math
 import multiprocessing
@@ -9,6 +10,8 @@ import os
 import re
 import shutil
 import signal
+import sys
+import types
 
 import numpy as np
 import pytest
@@ -19,7 +22,9 @@ pytest.importorskip("detectron2")
 
 from d2_tiny import NARROW, REPOSITORY, TOOL, note_checkpoints, read_metrics
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import cityscapes as reader
 from detectron2.data.datasets.builtin import register_all_cityscapes
+from detectron2.evaluation import cityscapes_evaluation as evaluation
 from detectron2.structures import Instances
 
 from elsa_core.stop import StopSignals
@@ -167,7 +172,46 @@ def test_evaluation_alone_and_at_several_scales(cityscapes, tmp_path, tool):
 # --- evaluation
 
 
-def test_the_truth_as_prediction_is_perfect(builtin):
+@pytest.fixture(params=["as installed", "newer"])
+def version(request, monkeypatch):
+    """Of Detectron2: newer ones import a package of Meta's instead of cityscapesscripts."""
+    for name in [n for n in sys.modules if n.partition(".")[0] == "deeplearning"]:
+        monkeypatch.delitem(sys.modules, name)
+    if request.param == "newer":
+        where = "deeplearning.projects.cityscapesApi"
+        for module in (reader, evaluation):
+            source = re.sub(
+                rf"(from|import) (?!{where})(\w+\.)*cityscapesscripts\.",
+                rf"\1 {where}.cityscapesscripts.",
+                inspect.getsource(module),
+            )
+            assert source.count(f"{where}.cityscapesscripts.") >= 3
+            newer = types.ModuleType(module.__name__)
+            newer.__package__ = module.__package__
+            exec(source, vars(newer))
+            if module is reader:
+                read = newer._cityscapes_files_to_dict
+                monkeypatch.setattr(reader, "_cityscapes_files_to_dict", read)
+                continue
+            for name in ("CityscapesInstanceEvaluator", "CityscapesSemSegEvaluator"):
+                for method in ("process", "evaluate"):
+                    theirs = getattr(getattr(newer, name), method)
+                    monkeypatch.setattr(getattr(evaluation, name), method, theirs)
+    yield
+    for name in [n for n in sys.modules if n.partition(".")[0] == "deeplearning"]:
+        monkeypatch.delitem(sys.modules, name)
+
+
+def test_instances_are_read(version, cityscapes):
+    """Whatever Detectron2 calls cityscapesscripts, of which there is one copy."""
+    folders = (str(cityscapes / kind / "val") for kind in ("leftImg8bit", "gtFine"))
+    records = cityscapes_data.load_instances(*folders)
+    assert len(records) == 4 and all(record["annotations"] for record in records)
+    labels = sys.modules["deeplearning.projects.cityscapesApi.cityscapesscripts.helpers.labels"]
+    assert labels is sys.modules["cityscapesscripts.helpers.labels"]
+
+
+def test_the_truth_as_prediction_is_perfect(version, builtin):
     """In percent, by the evaluators that the trainer chooses."""
     cfg = config(SEGMENTOR.format("t"))
     evaluator = Trainer.build_evaluator(cfg, NAMES[3])
