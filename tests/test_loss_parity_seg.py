@@ -1,6 +1,7 @@
 """The published UPerNet in Detectron2 and in MMSegmentation: same weights, same results."""
 
 import dataclasses
+import inspect
 import re
 
 import cv2
@@ -17,11 +18,13 @@ from mmcv.transforms import Compose
 from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
+from mmseg.models.losses import cross_entropy_loss
 from weights_models import TINY
 
 from elsa_d2 import SegmentorWithTTA, SemanticMapper, load_config
 
 CONFIG = REPOSITORY / "configs/detectron2/ADE20K-SemanticSegmentation/upernet_elsa_swin_t_160k.yaml"
+DIGITS = REPOSITORY / "configs/mmseg/digits/elsa-swin_upernet_digits.py"
 THEIRS = REPOSITORY / "configs/mmseg/_base_/models/upernet_elsa-swin.py"
 RATIOS = (0.75, 1.5)
 SCALE, CROP = (90, 54), (64, 64)
@@ -191,6 +194,34 @@ def test_training_losses_and_gradients_agree(models, records):
     for name, parameter in theirs.named_parameters():
         difference = (gradients[our_name(name)] - parameter.grad).norm()
         assert difference <= 1e-3 * parameter.grad.norm() + 1e-6, name
+
+
+@pytest.fixture(params=["as installed", "1.2.2"])
+def version(request, monkeypatch):
+    """Of MMSegmentation: 1.2.2 looks up the weight of the label that stands for no class, too."""
+    if request.param == "1.2.2":
+        source = inspect.getsource(cross_entropy_loss.cross_entropy)
+        line = re.compile(r"label_weights = .*?\.to\(", re.DOTALL)
+        source, found = line.subn("label_weights = class_weight[label].to(", source)
+        assert found == 1
+        exec(source, namespace := dict(vars(cross_entropy_loss)))
+        monkeypatch.setattr(cross_entropy_loss, "cross_entropy", namespace["cross_entropy"])
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none", "sum"])
+def test_class_weights_of_pixels_that_have_a_class(version, reduction):
+    """The loss of the digits is the weighted mean, which Detectron2's head has, too."""
+    config = Config.fromfile(DIGITS).model.auxiliary_head.loss_decode
+    loss = MODELS.build({**config, "reduction": reduction})
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 11, 9, 7, generator=generator)
+    labels = torch.randint(0, 11, (2, 9, 7), generator=generator)
+    labels[:, 4:, 2:] = 255
+    expected = torch.nn.functional.cross_entropy(
+        logits, labels, torch.tensor(config.class_weight), ignore_index=255, reduction=reduction
+    )
+    torch.testing.assert_close(loss(logits, labels, ignore_index=255), 0.4 * expected)
+    assert not loss(logits, labels * 0 + 255, ignore_index=255).any()
 
 
 TEST_PIPELINE = [

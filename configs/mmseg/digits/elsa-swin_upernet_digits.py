@@ -6,7 +6,9 @@ _base_ = [
 ]
 
 # The background is six of seven pixels; with equal weights nothing else is learnt at first.
-loss_decode = dict(class_weight=[0.15] + [1.0] * 10)
+loss_decode = dict(
+    type="elsa_mm.segmentation.WeightedCrossEntropyLoss", class_weight=[0.15] + [1.0] * 10
+)
 
 model = dict(
     data_preprocessor=dict(size=(96, 96)),

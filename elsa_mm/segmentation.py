@@ -1,0 +1,41 @@
+"""What MMSegmentation 1.2.2 fails at and our segmentors need.
+
+Configs name this class by its full path, because `elsa_mm` needs no MMSegmentation.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mmengine.registry import MODELS
+from mmseg.models.losses import CrossEntropyLoss
+from torch import Tensor
+
+
+@MODELS.register_module()
+class WeightedCrossEntropyLoss(CrossEntropyLoss):
+    """MMSegmentation's CrossEntropyLoss with a weight for each class and pixels without one.
+
+    Its mean is the weighted mean of the pixels that have a class. MMSegmentation 1.2.2 looks up the
+    weight of the other label as well, and ends with an IndexError; later versions give this value.
+    """
+
+    def forward(
+        self,
+        cls_score: Tensor,
+        label: Tensor,
+        weight: Tensor | None = None,
+        avg_factor: float | Tensor | None = None,
+        reduction_override: str | None = None,
+        ignore_index: int = -100,
+        **options: Any,
+    ) -> Tensor:
+        """Loss of logits [B, K, H, W] and labels [B, H, W]; the rest is MMSegmentation's."""
+        softmax = not (self.use_sigmoid or self.use_mask)
+        mean = (reduction_override or self.reduction) == "mean"
+        if self.class_weight is not None and softmax and mean and avg_factor is None:
+            weights = cls_score.new_tensor(self.class_weight)
+            avg_factor = weights[label[label != ignore_index]].sum()
+        return super().forward(
+            cls_score, label, weight, avg_factor, reduction_override, ignore_index, **options
+        )
