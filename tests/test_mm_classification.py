@@ -289,6 +289,22 @@ def test_converted_classifier_gives_the_originals_logits(tmp_path, arch, size, a
         assert (got - other).abs().max() > 1e-3
 
 
+def test_timms_model_gives_the_same_logits(tmp_path):
+    timm = pytest.importorskip("timm", reason="timm is not installed")
+    import elsa_core.timm  # noqa: F401  registers the models
+
+    convert_file(save(tmp_path, scaled()), tmp_path / "cls.pth", "mmpretrain")
+    model = classifier(TINY, 10)
+    load_checkpoint(model, str(tmp_path / "cls.pth"), map_location="cpu", strict=True)
+    path = tmp_path / "original.safetensors"
+    convert_file(tmp_path / "cls.pth", path, "original")
+    options = dict(arch=TINY, num_classes=10, checkpoint_path=str(path))
+    other = timm.create_model("elsa_swin_tiny", **options).eval()
+    image = torch.randn(2, 3, 96, 120)
+    with torch.no_grad():
+        assert torch.allclose(model(image), other(image), rtol=0, atol=1e-5)
+
+
 def test_conversion_back_changes_no_tensor(tmp_path):
     checkpoint = scaled()
     convert_file(save(tmp_path, checkpoint), tmp_path / "cls.pth", "mmpretrain")
