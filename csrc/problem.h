@@ -66,13 +66,30 @@ inline Problem check_problem(
   return {value.size(0), value.size(1), value.size(2), channels, heads, kernel_size, dilation};
 }
 
-// The tensor itself where its pixels follow each other at an even distance, as in a slice of a
-// projection's channels; else a contiguous copy. The kernels then need stride(2) alone.
+// The distance of a map's pixels where it is even, as in a slice of a projection's channels; else
+// nothing. Axes of length 1 do not count: their strides are arbitrary.
+inline std::optional<int64_t> pixel_stride(const at::Tensor& map) {
+  if (map.size(3) > 1 && map.stride(3) != 1) return {};
+  std::optional<int64_t> pixel;
+  int64_t pixels = 1;
+  for (const int axis : {2, 1, 0}) {
+    if (map.size(axis) > 1) {
+      if (!pixel) pixel = map.stride(axis);
+      if (map.stride(axis) != pixels * *pixel) return {};
+    }
+    pixels *= map.size(axis);
+  }
+  return pixel.value_or(map.size(3));
+}
+
+// The map itself where its pixels are evenly spaced, else a copy; its strides say so on all axes.
+// The kernels then need stride(2) alone.
 inline at::Tensor evenly_spaced(const at::Tensor& map) {
-  const int64_t pixel = map.stride(2), row = map.size(2) * pixel;
-  const bool even =
-      map.stride(3) == 1 && map.stride(1) == row && map.stride(0) == map.size(1) * row;
-  return even ? map : map.contiguous();
+  const auto pixel = pixel_stride(map);
+  if (!pixel) return map.clone(at::MemoryFormat::Contiguous);
+  const int64_t row = map.size(2) * *pixel, image = map.size(1) * row;
+  const int64_t strides[] = {image, row, *pixel, 1};
+  return map.strides() == strides ? map : map.as_strided(map.sizes(), strides);
 }
 
 }  // namespace elsa

@@ -2,6 +2,8 @@
 
 import torch
 
+SHORT_AXES = [(4, 5, 1), (1, 5, 1), (4, 1, 5), (4, 1, 1), (1, 1, 5), (1, 1, 1)]
+"""Batch, height and width, of length 1 where strides mean nothing."""
 GHOSTS = {"none": (), "add": ("add",), "mul": ("mul",), "both": ("add", "mul")}
 
 
@@ -24,3 +26,10 @@ def make_inputs(shape, kernel_size, ghosts=("add",), dtype=torch.float64, device
         draw(*filters) if "add" in ghosts else None,
         draw(*filters) if "mul" in ghosts else None,
     ]
+
+
+def with_odd_strides(tensor):
+    """The same numbers in the same memory, with arbitrary strides where an axis has length 1."""
+    sizes_and_strides = zip(tensor.shape, tensor.stride(), strict=True)
+    odd = [stride if size != 1 else 1_000_003 + size for size, stride in sizes_and_strides]
+    return tensor.as_strided(tensor.shape, odd)

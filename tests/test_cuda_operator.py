@@ -8,7 +8,7 @@ import os
 import operator_inputs
 import pytest
 import torch
-from operator_inputs import GHOSTS
+from operator_inputs import GHOSTS, SHORT_AXES, with_odd_strides
 
 from elsa_core import elsa_attention, elsa_attention_reference
 
@@ -150,6 +150,22 @@ def test_strided_inputs(offset, kernel_size, dtype):
         assert all(result.is_contiguous() for result in results[:1])
         for result, reference in zip(results, expected, strict=True):
             assert torch.equal(result, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel_size", [3, 7])
+@pytest.mark.parametrize("shape", SHORT_AXES, ids=str)
+def test_strides_of_axes_of_length_1_mean_nothing(shape, kernel_size, dtype):
+    inputs = make_inputs((*shape, 64, 2), kernel_size, ("add",), dtype)
+    odd = [t if t is None else with_odd_strides(t.detach()).requires_grad_() for t in inputs]
+    grad = torch.randn(*shape, 64).to(inputs[0])
+    runs = []
+    for tensors, upstream in ((inputs, grad), (odd, with_odd_strides(grad))):
+        out = elsa_attention(*tensors, kernel_size=kernel_size)
+        runs.append([out, *torch.ops.elsa.attention_backward(upstream, *tensors, kernel_size, 1)])
+    for expected, result in zip(*runs, strict=True):
+        assert torch.equal(result, expected)
+        assert result.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)

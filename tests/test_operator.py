@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from operator_inputs import GHOSTS, make_inputs
+from operator_inputs import GHOSTS, SHORT_AXES, make_inputs, with_odd_strides
 
 import elsa_core
 from elsa_core import _fallback, elsa_attention, elsa_attention_reference
@@ -163,6 +163,20 @@ def test_non_contiguous_inputs(kernel_size):
         results = value_and_gradients(elsa_attention, strided, kernel_size, 1)
         for result, reference in zip(results, expected, strict=True):
             torch.testing.assert_close(result, reference, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHORT_AXES, ids=str)
+def test_strides_of_axes_of_length_1_mean_nothing(shape):
+    inputs = make_inputs((*shape, 64, 2), 7, ("add", "mul"))
+    odd = [with_odd_strides(tensor.detach()).requires_grad_() for tensor in inputs]
+    grad = torch.randn(*shape, 64, dtype=inputs[0].dtype)
+    runs = []
+    for tensors, upstream in ((inputs, grad), (odd, with_odd_strides(grad))):
+        out = elsa_attention(*tensors, kernel_size=7)
+        runs.append([out, *torch.ops.elsa.attention_backward(upstream, *tensors, 7, 1)])
+    for expected, result in zip(*runs, strict=True):
+        assert torch.equal(result, expected)
+        assert result.stride() == expected.stride()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

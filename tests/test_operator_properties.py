@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from operator_inputs import with_odd_strides
 
 from elsa_core import elsa_attention, elsa_attention_reference
 
@@ -19,7 +20,7 @@ def run(function, tensors, **options):
     tensors = [None if t is None else t.detach().requires_grad_() for t in tensors]
     out = function(*tensors, **options)
     generator = torch.Generator().manual_seed(7)
-    grad = torch.randn(out.shape, generator=generator).to(out.dtype)
+    grad = with_odd_strides(torch.randn(out.shape, generator=generator).to(out.dtype))
     return [out, *torch.autograd.grad(out, [t for t in tensors if t is not None], grad)]
 
 
@@ -34,7 +35,8 @@ def problems(draw, published=False):
 
     def tensor(*size):
         numbers = torch.randn(*size, generator=generator, dtype=torch.float64)
-        layout = draw(st.sampled_from(["contiguous", "reversed", "slice", "every second"]))
+        layouts = ["contiguous", "reversed", "slice", "every second", "odd"]
+        layout = draw(st.sampled_from(layouts))
         if layout == "reversed":
             order = tuple(reversed(range(numbers.dim())))
             return numbers.permute(order).contiguous().permute(order)
@@ -42,6 +44,8 @@ def problems(draw, published=False):
             return torch.cat([numbers, numbers], -1)[..., size[-1] :]
         if layout == "every second":
             return numbers.repeat_interleave(2, 1)[:, ::2]
+        if layout == "odd":
+            return with_odd_strides(numbers)
         return numbers
 
     channels = heads * depth

@@ -8,7 +8,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/empty_like.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -338,7 +337,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   const Problem p = check(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad);
   const Tensor grads = evenly_spaced(grad), values = evenly_spaced(value),
                all_logits = logits.contiguous();
-  Tensor grad_value, grad_logits = at::empty_like(all_logits), grad_add, grad_mul;
+  Tensor grad_value, grad_logits = at::empty(logits.sizes(), logits.options()), grad_add, grad_mul;
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, value.scalar_type(), "elsa::attention_backward", [&] {
         using T = at::opmath_type<scalar_t>;
