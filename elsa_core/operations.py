@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import operator as _registers_the_operator  # noqa: F401
+from .flops import attention
 
 
 def operations(run: Callable[[Tensor], Any], size: tuple[int, int]) -> int:
@@ -83,9 +84,8 @@ def _attention_operations(
     dilation: int,
     **_: Any,
 ) -> int:
-    """Twice the multiply-adds: one a tap for the value, one for the ghost filters."""
-    taps = value.numel() * kernel_size**2
-    return 2 * taps * (1 + (ghost_add is not None or ghost_mul is not None))
+    """Twice the multiply-adds, as PyTorch counts."""
+    return 2 * attention(value, kernel_size, ghost_add is not None or ghost_mul is not None)
 
 
 _FORMULAS = {torch.ops.elsa.attention: _attention_operations}

@@ -2,6 +2,7 @@
 
 from elsa_core.errors import UsageError
 
+from . import flops as _flops  # noqa: F401 (registers handles)
 from .backbone import ELSASwin, build_elsa_swin_backbone, build_elsa_swin_fpn_backbone
 from .boxes import MMDetAnchorGenerator
 from .cascade import ClassSpecificCascadeROIHeads

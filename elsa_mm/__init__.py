@@ -3,6 +3,7 @@
 A config imports it with `custom_imports = dict(imports=['elsa_mm'])`.
 """
 
+from . import flops as _flops  # noqa: F401 (registers handles)
 from .amp import CPUAmpOptimWrapper
 from .backbone import ELSASwin
 from .checkpoint import AtomicLocalBackend

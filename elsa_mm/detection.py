@@ -25,6 +25,12 @@ class Float32RoIExtractor(SingleRoIExtractor):
     coarsest level, whatever their size.
     """
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        if any(getattr(layer, "use_torchvision", False) for layer in self.roi_layers):
+            # mmcv imports it in the first call, where MMDetection's get_flops.py traces the import.
+            import torchvision  # noqa: F401
+
     def forward(
         self, feats: tuple[Tensor, ...], rois: Tensor, roi_scale_factor: float | None = None
     ) -> Tensor:

@@ -1,0 +1,11 @@
+"""Makes MMEngine's counters, which OpenMMLab's get_flops.py use, know ELSA-Swin's operators."""
+
+from mmengine.analysis import complexity_analysis
+
+from elsa_core.flops import ACTIVATIONS, MULTIPLY_ADDS, register_handles
+
+register_handles(
+    complexity_analysis,
+    _DEFAULT_SUPPORTED_FLOP_OPS=MULTIPLY_ADDS,
+    _DEFAULT_SUPPORTED_ACT_OPS=ACTIVATIONS,
+)
