@@ -148,14 +148,20 @@ class ELSASwin(nn.Module):
             raise ValueError(
                 f"input must have the shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}"
             )
+        maps = self.stage_maps(x)
+        return tuple(
+            getattr(self, f"norm{stage}")(maps[stage + 1]).permute(0, 3, 1, 2)
+            for stage in self.out_indices
+        )
+
+    def stage_maps(self, x: Tensor) -> list[Tensor]:
+        """The maps [B, H, W, C] of the patch embedding and of each stage, without output norms."""
         x = self.pos_drop(self.patch_embed(x))
-        outputs = []
-        for index, stage in enumerate(self.layers):
+        maps = [x]
+        for stage in self.layers:
             out, x = stage(x)
-            if index in self.out_indices:
-                norm = getattr(self, f"norm{index}")
-                outputs.append(norm(out).permute(0, 3, 1, 2))
-        return tuple(outputs)
+            maps.append(out)
+        return maps
 
     def train(self: _Self, mode: bool = True) -> _Self:
         super().train(mode)

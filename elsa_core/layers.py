@@ -73,30 +73,39 @@ class ELSA(nn.Module):
             PointwiseConv2d(dim_qk, kernel_size**2 * num_heads),
         )
         self.ghost_head = self._make_ghost_head(dim)
+        self.reset_parameters()
         self.post_proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def _make_ghost_head(self, dim: int) -> nn.Parameter | None:
-        shape = (1, dim, self.kernel_size, self.kernel_size)
-        filters = []
-        if self.lam:
-            filters.append(torch.randn(shape))
-        if self.gamma:
-            filters.append(nn.init.trunc_normal_(torch.empty(shape), std=0.02))
+        filters = bool(self.lam) + bool(self.gamma)
         if not filters:
             return None
-        return nn.Parameter(filters[0] if len(filters) == 1 else torch.stack(filters))
+        shape = (1, dim, self.kernel_size, self.kernel_size)
+        return nn.Parameter(torch.empty(shape if filters == 1 else (2, *shape)))
 
-    def ghost_filters(self) -> tuple[Tensor | None, Tensor | None]:
-        """The effective additive and multiplicative filters, each [C, K, K] or None."""
+    def reset_parameters(self) -> None:
+        """Draws the ghost filters anew; the layers in it have a method of their own."""
+        add, mul = self._stored_filters()
+        if mul is not None:
+            nn.init.normal_(mul)
+        if add is not None:
+            nn.init.trunc_normal_(add, std=0.02)
+
+    def _stored_filters(self) -> tuple[Tensor | None, Tensor | None]:
+        """Additive and multiplicative filters as parameters, each [C, K, K] or None."""
         if self.ghost_head is None:
             return None, None
         filters = self.ghost_head.reshape(-1, *self.ghost_head.shape[-3:])
-        add = mul = None
-        if self.gamma:
-            add = filters[-1] if self.gamma == 1 else self.gamma * filters[-1]
-        if self.lam:
-            mul = filters[0] if self.lam == 1 else filters[0] ** int(self.lam)
+        return (filters[-1] if self.gamma else None), (filters[0] if self.lam else None)
+
+    def ghost_filters(self) -> tuple[Tensor | None, Tensor | None]:
+        """The effective additive and multiplicative filters, each [C, K, K] or None."""
+        add, mul = self._stored_filters()
+        if add is not None and self.gamma != 1:
+            add = self.gamma * add
+        if mul is not None and self.lam != 1:
+            mul = mul ** int(self.lam)
         return add, mul
 
     def forward(self, x: Tensor) -> Tensor:
@@ -155,10 +164,16 @@ class WindowAttention(nn.Module):
         self.attn_drop = attn_drop
         self.pre_proj = Linear(dim, 3 * dim)
         self.rb = nn.Parameter(torch.empty(num_heads, (2 * window_size - 1) ** 2))
-        nn.init.trunc_normal_(self.rb, std=0.02)
-        self.register_buffer("relative_id", relative_position_id(window_size), persistent=False)
+        index = torch.empty(window_size**4, dtype=torch.long)
+        self.register_buffer("relative_id", index, persistent=False)
+        self.reset_parameters()
         self.post_proj = Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
+
+    def reset_parameters(self) -> None:
+        """Draws the position bias anew, and fills the buffer, which no checkpoint has."""
+        nn.init.trunc_normal_(self.rb, std=0.02)
+        self.relative_id.copy_(relative_position_id(self.window_size))
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]

@@ -238,3 +238,14 @@ def test_ghost_head_is_never_expanded_over_the_batch():
         layer(x)
     calls = [event for event in profile.events() if event.name == "elsa::attention"]
     assert calls and all(list(event.input_shapes[2]) == [24, 7, 7] for event in calls)
+
+
+def test_layers_made_without_memory_are_filled_later():
+    """As large models are loaded: on the meta device, then memory, then what no file has."""
+    with torch.device("meta"):
+        window, elsa = WindowAttention(12, 3, 5), ELSA(24, 3, 7, 4, lam=1)
+    for layer in (window, elsa):
+        layer.to_empty(device="cpu").reset_parameters()
+    assert torch.equal(window.relative_id, WindowAttention(12, 3, 5).relative_id)
+    assert window.rb.abs().max() < 0.2 and elsa.ghost_head.shape == (2, 1, 24, 7, 7)
+    assert 0.9 < elsa.ghost_head[0].std() < 1.1 and 0.01 < elsa.ghost_head[1].std() < 0.03
