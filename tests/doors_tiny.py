@@ -24,7 +24,7 @@ def train_a_step(model, loss):
     for name in found:
         assert trained[name].grad.isfinite().all() and trained[name].grad.abs().sum() > 0, name
     before = {name: p.detach().clone() for name, p in trained.items()}
-    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
     unchanged = [name for name, p in trained.items() if torch.equal(p, before[name])]
     assert not set(unchanged) & set(found)
     return unchanged

@@ -16,7 +16,7 @@ LARGE = {
     "elsa_mm": "mmengine.runner, mmengine.hooks, mmengine.model",
 }
 # Files of elsa_core that their users import by name, each with the library that it adapts to.
-DOORS = {"timm.py": "timm", "transformers.py": "transformers"}
+DOORS = {f"{name}.py": name for name in ("timm", "torchvision", "transformers")}
 FRAMEWORKS = ("detectron2", "fvcore", *OPENMMLAB)
 FORBIDDEN = {"elsa_d2": {*OPENMMLAB, "elsa_mm"}, "elsa_mm": {"detectron2", "elsa_d2"}}
 
