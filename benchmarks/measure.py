@@ -111,7 +111,7 @@ def limits(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
 
 def describe(clock: Clock, dtype: torch.dtype) -> dict[str, object]:
     """The machine and the software, for results that are read later and elsewhere."""
-    report, healthy = doctor.report()
+    report = doctor.examine(frameworks=False)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "date": datetime.date.today().isoformat(),
@@ -122,7 +122,7 @@ def describe(clock: Clock, dtype: torch.dtype) -> dict[str, object]:
         "memory_gib": round(memory / 2**30, 1),
         "system": platform.platform(),
         "elsa_core": elsa_core.__version__,
-        "doctor": [line for line in report if not line.startswith("extension:")],
-        "self_check": "right" if healthy else "WRONG",
+        "doctor": [line for line in report.lines if not line.startswith("extension:")],
+        "self_check": "WRONG" if report.faults else "right",
         "limits": {name: round(value, 3) for name, value in limits(clock, dtype).items()},
     }

@@ -1,94 +1,39 @@
-"""What this installation has, in ten lines, with a self-check: ``python -m elsa_core.doctor``."""
+"""What this installation has, with self-checks: ``elsa doctor``, ``python -m elsa_core.doctor``."""
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import platform
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from . import ELSASwin, __version__, elsa_attention, elsa_attention_reference
+from . import __version__
 from ._extension import binaries
+from .frameworks import Report, check_frameworks
 from .operator import has_extension
+from .packages import DISTRIBUTIONS, is_missing
+from .quiet import quiet_frameworks
+from .self_check import BACKBONE_TOLERANCE, TOLERANCE, check_backbone, check_operator
 
 FOLDER = Path(__file__).parent
-# Distributions under which a framework is published; the first one that is there is shown.
-FRAMEWORKS = {
-    "detectron2": ("detectron2", "sal-detectron2"),
-    "mmengine": ("mmengine", "onedl-mmengine"),
-    "mmcv": ("mmcv", "mmcv-lite", "onedl-mmcv"),
-    "mmdet": ("mmdet", "onedl-mmdetection"),
-    "mmseg": ("mmsegmentation", "onedl-mmsegmentation"),
+# The ends of the range that is tested; the lower one of PyTorch is refused by `import elsa_core`.
+OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 14)
+EXTENSION_SINCE = (2, 10)  # of PyTorch, whose stable ABI the extension is built on
+# What modules are for that nothing else of ours needs.
+OPTIONAL = {
+    "pictures, INPUT.RESIZE cv2": ("cv2",),
+    "COCO": ("pycocotools",),
+    "Cityscapes": ("cityscapesscripts",),
+    "tools/prepare_data.py": ("PIL", "tqdm"),
+    "tools/make_digits.py": ("skimage", "sklearn"),
+    "analyze filters": ("matplotlib",),
+    "ONNX": ("onnx", "onnxscript", "onnxruntime"),
 }
-# Largest error, relative to the largest number, that the self-check accepts.
-TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-# Of a backbone in float32: GPUs convolve in TF32 unless told otherwise.
-BACKBONE_TOLERANCE = 1e-2
-
-
-def self_check(device: torch.device, dtype: torch.dtype, multiplied: bool) -> tuple[float, float]:
-    """Errors of the operator's result and of its gradients, each relative to the largest number.
-
-    Compared with the reference in double precision on the CPU, at a shape that has borders, two
-    heads of 32 channels and an incomplete vector.
-
-    Args:
-        multiplied: with both ghost filters, for which CUDA devices have general kernels; else with
-            the additive one alone as in the published models, for which they have fast ones.
-    """
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(dtype).double()
-
-    shape, taps = (2, 9, 19), 7 * 7
-    exact = [draw(*shape, 64), draw(*shape, 2 * taps), draw(64, 7, 7)]
-    if multiplied:
-        exact.append(draw(64, 7, 7))
-    ours = [tensor.to(device, dtype).requires_grad_() for tensor in exact]
-    exact = [tensor.requires_grad_() for tensor in exact]
-    grad = draw(*shape, 64)
-    out = elsa_attention(*ours, kernel_size=7)
-    expected = elsa_attention_reference(*exact, kernel_size=7)
-    grads = torch.autograd.grad(out, ours, grad.to(device, dtype))
-    expected_grads = torch.autograd.grad(expected, exact, grad)
-    backward = max(map(_error, grads, expected_grads))
-    return _error(out.detach(), expected.detach()), backward
-
-
-def check_backbone(device: torch.device) -> float:
-    """Largest error, relative to the largest number, of a small `ELSASwin` in float32.
-
-    Compared with itself in double precision on the CPU, from a state dict that it has loaded.
-    """
-    arch = dict(embed_dim=32, depths=(1, 1, 1), num_heads=(1, 2, 4), group_width=8)
-    exact, ours = (ELSASwin(arch, out_indices=(0, 1, 2)).eval() for _ in range(2))
-    ours.load_state_dict(exact.state_dict())
-    image = torch.randn(1, 3, 61, 83, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        found, expected = ours.to(device)(image.to(device)), exact.double()(image.double())
-    return max(map(_error, found, expected))
-
-
-def _error(result: Tensor, expected: Tensor) -> float:
-    # As infinity, NaN is the largest of several errors.
-    difference = (result.cpu().double() - expected).abs().nan_to_num(nan=math.inf).max()
-    return (difference / expected.abs().max()).item()
-
-
-def _version(distributions: Sequence[str]) -> str | None:
-    for name in distributions:
-        try:
-            return metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
 
 
 def _kernels(key: str) -> str:
@@ -103,7 +48,9 @@ def _kernels(key: str) -> str:
 
 def _extension() -> str:
     if not has_extension:
-        return "none, it was not compiled"
+        since = ".".join(map(str, EXTENSION_SINCE))
+        old = tuple(map(int, torch.__version__.split(".")[:2])) < EXTENSION_SINCE
+        return f"none, {f'it needs PyTorch {since}' if old else 'it was not compiled'}"
     file = binaries()[0]
     return str(file) if file.parent == FOLDER else f"{file}, of another copy of elsa_core"
 
@@ -130,54 +77,95 @@ def describe_device(device: torch.device) -> str:
     return f"{torch.cuda.get_device_name(device)}, sm_{capability}"
 
 
-def report() -> tuple[list[str], bool]:
-    """The lines, and whether every self-check passed."""
-    found = [f"{name} {v}" for name, names in FRAMEWORKS.items() if (v := _version(names))]
-    lines = [
+def examine(frameworks: bool = True) -> Report:
+    """Everything that the doctor says; ``faults`` is empty where all is right.
+
+    Args:
+        frameworks: whether those that are installed are imported and tried, too.
+    """
+    report = Report()
+    report.lines = [
         f"elsa_core {__version__} in {FOLDER}, Python {platform.python_version()}, "
         f"{platform.system()} {platform.machine()}",
         f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda or 'none'}",
-        f"frameworks: {', '.join(found) or 'none, elsa_core needs none'}",
         f"extension: {_extension()}",
         f"CPU kernels: {_kernels('CPU')}",
         f"CUDA kernels: {_kernels('CUDA')}",
         f"matrix products on the CPU: oneDNN {_yes(torch.backends.mkldnn.is_available())}, "
         f"MKL {_yes(torch.backends.mkl.is_available())}",
     ]
-    healthy = True
+    _check_versions(report)
     for device in _devices():
-        lines.append(f"{device}: {describe_device(device)}")
-        errors = {
-            dtype: max(max(self_check(device, dtype, multiplied)) for multiplied in (False, True))
-            for dtype in TOLERANCE
-        }
-        right = all(error <= TOLERANCE[dtype] for dtype, error in errors.items())
-        backbone = check_backbone(device)
-        whole = backbone <= BACKBONE_TOLERANCE
-        healthy &= right and whole
-        figures = ", ".join(f"{str(t).removeprefix('torch.')} {e:.0e}" for t, e in errors.items())
-        lines.append(
-            f"self-check {device}: operator and gradients {'right' if right else 'WRONG'} "
-            f"(relative errors: {figures}), a small backbone {'right' if whole else 'WRONG'} "
-            f"({backbone:.0e})"
+        _check_device(report, device)
+    if frameworks:
+        check_frameworks(report)
+    if missing := list(_missing()):
+        report.lines.append(f"optional, not installed: {', '.join(missing)}")
+    return report
+
+
+def _missing() -> Iterator[str]:
+    for purpose, modules in OPTIONAL.items():
+        if absent := [DISTRIBUTIONS[module] for module in modules if is_missing(module)]:
+            yield f"{' '.join(absent)} ({purpose})"
+
+
+def _check_versions(report: Report) -> None:
+    python = sys.version_info[:2]
+    if not OLDEST_PYTHON <= python <= NEWEST_PYTHON:
+        ends = " to ".join(".".join(map(str, end)) for end in (OLDEST_PYTHON, NEWEST_PYTHON))
+        report.faults.append(f"Python is outside the range {ends} that is tested: use one in it")
+    try:
+        metadata.version("UNKNOWN")
+    except metadata.PackageNotFoundError:
+        return
+    report.faults.append(
+        "an old setuptools has installed this package as UNKNOWN, without its Python files: run "
+        "pip uninstall -y UNKNOWN; pip install 'setuptools>=64,<81' wheel, and install it again"
+    )
+
+
+def _check_device(report: Report, device: torch.device) -> None:
+    report.lines.append(f"{device}: {describe_device(device)}")
+    errors = {
+        dtype: max(max(check_operator(device, dtype, multiplied)) for multiplied in (False, True))
+        for dtype in TOLERANCE
+    }
+    right = all(error <= TOLERANCE[dtype] for dtype, error in errors.items())
+    backbone = check_backbone(device)
+    whole = backbone <= BACKBONE_TOLERANCE
+    figures = ", ".join(f"{str(t).removeprefix('torch.')} {e:.0e}" for t, e in errors.items())
+    report.lines.append(
+        f"self-check {device}: operator and gradients {'right' if right else 'WRONG'} "
+        f"(relative errors: {figures}), a small backbone {'right' if whole else 'WRONG'} "
+        f"({backbone:.0e})"
+    )
+    if not right or not whole:
+        report.faults.append(
+            f"results on {device} are wrong: report it with these lines, and remove the extension "
+            "(elsa_core/_C*.so) to go on in plain PyTorch"
         )
-    return lines, healthy
 
 
 def _yes(condition: bool) -> str:
     return "yes" if condition else "no"
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m elsa_core.doctor") -> int:
     parser = argparse.ArgumentParser(
-        prog="python -m elsa_core.doctor",
-        description="Say what this installation of elsa_core has and check its operator against "
-        "the reference on every device. Exit status: 0 if all is right, 1 if a check fails.",
+        prog=prog,
+        description="Says what this installation has, checks the operator and a backbone on every "
+        "device, and builds and runs a backbone in every framework that is installed. Exit status: "
+        "0 if all is right, 1 if something is wrong.",
     )
-    parser.parse_args(arguments)
-    lines, healthy = report()
-    print("\n".join(lines))
-    return 0 if healthy else 1
+    parser.add_argument(
+        "--core", action="store_true", help="leave the frameworks out, which takes seconds less"
+    )
+    options = parser.parse_args(arguments)
+    with quiet_frameworks():
+        report = examine(frameworks=not options.core)
+    print("\n".join([*report.lines, *(f"WRONG: {fault}" for fault in report.faults)]))
+    return 1 if report.faults else 0
 
 
 if __name__ == "__main__":

@@ -1,44 +1,50 @@
 """The doctor's report: what it names is there, and its self-check can fail."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import types
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
 
-from elsa_core import doctor
+from elsa_core import doctor, frameworks, self_check
 from elsa_core.operator import has_extension
 
 
 def test_report_names_what_there_is(capsys):
     assert doctor.main([]) == 0
     out = capsys.readouterr().out
-    assert len(out.splitlines()) == 8 + len(doctor._devices())
+    assert f"elsa_core {doctor.__version__} in {Path(doctor.__file__).parent}, Python " in out
     assert f"PyTorch {torch.__version__}" in out
     assert ("_C" in out) == has_extension
     assert "self-check cpu: operator and gradients right" in out
     assert "a small backbone right" in out
+    installed = [name for name in frameworks.PUBLISHED if find_spec(name)]
+    for name, version in frameworks.versions().items():
+        what = "its compiled operators load" if name == "mmcv" else "a small backbone right"
+        assert name in installed and re.search(f"^{name} {version}.*: {what}", out, re.MULTILINE)
+    assert len(out.splitlines()) < 12 + len(installed) + 2 * torch.cuda.device_count()
 
 
-def test_command_line():
-    def run(*arguments):
-        command = [sys.executable, "-m", "elsa_core.doctor", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=600)
-
-    shown = run("-h")
-    assert shown.returncode == 0 and "Exit status" in shown.stdout
-    refused = run("--all")
-    assert refused.returncode == 2 and "--all" in refused.stderr
+def test_command_line(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        doctor.main(["-h"])
+    assert "Exit status" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="2"):
+        doctor.main(["--all"])
+    assert "--all" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("what", ["result", "gradient", "NaN"])
 @pytest.mark.parametrize("filters", [1, 2])
 def test_wrong_kernels_are_found(what, filters, monkeypatch, capsys):
     """Of the published models, which have one ghost filter, and of others."""
-    right = doctor.elsa_attention
+    right = self_check.elsa_attention
 
     def wrong(value, logits, *ghosts, kernel_size):
         out = right(value, logits, *ghosts, kernel_size=kernel_size)
@@ -49,20 +55,20 @@ def test_wrong_kernels_are_found(what, filters, monkeypatch, capsys):
         change = value - value.detach()
         return out + (0.01 if what == "gradient" else float("nan")) * change
 
-    monkeypatch.setattr(doctor, "elsa_attention", wrong)
-    assert doctor.main([]) == 1
+    monkeypatch.setattr(self_check, "elsa_attention", wrong)
+    assert doctor.main(["--core"]) == 1
     assert "operator and gradients WRONG" in capsys.readouterr().out
 
 
 def test_a_wrong_backbone_is_found(monkeypatch, capsys):
-    class Wrong(doctor.ELSASwin):
+    class Wrong(self_check.ELSASwin):
         def forward(self, x):
             return tuple(
                 out * (1.1 if out.dtype == torch.float32 else 1) for out in super().forward(x)
             )
 
-    monkeypatch.setattr(doctor, "ELSASwin", Wrong)
-    assert doctor.main([]) == 1
+    monkeypatch.setattr(self_check, "ELSASwin", Wrong)
+    assert doctor.main(["--core"]) == 1
     assert "operator and gradients right" in (out := capsys.readouterr().out)
     assert "a small backbone WRONG" in out
 
@@ -78,7 +84,7 @@ def test_a_clone_takes_the_operator_that_was_installed_from_it(tmp_path, same):
     if not same:
         (tmp_path / "site/elsa_core/__init__.py").write_text("__version__ = '9'\n")
     done = subprocess.run(
-        [sys.executable, "-m", "elsa_core.doctor"],
+        [sys.executable, "-m", "elsa_core.doctor", "--core"],
         cwd=tmp_path / "clone",
         env={**os.environ, "PYTHONPATH": str(tmp_path / "site")},
         capture_output=True,
@@ -91,12 +97,112 @@ def test_a_clone_takes_the_operator_that_was_installed_from_it(tmp_path, same):
     assert taken == same and ("without its compiled operator" in done.stderr) != same
 
 
-def test_frameworks_are_named_under_any_distribution(monkeypatch):
-    def version(name):
-        if name == "onedl-mmcv":
-            return "9.9"
-        raise doctor.metadata.PackageNotFoundError
+def faults(monkeypatch, broken=None, modules=frameworks.PUBLISHED):
+    """What the doctor finds wrong in an environment in which only these modules are there.
 
-    monkeypatch.setattr(doctor.metadata, "version", version)
-    lines, _ = doctor.report()
-    assert "frameworks: mmcv 9.9" in lines
+    Args:
+        broken: what importing a module raises, by its name.
+    """
+
+    def import_module(name):
+        if name in (broken or {}):
+            raise broken[name]
+        return types.ModuleType(name)
+
+    hidden = set(frameworks.PUBLISHED) - set(modules)
+    monkeypatch.setattr(frameworks, "is_missing", lambda name: name in hidden)
+    monkeypatch.setattr(frameworks.importlib, "import_module", import_module)
+    monkeypatch.setattr(frameworks, "check_backbone", lambda device, model: 0.0)
+    monkeypatch.setattr(frameworks, "_build_in_detectron2", list)
+    monkeypatch.setattr(frameworks, "_build_in_openmmlab", list)
+    report = frameworks.Report()
+    frameworks.check_frameworks(report)
+    return report
+
+
+BROKEN = {
+    "OpenCV": (
+        {"elsa_d2": ModuleNotFoundError("No module named 'cv2'", name="cv2")},
+        "detectron2.* with elsa_d2 fails: .*: run pip install opencv-python-headless",
+    ),
+    "pycocotools": (
+        {"mmdet": ModuleNotFoundError("No module named 'pycocotools'", name="pycocotools")},
+        "mmdet.* fails: .*: run pip install pycocotools",
+    ),
+    "setuptools": (
+        {"elsa_d2": ModuleNotFoundError("No module named 'pkg_resources'", name="pkg_resources")},
+        "elsa_d2 fails: .*: run pip install 'setuptools>=64,<81'",
+    ),
+    "libGL": (
+        {"mmcv.ops": ImportError("libGL.so.1: cannot open shared object file")},
+        "mmcv.* fails: ImportError: libGL.*pip install opencv-python-headless",
+    ),
+    "mmcv-lite": (
+        {"mmcv.ops": ModuleNotFoundError("No module named 'mmcv._ext'", name="mmcv._ext")},
+        "mmcv.* fails: .*: this mmcv has no compiled operators: build them with tools/build_mmcv",
+    ),
+    "a version of mmcv": (
+        {"mmdet": AssertionError("MMCV==2.2.0 is used but incompatible. Please install mmcv>=2")},
+        "mmdet.* fails: AssertionError: MMCV==2.2.0 .*: build an mmcv of that range with tools/",
+    ),
+    "torchvision": (
+        {"elsa_d2": RuntimeError("operator torchvision::nms does not exist")},
+        "elsa_d2 fails: RuntimeError: .*: install the torchvision that belongs to this PyTorch",
+    ),
+    "anything": (
+        {"mmseg": TypeError("of two\nlines")},
+        "mmseg.* of two lines .*troubleshooting.md",
+    ),
+}
+
+
+@pytest.mark.parametrize("broken, sentence", BROKEN.values(), ids=BROKEN)
+def test_what_is_wrong_with_a_framework(broken, sentence, monkeypatch):
+    """The others are checked all the same."""
+    report = faults(monkeypatch, broken)
+    assert len(report.faults) == 1 and re.search(sentence, report.faults[0])
+    assert "\n" not in report.faults[0] and len(report.lines) == len(frameworks.PUBLISHED) - 1
+
+
+def test_no_framework_is_nothing_wrong(monkeypatch):
+    monkeypatch.setattr(frameworks, "versions", dict)
+    report = faults(monkeypatch, modules=())
+    assert (report.lines, report.faults) == (["frameworks: none, elsa_core needs none"], [])
+
+
+def test_distributions(monkeypatch):
+    """Versions under any of their names, two under one import name, and a failed installation."""
+    installed = {
+        "onedl-mmcv": "9.9",
+        "mmcv-lite": "8.8",
+        "onedl-mmengine": "1.0",
+        "UNKNOWN": "0.0.0",
+    }
+
+    def version(name):
+        if name not in installed:
+            raise frameworks.metadata.PackageNotFoundError
+        return installed[name]
+
+    monkeypatch.setattr(frameworks.metadata, "version", version)
+    assert frameworks.versions() == {"mmengine": "1.0", "mmcv": "8.8"}
+    (found,) = faults(monkeypatch).faults
+    assert found.startswith(
+        "mmcv-lite and onedl-mmcv are installed, and both bring mmcv: run pip un"
+    )
+    report = doctor.examine(frameworks=False)
+    assert len(report.faults) == 1 and "pip uninstall -y UNKNOWN" in report.faults[0]
+
+
+def test_versions_out_of_range_and_optional_packages(monkeypatch):
+    monkeypatch.setattr(doctor.sys, "version_info", (3, 15, 0))
+    monkeypatch.setattr(doctor, "is_missing", lambda module: module in ("onnx", "skimage"))
+    monkeypatch.setattr(doctor, "has_extension", False)
+    monkeypatch.setattr(doctor.torch, "__version__", "2.9.1+cpu")
+    report = doctor.examine(frameworks=False)
+    assert report.faults == [
+        "Python is outside the range 3.10 to 3.14 that is tested: use one in it"
+    ]
+    assert "extension: none, it needs PyTorch 2.10" in report.lines
+    missing = "optional, not installed: scikit-image (tools/make_digits.py), onnx (ONNX)"
+    assert report.lines[-1] == missing

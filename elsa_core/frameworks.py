@@ -1,0 +1,147 @@
+"""What the doctor finds out about the frameworks: versions, and whether ours works in them.
+
+They are imported when a check asks for it, and by no other part of elsa_core.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import metadata
+
+import torch
+from torch import nn
+
+from .errors import one_line
+from .packages import DISTRIBUTIONS, is_missing
+from .self_check import ARCH, BACKBONE_TOLERANCE, check_backbone
+
+# The distributions that bring a module. Only one of them may be installed.
+PUBLISHED = {
+    "detectron2": ("detectron2", "sal-detectron2"),
+    "mmengine": ("mmengine", "mmengine-lite", "onedl-mmengine"),
+    "mmcv": ("mmcv", "mmcv-lite", "mmcv-full", "onedl-mmcv"),
+    "mmdet": ("mmdet", "onedl-mmdetection"),
+    "mmseg": ("mmsegmentation", "onedl-mmsegmentation"),
+    "mmpretrain": ("mmpretrain", "onedl-mmpretrain"),
+}
+TOOLBOXES = ("mmdet", "mmseg", "mmpretrain")
+# Beginnings of what fails, and what to do. The page is docs/troubleshooting.md.
+REMEDIES = {
+    r"No module named 'pkg_resources'": "run pip install 'setuptools>=64,<81'",
+    r"libGL": "run pip uninstall -y opencv-python; pip install opencv-python-headless",
+    r"mmcv\._ext": "this mmcv has no compiled operators: build them with tools/build_mmcv.py",
+    r"MMCV==.* incompatible": "build an mmcv of that range with tools/build_mmcv.py",
+    r"torchvision::nms": "install the torchvision that belongs to this PyTorch",
+}
+
+
+class Report:
+    """Lines for people, and what is wrong: a fault and what to do, one sentence each."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.faults: list[str] = []
+
+
+def versions() -> dict[str, str]:
+    """Of the modules that are installed, by the first distribution that is there."""
+    return {module: found[0][1] for module in PUBLISHED if (found := list(_distributions(module)))}
+
+
+def check_frameworks(report: Report) -> None:
+    """A small backbone through Detectron2's registry and through those of OpenMMLab."""
+    known = versions()
+    if not known and is_missing("detectron2") and is_missing("mmengine"):
+        report.lines.append("frameworks: none, elsa_core needs none")
+        return
+    for module in PUBLISHED:
+        if len(found := [name for name, _ in _distributions(module)]) > 1:
+            report.faults.append(
+                f"{' and '.join(found)} are installed, and both bring {module}: run "
+                f"pip uninstall -y {' '.join(found)}, and install one of them again"
+            )
+    if not is_missing("detectron2"):
+        _try(report, "detectron2", "elsa_d2", known, _build_in_detectron2)
+    if not is_missing("mmengine"):
+        _try(report, "mmengine", "elsa_mm", known, partial(_build_in_openmmlab, "mmengine"))
+        if not is_missing("mmcv") and _import(report, "mmcv", known):
+            report.lines.append(f"{_name('mmcv', known)}: its compiled operators load")
+        for module in TOOLBOXES:
+            if not is_missing(module) and _import(report, module, known):
+                _try(report, module, "elsa_mm", known, partial(_build_in_openmmlab, module))
+
+
+def _distributions(module: str) -> Iterator[tuple[str, str]]:
+    for name in PUBLISHED[module]:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+
+
+def _import(report: Report, module: str, known: dict[str, str]) -> bool:
+    """Imports a module, and mmcv's operators with it; what fails is a fault."""
+    try:
+        importlib.import_module("mmcv.ops" if module == "mmcv" else module)
+    except Exception as error:  # any, from assertions on versions to undefined symbols
+        report.faults.append(_fault(_name(module, known), error))
+        return False
+    return True
+
+
+def _try(
+    report: Report,
+    module: str,
+    adapter: str,
+    known: dict[str, str],
+    build: Callable[[], nn.Module],
+) -> None:
+    name = _name(module, known)
+    try:
+        importlib.import_module(adapter)
+        error = check_backbone(torch.device("cpu"), build())
+    except Exception as failure:
+        report.faults.append(_fault(f"{name} with {adapter}", failure))
+        return
+    right = error <= BACKBONE_TOLERANCE
+    report.lines.append(
+        f"{name} with {adapter}: a small backbone {'right' if right else 'WRONG'} ({error:.0e})"
+    )
+    if not right:
+        report.faults.append(f"{name} with {adapter} computes a wrong backbone")
+
+
+def _name(module: str, known: dict[str, str]) -> str:
+    return f"{module} {known[module]}" if module in known else module
+
+
+def _fault(what: str, error: Exception) -> str:
+    sentence = f"{what} fails: {type(error).__name__}: {one_line(error)}"
+    for pattern, remedy in REMEDIES.items():
+        if re.search(pattern, sentence):
+            return f"{sentence}: {remedy}"
+    name = error.name if isinstance(error, ModuleNotFoundError) and error.name else ""
+    if name in DISTRIBUTIONS:
+        return f"{sentence}: run pip install {DISTRIBUTIONS[name]}"
+    return f"{sentence} (docs/troubleshooting.md)"
+
+
+def _build_in_detectron2() -> nn.Module:
+    load_config = importlib.import_module("elsa_d2").load_config
+    modeling = importlib.import_module("detectron2.modeling")
+    cfg = load_config()
+    cfg.MODEL.BACKBONE.NAME = "build_elsa_swin_backbone"
+    node = cfg.MODEL.ELSA_SWIN
+    node.ARCH, node.OUT_FEATURES = "free", ["res2", "res3", "res4"]
+    for key, value in ARCH.items():
+        node.FREE_ARCH[key.upper()] = value
+    return modeling.build_backbone(cfg)
+
+
+def _build_in_openmmlab(module: str) -> nn.Module:
+    models = importlib.import_module(f"{module}.registry").MODELS
+    stages = tuple(range(len(ARCH["depths"])))  # type: ignore[arg-type]
+    return models.build(dict(type="ELSASwin", arch=ARCH, out_indices=stages))

@@ -1,0 +1,73 @@
+"""Checks of the operator and of the backbone against double precision on the CPU."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from . import ELSASwin, elsa_attention, elsa_attention_reference
+
+# Largest error, relative to the largest number, that the operator may have.
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
+# Of a backbone in float32: GPUs convolve in TF32 unless told otherwise.
+BACKBONE_TOLERANCE = 1e-2
+ARCH = dict(embed_dim=32, depths=(1, 1, 1), num_heads=(1, 2, 4), group_width=8)
+
+
+def check_operator(
+    device: torch.device, dtype: torch.dtype, multiplied: bool
+) -> tuple[float, float]:
+    """Errors of the operator's result and of its gradients, each relative to the largest number.
+
+    Compared with the reference in double precision on the CPU, at a shape that has borders, two
+    heads of 32 channels and an incomplete vector.
+
+    Args:
+        multiplied: with both ghost filters, for which CUDA devices have general kernels; else with
+            the additive one alone as in the published models, for which they have fast ones.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(dtype).double()
+
+    shape, taps = (2, 9, 19), 7 * 7
+    exact = [draw(*shape, 64), draw(*shape, 2 * taps), draw(64, 7, 7)]
+    if multiplied:
+        exact.append(draw(64, 7, 7))
+    ours = [tensor.to(device, dtype).requires_grad_() for tensor in exact]
+    exact = [tensor.requires_grad_() for tensor in exact]
+    grad = draw(*shape, 64)
+    out = elsa_attention(*ours, kernel_size=7)
+    expected = elsa_attention_reference(*exact, kernel_size=7)
+    grads = torch.autograd.grad(out, ours, grad.to(device, dtype))
+    expected_grads = torch.autograd.grad(expected, exact, grad)
+    backward = max(map(_error, grads, expected_grads))
+    return _error(out.detach(), expected.detach()), backward
+
+
+def check_backbone(device: torch.device, model: nn.Module | None = None) -> float:
+    """Largest error, relative to the largest number, of a small backbone in float32.
+
+    Compared with `ELSASwin` in double precision on the CPU, from a state dict that it has loaded.
+
+    Args:
+        model: of ARCH with all its outputs, as a framework builds it; None: `ELSASwin`.
+    """
+    stages = range(len(ARCH["depths"]))  # type: ignore[arg-type]
+    exact = ELSASwin(ARCH, out_indices=stages).eval()
+    ours = ELSASwin(ARCH, out_indices=stages) if model is None else model
+    ours.load_state_dict(exact.state_dict())
+    image = torch.randn(1, 3, 61, 83, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, expected = ours.eval().to(device)(image.to(device)), exact.double()(image.double())
+    maps = found.values() if isinstance(found, dict) else found
+    return max(_error(ours, theirs) for ours, theirs in zip(maps, expected, strict=True))
+
+
+def _error(result: Tensor, expected: Tensor) -> float:
+    # As infinity, NaN is the largest of several errors.
+    difference = (result.cpu().double() - expected).abs().nan_to_num(nan=math.inf).max()
+    return (difference / expected.abs().max()).item()
