@@ -39,20 +39,20 @@ error (one sentence on standard error), 130 interrupted
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") -> int:
+    options = parse_arguments(arguments, prog)
     try:
         return {"check": _check, "link": _link, "derive": _derive}[options.command](options)
     except DataError as error:
-        return _fail(str(error))
+        return _fail(prog, str(error))
     except KeyboardInterrupt:
-        _fail("interrupted, every file is whole; the same command goes on")
+        _fail(prog, "interrupted, every file is whole; the same command goes on")
         return 130
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="prepare_data.py",
+        prog=prog,
         description="Checks and links COCO, ADE20K, Cityscapes and ImageNet.",
         epilog=DETAILS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -265,6 +265,6 @@ def _sample(text: str) -> int | None:
     return int(text)
 
 
-def _fail(sentence: str) -> int:
-    print(f"prepare_data: {' '.join(sentence.split())}", file=sys.stderr)
+def _fail(prog: str, sentence: str) -> int:
+    print(f"{prog.removesuffix('.py')}: {' '.join(sentence.split())}", file=sys.stderr)
     return 2

@@ -28,15 +28,15 @@ error (one sentence on standard error), 130 interrupted
 PACKAGES = ("cv2", "pycocotools", "tqdm")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "demo.py") -> int:
+    options = parse_arguments(arguments, prog)
     kept = f"interrupted, what is in {options.out} is whole, results.json is not of this run"
-    return exit_status("demo", lambda: run(options), kept, PACKAGES)
+    return exit_status(prog.removesuffix(".py"), lambda: run(options), kept, PACKAGES)
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="demo.py",
+        prog=prog,
         description="Shows what a trained model finds in images and videos.",
         epilog=DETAILS,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -30,15 +30,15 @@ exit status: 0 done, 2 an error (one sentence on standard error; OUT is as it wa
 PACKAGES = ("onnx", "onnx_ir", "onnxruntime", "onnxscript")
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "export_onnx.py") -> int:
+    options = parse_arguments(arguments, prog)
     kept = f"interrupted, {options.out} is as it was before"
-    return exit_status("export_onnx", lambda: run(options), kept, PACKAGES)
+    return exit_status(prog.removesuffix(".py"), lambda: run(options), kept, PACKAGES)
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="export_onnx.py",
+        prog=prog,
         description="Exports ELSA-Swin, alone or in a UPerNet, to ONNX.",
         epilog=DETAILS,
         formatter_class=argparse.RawDescriptionHelpFormatter,

@@ -29,14 +29,15 @@ heads and channels are counted from 1. The last stage has window attention and n
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
-    return exit_status("analyze", lambda: options.run(options), packages=options.packages)
+def main(arguments: Sequence[str] | None = None, prog: str = "analyze.py") -> int:
+    options = parse_arguments(arguments, prog)
+    tool = prog.removesuffix(".py")
+    return exit_status(tool, lambda: options.run(options), packages=options.packages)
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="analyze.py",
+        prog=prog,
         description="Shows what a model is made of, and what ELSA attends to in an image.",
         epilog=DETAILS,
         formatter_class=argparse.RawDescriptionHelpFormatter,

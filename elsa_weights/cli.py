@@ -34,10 +34,10 @@ interrupted
 """
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse_arguments(arguments)
+def main(arguments: Sequence[str] | None = None, prog: str = "convert_weights.py") -> int:
+    options = parse_arguments(arguments, prog)
     kept = f"interrupted, {options.destination} is as it was before"
-    return exit_status("convert_weights", lambda: _run_in_memory(options), kept)
+    return exit_status(prog.removesuffix(".py"), lambda: _run_in_memory(options), kept)
 
 
 def _run_in_memory(options: argparse.Namespace) -> int:
@@ -47,9 +47,9 @@ def _run_in_memory(options: argparse.Namespace) -> int:
         raise UsageError(f"{options.source} does not fit into memory") from None
 
 
-def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
+def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="convert_weights.py",
+        prog=prog,
         description="Moves weights between the original release, Detectron2 and OpenMMLab.",
         epilog=DETAILS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
