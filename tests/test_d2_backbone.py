@@ -5,11 +5,13 @@ import torch
 
 pytest.importorskip("detectron2")
 
+from detectron2 import model_zoo
 from detectron2.config import LazyCall as L
 from detectron2.config import LazyConfig, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone
-from detectron2.modeling.backbone.fpn import FPN, LastLevelMaxPool
+from detectron2.structures import BitMasks, Boxes, Instances
+from detectron2.utils.events import EventStorage
 from omegaconf import OmegaConf
 
 import elsa_core
@@ -133,31 +135,37 @@ def test_wrong_pyramid_inputs(features):
 
 
 def test_lazy_config_of_a_free_architecture(tmp_path):
-    """It is written and read, changed by the command line, built, and learns."""
-    model = L(FPN)(
-        bottom_up=L(elsa_d2.ELSASwin)(arch=dict(ARCH), out_features=["res3", "res4", "res5"]),
-        in_features=["res3", "res4", "res5"],
-        out_channels=8,
-        top_block=L(LastLevelMaxPool)(),
+    """Written and read, changed by the command line, built, trained for a step; it detects."""
+    model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model
+    model.backbone.bottom_up = L(elsa_d2.ELSASwin)(
+        arch=dict(ARCH), out_features=["res2", "res3", "res4", "res5"]
     )
+    model.roi_heads.update(num_classes=3)
+    model.roi_heads.box_predictor.test_score_thresh = 0.0
     file = str(tmp_path / "config.yaml")
     LazyConfig.save(OmegaConf.create({"model": model}), file)
-    changes = ["model.bottom_up.arch.depths=[1,1,2,1]", "model.bottom_up.frozen_stages=0"]
+    part = "model.backbone.bottom_up"
+    changes = [f"{part}.arch.depths=[1,1,2,1]", f"{part}.frozen_stages=0"]
     torch.manual_seed(0)
     model = instantiate(LazyConfig.apply_overrides(LazyConfig.load(file), changes).model)
-    assert model.bottom_up.arch == elsa_core.ELSASwin({**ARCH, "depths": (1, 1, 2, 1)}).arch
-    assert not model.bottom_up.patch_embed.proj.weight.requires_grad
-    image = torch.randn(1, 3, 64, 64)
+    backbone = model.backbone.bottom_up
+    assert backbone.arch == elsa_core.ELSASwin({**ARCH, "depths": (1, 1, 2, 1)}).arch
+    assert not backbone.patch_embed.proj.weight.requires_grad
 
-    def loss():
-        return sum(feature.square().mean() for feature in model(image).values())
-
-    before = loss()
-    before.backward()
-    torch.optim.SGD(model.parameters(), lr=1e-5).step()
+    objects = Instances((64, 64), gt_classes=torch.tensor([2]))
+    objects.gt_boxes = Boxes(torch.tensor([[9.0, 12.0, 50.0, 60.0]]))
+    objects.gt_masks = BitMasks(torch.ones(1, 64, 64, dtype=torch.bool))
+    record = {"image": torch.randint(0, 256, (3, 64, 64)).float(), "instances": objects}
+    before = backbone.layers[0].blocks[0].norm1.weight.clone()
+    with EventStorage():
+        losses = model([record])
+    assert {"loss_mask", "loss_box_reg", "loss_rpn_cls"} <= set(losses)
+    sum(losses.values()).backward()
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    assert not torch.equal(backbone.layers[0].blocks[0].norm1.weight, before)
     with torch.no_grad():
-        assert loss() < before
-        assert list(model.eval()(image)) == ["p3", "p4", "p5", "p6"]
+        (found,) = model.eval()([record])
+    assert len(found["instances"]) > 0 and found["instances"].has("pred_masks")
 
 
 def test_pyramid_inputs_that_the_backbone_does_not_return():
