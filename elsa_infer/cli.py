@@ -19,6 +19,7 @@ may come from the other framework or from the original release; nothing in it is
 
 DIR gets a picture of each image (NAME.jpg), a label map (NAME_labels.png) for segmentation, a video
 (NAME.mp4) for each video, and results.json for all of them. docs/inference.md explains its fields.
+With --coco, coco_results.json has the objects in COCO's results format, for pycocotools' loadRes.
 
 exit status: 0 done, 1 some inputs could not be processed (each is named, the others are done), 2 an
 error (one sentence on standard error), 130 interrupted
@@ -54,6 +55,11 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
         metavar="S",
         help="objects with a lower score are left out, default: 0.5",
     )
+    parser.add_argument(
+        "--coco",
+        metavar="ANNOTATIONS",
+        help="write coco_results.json, too, with the ids of images and categories in this file",
+    )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     add_config_settings(parser)
     return parser.parse_args(arguments)
@@ -62,6 +68,7 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
 def run(options: argparse.Namespace) -> int:
     if not 0 <= options.score_threshold <= 1:
         raise UsageError(f"--score-threshold must be in [0, 1], got {options.score_threshold}")
+    from .coco import CocoResults
     from .inputs import find_inputs
     from .models import load_predictor
     from .outputs import check_folder, make_folder, write_json
@@ -75,7 +82,14 @@ def run(options: argparse.Namespace) -> int:
     )
     if predictor.note:
         print(f"demo: {predictor.note}", file=sys.stderr)
-    demo = Demo(predictor, options.out, options.score_threshold)
+    coco = None
+    if options.coco is not None:
+        if predictor.task != "detection":
+            raise UsageError(f"--coco needs a detector, got a model for {predictor.task}")
+        coco = CocoResults(options.coco, predictor.classes)
+        for file in files:
+            coco.image_id(file)  # before anything is written
+    demo = Demo(predictor, options.out, options.score_threshold, coco)
     for file in _progress(files):
         demo.process(file)
     record = {
@@ -90,6 +104,8 @@ def run(options: argparse.Namespace) -> int:
         "videos": demo.videos,
         "failed": demo.failed,
     }
+    if coco is not None:
+        write_json(os.path.join(options.out, "coco_results.json"), coco.entries)
     path = os.path.join(options.out, "results.json")
     write_json(path, record)
     done = len(demo.images) + len(demo.videos)

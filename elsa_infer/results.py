@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from supervision import Detections
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,38 @@ class Instances:
             entries.append(entry)
         return {"instances": entries}
 
+    def to_coco(self, image_id: int, category_ids: Sequence[int]) -> list[dict[str, Any]]:
+        """COCO's results format, for `pycocotools.coco.COCO.loadRes` of a list over all images.
+
+        Args:
+            image_id: of the annotations.
+            category_ids: of the annotations, one for each class.
+        """
+        corners = self.boxes.astype(np.float64)
+        boxes = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+        entries = [
+            {"image_id": image_id, "category_id": category_ids[label], "bbox": box, "score": score}
+            for label, box, score in zip(
+                self.labels.tolist(), boxes.tolist(), self.scores.tolist(), strict=True
+            )
+        ]
+        if self.masks is not None:
+            for entry, mask in zip(entries, self.masks, strict=True):
+                entry["segmentation"] = _encode(mask)
+        return entries
+
+    def to_supervision(self, classes: Sequence[str]) -> Detections:
+        """`supervision.Detections`, with ``classes`` as its ``class_name``."""
+        from supervision import Detections
+
+        return Detections(
+            xyxy=self.boxes.astype(np.float32),
+            mask=self.masks,
+            confidence=self.scores,
+            class_id=self.labels.astype(int),
+            data={"class_name": np.array(classes)[self.labels]},
+        )
+
 
 @dataclass(frozen=True)
 class Segmentation:
@@ -66,6 +101,19 @@ class Segmentation:
         pairs = sorted(zip(labels.tolist(), pixels.tolist(), strict=True), key=lambda p: -p[1])
         entries = [{"class": classes[i], "id": i, "pixels": count} for i, count in pairs]
         return {"segmentation": {"classes": entries}}
+
+    def to_supervision(self, classes: Sequence[str]) -> Detections:
+        """`supervision.Detections`: the mask of each class that the image has, and its box."""
+        from supervision import Detections, mask_to_xyxy
+
+        labels = np.unique(self.labels)
+        masks = self.labels == labels[:, None, None]
+        return Detections(
+            xyxy=mask_to_xyxy(masks).astype(np.float32),
+            mask=masks,
+            class_id=labels.astype(int),
+            data={"class_name": np.array(classes)[labels]},
+        )
 
     def label_map(self) -> np.ndarray:
         """For a PNG of one channel: 8 bits, or 16 where there are more than 256 classes."""

@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from elsa_core.errors import UsageError, one_line
 
+from .coco import CocoResults
 from .inputs import Unreadable, is_video, open_video, read_image
 from .models import Predictor
 from .outputs import Names, VideoFile, image_ending, whole_file, write_image
@@ -23,8 +24,10 @@ class Demo:
     of the others.
     """
 
-    def __init__(self, predictor: Predictor, folder: str, score: float) -> None:
-        self.predictor, self.folder, self.score = predictor, folder, score
+    def __init__(
+        self, predictor: Predictor, folder: str, score: float, coco: CocoResults | None = None
+    ) -> None:
+        self.predictor, self.folder, self.score, self.coco = predictor, folder, score, coco
         self.names = Names()
         self.images: list[dict[str, Any]] = []
         self.videos: list[dict[str, Any]] = []
@@ -60,6 +63,8 @@ class Demo:
             record["segmentation"]["label_map"] = name
         name = stem + image_ending(picture)
         write_image(os.path.join(self.folder, name), picture)
+        if self.coco is not None:
+            self.coco.add(path, result)
         return {"file": path, "picture": name, **record}
 
     def _video(self, path: str) -> dict[str, Any]:
