@@ -13,7 +13,7 @@ from mmengine.fileio import LocalBackend, register_backend
 from mmengine.runner import CheckpointLoader
 
 from elsa_core.files import replacing
-from elsa_weights import read_checkpoint, safetensors
+from elsa_weights import check_checkpoint, read_checkpoint, safetensors
 
 
 @register_backend("atomic_local")
@@ -81,6 +81,27 @@ def local_content(path: str | Path) -> Any:
     if zipfile.is_zipfile(path):
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     return read_checkpoint(path)
+
+
+def read_checked_files() -> None:
+    """Lets MMEngine read local checkpoints in this process after a look at what they would execute.
+
+    Its own versions call `torch.load` in different ways: 0.10.7 cannot read what it has saved, with
+    PyTorch 2.6 or newer, and others execute whatever a file asks for.
+    """
+    CheckpointLoader.register_scheme(r"(?!.*://)", load_checked, force=True)
+
+
+def load_checked(filename: str, map_location: Any = None) -> Any:
+    """The content of a local checkpoint of PyTorch.
+
+    Raises FileNotFoundError, and UsageError for a file that is damaged or would execute code.
+    """
+    filename = os.path.expanduser(filename)
+    if not os.path.isfile(filename):
+        raise FileNotFoundError(f"{filename} can not be found.")
+    check_checkpoint(filename)
+    return torch.load(filename, map_location=map_location, weights_only=False)
 
 
 @CheckpointLoader.register_scheme(r".*\.safetensors$", force=True)

@@ -18,7 +18,7 @@ from elsa_core.quiet import HarmlessRecords, quiet_frameworks
 from elsa_core.stop import Ended
 
 from . import classes, fit, preflight
-from .checkpoint import find_last_checkpoint
+from .checkpoint import find_last_checkpoint, read_checked_files
 from .evaluators import use_coco_metric
 from .machine import agree, join_processes, use_cpu_where_needed
 from .reading import that_reads
@@ -192,6 +192,7 @@ def _load_config(options: argparse.Namespace) -> Config:
 
 
 def _build_runner(cfg: Config, notes: list[str]) -> Runner:
+    read_checked_files()
     notes += use_cpu_where_needed(cfg)
     use_coco_metric(cfg)
     _add_hooks(cfg)

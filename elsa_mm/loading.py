@@ -19,6 +19,8 @@ from elsa_core.errors import UsageError
 from elsa_data.classes import other_classes
 from elsa_weights import attention_names, checkpoint_for, class_names, coverage, has_names_of
 
+from .history import from_plain, to_plain
+
 OPENMMLAB = "openmmlab"
 # What MMEngine reads of a checkpoint that a training is resumed from.
 _PROGRESS, _STATE = ("epoch", "iter"), ("message_hub",)
@@ -35,6 +37,8 @@ class WeightsHook(Hook):
 
     Raises UsageError where nothing matches, or less than a tenth of the weights of ELSA-Swin's
     attention, and for a checkpoint that is resumed from without the state of a training.
+
+    Checkpoints of the training hold tensors and plain data only (`elsa_mm.history`).
     """
 
     priority = "VERY_HIGH"  # before EMAHook, which takes the averaged weights from the checkpoint
@@ -49,10 +53,15 @@ class WeightsHook(Hook):
             runner.logger.info(note)
         if resumes:
             check_progress(checkpoint, path)
+            checkpoint["message_hub"] = from_plain(checkpoint["message_hub"])
         elif isinstance(loop := getattr(runner, "_train_loop", None), BaseLoop):
             names = (getattr(loop.dataloader.dataset, "metainfo", None) or {}).get("classes")
             if others := other_classes(class_names(checkpoint)[0], names):
                 runner.logger.warning(f"the checkpoint {path}: {others}")
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        if "message_hub" in checkpoint:
+            checkpoint["message_hub"] = to_plain(checkpoint["message_hub"])
 
 
 def plain_model(model: nn.Module) -> nn.Module:

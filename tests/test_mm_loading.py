@@ -1,19 +1,24 @@
 """`load_from`, --resume and tools/test.py take every form of checkpoint, or refuse it."""
 
+import io
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from mm_tiny import CONFIGS, REPOSITORY, options
 from mmengine.config import Config
 from mmengine.hooks import EMAHook
+from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader, IterBasedTrainLoop, get_priority
 
 from elsa_core.errors import UsageError
 from elsa_mm import WeightsHook, fit
+from elsa_mm.checkpoint import read_checked_files
+from elsa_mm.history import from_plain, to_plain
 from elsa_weights import convert, recognise, safetensors
 
 ARCH = dict(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
@@ -228,3 +233,40 @@ def test_load_from_is_refused_by_the_tool(refusal, digits, tmp_path):
     sentence = refusal("train", CONFIGS["mmdet"], *values)
     assert sentence.startswith(f"the checkpoint {tmp_path / 'resnet.pth'} does not match the model")
     assert not list(tmp_path.glob("work_dirs/*/*.pth"))
+
+
+def test_the_log_of_a_training_survives_a_checkpoint_unchanged():
+    """As tensors and plain numbers, and as older checkpoints have it."""
+    losses = HistoryBuffer([0.1, 2.0, float("nan")], [1, 1, 2], max_length=3)
+    hub = dict(
+        log_scalars={"train/loss": losses, "empty": HistoryBuffer()},
+        runtime_info=dict(best=np.float64(0.25), at=np.arange(2), kept=[2, np.int64(4)], name="a"),
+        resumed_keys={"train/loss": True},
+    )
+    file = io.BytesIO()
+    torch.save(to_plain(hub), file)
+    file.seek(0)
+    for read in (from_plain(torch.load(file, weights_only=True)), from_plain(hub)):
+        for name, buffer in hub["log_scalars"].items():
+            again = read["log_scalars"][name]
+            assert isinstance(again, HistoryBuffer) and again.max_length == buffer.max_length
+            for part, known in zip(again.data, buffer.data, strict=True):
+                np.testing.assert_array_equal(part, known)
+                assert part.dtype == known.dtype
+        assert read["resumed_keys"] == hub["resumed_keys"]
+        assert read["runtime_info"]["best"] == 0.25 and read["runtime_info"]["kept"] == [2, 4]
+
+
+def test_local_files_are_looked_at_before_they_are_read(tmp_path, monkeypatch):
+    """Whatever MMEngine's version passes to `torch.load`."""
+    monkeypatch.setattr(CheckpointLoader, "_schemes", dict(CheckpointLoader._schemes))
+    read_checked_files()
+    old = dict(meta=dict(iter=1), message_hub=dict(log_scalars={"loss": HistoryBuffer([1.0], [1])}))
+    torch.save(old, tmp_path / "old.pth")
+    scalars = CheckpointLoader.load_checkpoint(str(tmp_path / "old.pth"))["message_hub"]
+    assert scalars["log_scalars"]["loss"].current() == 1.0
+    torch.save(dict(state_dict=Path("x"), more=pytest.raises), tmp_path / "bad.pth")
+    with pytest.raises(UsageError, match="would execute code"):
+        CheckpointLoader.load_checkpoint(str(tmp_path / "bad.pth"))
+    with pytest.raises(FileNotFoundError, match="none.pth"):
+        CheckpointLoader.load_checkpoint(str(tmp_path / "none.pth"))

@@ -16,6 +16,8 @@ from killing import fork, statuses_of, two_ranks
 from killing_mm import run_tool, run_tool_noting_reads, run_tool_to_its_end
 from mm_tiny import CONFIGS, REPOSITORY, options
 
+from elsa_mm.history import from_plain
+
 frameworks = pytest.mark.parametrize("framework", CONFIGS)
 METRICS = {"mmdet": ["coco/bbox_mAP", "coco/segm_mAP"], "mmseg": ["mIoU", "aAcc"]}
 LOGS = itertools.count()
@@ -75,6 +77,17 @@ def test_killed_training_goes_on_from_its_checkpoint(trained, framework):
     assert f"resumed epoch: 0, iter: {number}" in resumed
     assert iterations(resumed) == [number + 1, number + 2, number + 3]
     assert "no checkpoint in" not in resumed
+
+
+@frameworks
+def test_checkpoints_hold_nothing_but_tensors_and_plain_data(trained, framework):
+    """MMEngine 0.10.7 leaves it to `torch.load` to refuse anything else, and resumes from them."""
+    folder, number, *_ = trained(framework)
+    for path in folder.glob("runs/iter_*.pth"):
+        hub = torch.load(path, weights_only=True)["message_hub"]
+        losses, counts = from_plain(hub)["log_scalars"]["train/loss"].data
+        assert len(losses) == len(counts) == torch.load(path, weights_only=True)["meta"]["iter"]
+        assert all(map(math.isfinite, losses)) and set(counts) == {1}
 
 
 @frameworks
