@@ -17,8 +17,9 @@ TEST_ARGS ?=
 TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 ZOO_ARGS ?=
 BENCH_ARGS ?=
+ENV_ARGS ?=
 
-.PHONY: help setup demo test test-gpu test-asan bench lint format zoo clean
+.PHONY: help setup demo test test-gpu test-asan test-environments bench lint format zoo clean
 
 help:
 	@echo 'make setup     make .venv: pinned packages, mmcv and the extension compiled (Linux, Python 3.10-3.12)'
@@ -26,6 +27,7 @@ help:
 	@echo 'make test      run the tests (TEST_ARGS=...)'
 	@echo 'make test-gpu  run the tests; those that need CUDA fail where there is none'
 	@echo 'make test-asan run the operator tests with AddressSanitizer'
+	@echo 'make test-environments  run the guides in fresh environments of many versions (ENV_ARGS=--help)'
 	@echo 'make bench     measure operator, backbone and detector (BENCH_ARGS="--device cuda")'
 	@echo 'make lint      check style and types, change nothing'
 	@echo 'make format    put Python and C++ files into shape'
@@ -77,6 +79,9 @@ format: setup
 
 zoo: setup
 	$(VENV)/python tools/make_zoo.py $(ZOO_ARGS)
+
+test-environments: setup
+	@$(VENV)/python tools/test_environments.py $(ENV_ARGS)
 
 clean:
 	rm -rf build dist *.egg-info elsa_core/_C*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
