@@ -15,6 +15,7 @@ DISTRIBUTIONS = {
     "PIL": "pillow",
     "cityscapesscripts": "cityscapesscripts",
     "cv2": "opencv-python-headless",  # the builds of OpenCV with windows need libGL
+    "ftfy": "ftfy",  # MMSegmentation imports it and does not bring it, nor regex
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "onnx": "onnx",
@@ -22,6 +23,7 @@ DISTRIBUTIONS = {
     "onnxruntime": "onnxruntime",
     "onnxscript": "onnxscript",
     "pycocotools": "pycocotools",
+    "regex": "regex",
     "scipy": "scipy",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",

@@ -1,5 +1,7 @@
 """The pages of the docs: their commands run, and what they name exists."""
 
+import contextlib
+import io
 import json
 import os
 import re
@@ -27,6 +29,8 @@ from docs_blocks import (
     shorten,
 )
 
+from elsa_core import doctor
+
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 README = REPOSITORY / "README.md"
 PAGES = [README, *DOCS]
@@ -36,7 +40,7 @@ SECONDS = 240
 FOREIGN = set(
     """
     --no-build-isolation --no-deps --target --only-binary --python-version --no-cache-dir
-    --force-reinstall --index-url --user --upgrade
+    --force-reinstall --dry-run --index-url --user --upgrade
     --nproc-per-node --nproc_per_node --nnodes --node-rank --node_rank --rdzv-backend
     --rdzv-endpoint --rdzv-id --rdzv_backend --rdzv_endpoint --rdzv_id --master-addr --master-port
     --master_addr --master_port --standalone --max-restarts
@@ -44,6 +48,7 @@ FOREIGN = set(
     --cpus-per-task --job-name --partition --export --kill-on-bad-exit --wrap --open-mode --output
     --logdir --version --check --help --ipc --shm-size
     --inplace
+    --tasks --num-inputs --source --output-dir --input
     """.split()
 )
 KEY = re.compile(r"\b(?:MODEL|INPUT|SOLVER|DATASETS|DATALOADER|TEST)(?:\.[A-Z0-9_]+)+\b")
@@ -132,7 +137,10 @@ def test_every_block_is_run_or_says_why_not(path):
 @cache
 def known_flags():
     tools = [tool.stem for tool in (REPOSITORY / "tools").glob("*.py")]
-    return {tool: flags_of(tool) for tool in tools}
+    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+        doctor.main(["--help"])
+    ours = set(re.findall(r"--[a-z][\w-]*", text.getvalue()))
+    return {"doctor": ours, **{tool: flags_of(tool) for tool in tools}}
 
 
 @page
