@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 from functools import cache
+from importlib.util import find_spec
 
 import pytest
 
@@ -36,6 +37,8 @@ README = REPOSITORY / "README.md"
 PAGES = [README, *DOCS]
 OTHERS = [REPOSITORY / name for name in ("CONTRIBUTING.md", "csrc/README.md", "MODEL_ZOO.md")]
 SECONDS = 240
+# What a page needs besides the frameworks.
+LIBRARIES = {"doors.md": ("timm", "transformers", "sahi", "supervision")}
 # Options of commands that are not ours.
 FOREIGN = set(
     """
@@ -116,6 +119,8 @@ def runner():
 def test_commands_of_a_page_run_in_order(path, runner, digits, tmp_path):
     if not any(block.runs for block in read_page(path)):
         return
+    if missing := [name for name in LIBRARIES.get(path.name, ()) if find_spec(name) is None]:
+        pytest.skip(f"{missing[0]} is not installed")
     folder, output = tmp_path / "work", tmp_path / "output.txt"
     make_folder(folder)
     if path == README:  # `make demo`, further up in it, makes the data
