@@ -67,11 +67,24 @@ def check_frameworks(report: Report) -> None:
         _try(report, "detectron2", "elsa_d2", known, _build_in_detectron2)
     if not is_missing("mmengine"):
         _try(report, "mmengine", "elsa_mm", known, partial(_build_in_openmmlab, "mmengine"))
-        if not is_missing("mmcv") and _import(report, "mmcv", known):
-            report.lines.append(f"{_name('mmcv', known)}: its compiled operators load")
+        if not is_missing("mmcv"):
+            _check_mmcv(report, known)
         for module in TOOLBOXES:
             if not is_missing(module) and _import(report, module, known):
                 _try(report, module, "elsa_mm", known, partial(_build_in_openmmlab, module))
+
+
+def _check_mmcv(report: Report, known: dict[str, str]) -> None:
+    name = _name("mmcv", known)
+    try:
+        importlib.import_module("mmcv.ops")
+    except Exception as error:  # any, as an undefined symbol
+        if getattr(error, "name", None) == "mmcv._ext" and is_missing("mmdet"):
+            report.lines.append(f"{name}: without compiled operators, which MMDetection needs")
+        else:
+            report.faults.append(_fault(name, error))
+    else:
+        report.lines.append(f"{name}: its compiled operators load")
 
 
 def _distributions(module: str) -> Iterator[tuple[str, str]]:
@@ -83,9 +96,9 @@ def _distributions(module: str) -> Iterator[tuple[str, str]]:
 
 
 def _import(report: Report, module: str, known: dict[str, str]) -> bool:
-    """Imports a module, and mmcv's operators with it; what fails is a fault."""
+    """Imports a module; what fails is a fault."""
     try:
-        importlib.import_module("mmcv.ops" if module == "mmcv" else module)
+        importlib.import_module(module)
     except Exception as error:  # any, from assertions on versions to undefined symbols
         report.faults.append(_fault(_name(module, known), error))
         return False

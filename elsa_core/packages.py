@@ -33,14 +33,15 @@ DISTRIBUTIONS = {
 
 
 def need(module: str, purpose: str) -> ModuleType:
-    """The module. Raises UsageError, which says how to install it, where it cannot be imported."""
+    """The module. Raises UsageError where it cannot be imported, which says what to install."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        absent = isinstance(error, ModuleNotFoundError) and error.name == module
+        absent = isinstance(error, ModuleNotFoundError)
+        package = ((absent and error.name) or module).partition(".")[0]
         fault = f"is missing in {sys.executable}" if absent else f"fails with {one_line(error)!r}"
         raise UsageError(
-            f"{purpose} needs the Python package {module}, which {fault}{_command([module])}"
+            f"{purpose} needs the Python package {package}, which {fault}{_command([package])}"
         ) from error
 
 
@@ -53,7 +54,7 @@ def missing(modules: Iterable[str | None], others: Iterable[str] = ()) -> str:
 
 
 def is_missing(module: str) -> bool:
-    """Whether a module of the highest level cannot be found."""
+    """Whether a module cannot be found; of "package.module", the package is imported."""
     try:
         return find_spec(module) is None
     except ImportError:

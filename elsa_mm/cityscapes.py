@@ -10,12 +10,13 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
-import cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling as judge
 from mmengine.registry import METRICS
 from mmseg.evaluation import CityscapesMetric
 
-import elsa_data.cityscapes_judge  # noqa: F401 (any NumPy does then)
+from elsa_core.packages import need
 
+need("elsa_data.cityscapes_judge", "CityscapesScores")  # any NumPy does then
+judge: Any = need("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling", "CityscapesScores")
 SCORES = {
     "IoU": "averageScoreClasses",
     "iIoU": "averageScoreInstClasses",

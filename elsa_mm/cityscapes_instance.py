@@ -7,7 +7,9 @@ from typing import Any
 from mmdet.evaluation import CityScapesMetric
 from mmengine.registry import METRICS
 
-from elsa_data.cityscapes_judge import mended
+from elsa_core.packages import need
+
+mended = need("elsa_data.cityscapes_judge", "CityscapesInstanceScores").mended
 
 
 @METRICS.register_module()

@@ -165,6 +165,12 @@ def test_what_is_wrong_with_a_framework(broken, sentence, monkeypatch):
     assert "\n" not in report.faults[0] and len(report.lines) == len(frameworks.PUBLISHED) - 1
 
 
+def test_mmcv_without_operators_is_wrong_for_mmdetection_alone(monkeypatch):
+    broken, _ = BROKEN["mmcv-lite"]
+    report = faults(monkeypatch, broken, modules=("mmengine", "mmcv", "mmseg"))
+    assert not report.faults and "without compiled operators, which" in report.lines[1]
+
+
 def test_no_framework_is_nothing_wrong(monkeypatch):
     monkeypatch.setattr(frameworks, "versions", dict)
     report = faults(monkeypatch, modules=())

@@ -123,6 +123,15 @@ def test_sentences(monkeypatch):
         need("cv2", "a resize")
 
 
+def test_what_a_module_of_ours_lacks(monkeypatch):
+    monkeypatch.delitem(sys.modules, "elsa_data.cityscapes_judge", raising=False)
+    for name in [n for n in sys.modules if n.partition(".")[0] == "cityscapesscripts"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "cityscapesscripts", None)
+    with pytest.raises(UsageError, match="^Scores needs .* cityscapesscripts, .*: pip ins"):
+        need("elsa_data.cityscapes_judge", "Scores")
+
+
 def test_a_package_that_does_not_load(tmp_path, monkeypatch):
     """As OpenCV's builds with windows where libGL is missing."""
     (tmp_path / "cv2.py").write_text("raise ImportError('libGL.so.1: cannot open shared object')")
