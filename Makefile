@@ -10,7 +10,7 @@ EMULATION := tests/cuda_emulation
 # The frameworks' thousands of files are compiled to bytecode once, not in each process.
 export PYTHONDONTWRITEBYTECODE :=
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh \
-	$(EMULATION)/*.cpp $(EMULATION)/*.h $(EMULATION)/include/*.h $(EMULATION)/include/*.cuh $(EMULATION)/include/c10/cuda/*.h)
+	$(EMULATION)/*.cpp $(EMULATION)/*.h $(EMULATION)/include/*.h $(EMULATION)/include/*.cuh)
 DEMO_ARGS ?=
 TEST_ARGS ?=
 # Two test files at a time, in the order of their names: those with few but long tests not last.
@@ -18,8 +18,9 @@ TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 ZOO_ARGS ?=
 BENCH_ARGS ?=
 ENV_ARGS ?=
+WHEEL_PYTHON ?= $(or $(wildcard $(VENV)/python),$(PYTHON))
 
-.PHONY: help setup demo test test-gpu test-asan test-environments bench lint format zoo clean
+.PHONY: help setup demo test test-gpu test-asan test-environments wheel bench lint format zoo clean
 
 help:
 	@echo 'make setup     make .venv: pinned packages, mmcv and the extension compiled (Linux, Python 3.10-3.12)'
@@ -28,6 +29,7 @@ help:
 	@echo 'make test-gpu  run the tests; those that need CUDA fail where there is none'
 	@echo 'make test-asan run the operator tests with AddressSanitizer'
 	@echo 'make test-environments  run the guides in fresh environments of many versions (ENV_ARGS=--help)'
+	@echo 'make wheel     build wheel and source distribution in dist, as published (WHEEL_PYTHON=... has torch)'
 	@echo 'make bench     measure operator, backbone and detector (BENCH_ARGS="--device cuda")'
 	@echo 'make lint      check style and types, change nothing'
 	@echo 'make format    put Python and C++ files into shape'
@@ -62,6 +64,9 @@ test-asan: setup
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		$(CURDIR)/$(VENV)/python -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml \
 		$(or $(addprefix $(CURDIR)/,$(TEST_ARGS)),$(wildcard $(CURDIR)/tests/test_operator*.py))
+
+wheel:
+	$(WHEEL_PYTHON) tools/build_wheel.py
 
 bench: setup
 	$(VENV)/python -m benchmarks.run $(BENCH_ARGS)

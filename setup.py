@@ -6,14 +6,18 @@ the devices in sight, or for TORCH_CUDA_ARCH_LIST, or for all in use. MAX_JOBS l
 that run at the same time.
 """
 
+from __future__ import annotations
+
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import setuptools
 from setuptools.command.build_py import build_py
@@ -21,15 +25,20 @@ from setuptools.command.egg_info import egg_info
 
 ROOT = Path(__file__).resolve().parent
 CSRC = ROOT / "csrc"
+RANGE = SimpleNamespace(**runpy.run_path(str(ROOT / "elsa_core" / "_range.py")))
+SETUPTOOLS = 64  # the first with editable installations by pyproject.toml, as that file says, too
+# The oldest PyTorch that the extension will load with: only what its stable ABI has is compiled.
+TARGET = "0x{:02x}{:02x}000000000000".format(*RANGE.TORCH_WITH_EXTENSION)
+# No -std: PyTorch adds the one that its headers need.
 CXX_FLAGS = [
     "-O3",
     "-g0",  # Python's own flags ask for debug information: most of the file's size
-    "-std=c++17",
     "-fvisibility=hidden",
-    # ATen's parallel_for lives in headers and runs on one thread when compiled without OpenMP.
-    "-fopenmp",
+    f"-DTORCH_TARGET_VERSION={TARGET}",
+    f"-ffile-prefix-map={ROOT}=.",
 ]
-NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+NVCC_FLAGS = ["-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden"]
+NVCC_FLAGS += [f"-DTORCH_TARGET_VERSION={TARGET}", "-DUSE_CUDA"]
 # Compiled for where no device is in sight, as far as the toolkit knows them; the last one also as
 # PTX, which later devices compile for themselves.
 CUDA_ARCHS = ("7.5", "8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
@@ -45,13 +54,30 @@ def say(text: str) -> None:
         print("elsa-swin: " + text, file=sys.stderr)
 
 
-def check_wheel() -> None:
-    """Before version 70.1 setuptools leaves wheels to a package that may not be there."""
+def check_environment() -> str | None:
+    """The version of PyTorch, None where there is none; exits where anything is out of range."""
+    if obstacle := RANGE.python_obstacle(sys.version_info):
+        sys.exit(obstacle)
+    if int(setuptools.__version__.split(".")[0]) < SETUPTOOLS:
+        sys.exit(
+            f"elsa-swin: setuptools {setuptools.__version__} does not know pyproject.toml: "
+            f"run pip install 'setuptools>={SETUPTOOLS}' wheel first"
+        )
+    # Before version 70.1 setuptools leaves wheels to a package that may not be there.
     if not any(map(find_spec, ("setuptools.command.bdist_wheel", "wheel"))):
         sys.exit(
             f"elsa-swin: setuptools {setuptools.__version__} cannot make wheels alone: "
             "run 'pip install wheel' first"
         )
+    try:
+        import torch
+    except ImportError as error:
+        if error.name != "torch":
+            raise
+        return None
+    if obstacle := RANGE.torch_obstacle(torch.__version__):
+        sys.exit(obstacle)
+    return torch.__version__
 
 
 def find_compiler() -> bool:
@@ -109,21 +135,23 @@ def find_cuda() -> bool:
     return True
 
 
-def extension_arguments() -> dict:
+def extension_arguments(torch_version: str | None) -> dict:
     """Arguments of setup() that build elsa_core/_C.so; none where it is not to be built."""
     if os.environ.get("ELSA_BUILD_EXTENSION", "1") == "0":
         say("ELSA_BUILD_EXTENSION=0, so the compiled operator is left out")
         return {}
-    try:
-        with_cuda = find_cuda()
-        from torch.utils import cpp_extension  # looks for CUDA_HOME as soon as it is imported
-    except ImportError as error:
-        if error.name != "torch":
-            raise
+    if torch_version is None:
         sys.exit(
-            "elsa-swin is compiled against the PyTorch that it will run with: install torch first, "
+            "elsa-swin is compiled with the headers of an installed PyTorch: install torch first, "
             "then run 'pip install --no-build-isolation .'"
         )
+    least = RANGE.TORCH_WITH_EXTENSION
+    if RANGE.numbers(torch_version) < least:
+        say(
+            f"the compiled operator needs PyTorch {RANGE.dotted(least)} or later, and this is "
+            f"PyTorch {torch_version}, so the package is installed without it and will be slower"
+        )
+        return {}
     if not find_compiler():
         wanted = os.environ.get("CXX") or "c++, g++ or clang++"
         say(
@@ -132,9 +160,13 @@ def extension_arguments() -> dict:
         )
         return {}
 
+    with_cuda = find_cuda()
+    from torch.utils import cpp_extension  # looks for CUDA_HOME as soon as it is imported
+
     make = cpp_extension.CUDAExtension if with_cuda else cpp_extension.CppExtension
     cuda = ["cuda/*.cpp", "cuda/*.cu"] if with_cuda else []
-    flags = {"cxx": CXX_FLAGS}
+    cxx = [*CXX_FLAGS, f"-ffile-prefix-map={Path(cpp_extension.__file__).parents[1]}=torch"]
+    flags = {"cxx": [*cxx, "-DUSE_CUDA"] if with_cuda else cxx}
     if with_cuda:
         flags["nvcc"] = NVCC_FLAGS
     extension = make(
@@ -142,15 +174,29 @@ def extension_arguments() -> dict:
         sources=sources("*.cpp", "cpu/*.cpp", *cuda),
         depends=sources("**/*.h", "**/*.cuh"),
         extra_compile_args=flags,
-        extra_link_args=["-fopenmp"],
+        # libtorch.so names no function, but the libraries that have them: those for CUDA, too,
+        # where this PyTorch has them.
+        extra_link_args=["-Wl,--exclude-libs,ALL", "-Wl,-s", "-Wl,--no-as-needed", "-ltorch"],
         # Kernels reach Python through the dispatcher alone, so one build serves every Python.
         py_limited_api=True,
     )
+    # A static runtime, so that any CUDA of PyTorch's will do.
+    extension.libraries = ["cudart_static", "rt", "pthread", "dl"] if with_cuda else []
+
+    class BuildExtension(cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)):
+        def run(self) -> None:
+            try:
+                super().run()
+            except Exception as error:
+                reason = str(error).strip().partition("\n")[0]
+                sys.exit(
+                    f"elsa-swin: the operator could not be compiled ({reason}): see above, or "
+                    "install a wheel of elsa-swin, or set ELSA_BUILD_EXTENSION=0 to do without"
+                )
+
     return {
         "ext_modules": [extension],
-        "cmdclass": {
-            "build_ext": cpp_extension.BuildExtension.with_options(no_python_abi_suffix=True)
-        },
+        "cmdclass": {"build_ext": BuildExtension},
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
     }
 
@@ -198,7 +244,6 @@ class EggInfo(egg_info):
         path.write_text("".join(f"{name}\n" for name in names))
 
 
-check_wheel()
-arguments = extension_arguments()
+arguments = extension_arguments(check_environment())
 arguments["cmdclass"] = {**arguments.get("cmdclass", {}), "build_py": BuildPy, "egg_info": EggInfo}
 setuptools.setup(**arguments)

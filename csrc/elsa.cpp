@@ -1,8 +1,12 @@
 // The operator's schema. Kernels register themselves at the foot of their own files; autograd,
 // autocast and fake kernels are registered in elsa_core/operator.py.
-#include <torch/library.h>
+#include <torch/csrc/stable/library.h>
 
-TORCH_LIBRARY(elsa, m) {
+#include <sstream>
+
+#include "glibc.h"
+
+STABLE_TORCH_LIBRARY(elsa, m) {
   m.def(
       "attention(Tensor value, Tensor logits, Tensor? ghost_add, Tensor? ghost_mul, "
       "SymInt kernel_size, SymInt dilation) -> Tensor");
@@ -11,3 +15,13 @@ TORCH_LIBRARY(elsa, m) {
       "Tensor? ghost_mul, SymInt kernel_size, SymInt dilation) -> (Tensor, Tensor, Tensor, "
       "Tensor)");
 }
+
+// What newer compilers take from newer libraries, defined here as glibc.h says.
+#if defined(__GLIBC__) && defined(__GLIBCXX__)
+// std::shared_ptr asks this for whether it may do without atomic operations: it may not.
+extern "C" {
+__attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
+}
+template class std::basic_ostringstream<char>;
+template class std::basic_stringstream<char>;
+#endif

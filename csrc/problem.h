@@ -1,95 +1,202 @@
 // What a call of elsa::attention is about, and the checks that let no kernel read out of bounds.
+//
+// Tensors are those of LibTorch's stable ABI: a binary serves every PyTorch from
+// TORCH_TARGET_VERSION (in setup.py) on. Each question to a tensor is a call into LibTorch; ask
+// once per call of the operator, not in loops.
 #pragma once
 
-#include <ATen/core/Tensor.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+#include <type_traits>
+
+#include "arithmetic.h"
+#include "glibc.h"
 
 namespace elsa {
+
+using torch::stable::Tensor;
 
 // Sizes of value (batch, height, width, channels) and of the kernel; logits have
 // heads * kernel^2 channels.
 struct Problem {
   int64_t batch, height, width, channels, heads, kernel, dilation;
+  int32_t dtype, device_type, device_index;  // of all tensors, as LibTorch's shim numbers them
+
+  int64_t pixels() const { return batch * height * width; }
+  bool is_empty() const { return pixels() == 0; }
 };
 
-// The problem of these tensors. ValueError for shapes that do not fit together, TypeError for
-// types that differ; grad (B, H, W, C) is checked where it is defined.
+// Throws what Python sees as a RuntimeError. The front end in elsa_core/operator.py checks the same
+// before, and tells ValueError from TypeError.
+template <typename... Parts>
+[[noreturn]] void fail(const Parts&... parts) {
+  std::ostringstream text;
+  (text << ... << parts);
+  throw std::runtime_error(text.str());
+}
+template <typename... Parts>
+void require(bool condition, const Parts&... parts) {
+  if (!condition) fail(parts...);
+}
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text;
+  for (const int64_t size : tensor.sizes())
+    text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "[" + text + "]";
+}
+
+inline std::string device_of(const Tensor& tensor) {
+  const auto device = tensor.device();
+  if (device.is_cpu()) return "cpu";
+  return (device.is_cuda() ? "cuda:" : "another device:") + std::to_string(device.index());
+}
+
+inline int32_t dtype_of(const Tensor& tensor) {
+  int32_t dtype;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &dtype));
+  return dtype;
+}
+template <typename S>
+int32_t dtype_of() {
+  return std::is_same_v<S, double> ? aoti_torch_dtype_float64() : aoti_torch_dtype_float32();
+}
+
+// Calls body(S()) with the number type that a device's kernels have for the problem's dtype.
+template <typename Half, typename BFloat16, typename Body>
+void with_type(const Problem& p, const Body& body) {
+  if (p.dtype == aoti_torch_dtype_float32()) return body(float());
+  if (p.dtype == aoti_torch_dtype_bfloat16()) return body(BFloat16());
+  if (p.dtype == aoti_torch_dtype_float16()) return body(Half());
+  return body(double());
+}
+
+// The problem of these tensors; throws where shapes do not fit together or types differ. grad
+// (B, H, W, C) is checked where there is one.
 inline Problem check_problem(
-    const at::Tensor& value, const at::Tensor& logits, const std::optional<at::Tensor>& ghost_add,
-    const std::optional<at::Tensor>& ghost_mul, int64_t kernel_size, int64_t dilation,
-    const at::Tensor& grad = {}) {
-  TORCH_CHECK_VALUE(
-      value.dim() == 4 && logits.dim() == 4 &&
-          value.sizes().slice(0, 3) == logits.sizes().slice(0, 3),
-      "elsa::attention: value (B, H, W, C) and logits (B, H, W, G*K*K) must agree in B, H, W, got ",
-      value.sizes(), " and ", logits.sizes());
-  TORCH_CHECK_VALUE(
+    const Tensor& value, const Tensor& logits, const std::optional<Tensor>& ghost_add,
+    const std::optional<Tensor>& ghost_mul, int64_t kernel_size, int64_t dilation,
+    const Tensor* grad = nullptr) {
+  const auto sizes = value.sizes(), logit_sizes = logits.sizes();
+  if (sizes.size() != 4 || logit_sizes.size() != 4 ||
+      !sizes.slice(0, 3).equals(logit_sizes.slice(0, 3)))
+    fail(
+        "elsa::attention: value (B, H, W, C) and logits (B, H, W, G*K*K) must agree in B, H, W, "
+        "got ",
+        shape_of(value), " and ", shape_of(logits));
+  require(
       kernel_size > 0 && kernel_size % 2 == 1,
       "elsa::attention: kernel_size must be odd and positive, got ", kernel_size);
-  TORCH_CHECK_VALUE(dilation > 0, "elsa::attention: dilation must be positive, got ", dilation);
-  const int64_t taps = kernel_size * kernel_size, channels = value.size(3);
-  TORCH_CHECK_VALUE(
-      logits.size(3) > 0 && logits.size(3) % taps == 0,
+  require(dilation > 0, "elsa::attention: dilation must be positive, got ", dilation);
+  const int64_t taps = kernel_size * kernel_size, channels = sizes[3];
+  require(
+      logit_sizes[3] > 0 && logit_sizes[3] % taps == 0,
       "elsa::attention: logits must have a multiple of ", taps,
-      " channels (kernel_size squared), got ", logits.size(3));
-  const int64_t heads = logits.size(3) / taps;
-  TORCH_CHECK_VALUE(
+      " channels (kernel_size squared), got ", logit_sizes[3]);
+  const int64_t heads = logit_sizes[3] / taps;
+  require(
       channels > 0 && channels % heads == 0,
       "elsa::attention: the channels of value must be a multiple of the ", heads, " heads, got ",
       channels);
-  const auto check_like_value = [&](const at::Tensor& tensor, const char* name) {
-    TORCH_CHECK_TYPE(
-        tensor.scalar_type() == value.scalar_type(), "elsa::attention: ", name,
-        " must have the dtype of value, ", value.scalar_type(), ", got ", tensor.scalar_type());
-    TORCH_CHECK_VALUE(
-        tensor.device() == value.device(), "elsa::attention: ", name,
-        " must be on the device of value, ", value.device(), ", got ", tensor.device());
+  Problem p{sizes[0], sizes[1], sizes[2], channels, heads, kernel_size, dilation, dtype_of(value)};
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(value.get(), &p.device_type));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(value.get(), &p.device_index));
+  require(
+      p.dtype == aoti_torch_dtype_float32() || p.dtype == aoti_torch_dtype_float64() ||
+          p.dtype == aoti_torch_dtype_float16() || p.dtype == aoti_torch_dtype_bfloat16(),
+      "elsa::attention: value must be float32, float64, float16 or bfloat16");
+  const auto check_like_value = [&](const Tensor& tensor, const char* name) {
+    if (dtype_of(tensor) != p.dtype)
+      fail(
+          "elsa::attention: ", name, " must have the dtype of value, ", value.scalar_type(),
+          ", got ", tensor.scalar_type());
+    int32_t type, index;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+    if (type != p.device_type || index != p.device_index)
+      fail(
+          "elsa::attention: ", name, " must be on the device of value, ", device_of(value),
+          ", got ", device_of(tensor));
   };
   check_like_value(logits, "logits");
-  for (const auto& ghost : {ghost_add, ghost_mul}) {
-    if (!ghost) continue;
-    TORCH_CHECK_VALUE(
-        ghost->sizes() == at::IntArrayRef({channels, kernel_size, kernel_size}),
-        "elsa::attention: ghost filters must have shape (C, K, K) = (", channels, ", ", kernel_size,
-        ", ", kernel_size, "), got ", ghost->sizes());
-    check_like_value(*ghost, "ghost filters");
+  const int64_t filter[] = {channels, kernel_size, kernel_size};
+  for (const auto* ghost : {&ghost_add, &ghost_mul}) {
+    if (!*ghost) continue;
+    if (!(*ghost)->sizes().equals(filter))
+      fail(
+          "elsa::attention: ghost filters must have shape (C, K, K) = (", channels, ", ",
+          kernel_size, ", ", kernel_size, "), got ", shape_of(**ghost));
+    check_like_value(**ghost, "ghost filters");
   }
-  if (grad.defined()) {
-    TORCH_CHECK_VALUE(
-        grad.sizes() == value.sizes(),
-        "elsa::attention_backward: grad must have the shape of value, ", value.sizes(), ", got ",
-        grad.sizes());
-    check_like_value(grad, "grad");
+  if (grad) {
+    if (!grad->sizes().equals(sizes))
+      fail(
+          "elsa::attention_backward: grad must have the shape of value, ", shape_of(value),
+          ", got ", shape_of(*grad));
+    check_like_value(*grad, "grad");
   }
-  return {value.size(0), value.size(1), value.size(2), channels, heads, kernel_size, dilation};
+  return p;
 }
 
-// The distance of a map's pixels where it is even, as in a slice of a projection's channels; else
-// nothing. Axes of length 1 do not count: their strides are arbitrary.
-inline std::optional<int64_t> pixel_stride(const at::Tensor& map) {
-  if (map.size(3) > 1 && map.stride(3) != 1) return {};
+// A contiguous tensor of unknown numbers on the problem's device.
+inline Tensor empty(const Problem& p, int32_t dtype, std::initializer_list<int64_t> sizes) {
+  constexpr size_t kMostAxes = 4;
+  int64_t strides[kMostAxes], stride = 1;
+  for (size_t axis = sizes.size(); axis-- > 0;) {
+    strides[axis] = stride;
+    stride *= std::max<int64_t>(sizes.begin()[axis], 1);
+  }
+  AtenTensorHandle handle = nullptr;
+  const auto failed = aoti_torch_empty_strided(
+      sizes.size(), sizes.begin(), strides, dtype, p.device_type, p.device_index, &handle);
+  // LibTorch writes the reason to its log. Frameworks look for these words on GPUs.
+  if (failed)
+    fail(
+        "elsa::attention: no memory for a tensor of ", stride, " numbers",
+        p.device_type == aoti_torch_device_type_cuda() ? ": CUDA out of memory. " : "");
+  return Tensor(handle);
+}
+
+// A map (B, H, W, channels) whose neighbouring pixels are `stride` numbers apart, in all of the
+// map, and whose channels of a pixel follow each other.
+struct EvenMap {
+  Tensor tensor;
+  int64_t stride;
+};
+
+// A copy of one of the problem's maps, contiguous and in memory of its own.
+inline EvenMap copied(const Problem& p, const Tensor& map) {
+  const auto sizes = map.sizes();
+  Tensor copy = empty(p, p.dtype, {sizes[0], sizes[1], sizes[2], sizes[3]});
+  return {torch::stable::copy_(copy, map), sizes[3]};
+}
+
+// The map itself where its pixels are evenly spaced, as in a slice of a projection's channels, else
+// a copy. Axes of length 1 do not count: their strides are arbitrary.
+inline EvenMap evenly_spaced(const Problem& p, const Tensor& map) {
+  const auto sizes = map.sizes(), strides = map.strides();
+  bool even = sizes[3] == 1 || strides[3] == 1;
   std::optional<int64_t> pixel;
   int64_t pixels = 1;
   for (const int axis : {2, 1, 0}) {
-    if (map.size(axis) > 1) {
-      if (!pixel) pixel = map.stride(axis);
-      if (map.stride(axis) != pixels * *pixel) return {};
+    if (sizes[axis] > 1) {
+      if (!pixel) pixel = strides[axis];
+      even &= strides[axis] == pixels * *pixel;
     }
-    pixels *= map.size(axis);
+    pixels *= sizes[axis];
   }
-  return pixel.value_or(map.size(3));
-}
-
-// The map itself where its pixels are evenly spaced, else a copy; its strides say so on all axes.
-// The kernels then need stride(2) alone.
-inline at::Tensor evenly_spaced(const at::Tensor& map) {
-  const auto pixel = pixel_stride(map);
-  if (!pixel) return map.clone(at::MemoryFormat::Contiguous);
-  const int64_t row = map.size(2) * *pixel, image = map.size(1) * row;
-  const int64_t strides[] = {image, row, *pixel, 1};
-  return map.strides() == strides ? map : map.as_strided(map.sizes(), strides);
+  if (!even) return copied(p, map);
+  return {map, pixel.value_or(sizes[3])};
 }
 
 }  // namespace elsa

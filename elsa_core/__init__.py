@@ -1,5 +1,6 @@
 """ELSA-Swin with torch as the only dependency: the operator and the backbone."""
 
+from . import _requirements as _requirements
 from .backbone import ELSASwin
 from .operator import elsa_attention
 from .reference import elsa_attention_reference

@@ -1,10 +1,15 @@
 """Finds and loads the compiled operator."""
 
+import platform
 import sys
 import warnings
 from pathlib import Path
 
 import torch
+
+from ._range import TORCH_WITH_EXTENSION, dotted, numbers
+
+INSTALL = "pip install --no-build-isolation --no-cache-dir --force-reinstall --no-deps ."
 
 
 def binaries() -> list[Path]:
@@ -23,25 +28,38 @@ def binaries() -> list[Path]:
 
 
 def load_extension() -> bool:
-    """Loads ``elsa_core/_C`` into the dispatcher; False, with one warning, where it was not built.
+    """Loads ``elsa_core/_C`` into the dispatcher; False, with one warning, where it cannot be.
 
     Raises:
-        ImportError: the file is there but does not load, as after a change of the PyTorch version.
+        ImportError: the file is there but does not load, as one of another platform.
     """
+    if numbers(torch.__version__) < TORCH_WITH_EXTENSION:
+        _warn(
+            f"it needs PyTorch {dotted(TORCH_WITH_EXTENSION)} or later, and this is PyTorch "
+            f"{torch.__version__}"
+        )
+        return False
     found = binaries()
     if not found:
-        warnings.warn(
-            "elsa_core runs without its compiled operator (slower): it was installed without a C++ "
-            "compiler; install one and run 'pip install --no-build-isolation .' again",
-            RuntimeWarning,
-            stacklevel=3,
+        _warn(
+            "it was installed without it; install a wheel that has it, or a C++ compiler and then "
+            f"again by '{INSTALL}'"
         )
         return False
     try:
         torch.ops.load_library(found[0])
     except OSError as error:
         raise ImportError(
-            f"{found[0]} does not load with PyTorch {torch.__version__}: build it again with "
-            f"'pip install --no-build-isolation .' ({error})"
+            f"{found[0]} does not load on this {platform.system()} {platform.machine()} with "
+            f"PyTorch {torch.__version__}: delete it to do without, or build it again by "
+            f"'{INSTALL}' ({error})"
         ) from error
     return True
+
+
+def _warn(reason: str) -> None:
+    warnings.warn(
+        f"elsa_core runs without its compiled operator (slower): {reason}",
+        RuntimeWarning,
+        stacklevel=4,
+    )

@@ -114,7 +114,8 @@ def test_kernels_compile_link_and_register(tmp_path):
         shutil.copy(ROOT / name, tmp_path)
     for name in ("elsa_core", "elsa_d2", "elsa_mm"):
         (tmp_path / name).mkdir()
-    shutil.copy(ROOT / "elsa_core" / "__init__.py", tmp_path / "elsa_core")
+    for name in ("__init__.py", "_range.py"):
+        shutil.copy(ROOT / "elsa_core" / name, tmp_path / "elsa_core")
     shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("cpu"))
     unwanted = ("CUDA_HOME", "CUDA_PATH", "ELSA_BUILD_EXTENSION")
     environment = {name: text for name, text in os.environ.items() if name not in unwanted}

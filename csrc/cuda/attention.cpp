@@ -1,87 +1,74 @@
 // elsa::attention and its backward on CUDA devices: checks, memory, and the choice of the kernels.
 #include "attention.h"
 
-#include <ATen/core/Tensor.h>
-#include <ATen/ops/empty.h>
-#include <ATen/ops/zeros.h>
-#include <c10/cuda/CUDAException.h>
-#include <c10/cuda/CUDAGuard.h>
-#include <c10/cuda/CUDAStream.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <torch/library.h>
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/macros.h>
 
 #include <algorithm>
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
 #include <type_traits>
-#include <vector>
 
 #include "../problem.h"
+
+// A PyTorch without CUDA has none of these, and loads the extension for its CPU kernels.
+#pragma weak aoti_torch_get_current_cuda_stream
+#pragma weak torch_c10_cuda_check_msg
+#pragma weak torch_c10_cuda_free_error_msg
 
 namespace elsa::cuda {
 namespace {
 
-using at::Tensor;
-
-// Calls body(S()) with the number type that the kernels have for a tensor's type.
-template <typename Body>
-void with_type(at::ScalarType type, const Body& body) {
-  switch (type) {
-    case at::kFloat:
-      return body(float());
-    case at::kDouble:
-      return body(double());
-    case at::kHalf:
-      return body(__half());
-    case at::kBFloat16:
-      return body(__nv_bfloat16());
-    default:
-      TORCH_CHECK_TYPE(
-          false, "elsa::attention: value must be float32, float64, float16 or bfloat16, got ",
-          type);
-  }
-}
+using Ghost = std::optional<Tensor>;
 
 template <typename S>
-const S* input(const Tensor& tensor) {
-  return tensor.defined() ? static_cast<const S*>(tensor.const_data_ptr()) : nullptr;
+const S* input(const Ghost& tensor) {
+  return tensor ? static_cast<const S*>(tensor->const_data_ptr()) : nullptr;
 }
 template <typename S>
-Map<const S> map(const Tensor& tensor) {
-  return {input<S>(tensor), tensor.stride(2)};
+Map<const S> map(const EvenMap& map) {
+  return {static_cast<const S*>(map.tensor.const_data_ptr()), map.stride};
 }
 template <typename S>
-S* output(const Tensor& tensor) {
-  return tensor.defined() ? static_cast<S*>(tensor.mutable_data_ptr()) : nullptr;
+S* output(const Ghost& tensor) {
+  return tensor ? static_cast<S*>(tensor->mutable_data_ptr()) : nullptr;
 }
 
 Problem check(
-    const Tensor& value, const Tensor& logits, const std::optional<Tensor>& ghost_add,
-    const std::optional<Tensor>& ghost_mul, int64_t kernel_size, int64_t dilation,
-    const Tensor& grad = {}) {
+    const Tensor& value, const Tensor& logits, const Ghost& ghost_add, const Ghost& ghost_mul,
+    int64_t kernel_size, int64_t dilation, const Tensor* grad = nullptr) {
   const Problem p = check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad);
-  TORCH_CHECK_VALUE(
+  require(
       kernel_size <= kLargestKernel, "elsa::attention: kernel_size must be at most ",
       kLargestKernel, " on CUDA devices, got ", kernel_size);
   return p;
 }
 
+cudaStream_t current_stream(const Problem& p) {
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(p.device_index, &stream));
+  return static_cast<cudaStream_t>(stream);
+}
+
 enum class Kernels { any, k7, k7_matrix };
 
 template <typename S>
-Kernels choose(const Problem& p, bool multiplied, const std::vector<Tensor>& maps) {
+Kernels choose(const Problem& p, bool multiplied, std::initializer_list<const EvenMap*> maps) {
   if constexpr (!std::is_same_v<S, double>) {
     int64_t most = std::max({p.height, p.width, p.heads});
-    for (const Tensor& map : maps) most = std::max(most, map.stride(2));
+    for (const EvenMap* map : maps) most = std::max(most, map->stride);
     if (p.kernel != 7 || p.channels != 32 * p.heads || p.dilation != 1 || multiplied ||
         most >= kMostK7)
       return Kernels::any;
     int device = 0, bytes = 0;
-    C10_CUDA_CHECK(cudaGetDevice(&device));
-    C10_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    STD_CUDA_CHECK(cudaGetDevice(&device));
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     if constexpr (sizeof(S) == 2) {
       if (bytes >= shared_bytes_k7_matrix() && has_k7_matrix<S>()) return Kernels::k7_matrix;
     }
@@ -112,21 +99,21 @@ void backward(Kernels kernels, const Backward<S>& call, cudaStream_t stream) {
   backward_any(call, stream);
 }
 
-// The tensor itself where each of its pixels can be read in steps of 16 bytes, else a copy.
-Tensor aligned(const Tensor& tensor) {
-  const auto address = reinterpret_cast<uintptr_t>(tensor.const_data_ptr());
-  const bool suits = (address | (tensor.stride(2) * tensor.element_size())) % 16 == 0;
-  return suits ? tensor : tensor.clone(at::MemoryFormat::Contiguous);
+// Makes a copy of the map unless each of its pixels can be read in steps of 16 bytes.
+template <typename S>
+void align(const Problem& p, EvenMap& map) {
+  const auto address = reinterpret_cast<uintptr_t>(map.tensor.const_data_ptr());
+  if ((address | (map.stride * sizeof(S))) % 16 != 0) map = copied(p, map.tensor);
 }
 
 // The inputs as the kernels want them; keeps copies alive.
 struct Inputs {
   Inputs(
-      const Problem& p, const Tensor& value, const Tensor& logits,
-      const std::optional<Tensor>& ghost_add, const std::optional<Tensor>& ghost_mul)
-      : problem(p), value(evenly_spaced(value)), logits(evenly_spaced(logits)) {
-    if (ghost_add) add = ghost_add->contiguous();
-    if (ghost_mul) mul = ghost_mul->contiguous();
+      const Problem& p, const Tensor& value, const Tensor& logits, const Ghost& ghost_add,
+      const Ghost& ghost_mul)
+      : problem(p), value(evenly_spaced(p, value)), logits(evenly_spaced(p, logits)) {
+    if (ghost_add) add = torch::stable::contiguous(*ghost_add);
+    if (ghost_mul) mul = torch::stable::contiguous(*ghost_mul);
   }
 
   template <typename S>
@@ -149,61 +136,63 @@ struct Inputs {
   }
 
   Problem problem;
-  Tensor value, logits, add, mul;
+  EvenMap value, logits;
+  Ghost add, mul;
 };
 
 Tensor attention(
-    const Tensor& value, const Tensor& logits, const std::optional<Tensor>& ghost_add,
-    const std::optional<Tensor>& ghost_mul, int64_t kernel_size, int64_t dilation) {
+    const Tensor& value, const Tensor& logits, const Ghost& ghost_add, const Ghost& ghost_mul,
+    int64_t kernel_size, int64_t dilation) {
   const Problem p = check(value, logits, ghost_add, ghost_mul, kernel_size, dilation);
-  const c10::cuda::CUDAGuard guard(value.device());
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  Tensor out = at::empty(value.sizes(), value.options());
-  if (out.numel() == 0) return out;
+  const torch::stable::accelerator::DeviceGuard guard(p.device_index);
+  const cudaStream_t stream = current_stream(p);
+  Tensor out = empty(p, p.dtype, {p.batch, p.height, p.width, p.channels});
+  if (p.is_empty()) return out;
   Inputs inputs(p, value, logits, ghost_add, ghost_mul);
-  with_type(value.scalar_type(), [&](auto number) {
+  with_type<__half, __nv_bfloat16>(p, [&](auto number) {
     using S = decltype(number);
-    const Kernels kernels = choose<S>(p, inputs.mul.defined(), {inputs.value, inputs.logits});
-    if (kernels != Kernels::any) inputs.value = aligned(inputs.value);
+    const Kernels kernels = choose<S>(p, inputs.mul.has_value(), {&inputs.value, &inputs.logits});
+    if (kernels != Kernels::any) align<S>(p, inputs.value);
     forward<S>(kernels, {inputs.operands<S>(), output<S>(out)}, stream);
   });
   return out;
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
-    const Tensor& grad, const Tensor& value, const Tensor& logits,
-    const std::optional<Tensor>& ghost_add, const std::optional<Tensor>& ghost_mul,
-    int64_t kernel_size, int64_t dilation) {
-  const Problem p = check(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad);
-  const c10::cuda::CUDAGuard guard(value.device());
-  const cudaStream_t stream = c10::cuda::getCurrentCUDAStream();
-  const auto like = [&](const std::optional<Tensor>& ghost) {
-    return ghost ? at::zeros(ghost->sizes(), ghost->options()) : at::empty({0}, value.options());
+    const Tensor& grad, const Tensor& value, const Tensor& logits, const Ghost& ghost_add,
+    const Ghost& ghost_mul, int64_t kernel_size, int64_t dilation) {
+  const Problem p = check(value, logits, ghost_add, ghost_mul, kernel_size, dilation, &grad);
+  const torch::stable::accelerator::DeviceGuard guard(p.device_index);
+  const cudaStream_t stream = current_stream(p);
+  const int64_t taps = p.kernel * p.kernel;
+  const auto like = [&](const Ghost& ghost) {
+    return ghost ? empty(p, p.dtype, {p.channels, p.kernel, p.kernel}) : empty(p, p.dtype, {0});
   };
-  Tensor grad_value = at::empty(value.sizes(), value.options());
-  Tensor grad_logits = at::empty(logits.sizes(), logits.options());
+  Tensor grad_value = empty(p, p.dtype, {p.batch, p.height, p.width, p.channels});
+  Tensor grad_logits = empty(p, p.dtype, {p.batch, p.height, p.width, p.heads * taps});
   Tensor grad_add = like(ghost_add), grad_mul = like(ghost_mul);
-  if (value.numel() == 0) return {grad_value, grad_logits, grad_add, grad_mul};
+  if (p.is_empty())
+    return {
+        grad_value, grad_logits, torch::stable::zero_(grad_add), torch::stable::zero_(grad_mul)};
   Inputs inputs(p, value, logits, ghost_add, ghost_mul);
-  Tensor grads = evenly_spaced(grad);
-  with_type(value.scalar_type(), [&](auto number) {
+  EvenMap grads = evenly_spaced(p, grad);
+  with_type<__half, __nv_bfloat16>(p, [&](auto number) {
     using S = decltype(number);
     using T = Arithmetic<S>;
     const Kernels kernels =
-        choose<S>(p, inputs.mul.defined(), {grads, inputs.value, inputs.logits});
+        choose<S>(p, inputs.mul.has_value(), {&grads, &inputs.value, &inputs.logits});
     if (kernels != Kernels::any) {
-      inputs.value = aligned(inputs.value);
-      grads = aligned(grads);
+      align<S>(p, inputs.value);
+      align<S>(p, grads);
     }
-    const auto options = value.options().dtype(c10::CppTypeToScalarType<T>::value);
-    const int64_t pixels = p.batch * p.height * p.width, taps = p.kernel * p.kernel;
-    const int64_t parts = kernels == Kernels::any ? ghost_parts_any(pixels, p.channels * taps)
+    const int32_t arithmetic = dtype_of<T>();
+    const int64_t parts = kernels == Kernels::any ? ghost_parts_any(p.pixels(), p.channels * taps)
                                                   : ghost_parts_k7(p.batch * p.height);
-    const auto sums = [&](const std::optional<Tensor>& ghost) {
-      return ghost ? at::empty({parts, taps, p.channels}, options) : Tensor();
+    const auto sums = [&](const Ghost& ghost) {
+      return ghost ? Ghost(empty(p, arithmetic, {parts, taps, p.channels})) : Ghost();
     };
-    const Tensor softmax = at::empty({pixels, p.heads, 2}, options);
-    const Tensor add_parts = sums(ghost_add), mul_parts = sums(ghost_mul);
+    const Tensor softmax = empty(p, arithmetic, {p.pixels(), p.heads, 2});
+    const Ghost add_parts = sums(ghost_add), mul_parts = sums(ghost_mul);
     const Backward<S> call{
         inputs.operands<S>(),
         map<S>(grads),
@@ -220,15 +209,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
   return {grad_value, grad_logits, grad_add, grad_mul};
 }
 
+std::string cuda_architectures() { return architectures(); }
+
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(elsa, m) {
-  m.def("cuda_architectures() -> str", [] { return std::string(architectures()); });
+STABLE_TORCH_LIBRARY_FRAGMENT(elsa, m) { m.def("cuda_architectures() -> str"); }
+
+STABLE_TORCH_LIBRARY_IMPL(elsa, CompositeExplicitAutograd, m) {
+  m.impl("cuda_architectures", TORCH_BOX(&cuda_architectures));
 }
 
-TORCH_LIBRARY_IMPL(elsa, CUDA, m) {
-  m.impl("attention", &attention);
-  m.impl("attention_backward", &attention_backward);
+STABLE_TORCH_LIBRARY_IMPL(elsa, CUDA, m) {
+  m.impl("attention", TORCH_BOX(&attention));
+  m.impl("attention_backward", TORCH_BOX(&attention_backward));
 }
 
 }  // namespace elsa::cuda

@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "../arithmetic.h"
+
 namespace elsa::cuda {
 
 // A map (B, H, W, channels): neighbouring pixels are `stride` numbers apart, in all of the map, and
@@ -22,18 +24,6 @@ template <typename T>
 struct Softmax {
   T max, scale;
 };
-
-// Sums and softmax are computed in T: float, or double for double.
-template <typename S>
-struct ArithmeticType {
-  using type = float;
-};
-template <>
-struct ArithmeticType<double> {
-  using type = double;
-};
-template <typename S>
-using Arithmetic = typename ArithmeticType<S>::type;
 
 // Ghost filters are (C, K, K) and contiguous, or null for none.
 template <typename S>

@@ -279,7 +279,7 @@ int64_t shared_bytes_k7_matrix() {
 template <typename S>
 bool has_k7_matrix() {
   cudaFuncAttributes attributes;
-  C10_CUDA_CHECK(cudaFuncGetAttributes(&attributes, k7::forward_kernel<S>));
+  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, k7::forward_kernel<S>));
   return attributes.ptxVersion >= 80;
 }
 

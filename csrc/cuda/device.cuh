@@ -1,10 +1,10 @@
 // What all CUDA kernels share: number types, warps, launches, and the sum over parts.
 #pragma once
 
-#include <c10/cuda/CUDAException.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
+#include <torch/csrc/stable/macros.h>
 
 #include <cstdint>
 #include <utility>
@@ -71,15 +71,15 @@ void launch(
     void (*kernel)(Parameters...), dim3 blocks, int threads, int64_t shared, cudaStream_t stream,
     Arguments&&... arguments) {
   if (shared > 48 * 1024)
-    C10_CUDA_CHECK(cudaFuncSetAttribute(
+    STD_CUDA_CHECK(cudaFuncSetAttribute(
         kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = dim3(threads);
   config.dynamicSmemBytes = shared;
   config.stream = stream;
-  C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
-  C10_CUDA_KERNEL_LAUNCH_CHECK();
+  STD_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, std::forward<Arguments>(arguments)...));
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
 }
 
 constexpr int kSumWarps = 8;

@@ -4,7 +4,6 @@
 // NaN, and is NaN beyond what a launch asked for, where writing fails.
 #include "emulation.h"
 
-#include <c10/util/Exception.h>
 #include <setjmp.h>
 #include <ucontext.h>
 
@@ -16,6 +15,8 @@
 #include <mutex>
 #include <numeric>
 #include <random>
+#include <stdexcept>
+#include <string>
 #include <vector>
 
 #include "include/cuda_runtime.h"
@@ -161,7 +162,9 @@ void copy_now() {
   current->copies.clear();
 }
 
-void require(bool condition, const char* rule) { TORCH_CHECK(condition, "CUDA emulation: ", rule); }
+void require(bool condition, const char* rule) {
+  if (!condition) throw std::runtime_error(std::string("CUDA emulation: ") + rule);
+}
 
 cudaError_t allow_shared(void* kernel, int bytes) {
   if (bytes > kMostShared) return cudaErrorInvalidValue;
@@ -210,4 +213,17 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
   const char* text = std::getenv("ELSA_EMULATION_SHARED");
   *value = text ? std::atoi(text) : kMostShared;
   return cudaSuccess;
+}
+
+// What LibTorch does with a device: nothing to guard, one stream, and errors that have a text.
+extern "C" {
+AOTITorchError aoti_torch_create_device_guard(int32_t, DeviceGuardHandle*) { return 0; }
+AOTITorchError aoti_torch_delete_device_guard(DeviceGuardHandle) { return 0; }
+AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void**) { return 0; }
+AOTITorchError torch_c10_cuda_check_msg(
+    int32_t error, const char*, const char*, uint32_t, bool, char** text) {
+  if (error != cudaSuccess) *text = strdup(("CUDA error " + std::to_string(error)).c_str());
+  return 0;
+}
+void torch_c10_cuda_free_error_msg(char* text) { std::free(text); }
 }

@@ -1,7 +1,7 @@
 // The conversions of bfloat16 that the kernels use.
 #pragma once
 
-#include <c10/util/BFloat16.h>
+#include <torch/headeronly/util/BFloat16.h>
 
 #include "cuda_runtime.h"
 
@@ -13,9 +13,9 @@ struct alignas(4) __nv_bfloat162 {
 };
 
 inline float __bfloat162float(__nv_bfloat16 x) {
-  return c10::BFloat16(x.bits, c10::BFloat16::from_bits());
+  return torch::headeronly::BFloat16(x.bits, torch::headeronly::BFloat16::from_bits());
 }
-inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {c10::BFloat16(x).x}; }
+inline __nv_bfloat16 __float2bfloat16_rn(float x) { return {torch::headeronly::BFloat16(x).x}; }
 inline float2 __bfloat1622float2(__nv_bfloat162 pair) {
   return {__bfloat162float(pair.x), __bfloat162float(pair.y)};
 }

@@ -1,7 +1,7 @@
 // The conversions of half precision that the kernels use.
 #pragma once
 
-#include <c10/util/Half.h>
+#include <torch/headeronly/util/Half.h>
 
 #include "cuda_runtime.h"
 
@@ -12,8 +12,10 @@ struct alignas(4) __half2 {
   __half x, y;
 };
 
-inline float __half2float(__half x) { return c10::Half(x.bits, c10::Half::from_bits()); }
-inline __half __float2half_rn(float x) { return {c10::Half(x).x}; }
+inline float __half2float(__half x) {
+  return torch::headeronly::Half(x.bits, torch::headeronly::Half::from_bits());
+}
+inline __half __float2half_rn(float x) { return {torch::headeronly::Half(x).x}; }
 inline float2 __half22float2(__half2 pair) { return {__half2float(pair.x), __half2float(pair.y)}; }
 inline __half2 __floats2half2_rn(float x, float y) {
   return {__float2half_rn(x), __float2half_rn(y)};
