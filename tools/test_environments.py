@@ -189,13 +189,14 @@ class Machine:
         else:
             make = [self.base, "-m", "venv", str(self.venv)]
             fill = [python, "-m", "pip", "install", "--no-input"]
-        self.do(Step("environment", " ".join(map(shlex.quote, make))))
-        self.do(Step("torch", " ".join(map(shlex.quote, [*fill, *wanted]))))
+        self.variables["INSTALL"] = shlex.join(fill)
+        self.do(Step("environment", shlex.join(make)))
+        self.do(Step("torch", shlex.join([*fill, *wanted])))
         code = (
             "import platform as p, sysconfig as s; print(p.python_version(), s.get_path('purelib'))"
         )
         self.row.python, site = self.ask("-c", code).split(" ", 1)
-        self.variables = {"SITE": site, "DATA": str(self.options.out / "work/data")}
+        self.variables |= {"SITE": site, "DATA": str(self.options.out / "work/data")}
         if "DETECTRON2" in self.spec.needs:
             target = self.folder / "detectron2"
             ignored = shutil.ignore_patterns(".git", "build", "*.so", "*.egg-info")
