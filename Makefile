@@ -1,8 +1,8 @@
 # One command per habit; every one of them first makes .venv complete where it is not.
 # The words after ?= can be set on the command line: make demo DEMO_ARGS=--help, make PYTHON=python3.12
 
-PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
-	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null \
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
 VENV := .venv/bin
 ASAN := build/asan
@@ -20,10 +20,11 @@ BENCH_ARGS ?=
 ENV_ARGS ?=
 WHEEL_PYTHON ?= $(or $(wildcard $(VENV)/python),$(PYTHON))
 
-.PHONY: help setup demo test test-gpu test-asan test-environments wheel bench lint format zoo clean
+.PHONY: help setup pins demo test test-gpu test-asan test-environments wheel bench lint format zoo clean
 
 help:
-	@echo 'make setup     make .venv: pinned packages, mmcv and the extension compiled (Linux, Python 3.10-3.12)'
+	@echo 'make setup     make .venv: pinned packages, mmcv and the extension compiled (Linux, Python 3.10-3.13)'
+	@echo 'make pins      move requirements.txt to the newest versions, with their hashes'
 	@echo 'make demo      train and evaluate in Detectron2, MMDetection and MMSegmentation (DEMO_ARGS=...)'
 	@echo 'make test      run the tests (TEST_ARGS=...)'
 	@echo 'make test-gpu  run the tests; those that need CUDA fail where there is none'
@@ -37,10 +38,19 @@ help:
 	@echo 'make clean     remove build products and caches; .venv, data and results stay'
 
 setup:
-	@if [ -z "$(PYTHON)" ]; then echo 'Python 3.10, 3.11 or 3.12 is needed and none was found as' \
-		'python3, python3.12, python3.11 or python3.10: install one, or name it with PYTHON=...' >&2; \
+	@if [ -z "$(PYTHON)" ]; then echo 'Python 3.10 to 3.13 is needed and none was found as' \
+		'python3, python3.13, python3.12, python3.11 or python3.10: install one, or name it with PYTHON=...' >&2; \
 		exit 1; fi
 	@$(PYTHON) tools/setup_env.py
+
+# Set-up is for one platform, so its marker goes without saying.
+pins:
+	$(VENV)/uv lock -q --upgrade --directory tools/pins
+	{ printf '# Made by `make pins` from tools/pins/pyproject.toml. Do not edit.\n\n' && \
+		$(VENV)/uv export -q --directory tools/pins --frozen --no-header --no-annotate | sed \
+		"s/python_full_version/python_version/; s/ ; platform_machine == 'x86_64'.*linux'//; \
+		s/ and platform_machine == 'x86_64'.*linux'//"; } > requirements.new
+	mv requirements.new requirements.txt
 
 demo: setup
 	$(VENV)/python -m demo.run $(DEMO_ARGS)

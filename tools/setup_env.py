@@ -1,6 +1,7 @@
 """Make .venv ready for work: the pinned stack, a compiled mmcv, our extension, a smoke test.
 
-Run by `make`; safe to run at any time, since only what is missing or out of date is done.
+Run by `make`; safe to run at any time, since only what is missing or out of date is done. What is
+fetched is installed only if its hash stands in requirements.txt.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import argparse
 import fcntl
 import hashlib
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -16,15 +18,17 @@ import signal
 import subprocess
 import sys
 import sysconfig
-import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-OLDEST, NEWEST = (3, 10), (3, 12)
+OLDEST, NEWEST = (3, 10), (3, 13)
 DISK_GB = 9
+# Not installed like the others: a wheel tagged for Python 3.10 alone, and one to be compiled.
+DETECTRON2, MMCV = "sal-detectron2", "onedl-mmcv"
+BUILD_TOOLS = ("ninja", "packaging", "pip", "setuptools", "wheel")
+PIN = re.compile(r"([\w.-]+)==[\w.]+( ; python_version [<=>]+ '[\d.*]+')?( --hash=sha256:\w{64})+")
 SECONDS_PER_REPORT = 10
 # Said by pip of configured package locations that hold nothing: never the reason of a failure.
 PIP_NOISE = "neither a file nor a directory"
@@ -37,6 +41,7 @@ import elsa_core
 from detectron2 import model_zoo
 from detectron2.modeling.meta_arch import GeneralizedRCNN
 from mmcv.ops import nms
+from mmdet.datasets import CocoDataset
 from mmdet.models import MaskRCNN
 from mmpretrain.models import ImageClassifier
 from mmseg.models import EncoderDecoder
@@ -54,16 +59,14 @@ class SetupError(Exception):
 
 
 def parse_requirements(text: str) -> dict[str, list[str]]:
-    """Sections of requirements.txt: heading -> requirement lines, each with an exact version."""
-    sections: dict[str, list[str]] = {}
-    for line in text.splitlines():
-        if heading := re.match(r"# \[(\w+)\]", line):
-            sections[heading[1]] = []
-        elif line.strip() and not line.startswith("#"):
-            if not sections or not re.fullmatch(r"[\w.-]+==[\w.]+( ; .+)?", line):
-                raise SetupError(f"requirements.txt: not `name==version` under a heading: {line!r}")
-            sections[list(sections)[-1]].append(line)
-    return sections
+    """Package -> its lines of requirements.txt: a version each, for which Pythons, and hashes."""
+    pins: dict[str, list[str]] = {}
+    for line in re.sub(r" *\\\n *", " ", text).splitlines():
+        if line.strip() and not line.startswith("#"):
+            if not (found := PIN.fullmatch(line)):
+                raise SetupError(f"requirements.txt: not `name==version` with hashes: {line!r}")
+            pins.setdefault(found[1], []).append(line)
+    return pins
 
 
 def digest(*parts: str) -> str:
@@ -84,7 +87,7 @@ def check_python(version: Sequence[int], executable: str) -> None:
     if not OLDEST <= tuple(version[:2]) <= NEWEST:
         found = ".".join(str(part) for part in version[:2])
         raise SetupError(
-            f"Python 3.10, 3.11 or 3.12 is needed, {executable} is {found}; "
+            f"Python 3.10 to 3.13 is needed, {executable} is {found}; "
             "name another one with make PYTHON=..."
         )
 
@@ -92,8 +95,8 @@ def check_python(version: Sequence[int], executable: str) -> None:
 def check_machine(free_gb: float) -> None:
     """Stop with one sentence when this machine cannot carry the set-up; free_gb is demanded."""
     python = "python{}.{}".format(*sys.version_info)
-    if not sys.platform.startswith("linux"):
-        raise SetupError(f"the set-up is for Linux, this is {sys.platform}")
+    if (machine := (sys.platform, platform.machine())) != ("linux", "x86_64"):
+        raise SetupError(f"the set-up is for Linux on x86_64, this is {' on '.join(machine)}")
     try:
         import ensurepip  # noqa: F401
         import venv  # noqa: F401
@@ -140,7 +143,6 @@ class Runner:
     def __init__(self, logs: Path, steps: Sequence[str]):
         self.logs = logs
         self.steps = list(steps)
-        self.stop = threading.Event()
         self.start = time.monotonic()
 
     def say(self, step: str, text: str) -> None:
@@ -155,7 +157,7 @@ class Runner:
         progress: Callable[[str], str] = lambda log: "working",
         env: dict[str, str] | None = None,
     ) -> None:
-        """Run a command; SetupError with the end of its log if it fails or another step did."""
+        """Run a command; SetupError with the end of its log if it fails."""
         path = self.logs / f"{step}.log"
         with path.open("a") as log:
             print("$", shlex.join(command), file=log, flush=True)
@@ -170,13 +172,11 @@ class Runner:
                 start_new_session=True,  # to be stopped together with what it starts
                 close_fds=False,  # keeps the lock for as long as it runs, see lock()
             )
-        reported = time.monotonic()
         try:
             while process.poll() is None:
-                if self.stop.wait(0.1):
-                    raise SetupError(f"step {step!r} was stopped")
-                if time.monotonic() - reported >= SECONDS_PER_REPORT:
-                    reported = time.monotonic()
+                try:
+                    process.wait(SECONDS_PER_REPORT)
+                except subprocess.TimeoutExpired:
                     self.say(step, progress(path.read_bytes()[start:].decode(errors="replace")))
         finally:
             if process.poll() is None:
@@ -189,7 +189,9 @@ class Runner:
         log = path.read_text(errors="replace")
         lines = [line for line in log.splitlines() if line.strip() and PIP_NOISE not in line]
         advice = "put that right"
-        if re.search(r"Retrying \(|No matching distribution|ConnectionError", log):
+        if "DO NOT MATCH THE HASHES" in log:
+            advice = "find out where that file comes from: requirements.txt has another hash"
+        elif re.search(r"Retrying \(|No matching distribution|ConnectionError", log):
             advice = "check that pip can reach its package index"
         elif "No space left" in log:
             advice = "make room on the disk"
@@ -208,17 +210,19 @@ class Setup:
         self.venv = venv
         self.python = str(venv / "bin" / "python")
         self.state = venv / "setup"
-        self.pins = parse_requirements((ROOT / "requirements.txt").read_text())
+        pins = parse_requirements((ROOT / "requirements.txt").read_text())
         kinds = {".cpp", ".h", ".cu", ".cuh"}
         sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in kinds]
-        torch = digest(*self.pins["torch"], *self.pins["build"])
+        (self.detectron2,), (self.mmcv,) = pins.pop(DETECTRON2), pins.pop(MMCV)
+        self.build_tools = [line for name in BUILD_TOOLS for line in pins[name]]
+        self.packages = [line for lines in pins.values() for line in lines]
+        compiled = digest(*pins["torch"], *self.build_tools)
         self.keys = {
-            "torch": torch,
-            "mmcv": digest(torch, digest_files([ROOT / "tools/build_mmcv.py"]), *self.pins["mmcv"]),
-            "packages": digest(*self.pins["packages"]),
-            "detectron2": digest(*self.pins["detectron2"]),
-            "project": digest(torch, str(ROOT), digest_files([ROOT / "pyproject.toml"])),
-            "extension": digest(torch, digest_files([*sources, ROOT / "setup.py"])),
+            "packages": digest(*self.packages),
+            "detectron2": digest(self.detectron2),
+            "mmcv": digest(compiled, self.mmcv, digest_files([ROOT / "tools/build_mmcv.py"])),
+            "project": digest(compiled, str(ROOT), digest_files([ROOT / "pyproject.toml"])),
+            "extension": digest(compiled, digest_files([*sources, ROOT / "setup.py"])),
         }
         self.keys["verify"] = digest(VERIFY, *self.keys.values())
         self.runner = Runner(self.state, list(self.keys))
@@ -247,11 +251,11 @@ class Setup:
         return [name for name in self.keys if name not in done]
 
     def run(self) -> None:
-        """Do what is pending; mmcv is compiled while the other packages are installed."""
+        """Do what is pending, step by step."""
         pending = self.pending()
         if not pending:
             return
-        check_machine(DISK_GB if "torch" in pending else 0)
+        check_machine(DISK_GB if "packages" in pending else 0)
         if not self.venv_works():
             print(f"Making {self.venv}: a few minutes, about {DISK_GB} GB", flush=True)
             command = [sys.executable, "-m", "venv", "--clear", str(self.venv)]
@@ -260,23 +264,9 @@ class Setup:
                 output = (made.stdout + made.stderr).strip()
                 raise SetupError(f"{shlex.join(command)} failed:\n{output}")
         self.state.mkdir(exist_ok=True)
-        beside_mmcv = ["packages", "detectron2"]
-        for lanes in ([["torch"]], [["mmcv"], beside_mmcv], [["project", "extension", "verify"]]):
-            self.run_lanes([[name for name in lane if name in pending] for lane in lanes])
+        for name in pending:
+            self.do(name)
         self.runner.say("verify", f"{self.venv} is ready")
-
-    def run_lanes(self, lanes: list[list[str]]) -> None:
-        """Run lists of steps side by side; the first failure stops them all."""
-        with ThreadPoolExecutor(len(lanes)) as pool:
-            jobs = [pool.submit(lambda lane: [self.do(name) for name in lane], x) for x in lanes]
-            try:
-                done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
-                failures = [error for job in done if (error := job.exception())]
-                if failures:
-                    raise failures[0]
-            except BaseException:
-                self.runner.stop.set()
-                raise
 
     def do(self, name: str) -> None:
         """Run one step and stamp it."""
@@ -296,8 +286,15 @@ class Setup:
         """`pip install`, without trust in what an attempt that was cut off has left."""
         again = ["--ignore-installed"] if step in self.cut_off else []
         # Compiling every module of 5 GB of packages takes longer than it will ever save.
-        command = self.pip("install", "--no-build-isolation", "--no-compile", *again, *arguments)
+        options = ["--no-deps", "--no-build-isolation", "--no-compile", *again]
+        command = self.pip("install", *options, *arguments)
         self.runner.run(step, command, lambda log: pip_progress(log, total), self.build_env())
+
+    def install_pins(self, step: str, pins: Sequence[str], *options: str) -> None:
+        path = self.state / f"{step}.txt"
+        path.write_text("".join(f"{pin}\n" for pin in pins))
+        total = len({pin.split("==")[0] for pin in pins})
+        self.install(step, "--require-hashes", "-r", str(path), *options, total=total)
 
     def pip(self, *arguments: str) -> list[str]:
         return [self.python, "-m", "pip", "--no-input", "--disable-pip-version-check", *arguments]
@@ -311,30 +308,24 @@ class Setup:
             "MAX_JOBS": os.environ.get("MAX_JOBS") or str(jobs),
         }
 
-    def requirement_file(self, section: str) -> str:
-        path = self.state / f"{section}.txt"
-        path.write_text("\n".join(self.pins[section]) + "\n")
-        return str(path)
-
-    def step_torch(self) -> None:
-        self.install("torch", "--no-deps", *self.pins["build"])
-        wanted = [pin for pin in self.pins["torch"] if pin.startswith("torch")]
-        self.install("torch", *wanted, "-c", self.requirement_file("torch"))
-
     def step_packages(self) -> None:
-        wanted = self.requirement_file("packages")
-        self.install("packages", "--no-deps", "-r", wanted, total=len(self.pins["packages"]))
+        # First what the packages that are published as source are made with.
+        self.install_pins("packages", self.build_tools)
+        self.install_pins("packages", self.packages)
 
     def step_detectron2(self) -> None:
         target = self.ask("import sysconfig; print(sysconfig.get_paths()['purelib'])")
         tag = ["--only-binary=:all:", "--python-version", "3.10", "--target", target, "--upgrade"]
-        self.install("detectron2", "--no-deps", *tag, *self.pins["detectron2"])
+        self.install_pins("detectron2", [re.sub(" ; .+'", "", self.detectron2)], *tag)
 
     def step_mmcv(self) -> None:
         folder = self.state / "mmcv"
-        command = [self.python, "tools/build_mmcv.py", *self.pins["mmcv"], "--out", str(folder)]
+        shutil.rmtree(folder, ignore_errors=True)
+        name, hashes = self.mmcv.split()[0], re.findall(r"--hash=(\S+)", self.mmcv)
+        command = [self.python, "tools/build_mmcv.py", name, "--out", str(folder)]
+        command += [f"--hash={value}" for value in hashes]
         self.runner.run("mmcv", command, ninja_progress, self.build_env())
-        self.install("mmcv", "--no-deps", "--force-reinstall", str(next(folder.glob("*.whl"))))
+        self.install("mmcv", "--force-reinstall", str(next(folder.glob("*.whl"))))
 
     def step_project(self) -> None:
         command = self.pip("install", "--no-build-isolation", "--no-deps", "-e", ".")
