@@ -7,12 +7,12 @@ from elsa_core import ELSASwin
 torch.manual_seed(0)
 backbone = ELSASwin("tiny")
 images, wanted = torch.randn(2, 3, 64, 64), torch.tensor([0, 1])
-head = torch.nn.Linear(768, 2)
+head = torch.nn.Linear(96 + 192 + 384 + 768, 2)
 parameters = [*backbone.parameters(), *head.parameters()]
 optimizer = torch.optim.AdamW(parameters, lr=1e-4)
 losses = []
 for _ in range(8):
-    logits = head(backbone(images)[-1].mean((2, 3)))
+    logits = head(torch.cat([each.mean((2, 3)) for each in backbone(images)], 1))
     loss = torch.nn.functional.cross_entropy(logits, wanted)
     optimizer.zero_grad()
     loss.backward()
