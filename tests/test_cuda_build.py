@@ -128,6 +128,9 @@ def test_kernels_compile_link_and_register(tmp_path):
     assert b".nv_fatbin" in binary.read_bytes()
     symbols = subprocess.check_output(["nm", "-D", "--undefined-only", binary], text=True)
     assert not [line for line in symbols.splitlines() if line.split()[-1].startswith(("Py", "_Py"))]
+    # What libtorch_cuda.so has, so that the file loads with a PyTorch without CUDA, too.
+    of_cuda = re.findall(r"(\w) (\w*torch_c10_cuda_\w+|\w*_cuda_stream)$", symbols, re.MULTILINE)
+    assert len(of_cuda) == 3 and {kind for kind, _ in of_cuda} == {"w"}, of_cuda
     done = subprocess.run(
         [sys.executable, "-c", PROBE, binary], cwd=tmp_path, text=True, capture_output=True
     )

@@ -17,11 +17,6 @@
 
 #include "../problem.h"
 
-// A PyTorch without CUDA has none of these, and loads the extension for its CPU kernels.
-#pragma weak aoti_torch_get_current_cuda_stream
-#pragma weak torch_c10_cuda_check_msg
-#pragma weak torch_c10_cuda_free_error_msg
-
 namespace elsa::cuda {
 namespace {
 

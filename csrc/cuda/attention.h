@@ -8,6 +8,11 @@
 
 #include "../arithmetic.h"
 
+// A PyTorch without CUDA has none of these, and loads the extension for its CPU kernels.
+#pragma weak aoti_torch_get_current_cuda_stream
+#pragma weak torch_c10_cuda_check_msg
+#pragma weak torch_c10_cuda_free_error_msg
+
 namespace elsa::cuda {
 
 // A map (B, H, W, channels): neighbouring pixels are `stride` numbers apart, in all of the map, and
