@@ -12,8 +12,10 @@ short options behind them. Variables in them:
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 NEWEST = "newest"  # Python: the highest version of the range that there is
 
@@ -324,8 +326,11 @@ def wheel(name: str, python: str, torch: Sequence[str], kernels: str) -> Environ
 
 
 OLD, NEW = ("torch==2.6.0",), ("torch==2.15.0", "torchvision")
-OFFICIAL = ("mmengine==0.10.7", "mmdet==3.3.0", "mmsegmentation==1.2.2", "ftfy", "numpy<2")
-EXAMPLES = ("scikit-image", "scikit-learn")
+OFFICIAL = ("mmengine==0.10.7", "mmdet==3.3.0", "mmsegmentation==1.2.2", "numpy<2")
+PINS = (Path(__file__).parents[1] / "requirements.txt").read_text()
+(MMCV,) = re.findall(r"^onedl-mmcv==[\w.]+", PINS, re.M)
+CONTINUED = re.findall(r"^onedl-mm(?:engine|detection|segmentation)==[\w.]+", PINS, re.M)
+EXAMPLES = ("ftfy", "regex", "scikit-image", "scikit-learn")  # what the guides name besides
 
 ENVIRONMENTS = (
     core("core-oldest", "3.10", OLD[0], *OLD_SETUPTOOLS),
@@ -340,10 +345,8 @@ ENVIRONMENTS = (
             Step("import is refused", "python -c 'import elsa_core'", says=r"2\.6", refused=True),
         ),
     ),
-    openmmlab(
-        "openmmlab", "3.11", ("torch==2.11.0", "torchvision==0.26.0"), "mmcv==2.1.0", *OFFICIAL
-    ),
-    openmmlab("onedl", "3.13", NEW, "onedl-mmcv==2.3.6", *EXAMPLES),
+    openmmlab("openmmlab", "3.11", NEW, "mmcv==2.1.0", *OFFICIAL, *EXAMPLES),
+    openmmlab("onedl", "3.13", NEW, MMCV, *CONTINUED, *EXAMPLES),
     detectron2("detectron2-sources", NEWEST, NEW, D2_SOURCES),
     detectron2("detectron2-compiled", "3.12", NEW, D2_COMPILED, SEES_COMPILED),
     wheel("wheel-2.6", "3.10", (*OLD, "torchvision"), "PyTorch"),
