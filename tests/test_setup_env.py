@@ -510,11 +510,7 @@ def test_make_help_names_every_target():
 
 
 @pytest.mark.parametrize(
-    ("failing", "status"),
-    [
-        ("", 0),
-        *((x, 1) for x in ("test", "lint", "zoo", "wheel", "test-environments", "test lint")),
-    ],
+    ("failing", "status"), [("", 0), ("test", 1), ("lint", 1), ("zoo", 1), ("test lint", 1)]
 )
 def test_ci_run_fails_when_a_part_of_it_fails(tmp_path, failing, status):
     log = tmp_path / "log"
@@ -526,4 +522,4 @@ def test_ci_run_fails_when_a_part_of_it_fails(tmp_path, failing, status):
     path = f"{tmp_path}:{os.environ['PATH']}"
     result = subprocess.run([ROOT / ".ci" / "run"], env={"PATH": path, "CI": "true"})
     assert result.returncode == status
-    assert log.read_text().split() == ["test", "lint", "zoo", "wheel", "test-environments"]
+    assert log.read_text().split() == ["test", "lint", "zoo"]
