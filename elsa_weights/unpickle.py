@@ -186,6 +186,10 @@ def _functions() -> dict[tuple[str, str], Any]:
             *args[:6]
         ),
         ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
+        # A tensor with attributes, as FSDP saves them: function, class, arguments and state. The
+        # class is named, never called.
+        ("torch", "Tensor"): "torch.Tensor",
+        ("torch._tensor", "_rebuild_from_type_v2"): lambda make, _, args, *__: make(*args),
         ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
         ("numpy", "dtype"): type("dtype", (DType,), {}),
     }

@@ -229,7 +229,7 @@ def test_elsa_never_rearranges_a_map(layer_and_map):
     smallest = 16 * 16 * 16  # numbers of the smallest map
     with torch.profiler.profile(record_shapes=True) as profile:
         layer(x).backward(torch.ones_like(x))
-    copies = ("aten::copy_", "aten::clone", "aten::contiguous")
+    copies = ("aten::copy_", "aten::clone")  # aten::contiguous calls them where it copies
     shapes = [s for event in profile.events() if event.name in copies for s in event.input_shapes]
     assert shapes and all(math.prod(shape) < smallest for shape in shapes), shapes
 
