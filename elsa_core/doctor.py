@@ -14,6 +14,7 @@ import torch
 
 from . import __version__
 from ._extension import binaries
+from ._range import PYTHON, TORCH_WITH_EXTENSION, dotted, numbers, python_obstacle
 from .frameworks import Report, check_frameworks
 from .operator import has_extension
 from .packages import DISTRIBUTIONS, is_missing
@@ -21,9 +22,6 @@ from .quiet import quiet_frameworks
 from .self_check import BACKBONE_TOLERANCE, TOLERANCE, check_backbone, check_operator
 
 FOLDER = Path(__file__).parent
-# The ends of the range that is tested; the lower one of PyTorch is refused by `import elsa_core`.
-OLDEST_PYTHON, NEWEST_PYTHON = (3, 10), (3, 14)
-EXTENSION_SINCE = (2, 10)  # of PyTorch, whose stable ABI the extension is built on
 # What modules are for that nothing else of ours needs.
 OPTIONAL = {
     "pictures, INPUT.RESIZE cv2": ("cv2",),
@@ -48,9 +46,9 @@ def _kernels(key: str) -> str:
 
 def _extension() -> str:
     if not has_extension:
-        since = ".".join(map(str, EXTENSION_SINCE))
-        old = tuple(map(int, torch.__version__.split(".")[:2])) < EXTENSION_SINCE
-        return f"none, {f'it needs PyTorch {since}' if old else 'it was not compiled'}"
+        old = numbers(torch.__version__) < TORCH_WITH_EXTENSION
+        since = f"it needs PyTorch {dotted(TORCH_WITH_EXTENSION)}"
+        return f"none, {since if old else 'it was not compiled'}"
     file = binaries()[0]
     return str(file) if file.parent == FOLDER else f"{file}, of another copy of elsa_core"
 
@@ -111,9 +109,8 @@ def _missing() -> Iterator[str]:
 
 
 def _check_versions(report: Report) -> None:
-    python = sys.version_info[:2]
-    if not OLDEST_PYTHON <= python <= NEWEST_PYTHON:
-        ends = " to ".join(".".join(map(str, end)) for end in (OLDEST_PYTHON, NEWEST_PYTHON))
+    if python_obstacle(sys.version_info[:2]):
+        ends = " to ".join(map(dotted, PYTHON))
         report.faults.append(f"Python is outside the range {ends} that is tested: use one in it")
     try:
         metadata.version("UNKNOWN")
