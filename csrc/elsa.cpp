@@ -22,6 +22,7 @@ STABLE_TORCH_LIBRARY(elsa, m) {
 extern "C" {
 __attribute__((visibility("hidden"))) char __libc_single_threaded = 0;
 }
+template class std::basic_stringbuf<char>;
 template class std::basic_ostringstream<char>;
 template class std::basic_stringstream<char>;
 #endif
