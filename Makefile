@@ -18,9 +18,10 @@ TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 ZOO_ARGS ?=
 BENCH_ARGS ?=
 ENV_ARGS ?=
+WHEEL_ARGS ?=
 WHEEL_PYTHON ?= $(or $(wildcard $(VENV)/python),$(PYTHON))
 
-.PHONY: help setup pins demo test test-gpu test-asan test-environments wheel bench lint format zoo clean
+.PHONY: help setup pins demo test test-gpu test-asan test-environments test-aarch64 wheel bench lint format zoo clean
 
 help:
 	@echo 'make setup     make .venv: pinned packages, mmcv and the extension compiled (Linux, Python 3.10-3.13)'
@@ -30,7 +31,8 @@ help:
 	@echo 'make test-gpu  run the tests; those that need CUDA fail where there is none'
 	@echo 'make test-asan run the operator tests with AddressSanitizer'
 	@echo 'make test-environments  run the guides in fresh environments of many versions (ENV_ARGS=--help)'
-	@echo 'make wheel     build wheel and source distribution in dist, as published (WHEEL_PYTHON=... has torch)'
+	@echo 'make test-aarch64  build the wheel for aarch64 and test it in emulation (TEST_ARGS=...)'
+	@echo 'make wheel     build wheel and source distribution in dist, as published (WHEEL_ARGS=--help; WHEEL_PYTHON=... has torch)'
 	@echo 'make bench     measure operator, backbone and detector (BENCH_ARGS="--device cuda")'
 	@echo 'make lint      check style and types, change nothing'
 	@echo 'make format    put Python and C++ files into shape'
@@ -76,7 +78,10 @@ test-asan: setup
 		$(or $(addprefix $(CURDIR)/,$(TEST_ARGS)),$(wildcard $(CURDIR)/tests/test_operator*.py))
 
 wheel:
-	$(WHEEL_PYTHON) tools/build_wheel.py
+	$(WHEEL_PYTHON) tools/build_wheel.py $(WHEEL_ARGS)
+
+test-aarch64:
+	@$(WHEEL_PYTHON) tools/test_aarch64.py $(TEST_ARGS)
 
 bench: setup
 	$(VENV)/python -m benchmarks.run $(BENCH_ARGS)

