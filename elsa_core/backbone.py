@@ -101,7 +101,9 @@ class ELSASwin(nn.Module):
 
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                nn.init.trunc_normal_(module.weight, std=init_std)
+                # The original truncates at 2, a hundred deviations: to no effect, and the newest
+                # PyTorch looks at values for it, which a model without values (fake tensors) lacks.
+                nn.init.normal_(module.weight, std=init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
         self.register_load_state_dict_pre_hook(_drop_unused_keys)

@@ -90,7 +90,7 @@ class ELSA(nn.Module):
         if mul is not None:
             nn.init.normal_(mul)
         if add is not None:
-            nn.init.trunc_normal_(add, std=0.02)
+            nn.init.normal_(add, std=0.02)
 
     def _stored_filters(self) -> tuple[Tensor | None, Tensor | None]:
         """Additive and multiplicative filters as parameters, each [C, K, K] or None."""
@@ -172,7 +172,7 @@ class WindowAttention(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draws the position bias anew, and fills the buffer, which no checkpoint has."""
-        nn.init.trunc_normal_(self.rb, std=0.02)
+        nn.init.normal_(self.rb, std=0.02)
         self.relative_id.copy_(relative_position_id(self.window_size))
 
     def forward(self, x: Tensor) -> Tensor:

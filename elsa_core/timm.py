@@ -125,7 +125,7 @@ class ELSASwin(_Training):
         self.feature_info = _feature_info(self.arch)
         self.reset_classifier(num_classes, global_pool)
         if isinstance(self.head, nn.Linear):
-            nn.init.trunc_normal_(self.head.weight, std=0.02)
+            nn.init.normal_(self.head.weight, std=0.02)
             nn.init.zeros_(self.head.bias)
         self.to(device=device, dtype=dtype)
         self.register_load_state_dict_pre_hook(_drop_unused_keys)

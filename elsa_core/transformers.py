@@ -153,7 +153,7 @@ class ElsaSwinPreTrainedModel(PreTrainedModel):
     def _init_weights(self, module: nn.Module) -> None:
         """What a checkpoint does not bring, as `ELSASwin` initialises it."""
         if isinstance(module, nn.Linear):
-            nn.init.trunc_normal_(module.weight, std=self.config.initializer_range)
+            nn.init.normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
         elif isinstance(module, ELSA):  # which writes to parts of a parameter

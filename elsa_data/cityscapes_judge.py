@@ -3,6 +3,7 @@
 Import this where a data set is judged: nothing else needs cityscapesscripts.
 """
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -14,25 +15,25 @@ if not hasattr(np, "in1d"):  # cityscapesscripts' name for it, which NumPy 2.4 n
     np.in1d = np.isin
 
 MATCHES = "matches.json"
-_evaluate, _write = judge.evaluateMatches, judge.writeDict2JSON
+_evaluate, _their_write = judge.evaluateMatches, judge.writeDict2JSON
 
 
 @contextmanager
 def mended(keep_matches: bool = False) -> Iterator[None]:
     """Within it, the judge of instances does not fail, and leaves no file behind.
 
-    It fails by itself where all predictions of a class lie in regions that are not judged.
+    It fails by itself where all predictions of a class lie in regions that are not judged, and with
+    NumPy 2.4 where it writes NumPy's numbers to a file.
 
     Args:
         keep_matches: it may write all matches, gigabytes, to matches.json in the working directory.
     """
     judge.evaluateMatches = _evaluate_matches
-    if not keep_matches:
-        judge.writeDict2JSON = _write_all_but_matches
+    judge.writeDict2JSON = _write if keep_matches else _write_all_but_matches
     try:
         yield
     finally:
-        judge.evaluateMatches, judge.writeDict2JSON = _evaluate, _write
+        judge.evaluateMatches, judge.writeDict2JSON = _evaluate, _their_write
 
 
 def _evaluate_matches(matches: dict[str, Any], args: Any) -> np.ndarray:
@@ -53,6 +54,15 @@ def _one(matches: dict[str, Any], args: Any, name: str, overlap: float) -> float
         return 0.0
     finally:
         args.instLabels, args.overlaps = names, overlaps
+
+
+def _write(content: Any, path: str) -> None:
+    with open(path, "w") as file:
+        json.dump(content, file, default=_plain, sort_keys=True, indent=4)
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else vars(value)
 
 
 def _write_all_but_matches(content: Any, path: str) -> None:

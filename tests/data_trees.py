@@ -99,7 +99,8 @@ def imagenet(root: Path) -> None:
 
 def cityscapes(root: Path) -> None:
     """As downloaded: polygons, and the maps that cityscapesscripts draws from them."""
-    from cityscapesscripts.preparation.json2instanceImg import json2instanceImg
+    from cityscapesscripts.helpers.annotation import Annotation
+    from cityscapesscripts.preparation.json2instanceImg import createInstanceImage
     from cityscapesscripts.preparation.json2labelImg import json2labelImg
 
     width, height = SIZE
@@ -120,7 +121,11 @@ def cityscapes(root: Path) -> None:
             polygons.write_text(json.dumps(content))
             stem = str(polygons).removesuffix("polygons.json")
             json2labelImg(str(polygons), f"{stem}labelIds.png")
-            json2instanceImg(str(polygons), f"{stem}instanceIds.png")
+            # Not by json2instanceImg: Pillow 13 writes no PNG of 32 bits a pixel.
+            annotation = Annotation()
+            annotation.fromJsonFile(str(polygons))
+            ids = np.asarray(createInstanceImage(annotation, "ids"), dtype=np.uint16)
+            Image.fromarray(ids).save(f"{stem}instanceIds.png")
 
 
 WRITERS = {"coco": coco, "ade20k": ade20k, "cityscapes": cityscapes, "imagenet": imagenet}

@@ -1,5 +1,7 @@
 """Predictions where Cityscapes judges nothing: the score is 0 there, and no evaluation ends."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -47,7 +49,8 @@ def test_the_judge_itself_and_what_it_writes(predictions, tmp_path):
         [str(tmp_path / "pred.txt")],
         [str(tmp_path / f"gtFine/val/{STEM}_gtFine_instanceIds.png")],
     )
-    with pytest.raises(IndexError):  # whose end would be the end of elsa_data.cityscapes_judge
+    # If the first ends, elsa_data.cityscapes_judge may end; the second is NumPy 2.4's.
+    with pytest.raises((IndexError, AttributeError)):
         judge.evaluateImgLists(*files, judge.args)
     assert (tmp_path / MATCHES).exists()
     (tmp_path / MATCHES).unlink()
@@ -60,7 +63,8 @@ def test_the_judge_itself_and_what_it_writes(predictions, tmp_path):
     assert found["allAp"] == 0.5
     with mended(keep_matches=True):
         judge.evaluateImgLists(*files, judge.args)
-    assert (tmp_path / MATCHES).exists()
+    matches = json.loads((tmp_path / MATCHES).read_text())
+    assert matches and all("groundTruth" in match for match in matches.values())
 
 
 def test_detectron2(truth, predictions, tmp_path):

@@ -69,8 +69,12 @@ def scenes():
 
 
 def feature_maps(dtype):
-    """[2, WIDTH, H, W] of each level, and the same by Detectron2's names."""
-    generator = torch.Generator().manual_seed(5)
+    """[2, WIDTH, H, W] of each level, and the same by Detectron2's names.
+
+    With those of this seed, rounding moves no refined box across the IoU threshold of a stage:
+    that would count for more (8e-4 of loss_cls, 5e-2 of loss_box_reg) than all that is compared.
+    """
+    generator = torch.Generator().manual_seed(8)
     maps = [
         torch.randn(2, WIDTH, SIZE[0] // stride, SIZE[1] // stride, generator=generator).to(dtype)
         for stride in (4, 8, 16, 32, 64)

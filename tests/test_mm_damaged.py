@@ -232,5 +232,6 @@ def test_the_process_ends_when_a_worker_has_met_damage(copy, tmp_path):
     arguments = [CONFIGS["mmseg"], *values]
     process = fork(run_tool_to_its_end, REPOSITORY / "tools/train.py", arguments, tmp_path)
     assert statuses_of([process]) == [2]
-    last = (tmp_path / "log.txt").read_text().strip().splitlines()[-1]
-    assert last.startswith(f"train: image {copy}/images/training/") and "truncated" in last
+    lines = (tmp_path / "log.txt").read_text().splitlines()
+    (said,) = (line for line in lines if line.startswith("train: "))
+    assert said.startswith(f"train: image {copy}/images/training/") and "truncated" in said

@@ -92,15 +92,17 @@ def train_or_evaluate(options: argparse.Namespace) -> dict | None:
 
 def main(arguments: list[str] | None = None) -> int:
     try:
-        options = parse_arguments(arguments)
-        from detectron2.engine import launch
-        from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
-
-        from elsa_core.errors import sentence_in
         from elsa_core.quiet import quiet_frameworks
-        from elsa_core.stop import Ended, forwarding
-        from elsa_d2 import UsageError, load_config
-        from elsa_d2.preflight import check_run
+
+        with quiet_frameworks():
+            options = parse_arguments(arguments)
+            from detectron2.engine import launch
+            from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
+
+            from elsa_core.errors import sentence_in
+            from elsa_core.stop import Ended, forwarding
+            from elsa_d2 import UsageError, load_config
+            from elsa_d2.preflight import check_run
     except ModuleNotFoundError as error:
         from elsa_core.packages import missing
 
