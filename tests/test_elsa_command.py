@@ -1,12 +1,13 @@
 """The command `elsa`: what it lists, which command it hands over to, and what it refuses."""
 
+import re
 import subprocess
 import sys
 
 import pytest
 from conftest import REPOSITORY
 
-from elsa_core.__main__ import COMMANDS, main
+from elsa_tools.__main__ import COMMANDS, main
 
 # A refusal of each command's own, which therefore has been reached.
 REFUSED = {
@@ -54,15 +55,35 @@ def test_an_unknown_command_is_one_sentence(arguments, capsys):
     assert capsys.readouterr().err == f"elsa: {name!r} is none of the commands {known}\n"
 
 
+WITHOUT_TORCH = """
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name == "torch":
+            raise ModuleNotFoundError(name=name)
+sys.meta_path.insert(0, Hide())
+"""
+OLD_TORCH = 'sys.modules["torch"] = type(sys)("torch"); sys.modules["torch"].__version__ = "2.5.1"\n'
+
+
+@pytest.mark.parametrize("setting", [WITHOUT_TORCH, OLD_TORCH], ids=["no PyTorch", "PyTorch 2.5"])
+@pytest.mark.parametrize("arguments", [["doctor"], ["demo", "--help"], ["--version"]])
+def test_what_pytorch_lacks_is_one_sentence(setting, arguments):
+    program = f"import sys\n{setting}from elsa_tools.__main__ import main; sys.exit(main())"
+    command = [sys.executable, "-c", program, *arguments]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(r"elsa: .*PyTorch 2\.6 or later.*\n", done.stderr), done.stderr
+
+
 def test_the_installed_command_and_what_it_imports():
     """A command's module, and no framework before that asks for it."""
-    scripts = '[project.scripts]\nelsa = "elsa_core.__main__:main"\n\n'
+    scripts = '[project.scripts]\nelsa = "elsa_tools.__main__:main"\n\n'
     assert scripts in (REPOSITORY / "pyproject.toml").read_text() and callable(main)
     program = (
-        "import sys; from elsa_core.__main__ import main\n"
+        "import sys; from elsa_tools.__main__ import main\n"
         "status = main(['convert', 'a', 'b', '--to', 'backbone'])\n"
         "ours = {n.partition('.')[0] for n in sys.modules if n.startswith('elsa_')}\n"
-        "assert status == 2 and ours == {'elsa_core', 'elsa_weights'}, ours\n"
+        "assert status == 2 and ours == {'elsa_core', 'elsa_tools', 'elsa_weights'}, ours\n"
         "assert not {'detectron2', 'mmengine'} & set(sys.modules)\n"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, capture_output=True)

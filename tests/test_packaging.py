@@ -20,7 +20,7 @@ from elsa_core import _range
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("elsa_core", "elsa_d2", "elsa_mm", "elsa_weights")
-PACKAGES += ("elsa_data", "elsa_infer", "elsa_inspect")
+PACKAGES += ("elsa_data", "elsa_infer", "elsa_inspect", "elsa_tools")
 SHIPPED = {
     "configs/detectron2": "elsa_d2/configs",
     "configs/mmdet": "elsa_mm/.mim/configs/mmdet",

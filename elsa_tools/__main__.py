@@ -1,4 +1,7 @@
-"""The command ``elsa``, also ``python -m elsa_core``: the project's commands under one name."""
+"""The command ``elsa``, also ``python -m elsa_tools``: the project's commands under one name.
+
+Outside elsa_core, whose import fails where PyTorch is missing or too old: here that is one sentence.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,6 @@ import importlib
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
-
-from . import __version__
-from .command_line import exit_status
 
 
 class Command(NamedTuple):
@@ -43,7 +43,13 @@ DETAILS = "\n".join(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """What the command ends with; 2, after one sentence, for an unknown one."""
+    """What the command ends with; 2, after one sentence, for an unknown one and without PyTorch."""
+    try:
+        from elsa_core import __version__
+        from elsa_core.command_line import exit_status
+    except ImportError as error:
+        print(f"elsa: {error}", file=sys.stderr)
+        return 2
     parser = argparse.ArgumentParser(
         prog="elsa",
         description="ELSA-Swin for Detectron2 and OpenMMLab.",
