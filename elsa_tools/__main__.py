@@ -1,6 +1,6 @@
 """The command ``elsa``, also ``python -m elsa_tools``: the project's commands under one name.
 
-Outside elsa_core, whose import fails where PyTorch is missing or too old: here that is one sentence.
+Outside elsa_core, whose import fails where PyTorch is missing or too old: here that is a sentence.
 """
 
 from __future__ import annotations

@@ -156,6 +156,7 @@ def _torchrun(arguments):
     from torch.distributed.launcher.api import elastic_launch
 
     options = run.parse_args(arguments)
+    options.rdzv_backend, options.rdzv_endpoint = "c10d", "localhost:0"  # a free port
     config, _, _ = run.config_from_args(options)
     config.start_method = "fork"
     elastic_launch(config, _be_rank)(options.training_script, options.training_script_args)

@@ -62,7 +62,9 @@ class Hide:
             raise ModuleNotFoundError(name=name)
 sys.meta_path.insert(0, Hide())
 """
-OLD_TORCH = 'sys.modules["torch"] = type(sys)("torch"); sys.modules["torch"].__version__ = "2.5.1"\n'
+OLD_TORCH = (
+    'sys.modules["torch"] = type(sys)("torch"); sys.modules["torch"].__version__ = "2.5.1"\n'
+)
 
 
 @pytest.mark.parametrize("setting", [WITHOUT_TORCH, OLD_TORCH], ids=["no PyTorch", "PyTorch 2.5"])

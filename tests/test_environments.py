@@ -61,12 +61,17 @@ def environment(*steps, name="mine", **more):
 
 
 def test_a_passing_environment(table, quick, tmp_path):
+    wheel = "mmcv @ file:///x/mmcv-2.1.0-cp311-cp311-linux_x86_64.whl#sha256=0a"
     ours = Step(
         "install", "echo 'elsa-swin @ file:///x' >>frozen; echo all the output", counted=True
     )
-    status, (row,), printed = table(environment(ours, Step("look", "true"), limit=60))
-    assert status == 0
-    assert row["ran"] == ["install", "look"] and row["added"] == ["elsa-swin @ file:///x"]
+    before = Step("compiled", f"echo '{wheel}' >>frozen; echo 'detectron2 @ file:///y' >>frozen")
+    status, (row,), printed = table(
+        environment(ours, Step("look", "true"), prepare=(before,), limit=60)
+    )
+    assert status == 0 and row["frameworks"] == "mmcv 2.1.0, detectron2"
+    assert row["ran"] == ["compiled", "install", "look"]
+    assert row["added"] == ["elsa-swin @ file:///x"]
     assert re.search(
         r"\| mine \| .*2\.6\.0.*install, look \| passed, detections after 0 s", printed
     )

@@ -266,7 +266,9 @@ class Machine:
         text = self.ask("-m", "pip", "freeze", "--all")
         with self.log.open("a") as log:
             print(f"$ pip freeze --all  # {when}\n{text}", file=log)
-        found = dict(re.findall(r"^([\w.-]+)(?:==| @ .*?)([\w.+]*)$", text, re.M))
+        # Of what was installed from a file, a wheel alone has its version in the name.
+        form = r"^([\w.-]+)(?:==([\w.+]+)| @ .*/\w+-([\w.+]+)-[^/]+\.whl.*| @ .*)$"
+        found = {name: named or built for name, named, built in re.findall(form, text, re.M)}
         self.row.torch = found.get("torch", "none")
         names = [name for name in found if FRAMEWORKS.fullmatch(name)]
         self.row.frameworks = ", ".join(f"{name} {found[name]}".strip() for name in names)
