@@ -9,6 +9,7 @@ is installed; the next run finds them there. Arguments are pytest's.
 
 from __future__ import annotations
 
+import argparse
 import os
 import shutil
 import subprocess
@@ -51,7 +52,11 @@ def unpack_debian(root: Path) -> None:
     part.rename(root)
 
 
-def main(arguments: Sequence[str]) -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    tests = parser.parse_known_args(arguments)[1] or TESTS
     if missing := [name for name in NEEDED if not shutil.which(name, path=PATH)]:
         sys.exit(
             f"test_aarch64: not on the PATH: {', '.join(missing)}; 'apt-get install "
@@ -76,13 +81,13 @@ def main(arguments: Sequence[str]) -> None:
     # Away from the repository, whose own binary would be found first.
     env = {**os.environ, "PYTHONPATH": str(package)}
     run(python, "-m", "elsa_core.doctor", "--core", cwd=FOLDER, env=env)
-    tests = [f"{ROOT}/{word}" if word.startswith("tests/") else word for word in arguments or TESTS]
+    tests = [f"{ROOT}/{word}" if word.startswith("tests/") else word for word in tests]
     options = ("-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml")
     run(python, "-m", "pytest", *options, *tests, cwd=FOLDER, env=env)
 
 
 if __name__ == "__main__":
     try:
-        main(sys.argv[1:])
+        main()
     except subprocess.CalledProcessError as error:
         sys.exit(f"test_aarch64: {error}")
