@@ -169,24 +169,25 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
+    from elsa_core.quiet import quiet_frameworks
+
     out, data = args.out.resolve(), REPOSITORY / "data" / "digits"
     try:
-        make_dataset(data)
-        mark = fingerprint(data)
-        runs = [
-            Run(training, out, mark)
-            for training in TRAININGS
-            if not args.only or training.name in args.only
-        ]
-        for run in runs:
-            if args.fresh and (run.out / "demo_state.json").is_file():
-                shutil.rmtree(run.out)
-            run()
-        print("Drawing predictions and curves", flush=True)
-        from demo.report import write_report
-        from elsa_core.quiet import quiet_frameworks
-
         with quiet_frameworks():
+            make_dataset(data)
+            mark = fingerprint(data)
+            runs = [
+                Run(training, out, mark)
+                for training in TRAININGS
+                if not args.only or training.name in args.only
+            ]
+            for run in runs:
+                if args.fresh and (run.out / "demo_state.json").is_file():
+                    shutil.rmtree(run.out)
+                run()
+            print("Drawing predictions and curves", flush=True)
+            from demo.report import write_report
+
             print(write_report(runs, data, out))
     except (DemoError, DigitsError) as error:
         print(f"demo: {error}", file=sys.stderr)
