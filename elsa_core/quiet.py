@@ -17,7 +17,7 @@ from typing import TextIO
 WARNINGS = (
     r"torch\.meshgrid: in an upcoming release",  # Detectron2's and MMDetection's anchors
     r"The given NumPy array is not writable",  # Detectron2's masks, which it copies
-    r"`torch\.jit\.(script|trace)[^`]*` is deprecated",  # in MMDetection's heads
+    r"`torch\.jit\.(script|trace)[^`]*` is deprecated",  # fvcore's losses
     r"pkg_resources is deprecated",  # Detectron2's model zoo
     r"`?torch\.cuda\.amp\.",  # the frameworks' old name of torch.amp
     r"faster_coco_eval is not installed",  # none of our configs evaluates with it
