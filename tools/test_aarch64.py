@@ -23,6 +23,7 @@ FOLDER = ROOT / "build" / "aarch64"
 PATH = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"], "/usr/sbin"])
 NEEDED = ("aarch64-linux-gnu-g++", "qemu-aarch64", "debootstrap", "fakeroot", "dpkg-deb", "uv")
 SUITE, PYTHON = "bookworm", "3.11"
+SITE = "site-packages"  # by this name hypothesis knows that the code is not under test
 # The last PyTorch whose wheel for aarch64 has no CUDA, and the first that the operator serves.
 PACKAGES = ("torch==2.10.0", "numpy", "pytest", "hypothesis")
 # What they say of plain PyTorch and of narrower kernels needs no other machine.
@@ -48,7 +49,7 @@ def unpack_debian(root: Path) -> None:
         shutil.rmtree(part / name)
     packages = part / f"usr/local/lib/python{PYTHON}/dist-packages"
     packages.mkdir(parents=True, exist_ok=True)
-    (packages / "site.pth").write_text(f"{root.with_name('site')}\n")
+    (packages / "site.pth").write_text(f"{root.with_name(SITE)}\n")
     part.rename(root)
 
 
@@ -63,7 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "g++-aarch64-linux-gnu qemu-user debootstrap fakeroot' and 'pip install uv' bring them"
         )
     os.environ["PATH"] = PATH
-    root, site, python, dist = (FOLDER / name for name in ("root", "site", "python", "dist"))
+    root, site, python, dist = (FOLDER / name for name in ("root", SITE, "python", "dist"))
     package = FOLDER / "package"  # apart: a test does without it
     FOLDER.mkdir(parents=True, exist_ok=True)
     if not root.exists():
