@@ -233,5 +233,6 @@ def test_the_process_ends_when_a_worker_has_met_damage(copy, tmp_path):
     process = fork(run_tool_to_its_end, REPOSITORY / "tools/train.py", arguments, tmp_path)
     assert statuses_of([process]) == [2]
     lines = (tmp_path / "log.txt").read_text().splitlines()
+    # Not the last line: at the interpreter's end, Triton may report what it has not freed.
     (said,) = (line for line in lines if line.startswith("train: "))
     assert said.startswith(f"train: image {copy}/images/training/") and "truncated" in said

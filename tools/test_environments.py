@@ -342,10 +342,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     options = parser.parse_args(arguments)
     options.out = options.out.absolute()
-    wheels = sorted(
-        ROOT.glob(f"dist/*_{platform.machine()}.whl"), key=lambda path: path.stat().st_mtime
-    )
-    options.wheel = options.wheel or (wheels[-1] if wheels else None)
+    built = ROOT.glob(f"dist/*_{platform.machine()}.whl")
+    options.wheel = options.wheel or max(built, key=lambda x: x.stat().st_mtime, default=None)
     if options.wheel is not None:
         options.wheel = options.wheel.absolute()
         if not options.wheel.is_file():
