@@ -5,8 +5,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -20,6 +21,14 @@ sys.path.insert(0, STAND_INS)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [STAND_INS, os.getenv("PYTHONPATH")]))
 RUNS = itertools.count()
 FAIL_WITHOUT_CUDA = os.environ.get("FAIL_WITHOUT_CUDA", "0") not in ("", "0")
+
+
+def load_tool(name: str) -> ModuleType:
+    """tools/NAME.py as a module, loaded anew."""
+    spec = spec_from_file_location(f"{name}_tool", REPOSITORY / f"tools/{name}.py")
+    module = sys.modules[spec.name] = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def pytest_report_header() -> str:

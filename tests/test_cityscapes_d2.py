@@ -1,7 +1,6 @@
 """Cityscapes in Detectron2: data sets, refusals, evaluation, and a short run of each config."""
 
 import gc
-import importlib.util
 import inspect
 import json
 import math
@@ -20,7 +19,8 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
-from d2_tiny import NARROW, REPOSITORY, TOOL, note_checkpoints, read_metrics
+from conftest import load_tool
+from d2_tiny import NARROW, REPOSITORY, note_checkpoints, read_metrics
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import cityscapes as reader
 from detectron2.data.datasets.builtin import register_all_cityscapes
@@ -78,10 +78,7 @@ def builtin(cityscapes):
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("train_net", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("train_net")
 
 
 @pytest.fixture

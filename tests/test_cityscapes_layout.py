@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import pytest
 from cityscapesscripts.helpers.labels import id2label, name2label, trainId2label
+from conftest import load_tool
 from PIL import Image
 
 from demo import cityscapes_layout as layout
@@ -41,10 +42,7 @@ def maps(root, part, kind):
 
 @pytest.fixture
 def main():
-    spec = importlib.util.spec_from_file_location("make_digits", ROOT / "tools/make_digits.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main
+    return load_tool("make_digits").main
 
 
 def test_every_image_has_all_its_files(cityscapes):

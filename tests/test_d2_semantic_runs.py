@@ -1,6 +1,5 @@
 """Runs of tools/train_net.py with UPerNet: training, evaluation, refusals."""
 
-import importlib.util
 import json
 import math
 import os
@@ -10,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from conftest import load_tool
 from PIL import Image
 
 pytest.importorskip("detectron2")
@@ -19,7 +19,6 @@ from d2_semantic_tiny import (
     DIGITS,
     LEAF,
     NAMES,
-    REPOSITORY,
     TINY,
     entry,
     few_images,
@@ -39,10 +38,7 @@ pytestmark = pytest.mark.usefixtures("clean_catalog")
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("train_net", REPOSITORY / "tools/train_net.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("train_net")
 
 
 @pytest.fixture

@@ -6,15 +6,12 @@ import os
 import re
 import sys
 from dataclasses import replace
-from importlib.util import module_from_spec, spec_from_file_location
 
 import pytest
+from conftest import load_tool
 from docs_blocks import REPOSITORY, commands, read_blocks
 
-path = REPOSITORY / "tools/test_environments.py"
-spec = spec_from_file_location("environments_tool", path)
-tool = sys.modules[spec.name] = module_from_spec(spec)
-spec.loader.exec_module(tool)
+tool = load_tool("test_environments")
 ENVIRONMENTS, NEWEST = tool.ENVIRONMENTS, tool.NEWEST
 Environment, Step = tool.Environment, tool.Step
 
