@@ -17,11 +17,12 @@ TEST_ARGS ?=
 TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder
 ZOO_ARGS ?=
 BENCH_ARGS ?=
+FUZZ_ARGS ?=
 ENV_ARGS ?=
 WHEEL_ARGS ?=
 WHEEL_PYTHON ?= $(or $(wildcard $(VENV)/python),$(PYTHON))
 
-.PHONY: help setup pins demo test test-gpu test-asan test-environments test-aarch64 wheel bench lint format zoo clean
+.PHONY: help setup pins demo test test-gpu test-asan test-environments test-aarch64 fuzz wheel bench lint format zoo clean
 
 help:
 	@echo 'make setup     make .venv: pinned packages, mmcv and the extension compiled (Linux, Python 3.10-3.13)'
@@ -32,6 +33,7 @@ help:
 	@echo 'make test-asan run the operator tests with AddressSanitizer'
 	@echo 'make test-environments  run the guides in fresh environments of many versions (ENV_ARGS=--help)'
 	@echo 'make test-aarch64  build the wheel for aarch64 and test it in emulation (TEST_ARGS=...)'
+	@echo 'make fuzz      feed random input to parts of the project (FUZZ_ARGS=--help)'
 	@echo 'make wheel     build wheel and source distribution in dist, as published (WHEEL_ARGS=--help; WHEEL_PYTHON=... has torch)'
 	@echo 'make bench     measure operator, backbone and detector (BENCH_ARGS="--device cuda")'
 	@echo 'make lint      check style and types, change nothing'
@@ -82,6 +84,9 @@ wheel:
 
 test-aarch64:
 	@$(WHEEL_PYTHON) tools/test_aarch64.py $(TEST_ARGS)
+
+fuzz: setup
+	$(VENV)/python tools/fuzz.py $(FUZZ_ARGS)
 
 bench: setup
 	$(VENV)/python -m benchmarks.run $(BENCH_ARGS)
