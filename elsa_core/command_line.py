@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
-from .errors import UsageError
+from .errors import UsageError, printable
 from .packages import missing
 from .quiet import quiet_frameworks
 
@@ -31,5 +31,5 @@ def exit_status(
         status, sentence = 2, missing([error.name], packages)
     except KeyboardInterrupt:
         status, sentence = 130, interrupted
-    print(f"{tool}: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"{tool}: {' '.join(printable(sentence).split())}", file=sys.stderr)
     return status

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 from .coco import missing_files
 from .coco_rules import TOLERANCE, problems
+from .problems import named
 from .report import ERROR, EXAMPLES, Finding
 
 
@@ -26,7 +27,7 @@ class Findings:
 
     def list(self) -> list[Finding]:
         for finding in self.found.values():
-            finding.text = finding.text.format(n=f"{finding.count:,}")
+            finding.text = finding.text.replace("{n}", f"{finding.count:,}")
         return list(self.found.values())
 
 
@@ -49,7 +50,7 @@ def validate(
     findings = Findings(path)
     if categories is not None and len(coco["categories"]) != categories:
         text = f"has {len(coco['categories'])} categories instead of {categories}"
-        names = ", ".join(str(entry.get("name")) for entry in coco["categories"][:EXAMPLES])
+        names = ", ".join(str(named(entry.get("name"))) for entry in coco["categories"][:EXAMPLES])
         findings.add(ERROR, "number-of-categories", text, names)
     shown = tqdm(coco["annotations"], "annotations", disable=None if progress else True)
     for one in problems(coco, annotations=shown, tolerance=tolerance, deep=True):
@@ -63,5 +64,5 @@ def missing_images(path: str, coco: dict[str, Any], folder: str) -> list[Finding
     findings = Findings(path)
     for name in missing_files(folder, names):
         text = f"{{n}} of {len(names):,} images have no file in {folder}"
-        findings.add(ERROR, "missing-image-file", text, name)
+        findings.add(ERROR, "missing-image-file", text, named(name))
     return findings.list()

@@ -230,13 +230,16 @@ def _has_files(folder: str, suffix: str) -> bool:
 
 
 def _listed(folder: str, directories: bool = False) -> list[str]:
-    """Files, or folders, in a folder; none where it is not there. Hidden ones are left out."""
+    """Files, or folders, in a folder; none where it is not there. Hidden ones are left out.
+
+    A link that leads nowhere, or to itself, is a file, which cannot be read.
+    """
     try:
         with os.scandir(folder) as entries:
             return [
                 entry.name
                 for entry in entries
-                if not entry.name.startswith(".") and entry.is_dir() == directories
+                if not entry.name.startswith(".") and os.path.isdir(entry.path) == directories
             ]
     except (FileNotFoundError, NotADirectoryError):
         return []

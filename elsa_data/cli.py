@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from .check import check_annotations, check_folder
 from .derive import derive
-from .errors import DataError
+from .errors import DataError, printable
 from .layout import BOTH, LAYOUTS
 from .places import IN_THE_WAY, MADE, Place, link, merged, places
 from .report import Report, sources, tree
@@ -124,7 +124,7 @@ def _check(options: argparse.Namespace) -> int:
                 progress=True,
             )
         ]
-        print(reports[0].text())
+        _say(reports[0].text())
         return _finish(options, reports)
     if options.images or options.categories is not None:
         raise DataError("--images and --categories go with --annotations FILE")
@@ -139,7 +139,9 @@ def _check_json(report: str | None, data: Sequence[str | None]) -> None:
         raise DataError(f"--json {report} cannot be written: its folder does not exist")
     path = os.path.realpath(report)
     for one in filter(None, data):
-        if os.path.exists(one) and f"{path}/".startswith(f"{os.path.realpath(one)}/"):
+        inside = f"{path}/".startswith(f"{os.path.realpath(one)}/")
+        same = os.path.exists(report) and os.path.exists(one) and os.path.samefile(report, one)
+        if os.path.exists(one) and (inside or same):
             raise DataError(f"--json {report} must be outside of the data, got {one}")
 
 
@@ -161,13 +163,13 @@ def _check_dataset(options: argparse.Namespace) -> int:
         for place in there
     ]
     for report in reports:
-        print(report.text())
+        _say(report.text())
     for place in wanted:
         if place not in there:
             _say_absent(options.dataset, place, there)
     if not reports or any(report.errors for report in reports):
         frameworks = tuple(name for place in there or wanted for name in place.frameworks)
-        print(tree(layout, frameworks) + "\n" + sources(layout))
+        _say(tree(layout, frameworks) + "\n" + sources(layout))
     return _finish(options, reports)
 
 
@@ -175,7 +177,7 @@ def _say_absent(dataset: str, place: Place, there: Sequence[Place]) -> None:
     source = os.path.abspath(there[0].folder) if there else "DIR"
     name = place.frameworks[0].lower()
     single = f" --framework {name}" if there else ""
-    print(
+    _say(
         f"{place.folder} ({' and '.join(place.frameworks)}) does not exist; if the data set is "
         f"elsewhere: python tools/prepare_data.py link {dataset} --from {source}{single}"
     )
@@ -186,7 +188,7 @@ def _finish(options: argparse.Namespace, reports: Sequence[Report]) -> int:
     findings = [finding for report in reports for finding in report.findings]
     errors = sum(len(report.errors) for report in reports)
     verdict = "complete" if complete else "not complete" if reports else "not there"
-    print(
+    _say(
         f"{options.dataset or options.annotations}: {verdict}, "
         f"{errors} errors, {len(findings) - errors} warnings"
     )
@@ -213,9 +215,9 @@ def _link(options: argparse.Namespace) -> int:
     refused = [one for one in links if one.status == IN_THE_WAY]
     for one in refused or links:
         would = "would be " if one.status == MADE and options.dry_run else ""
-        print(str(one).replace(f"({MADE})", f"({would}{MADE})"))
+        _say(str(one).replace(f"({MADE})", f"({would}{MADE})"))
     if refused:
-        print("nothing was linked: rename or remove what is in the way, or give another --root")
+        _say("nothing was linked: rename or remove what is in the way, or give another --root")
         return 1
     return 0
 
@@ -232,7 +234,7 @@ def _derive(options: argparse.Namespace) -> int:
     for place in there:
         made = derive(options.dataset, place.folder, jobs=options.jobs, progress=True)
         for kind, number in made.items():
-            print(f"{place.folder}: {kind}: {number:,} files made")
+            _say(f"{place.folder}: {kind}: {number:,} files made")
     return 0
 
 
@@ -260,9 +262,13 @@ def _frameworks(name: str | None) -> tuple[str, ...]:
 def _sample(text: str) -> int | None:
     if text == "all":
         return None
-    if not text.isdecimal():
-        raise DataError(f'--sample must be a number of 0 or more, or "all", got {text}')
+    if not text.isdecimal() or len(text) > 18:
+        raise DataError(f'--sample must be a number of 0 or more, or "all", got {text[:40]}')
     return int(text)
+
+
+def _say(text: str) -> None:
+    print(printable(text))
 
 
 def _fail(prog: str, sentence: str) -> int:

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from collections.abc import Iterable
 from typing import Any
 
 from pycocotools.mask import area
 
-from .coco_rules import is_crowd, mask_problems, problems, rle_of
+from .coco_rules import is_crowd, problems
 from .errors import DataError
+from .mask_rules import mask_problems, polygon_parts, rle_of
 from .report import ERROR
 
 
 def read_json(path: str) -> Any:
-    """Raises DataError, which names the file, for one that is missing, empty or cut off.
+    """Raises DataError, which names the file, for one that is missing, empty or cut off, or whose
+    numbers or nesting go beyond what JSON's reader takes.
 
-    A byte order mark, which Windows' editors write, is left out.
+    UTF-8, 16 or 32; a byte order mark, which Windows' editors write, is left out.
     """
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # reading it would wait for a writer
+            raise DataError(f"{path} cannot be read: it is a pipe")
         with open(path, "rb") as file:
             content = file.read()
     except OSError as error:
@@ -28,8 +33,13 @@ def read_json(path: str) -> Any:
         raise DataError(f"{path} is empty")
     try:
         return json.loads(content)  # which knows UTF-8, 16 and 32 by their first bytes
-    except (RecursionError, ValueError) as error:  # UnicodeDecodeError is a ValueError
-        raise DataError(f"{path} is cut off or not JSON: {' '.join(str(error).split())}") from error
+    except RecursionError as error:
+        raise DataError(f"{path} nests lists or objects too deeply") from error
+    except ValueError as error:  # UnicodeDecodeError is one
+        why = " ".join(str(error).split())
+        if why.startswith("Exceeds the limit"):
+            raise DataError(f"{path} has a whole number of thousands of digits") from error
+        raise DataError(f"{path} is cut off or not JSON: {why}") from error
 
 
 def read_coco(path: str) -> dict[str, Any]:
@@ -52,7 +62,8 @@ def load_coco(path: str, masks: bool | None = False, name: str | None = None) ->
         masks: as for `first_problem`.
         name: of the file in messages, where it is a copy of another one.
 
-    Raises DataError, which names the file, as `read_json` does, and for the first error in it.
+    Raises DataError, which names the file, as `read_json` does, and for the first error in it;
+    COCO's panoptic format is one.
     """
     coco = read_json(path)
     for key in ("images", "categories"):
@@ -60,15 +71,14 @@ def load_coco(path: str, masks: bool | None = False, name: str | None = None) ->
             raise DataError(f"{name or path} is not in COCO's format: it has no list of {key}")
     if problem := first_problem(coco, masks):
         raise DataError(f"{name or path}: {problem}")
-    return normalised(coco)
+    return normalised(coco, masks)
 
 
 def first_problem(coco: dict[str, Any], masks: bool | None = None) -> str | None:
     """The first error that `problems` finds, in half a sentence, or None.
 
     Args:
-        coco: with lists of images and categories; that of annotations may be missing, and that of
-            COCO's panoptic format is left alone.
+        coco: with lists of images and categories; that of annotations may be missing.
         masks: whether masks are needed (True), not looked at (False), or needed once one
             annotation has one (None).
     """
@@ -81,7 +91,7 @@ def first_problem(coco: dict[str, Any], masks: bool | None = None) -> str | None
     return next((str(one) for one in problems(coco, masks) if one.level == ERROR), None)
 
 
-def normalised(coco: dict[str, Any]) -> dict[str, Any]:
+def normalised(coco: dict[str, Any], masks: bool | None = False) -> dict[str, Any]:
     """Writes out what a file without errors leaves open; changes `coco` itself.
 
     - Annotation ids that are text, or below 1, become numbers from 1: pycocotools takes a match
@@ -90,12 +100,13 @@ def normalised(coco: dict[str, Any]) -> dict[str, Any]:
       no training learns it, and detections on it count as neither right nor wrong.
     - An `area` that is missing, null or not above 0 is computed: the pixels of the mask, without a
       mask those of the box in its image.
-    - Polygons of fewer than 3 points go; an annotation with no others has no `segmentation`, nor
-      has one with broken RLE, which only runs without masks do not refuse.
+    - Polygons of fewer than 3 points go. An annotation whose mask has errors, which only runs
+      without masks do not refuse, has no `segmentation`.
+
+    Args:
+        masks: as for `first_problem`, which found none.
     """
     entries = coco.get("annotations") or []
-    if any("segments_info" in one for one in entries):  # panoptic
-        return coco
     sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
     renumber = any(not isinstance(one["id"], int) or one["id"] < 1 for one in entries)
     for number, one in enumerate(entries, start=1):
@@ -104,13 +115,10 @@ def normalised(coco: dict[str, Any]) -> dict[str, Any]:
         one["iscrowd"] = int(is_crowd(one))
         one.pop("ignore", None)
         mask = one.get("segmentation")
-        if isinstance(mask, list):
-            parts = [part for part in mask if isinstance(part, list)]
-            mask = one["segmentation"] = [p for p in parts if len(p) >= 6 and len(p) % 2 == 0]
-        elif isinstance(mask, dict) and not _is_drawable(one, *sizes[one["image_id"]]):
-            mask = None
-        if not mask or not isinstance(mask, (list, dict)):
+        if not mask or (masks is False and not _is_drawable(one, *sizes[one["image_id"]])):
             one.pop("segmentation", None)
+        elif isinstance(mask, list):
+            one["segmentation"] = polygon_parts(mask)
         if one.get("area") is None or one["area"] <= 0:
             one["area"] = _area(one, *sizes[one["image_id"]])
     return coco
@@ -122,7 +130,7 @@ def _is_drawable(one: dict[str, Any], width: int, height: int) -> bool:
 
 
 def _area(one: dict[str, Any], width: int, height: int) -> float:
-    if _is_drawable(one, width, height):
+    if "segmentation" in one:
         return float(area(rle_of(one["segmentation"], width, height)))
     x, y, w, h = one["bbox"]
     across = min(x + w, width) - max(x, 0)

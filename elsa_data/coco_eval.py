@@ -13,8 +13,9 @@ import pycocotools.mask
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .coco_rules import has_area, rle_of
+from .coco_rules import has_area
 from .errors import DataError
+from .mask_rules import rle_of
 
 # What COCO counts of each image, however few a model may give.
 LEAST_LIMIT = 100

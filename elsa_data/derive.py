@@ -7,6 +7,7 @@ files only; files that are there already stay as they are.
 from __future__ import annotations
 
 import json
+import math
 import os
 import tempfile
 from collections.abc import Callable, Iterable
@@ -18,7 +19,10 @@ import pycocotools.mask
 from PIL import Image
 from tqdm import tqdm
 
+from .coco import read_json
 from .errors import DataError
+from .images import LONGEST_SIDE, MOST_PIXELS, open_image
+from .problems import FARTHEST, are_numbers, shown
 
 SPLITS = ("train", "val")
 
@@ -90,12 +94,39 @@ def _draw_train_ids(pair: tuple[str, str]) -> None:
 
     source, target = pair
     annotation = Annotation()
+    _check_polygons(source)
     try:
         annotation.fromJsonFile(source)
         image = createLabelImage(annotation, "trainIds")
     except (Exception, SystemExit) as error:  # it ends the process on a label that it does not know
         raise DataError(f"{source} cannot be used: {_one_line(error)}") from error
     _write(target, lambda file: image.save(file, format="PNG"))
+
+
+def _check_polygons(path: str) -> None:
+    """So that nothing is drawn that takes more than an image's memory.
+
+    Raises DataError, which names the file.
+    """
+    content = read_json(path)
+    sides = [content.get(key) for key in ("imgWidth", "imgHeight")] if type(content) is dict else []
+    if not sides or not all(type(side) is int and 0 < side <= LONGEST_SIDE for side in sides):
+        found = f", got {shown(sides)}" if sides else ""
+        raise DataError(f"{path} must have an imgWidth and imgHeight of 1 to {LONGEST_SIDE}{found}")
+    if math.prod(sides) > MOST_PIXELS:
+        raise DataError(f"{path} must be of at most {MOST_PIXELS:,} pixels, got {sides}")
+    far = FARTHEST * max(sides)
+    objects = content.get("objects")
+    for one in objects if isinstance(objects, list) else []:
+        polygon = one.get("polygon") if isinstance(one, dict) else None
+        points = polygon if isinstance(polygon, list) else [None]
+        for point in points:
+            numbers = isinstance(point, list) and len(point) == 2 and are_numbers(point)
+            if not numbers or max(map(abs, point)) > far:
+                raise DataError(
+                    f"{path} must have polygons of points [x, y] within {FARTHEST} times its "
+                    f"{sides[0]}x{sides[1]} pixels, got {shown(point)}"
+                )
 
 
 def _instances(folder: str, split: str, jobs: int, progress: bool) -> dict[str, Any]:
@@ -212,7 +243,7 @@ def _run(
 
 def _read(path: str) -> np.ndarray:
     try:
-        with Image.open(path) as image:
+        with open_image(path) as image:
             return np.array(image)
     except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
         raise DataError(f"{path} cannot be read: {_one_line(error)}") from error

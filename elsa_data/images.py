@@ -9,6 +9,7 @@ The rule, for training, evaluation and prediction in both frameworks:
 - The picture is turned as its EXIF orientation says; of several frames the first counts.
 - Whole numbers of 32 bits or with a sign, float values outside 0..1, and images of more pixels than
   Pillow takes (178,956,970) are refused.
+- A file is what its content says, whatever its ending, and one of `FORMATS`.
 """
 
 from __future__ import annotations
@@ -23,6 +24,11 @@ from .errors import DataError
 
 # Known endings, in lower case; files may have them in any case.
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
+# Pillow's names of the formats that are read. It goes by the content and knows many more, among
+# them EPS, for which it starts Ghostscript: a program in a file that calls itself photo.jpg.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
+# Of an image; and of a side, where JPEG ends and annotations, too, may.
+MOST_PIXELS, LONGEST_SIDE = 178_956_970, 65_500
 # How a whole file begins and ends; what ends in another way is decoded to find out.
 _WHOLE = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xaeB`\x82"))
 _ORIENTATION = 0x0112
@@ -38,6 +44,11 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 }
 
 
+def open_image(file: str | BinaryIO) -> Image.Image:
+    """Pillow's, of the known formats alone; nothing of ours opens images in another way."""
+    return Image.open(file, formats=FORMATS)
+
+
 def read_image(file: str | BinaryIO) -> np.ndarray:
     """RGB [H, W, 3], uint8, by this module's rule.
 
@@ -51,7 +62,7 @@ def read_image(file: str | BinaryIO) -> np.ndarray:
         except OSError as error:
             raise DataError(reason(error, file)) from error
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             image.load()
             # Not ImageOps.exif_transpose: it fails where other entries cannot be written back.
             turn = _TURNS.get(_orientation(image))
@@ -106,7 +117,7 @@ def size_problem(path: str, width: Any, height: Any) -> str | None:
         return str(error)
     if (width, height) == found:
         return None
-    with Image.open(path) as image:
+    with open_image(path) as image:
         turned = ", turned as its EXIF orientation says" if image.size != found else ""
     return "is {}x{} pixels{}, its annotations say {}x{}".format(*found, turned, width, height)
 

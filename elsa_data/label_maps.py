@@ -7,10 +7,9 @@ from collections.abc import Collection, Iterable, Iterator
 from typing import BinaryIO
 
 import numpy as np
-from PIL import Image
 
 from .errors import DataError
-from .images import ENDINGS, read_image, reason
+from .images import ENDINGS, open_image, read_image, reason
 
 IGNORE = 255
 
@@ -72,9 +71,14 @@ def _is_map(name: str, ending: str) -> bool:
 def _files(folder: str, without: str | None) -> Iterator[str]:
     """Relative to the folder, in it and in its subfolders but for another folder in it."""
     other = os.path.abspath(without) if without and without != folder else None
+    above = {os.path.abspath(folder): (os.path.realpath(folder),)}  # of each place, links resolved
     for place, folders, files in os.walk(folder, followlinks=True):
-        visible = [name for name in folders if not name.startswith(".")]
-        folders[:] = [n for n in visible if os.path.abspath(os.path.join(place, n)) != other]
+        chain = above.pop(os.path.abspath(place))
+        visible = [os.path.join(place, name) for name in folders if not name.startswith(".")]
+        real = {path: os.path.realpath(path) for path in visible if os.path.abspath(path) != other}
+        inside = {path: to for path, to in real.items() if to not in chain}  # no link to itself
+        above |= {os.path.abspath(path): (*chain, to) for path, to in inside.items()}
+        folders[:] = map(os.path.basename, inside)
         for name in files:
             if not name.startswith("."):
                 yield os.path.relpath(os.path.join(place, name), folder)
@@ -86,7 +90,7 @@ def read_map(file: str | BinaryIO, name: str) -> np.ndarray:
     Raises DataError, which names the file by `name`.
     """
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             values = np.array(image)
     except Exception as error:  # as in `images`
         raise DataError(f"label map {name} cannot be read: {reason(error, name)}") from error

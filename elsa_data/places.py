@@ -88,11 +88,18 @@ def link(
         source: the data set's folder.
         dry_run: only says what it would do.
 
-    Raises DataError if `source` has none of the data set's folders, or a link cannot be made.
+    Raises DataError if `source` has none of the data set's folders, for a link inside of it, and
+    where a link cannot be made.
     """
     source = os.path.abspath(os.path.expanduser(source))
     _check_source(layout, source)
     wanted = [place.folder for place in places(layout, root, frameworks)]
+    for path in wanted:
+        folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+        if f"{folder}/".startswith(f"{os.path.realpath(source)}/"):
+            raise DataError(
+                f"{path} would be a link inside of the data set to itself: give another --root"
+            )
     links = [_plan(path, source) for path in wanted]
     if dry_run or any(one.status == IN_THE_WAY for one in links):
         return links

@@ -8,13 +8,14 @@ def compressed_counts(text: str) -> list[int] | None:
 
     Each number is a row of characters of 5 bits from "0" on, lowest bits first; the sixth bit says
     that more follow, the fifth of the last character is the sign. From the fourth number on, what
-    is stored is the difference to the number two before (pycocotools, `rleToString`).
+    is stored is the difference to the number two before (pycocotools, `rleToString`). A number of
+    more than 35 bits is none: no image has so many pixels.
     """
     counts: list[int] = []
     value = shift = 0
     for character in text:
         code = ord(character) - 48
-        if not 0 <= code < 64:
+        if not 0 <= code < 64 or shift > 30:
             return None
         value |= (code & 31) << shift
         shift += 5

@@ -248,6 +248,8 @@ def _check_annotations(
     lists = [content.get(key) for key in ("images", "categories")] if type(content) is dict else []
     if not lists or not all(isinstance(one, list) for one in lists):
         return []
+    if any("segments_info" in one for one in content.get("annotations") or () if type(one) is dict):
+        return []  # COCO's panoptic format, for MMDetection's own data set
     if problem := first_problem(content, masks):
         raise UsageError(f"{what} {path}: {problem}")
     known[path, masks] = [image["file_name"] for image in content["images"]]

@@ -21,7 +21,7 @@ from elsa_data.errors import DataError
 
 # Errors that only runs with masks have to refuse.
 MASK_RULES = {"no-mask", "mask-form", "no-polygon", "polygon-form", "polygon-off-image"}
-MASK_RULES |= {"rle-form", "rle-size", "rle-broken"}
+MASK_RULES |= {"rle-form", "rle-size", "rle-broken", "polygon-length"}
 SIZE = (60, 40)
 DELETE = "DELETE"
 

@@ -342,9 +342,9 @@ def test_a_file_with_errors_is_not_loaded(content, tmp_path):
         load_coco(str(file))
 
 
-def test_other_formats_are_left_alone(content):
+def test_other_formats(content):
     panoptic = {"image_id": 1, "file_name": "b.png", "segments_info": [{"id": 3}]}
-    assert first_problem({**content, "annotations": [panoptic]}) is None
+    assert "panoptic format" in first_problem({**content, "annotations": [panoptic]})
     assert first_problem({key: content[key] for key in ("images", "categories")}) is None
 
 

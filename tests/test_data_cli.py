@@ -114,6 +114,10 @@ def test_own_annotations(digits, capfd):
         (["check", "--annotations", "a", "--images", "no"], "--images no is no folder"),
         (["check", "--annotations", "a", "--root", "b"], "goes with --images and --categories"),
         (["check", "coco", "--sample", "-1"], 'must be a number of 0 or more, or "all", got -1'),
+        (
+            ["check", "coco", "--sample", "1" * 5000],
+            'must be a number of 0 or more, or "all", got 11',
+        ),
         (["check", "coco", "--from", "a", "--root", "b"], "give one"),
         (["check", "coco", "--json", "no/a.json"], "--json no/a.json cannot be written"),
         (["check", "imagenet", "--framework", "detectron2"], "no config for Detectron2 uses Image"),

@@ -124,7 +124,15 @@ def test_made_files_can_be_read_by_others(folder):
 @pytest.mark.parametrize(
     "name, content, message",
     [
-        (POLYGONS, b'{"imgWidth": 3', "cannot be used: "),
+        (POLYGONS, b'{"imgWidth": 3', "is cut off or not JSON"),
+        (POLYGONS, b"[" * 100_000, "nests lists or objects too deeply"),
+        (POLYGONS, b'{"imgWidth": 0, "imgHeight": 0}', r"must have an imgWidth .* got \[0, 0\]"),
+        (POLYGONS, b'{"imgWidth": 60000, "imgHeight": 60000}', "at most 178,956,970 pixels"),
+        (
+            POLYGONS,
+            b'{"imgWidth": 9, "imgHeight": 9, "objects": [{"polygon": [[1e300, 0]]}]}',
+            "within 10 times its 9x9 pixels, got",
+        ),
         (
             POLYGONS,
             b'{"imgWidth": 3, "imgHeight": 3, "objects": '

@@ -154,6 +154,12 @@ def test_sources_that_are_none(source, tmp_path, folder, message):
     assert not (tmp_path / "data").exists()
 
 
+def test_a_link_into_the_data_set_itself(source, tmp_path):
+    with pytest.raises(DataError, match="would be a link inside of the data set to itself"):
+        link(LAYOUTS["coco"], str(source), str(source))
+    assert "coco" not in os.listdir(source)
+
+
 def test_a_link_that_cannot_be_made(source, tmp_path):
     (tmp_path / "data").write_text("a file")
     with pytest.raises(DataError, match="data/coco cannot be made: "):
