@@ -7,13 +7,13 @@ import math
 import os
 from typing import Any
 
-import torch
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
 from elsa_core.errors import UsageError
 from elsa_core.finite import FiniteWatch
 from elsa_core.stop import FAILED, REFUSED, Ended, largest, resume_hint
+from elsa_weights import read_checkpoint
 
 from .checkpoint import AtomicCheckpointer
 
@@ -50,7 +50,7 @@ class BestCheckpointHook(HookBase):
         if not (comm.is_main_process() and self.trainer.start_iter and os.path.isfile(path)):
             return
         try:
-            known = torch.load(path, map_location="cpu", mmap=True, weights_only=True)["best"]
+            known = read_checkpoint(path)["best"]
             if known["metric"] == self.metric:
                 self.best = float(known["score"])
         except Exception as error:  # whatever it is, no checkpoint of this hook

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,7 +15,19 @@ from elsa_core.errors import UsageError
 from elsa_core.files import replacing
 from elsa_core.finite import first_nonfinite
 from elsa_data.classes import other_classes
-from elsa_weights import attention_names, checkpoint_for, class_names, coverage, has_names_of
+from elsa_weights import (
+    attention_names,
+    checkpoint_for,
+    class_names,
+    coverage,
+    has_names_of,
+    read_ahead,
+    read_checkpoint,
+)
+from elsa_weights.unpickle import Array
+
+_NUMBERED = re.compile(r"model_(\d{7,}|final)\.pth")
+_LONGEST_NAME = 255  # of a file
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -35,12 +49,48 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     classes: Sequence[str] | None = None
     last = ""
+    read = staticmethod(read_checkpoint)
     _file = ""
 
+    def __init__(self, *args: Any, **named: Any) -> None:
+        super().__init__(*args, **named)
+        self._passed: list[str] = []
+
+    def has_checkpoint(self) -> bool:
+        return bool(self.get_checkpoint_file())
+
+    def get_checkpoint_file(self) -> str:
+        """The newest whole checkpoint of ``save_dir``, "" if there is none.
+
+        That is the one that ``last_checkpoint`` names or, where it cannot be read, the one of the
+        latest iteration that can; the log says which ones are passed over and why.
+        """
+        folder = Path(self.save_dir)
+        numbered = [path for path in folder.glob("model_*.pth") if _NUMBERED.fullmatch(path.name)]
+        for path in dict.fromkeys([*self._noted(), *sorted(numbered, reverse=True)]):
+            try:
+                read_ahead(path)
+                return str(path)
+            except UsageError as error:
+                if str(error) not in self._passed:
+                    self._passed.append(str(error))
+                    self.logger.warning(f"passed over: {error}")
+        return ""
+
+    def _noted(self) -> list[Path]:
+        """The checkpoint that ``last_checkpoint`` names, where it does so."""
+        try:
+            note = Path(self.save_dir, "last_checkpoint")
+            name = note.read_bytes()[:_LONGEST_NAME].decode().strip() if note.is_file() else ""
+            return [Path(self.save_dir, name)] if name and "\0" not in name else []
+        except (OSError, ValueError):
+            return []
+
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
-        loaded = super().resume_or_load(path, resume=resume)
-        if resume and self.has_checkpoint():
-            self.last = self.get_checkpoint_file()
+        last = self.get_checkpoint_file() if resume else ""
+        loaded = self.load(last) if last else self.load(path, checkpointables=[])
+        if last:
+            self.last = last
         elif others := other_classes(class_names(loaded)[0], self.classes):
             self.logger.warning(f"{path}: {others}")
         return loaded
@@ -48,14 +98,13 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def _load_file(self, filename: str) -> dict[str, Any]:
         self._file = filename
         attention = attention_names(self.model)
+        if attention and filename.endswith((".pkl", ".safetensors")):
+            return checkpoint_for(self.model, filename, self._torch_load(filename))
+        if filename.endswith(".pkl"):
+            return self._of_detectron(self._torch_load(filename))
+        loaded = super()._load_file(filename)
         if not attention:
-            return super()._load_file(filename)
-        if filename.endswith((".pkl", ".safetensors")):
-            return checkpoint_for(self.model, filename)
-        try:
-            loaded = super()._load_file(filename)
-        except Exception:  # damaged, or with objects that torch does not know: read as data
-            return checkpoint_for(self.model, filename)
+            return loaded
         names = {str(name).removeprefix("module.") for name in loaded["model"]}
         if has_names_of(self.model, names):
             return loaded
@@ -67,6 +116,28 @@ class AtomicCheckpointer(DetectionCheckpointer):
             if attention.isdisjoint(names):
                 raise
             return loaded
+
+    def _torch_load(self, f: str) -> dict[str, Any]:
+        """What Detectron2 reads with `torch.load`."""
+        content = type(self).read(f)
+        model = content.get("model", {}) if isinstance(content, Mapping) else content
+        if not isinstance(model, Mapping):
+            raise UsageError(f"{f} holds no named tensors, got {type(model).__name__}")
+        # Detectron2 takes the content apart.
+        return {**content, "model": dict(model)} if "model" in content else dict(content)
+
+    @staticmethod
+    def _of_detectron(content: dict[str, Any]) -> dict[str, Any]:
+        """A .pkl file of the model zoo, of Detectron2 or of Detectron 1, as Detectron2 reads it."""
+        zoo = "model" in content and "__author__" in content
+        arrays = content["model"] if zoo else content.get("blobs", content)
+        tensors = {
+            name: value.tensor if isinstance(value, Array) else value
+            for name, value in arrays.items()
+            if zoo or not str(name).endswith("_momentum")
+        }
+        known = content if zoo else {"__author__": "Caffe2", "matching_heuristics": True}
+        return {**known, "model": tensors}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         """As Detectron2's, but raises UsageError where nothing, or next to nothing, matches."""

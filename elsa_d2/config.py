@@ -94,7 +94,7 @@ def load_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode
     add_elsa_swin_config(cfg)
     try:
         if config_file:
-            cfg.merge_from_file(config_file)
+            cfg.merge_from_file(config_file, allow_unsafe=False)
     except Exception as error:  # yacs and PyYAML raise a dozen kinds, all about this one file
         raise UsageError(f"config file {config_file} does not fit: {one_line(error)}") from error
     if len(overrides) % 2:

@@ -85,6 +85,8 @@ def check_run(
         need_opencv(cfg.MODEL.META_ARCHITECTURE)
     _check_data(cfg, eval_only, machines, usable(cfg, stored))
     _check_output(cfg.OUTPUT_DIR)
+    if processes * machines > 1:  # they read it themselves
+        elsa_weights.forget_ahead()
 
 
 def _check_processes(cfg: CfgNode, processes: int, machines: int) -> None:
@@ -217,13 +219,7 @@ def _check_weights(
 ) -> list[str] | None:
     """The class names of the checkpoint that is evaluated or resumed, None without."""
     checkpointer = AtomicCheckpointer(torch.nn.Identity(), cfg.OUTPUT_DIR)
-    if resume and checkpointer.has_checkpoint():
-        last = checkpointer.get_checkpoint_file()
-        if not os.path.isfile(last):
-            raise UsageError(
-                f"{cfg.OUTPUT_DIR}/last_checkpoint names {os.path.basename(last)!r}, "
-                "which is not there"
-            )
+    if resume and (last := checkpointer.get_checkpoint_file()):
         if model is not None:
             return _check_fit(last, model)
         return None
@@ -239,6 +235,7 @@ def _check_weights(
         raise UsageError(f"MODEL.WEIGHTS {weights.path} does not exist")
     if eval_only and model is not None:
         return _check_fit(weights.path, model)
+    elsa_weights.read_ahead(weights.path)
     return None
 
 
@@ -246,6 +243,7 @@ class _FitChecker(AtomicCheckpointer):
     """Keeps what does not fit instead of logging and skipping it."""
 
     incompatible: Any = None
+    read = staticmethod(elsa_weights.read_ahead)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         self.incompatible = incompatible

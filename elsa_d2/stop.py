@@ -104,7 +104,7 @@ class StopHook(HookBase):
         self.signals.close()
         finished = self.trainer.iter >= self.trainer.max_iter
         if finished and (number := self.signals.agreed()):  # only the evaluation is left to do
-            raise stopped(number, self.checkpointer.get_checkpoint_file())
+            raise stopped(number, self.checkpointer.last)
 
     def _in_evaluation(self, model: nn.Module, inputs: Any) -> None:
         if self.signals.received and not model.training and not self.watch.bad:

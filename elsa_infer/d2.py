@@ -15,6 +15,7 @@ from elsa_core.errors import UsageError, one_line
 from elsa_d2 import preflight
 from elsa_d2.classes import class_kind, class_names, number_of_classes
 from elsa_d2.semantic_config import is_semantic
+from elsa_weights import forget_ahead
 
 from .models import Predictor
 from .results import Instances, Result, Segmentation
@@ -46,6 +47,7 @@ class Detectron2Predictor(Predictor):
         self.model = self.predictor.model
         if weights is not None:
             names = preflight._check_fit(weights, self.model)  # the model has its weights now
+            forget_ahead()
         data = [*cfg.DATASETS.TRAIN[:1], *cfg.DATASETS.TEST]
         listed = (class_names(name, class_kind(cfg)) for name in data)
         configured = next(filter(None, listed), None)

@@ -113,7 +113,7 @@ def load_predictor(
     if weights is not None:
         if not os.path.isfile(weights):
             raise UsageError(f"the checkpoint {weights} does not exist")
-        elsa_weights.check_checkpoint(weights)
+        elsa_weights.read_ahead(weights)
     place = _device(device)
     if path.endswith(YAML):
         from .d2 import Detectron2Predictor

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import os
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
-import torch
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.runner import CheckpointLoader
 
+from elsa_core.errors import UsageError
 from elsa_core.files import replacing
-from elsa_weights import check_checkpoint, read_checkpoint, safetensors
+from elsa_weights import read_ahead, read_checkpoint
 
 
 @register_backend("atomic_local")
@@ -35,26 +34,40 @@ class AtomicLocalBackend(LocalBackend):
         self.put(obj.encode(encoding), filepath)
 
 
-def find_last_checkpoint(folder: str | Path) -> Path | None:
-    """The newest checkpoint of a work directory, None if there is none.
+def find_last_checkpoint(folder: str | Path, passed: list[str] | None = None) -> Path | None:
+    """The newest whole checkpoint of a work directory, None if there is none.
 
     That is the one that MMEngine's ``last_checkpoint`` names, also after the folder was moved, or
-    without it the one with the highest number; damaged ones are passed over.
+    without it the one with the highest number; what cannot be read is passed over.
+
+    Args:
+        passed: gets a sentence on each checkpoint that is passed over.
     """
     folder = Path(folder)
-    candidates = []
-    note = folder / "last_checkpoint"
-    if note.is_file() and (name := note.read_text().strip()):
-        named = Path(name)
-        candidates += [folder / named.name, named]
     numbered = [path for path in folder.glob("*.pth") if _number(path) is not None]
-    candidates += sorted(numbered, key=_number, reverse=True)
-    for path in candidates:
-        if path.is_file() and is_whole_checkpoint(path):
-            return path
-        if path.is_dir() and any(path.iterdir()):  # DeepSpeed's
-            return path
+    candidates = [*_noted(folder), *sorted(numbered, key=_number, reverse=True)]
+    for path in dict.fromkeys(candidates):
+        if path.is_dir():
+            if _number(path) is not None and any(path.iterdir()):  # DeepSpeed's
+                return path
+        elif path.exists():
+            try:
+                read_ahead(path)
+                return path
+            except UsageError as error:
+                if passed is not None:
+                    passed.append(str(error))
     return None
+
+
+def _noted(folder: Path) -> list[Path]:
+    """The places of the checkpoint that ``last_checkpoint`` names."""
+    try:
+        name = (folder / "last_checkpoint").read_bytes()[:4096].decode().strip()
+        places = [folder / Path(name).name, Path(name)] if name else []
+        return [place for place in places if place.exists()]
+    except (OSError, ValueError):  # none, or one that names no file
+        return []
 
 
 def _number(path: Path) -> int | None:
@@ -63,65 +76,31 @@ def _number(path: Path) -> int | None:
     return int(match[1]) if match else None
 
 
-def is_whole_checkpoint(path: str | Path) -> bool:
-    """Whether a file is a complete archive of torch.save, a pickle from before PyTorch 1.6, or
-    begins as a safetensors file does."""
-    if zipfile.is_zipfile(path):
-        return True
-    with open(path, "rb") as file:
-        head = file.read(9)
-    return head[:1] == b"\x80" or safetensors.is_safetensors(head, os.path.getsize(path))
-
-
-def local_content(path: str | Path) -> Any:
-    """What is in a checkpoint that `preflight.check_checkpoint` lets pass.
-
-    Where the format allows it, the tensors' bytes stay on the disk.
-    """
-    if zipfile.is_zipfile(path):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    return read_checkpoint(path)
+def is_local(path: str) -> bool:
+    """Whether MMEngine reads a checkpoint from this machine's disks, not from an address."""
+    return "://" not in path or os.path.isfile(path)
 
 
 def read_checked_files() -> None:
-    """Lets MMEngine read local checkpoints in this process after a look at what they would execute.
+    """Lets `elsa_weights` read every local checkpoint that MMEngine loads in this process.
 
-    Its own versions call `torch.load` in different ways: 0.10.7 cannot read what it has saved, with
-    PyTorch 2.6 or newer, and others execute whatever a file asks for.
+    MMEngine itself executes whatever a file asks for.
     """
-    CheckpointLoader.register_scheme(r"(?!.*://)", load_checked, force=True)
+    CheckpointLoader.register_scheme("", load_from_local, force=True)
 
 
-def load_checked(filename: str, map_location: Any = None) -> Any:
-    """The content of a local checkpoint of PyTorch.
+def load_from_local(filename: str, map_location: Any = None) -> Any:
+    """The content of a local checkpoint, with its tensors on the CPU.
 
     Raises FileNotFoundError, and UsageError for a file that is damaged or would execute code.
     """
     filename = os.path.expanduser(filename)
-    if not os.path.isfile(filename):
+    if not os.path.exists(filename):
         raise FileNotFoundError(f"{filename} can not be found.")
-    check_checkpoint(filename)
-    return torch.load(filename, map_location=map_location, weights_only=False)
+    return read_checkpoint(filename)
 
 
-@CheckpointLoader.register_scheme(r".*\.safetensors$", force=True)
-def load_from_safetensors(filename: str, map_location: Any = None) -> dict[str, Any]:
-    """What MMEngine loads where a checkpoint's name ends in .safetensors, on the CPU.
-
-    Raises FileNotFoundError, and UsageError for a damaged file.
-    """
-    filename = os.path.expanduser(filename)
-    if not os.path.isfile(filename):
-        raise FileNotFoundError(f"{filename} can not be found.")
-    tensors, meta = safetensors.load(filename)
-    return {"state_dict": tensors, "meta": meta}
-
-
-@CheckpointLoader.register_scheme(r"(?!.*://).*\.pkl$", force=True)
-def load_from_pickle(filename: str, map_location: Any = None) -> Any:
-    """What MMEngine loads where a local checkpoint's name ends in .pkl, as Detectron2's zoo has
-    them, on the CPU.
-
-    Raises UsageError for a file that is not there, damaged, or would execute code.
-    """
-    return read_checkpoint(os.path.expanduser(filename))
+# Formats that MMEngine cannot read, in every process.
+CheckpointLoader.register_scheme(
+    [r"(?!.*://).*\.safetensors$", r"(?!.*://).*\.pkl$"], load_from_local, force=True
+)

@@ -10,29 +10,15 @@ from mmengine.config import Config
 from mmengine.fileio import list_from_file
 from mmengine.runner import Runner
 
-import elsa_weights
 from elsa_core.errors import UsageError
 from elsa_data.classes import difference, labels_by_name
 from elsa_data.coco import read_json
 from elsa_data.errors import DataError
-from elsa_weights import safetensors
 
-from .checkpoint import local_content
 from .reading import datasets_in, leaves
 
 # MMDetection's data sets that number categories in the order of the file, and ours.
 BY_NAME = {name: f"elsa_mm.coco.{name}" for name in ("CocoDataset", "CityscapesDataset")}
-
-
-def stored_classes(path: str) -> list[str] | None:
-    """The class names in a checkpoint that `preflight.check_checkpoint` lets pass, None without."""
-    if "://" in path or not os.path.isfile(path):
-        return None
-    if path.endswith(".safetensors"):
-        content: Any = {"meta": safetensors.load(path)[1]}
-    else:
-        content = local_content(path)
-    return elsa_weights.class_names(content)[0]
 
 
 def settle(cfg: Config, parts: Sequence[str], stored: Sequence[str] | None = None) -> list[str]:

@@ -7,6 +7,7 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
 from mmengine.registry import RUNNERS
@@ -16,6 +17,7 @@ from torch import distributed
 from elsa_core.errors import DamagedFileError, UsageError, one_line
 from elsa_core.quiet import HarmlessRecords, quiet_frameworks
 from elsa_core.stop import Ended
+from elsa_weights import class_names
 
 from . import classes, fit, preflight
 from .checkpoint import find_last_checkpoint, read_checked_files
@@ -133,23 +135,24 @@ def _train(options: argparse.Namespace) -> None:
     join_processes(cfg)
     agree(lambda: preflight.check_data(cfg, parts), first_only=True)
     agree(lambda: preflight.check_work_dir(cfg.work_dir))
-    notes += _set_resume(cfg, options.resume)
+    content = _set_resume(cfg, options.resume, notes)
     _make_stoppable(cfg)
     runner = _build_runner(cfg, notes)
     fit.check_batch(cfg)
-    if cfg.get("resume") and os.path.isfile(cfg.get("load_from") or ""):
-        fit.check_weights(fit.model_of(runner), cfg.load_from, resumes=True)
+    if content is not None and cfg.get("resume"):
+        fit.check_weights(fit.model_of(runner), cfg.load_from, content, resumes=True)
     agree(lambda: preflight.build_data(runner, parts))
     agree(lambda: fit.check_last_batch(runner))
     fit.check_classes(runner, parts)
     resumed = (cfg.get("load_from") or "") if cfg.get("resume") else ""
-    classes.check(runner, parts, classes.stored_classes(resumed), resumed)
+    classes.check(runner, parts, class_names(content)[0] if resumed else None, resumed)
+    del content
     runner.train()
 
 
 def _test(options: argparse.Namespace) -> None:
     cfg = _load_config(options)
-    preflight.check_checkpoint(options.checkpoint)
+    content = preflight.read_local(options.checkpoint)
     cfg.load_from = options.checkpoint
     if options.show or options.show_dir:
         _enable_painting(cfg, options)
@@ -157,7 +160,7 @@ def _test(options: argparse.Namespace) -> None:
         _enable_tta(cfg)
     if options.out:
         _check_out(cfg, options.out)
-    stored = classes.stored_classes(options.checkpoint)
+    stored = class_names(content)[0]
     notes = classes.settle(cfg, ["test"], stored)
     if stored is None:
         notes.append("the checkpoint names no classes: those of the config are taken for its own")
@@ -165,7 +168,9 @@ def _test(options: argparse.Namespace) -> None:
     agree(lambda: preflight.check_data(cfg, ["test"]), first_only=True)
     agree(lambda: preflight.check_work_dir(cfg.work_dir))
     runner = _build_runner(cfg, notes)
-    fit.check_weights(fit.model_of(runner), options.checkpoint)
+    if content is not None:
+        fit.check_weights(fit.model_of(runner), options.checkpoint, content)
+        del content
     agree(lambda: preflight.build_data(runner, ["test"]))
     fit.check_classes(runner, ["test"])
     classes.check(runner, ["test"], stored, options.checkpoint)
@@ -244,24 +249,28 @@ def _enable_auto_scale_lr(cfg: Config) -> None:
     cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get("accumulative_counts", 1)
 
 
-def _set_resume(cfg: Config, resume: str | None) -> list[str]:
-    """Sets what to resume from; returns what there is to say about it."""
-    if resume is None:
-        if cfg.get("load_from"):
-            preflight.check_checkpoint(cfg.load_from)
-        return []
+def _set_resume(cfg: Config, resume: str | None, notes: list[str]) -> Any:
+    """Sets what to start from; returns the content of that file, None without.
+
+    Args:
+        notes: gets what there is to say about it.
+    """
+    if resume is None and cfg.get("resume") and not cfg.get("load_from"):
+        resume = "auto"
     if resume == "auto":
-        checkpoint = find_last_checkpoint(cfg.work_dir)
+        checkpoint = find_last_checkpoint(cfg.work_dir, passed := [])
+        notes += [f"passed over: {sentence}" for sentence in passed]
         if checkpoint is None:
-            return [
+            notes.append(
                 f"--resume: no checkpoint in {cfg.work_dir}, training starts from the beginning"
-            ]
+            )
+            cfg.resume = False
+            return None
         resume = str(checkpoint)
-    else:
-        preflight.check_checkpoint(resume)
-    cfg.resume = True
-    cfg.load_from = resume
-    return []
+    if resume is not None:
+        cfg.resume, cfg.load_from = True, resume
+    path = cfg.get("load_from")
+    return preflight.read_local(path) if path and not os.path.isdir(path) else None
 
 
 def _is_mmseg(cfg: Config) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from mmengine.config import Config
@@ -14,7 +15,6 @@ from torch.utils.data import BatchSampler
 
 from elsa_core.errors import UsageError
 
-from .checkpoint import local_content
 from .loading import adopt, check_progress, plain_model, unbuilt_model
 
 # What has one output or label for each class of the data; an RPN has not.
@@ -111,17 +111,16 @@ def _over_batch(cfg: Config) -> tuple[str, str, int]:
     return name, norm, 2 if pools and alone else 1
 
 
-def check_weights(model: nn.Module, path: str, *, resumes: bool = False) -> None:
+def check_weights(model: nn.Module, path: str, content: Any, *, resumes: bool = False) -> None:
     """Raises UsageError unless a checkpoint holds every parameter of a model in its shape.
 
-    MMEngine would go on with random values for the others. URLs pass.
+    MMEngine would go on with random values for the others.
 
     Args:
+        content: of the file, which gets the names of the model.
         resumes: whether a training goes on from it.
     """
-    if "://" in path:
-        return
-    model, content = plain_model(model), local_content(path)
+    model = plain_model(model)
     adopt(model, content, path, resumes=resumes)
     state = content.get("state_dict", content)
     stored = {

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
+from elsa_weights.unpickle import Inert
+
 _ARGUMENTS = ("log_history", "count_history", "max_length")
 
 
@@ -40,6 +42,10 @@ def from_plain(message_hub: Any) -> Any:
 
 
 def _buffer(value: Any) -> Any:
+    if isinstance(value, Inert):  # a HistoryBuffer, which is read as data
+        state = getattr(value, "state", {})
+        log, count = (state[f"_{name}"].tensor.numpy() for name in _ARGUMENTS[:2])
+        return HistoryBuffer(log, count, state["max_length"])
     if not isinstance(value, dict) or set(value) != set(_ARGUMENTS):
         return value
     log, count = (value[name].cpu().numpy() for name in _ARGUMENTS[:2])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from elsa_core.errors import UsageError, one_line
 from elsa_data.coco import first_problem, missing_files, read_json
 from elsa_data.errors import DataError
 
-from .checkpoint import is_whole_checkpoint
+from .checkpoint import is_local
 from .reading import datasets_in
 
 BACKBONE = "ELSASwin"
@@ -101,16 +101,20 @@ def check_work_dir(folder: str) -> None:
         ) from error
 
 
-def check_checkpoint(path: str) -> None:
-    """Raises UsageError if a local checkpoint is missing or was cut off, or if MMEngine, which
-    trusts every pickle, would execute code in reading it; URLs pass."""
-    if "://" in path:
-        return
-    if not os.path.isfile(path):
+def read_local(path: str) -> Any:
+    """The content of a local checkpoint, which MMEngine loads later; None for an address.
+
+    Raises UsageError for a file that is not there, is damaged or would execute code.
+    """
+    if not is_local(path):
+        return None
+    if not os.path.exists(path):
         raise UsageError(f"the checkpoint {path} does not exist")
-    if not is_whole_checkpoint(path):
-        raise UsageError(f"the checkpoint {path} is damaged or no checkpoint of PyTorch")
-    elsa_weights.check_checkpoint(path)
+    content = elsa_weights.read_ahead(path)
+    if not isinstance(content, Mapping):
+        kind = type(content).__name__
+        raise UsageError(f"the checkpoint {path} holds no state dict, got {kind}")
+    return content
 
 
 def check_data(cfg: Config, parts: Sequence[str]) -> None:

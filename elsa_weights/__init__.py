@@ -6,7 +6,7 @@ torch is the only dependency; `elsa_weights.verify` imports the frameworks that 
 from .convert import TARGETS, Conversion, convert
 from .files import checkpoint_for, convert_file, load_backbone
 from .fit import attention_names, coverage, has_names_of
-from .read import check_checkpoint, read_checkpoint
+from .read import forget_ahead, read_ahead, read_checkpoint
 from .recognise import Source, recognise
 from .write import class_names
 
@@ -15,7 +15,6 @@ __all__ = [
     "Conversion",
     "Source",
     "attention_names",
-    "check_checkpoint",
     "checkpoint_for",
     "class_names",
     "convert",
@@ -23,6 +22,8 @@ __all__ = [
     "coverage",
     "has_names_of",
     "load_backbone",
+    "forget_ahead",
+    "read_ahead",
     "read_checkpoint",
     "recognise",
 ]

@@ -8,8 +8,6 @@ from __future__ import annotations
 import ctypes
 import json
 import math
-import mmap
-import os
 from collections.abc import Mapping
 from typing import IO, Any
 
@@ -17,6 +15,8 @@ import torch
 from torch import Tensor
 
 from elsa_core.errors import UsageError, one_line
+
+from .progress import Progress
 
 DTYPES = {
     "F64": torch.float64,
@@ -31,37 +31,48 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-MAX_HEADER = 100 * 10**6
+# Of 100,000 tensors: JSON takes twenty times its size in memory.
+MAX_HEADER = 25 * 10**6
+MAX_DIMENSIONS = 64
+_BLOCK = 2**20
 
 
-def load(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, which share one private memory map of the file, and the metadata.
+def load(file: IO[bytes], size: int, path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors, which share one buffer, and the metadata.
+
+    Args:
+        file: at its beginning, of ``size`` bytes.
+        path: of the file, for messages.
 
     Raises UsageError for a file that is cut off or contradicts itself.
     """
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        header, start = _read_header(file, size, str(path))
-        if size == start:
-            memory = None
-        else:
-            memory = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    header, start = _read_header(file, size, path)
     metadata = header.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
+        raise _damaged(path, "its metadata is no JSON object of texts")
+    memory = bytearray(size - start)
+    progress = Progress("reading", size)
+    for begin in range(0, len(memory), _BLOCK):
+        block = memoryview(memory)[begin : begin + _BLOCK]
+        if file.readinto(block) != len(block):  # type: ignore[attr-defined]
+            raise _damaged(path, "it was cut off while it was read")
+        progress.add(len(block))
+    progress.close()
     tensors, end = {}, 0
     for name, entry in sorted(header.items(), key=lambda item: _begin(item, path)):
         try:
             dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
             begin, stop = entry["data_offsets"]
-            count = math.prod(shape)
-            whole = stop - begin == count * dtype.itemsize and all(n >= 0 for n in shape)
+            counts = len(shape) <= MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in shape)
+            count = math.prod(shape) if counts and max(shape, default=0) < 2**63 else -1
+            whole = stop - begin == count * dtype.itemsize
         except (KeyError, TypeError, ValueError) as error:
             raise _damaged(path, f"tensor {name} is not described as it should be") from error
         if not whole or begin != end or start + stop > size:
             raise _damaged(path, f"tensor {name} claims bytes that the file does not have")
         end = stop
         if count:
-            assert memory is not None
-            tensor = torch.frombuffer(memory, dtype=dtype, count=count, offset=start + begin)
+            tensor = torch.frombuffer(memory, dtype=dtype, count=count, offset=begin)
             tensors[name] = tensor.reshape(shape)
         else:
             tensors[name] = torch.empty(shape, dtype=dtype)
@@ -102,7 +113,7 @@ def _read_header(file: IO[bytes], size: int, path: str) -> tuple[dict[str, Any],
     if length > min(size - 8, MAX_HEADER):
         raise _damaged(path, f"the header claims {length} bytes")
     try:
-        header = json.loads(file.read(length))
+        header = json.loads(file.read(length), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise _damaged(path, one_line(error)) from error
     if not isinstance(header, dict):
@@ -110,13 +121,22 @@ def _read_header(file: IO[bytes], size: int, path: str) -> tuple[dict[str, Any],
     return header, 8 + length
 
 
-def _begin(item: tuple[str, Any], path: str | os.PathLike) -> tuple[int, int]:
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("the header has two entries of one name")
+    return found
+
+
+def _begin(item: tuple[str, Any], path: str) -> tuple[int, int]:
     try:
         begin, end = item[1]["data_offsets"]
-        return int(begin), int(end)
+        if type(begin) is not int or type(end) is not int:
+            raise TypeError
+        return begin, end
     except (KeyError, TypeError, ValueError) as error:
         raise _damaged(path, f"tensor {item[0]} has no offsets") from error
 
 
-def _damaged(path: str | os.PathLike, why: str) -> UsageError:
+def _damaged(path: str, why: str) -> UsageError:
     return UsageError(f"{path} is a damaged safetensors file: {why}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 import struct
 import warnings
 from collections import OrderedDict
-from types import SimpleNamespace
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -86,7 +87,11 @@ class DType:
     """A numpy element type: what pickles say of it."""
 
     def __init__(self, code: Any, *_: Any) -> None:
-        self.code = str(code).lstrip("<=|")
+        if isinstance(code, bytes):  # Python 2
+            code = code.decode("latin1")
+        if not isinstance(code, str):
+            raise pickle.UnpicklingError("a numpy element type is not described as it should be")
+        self.code = code.lstrip("<=|")
         self.big_endian = self.code.startswith(">")
 
     def __setstate__(self, state: Any) -> None:
@@ -115,9 +120,7 @@ def tensor_of(raw: Any, dtype: DType, shape: Any, order: str = "C") -> Tensor:
     if not isinstance(raw, (bytes, bytearray)):
         raise pickle.UnpicklingError("arrays of Python objects are not supported")
     kind, _ = dtype.lookup()
-    count = 1
-    for size in shape:
-        count *= size
+    count = _product(shape)
     if count * kind.itemsize != len(raw):
         raise pickle.UnpicklingError(
             f"an array claims {count * kind.itemsize} bytes and has {len(raw)}"
@@ -130,6 +133,15 @@ def tensor_of(raw: Any, dtype: DType, shape: Any, order: str = "C") -> Tensor:
     if order == "C":
         return values.reshape(shape)
     return values.reshape(shape[::-1]).permute(*range(len(shape) - 1, -1, -1))
+
+
+def _product(shape: Any) -> int:
+    """The elements of a shape of at most 64 dimensions, each below 2^63."""
+    if not isinstance(shape, (tuple, list, torch.Size)) or len(shape) > 64:
+        raise pickle.UnpicklingError("a shape must be a tuple of at most 64 sizes")
+    if not all(type(size) is int and 0 <= size < 2**63 for size in shape):
+        raise pickle.UnpicklingError("a shape's sizes must be integers of at least 0, below 2^63")
+    return math.prod(shape)
 
 
 def _scalar(dtype: DType, raw: Any = b"") -> Any:
@@ -219,36 +231,67 @@ class DataUnpickler(pickle.Unpickler):
     def __init__(self, file: Any, **options: Any) -> None:
         super().__init__(file, **options)
         self.functions = _functions()
-        self.classes: dict[tuple[str, str], type[Inert]] = {}
+        self.known: dict[tuple[str, str], Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) in self.functions:
-            return self.functions[module, name]
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if name not in DATA_CLASSES.get(module, ()):
+            found = self.functions[module, name]
+        elif module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
+            return vars(torch)[name]
+        elif name in DATA_CLASSES.get(module, ()):
+            found = type(name, (Inert,), {})
+        else:
             raise NeedsCode(f"{module}.{name}")
-        return self.classes.setdefault((module, name), type(name, (Inert,), {}))
+        return self.known.setdefault((module, name), found)
 
 
-def _load(file: Any, **options: Any) -> Any:
-    return DataUnpickler(file, **options).load()
+def safe_globals(known: Iterable[tuple[str, str]]) -> list[Any]:
+    """What `torch.serialization.safe_globals` takes, for the classes and functions of a pickle.
+
+    Stand-ins as those of `DataUnpickler`, but dicts and lists for classes that hold items: PyTorch
+    fills no others.
+    """
+    functions = _functions()
+    found: list[Any] = [(Array, f"{Array.__module__}.{Array.__name__}")]
+    for module, name in known:
+        if (module, name) in functions:
+            stand_in = functions[module, name]
+        elif name in _DICTS:
+            stand_in = OrderedDict
+        else:
+            stand_in = _ITEMS.get(name) or type(name, (Inert,), {})
+        if callable(stand_in):
+            found += [(stand_in, f"{where}.{name}") for where in {module, _RENAMED.get(module)}
+                      if where]  # fmt: skip
+    return found
 
 
-# What torch.load takes as its ``pickle_module``.
-DATA_PICKLE = SimpleNamespace(
-    Unpickler=DataUnpickler,
-    load=_load,
-    UnpicklingError=pickle.UnpicklingError,
-    __name__="elsa_weights.unpickle",
-)
+# Classes of `DATA_CLASSES` that hold items, and modules that Python 2 names otherwise.
+_DICTS = {"Dict", "CfgNode", "EasyDict", "ConfigDict"}
+_ITEMS = {"defaultdict": lambda *_: OrderedDict(), "deque": lambda *_: []}
+_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
-class _Claim:
+class _Kind(NamedTuple):
+    """A storage class."""
+
+    itemsize: int
+
+
+class _Claim(NamedTuple):
     """A storage or tensor of ``numel`` elements of ``itemsize`` bytes, not allocated."""
 
-    def __init__(self, numel: int, itemsize: int) -> None:
-        self.numel, self.itemsize = numel, itemsize
+    numel: int
+    itemsize: int
+
+
+_ITEM_SIZES = {
+    **dict.fromkeys(("Bool", "Byte", "Char", "QInt8", "QUInt8", "Untyped"), 1),
+    **dict.fromkeys(("BFloat16", "Half", "Short"), 2),
+    **dict.fromkeys(("Float", "Int", "QInt32", "ComplexHalf"), 4),
+    **dict.fromkeys(("Double", "Long", "ComplexFloat"), 8),
+    "ComplexDouble": 16,
+}
 
 
 class ClaimUnpickler(DataUnpickler):
@@ -263,42 +306,40 @@ class ClaimUnpickler(DataUnpickler):
         super().__init__(file, **options)
         self.claims: dict[str, int] = {}
         for name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
-            self.functions["torch._utils", name] = lambda *args: _check_tensor(*args)
+            self.functions["torch._utils", name] = lambda *args: _check_tensor(*args[:4])
+        self.functions["torch._utils", "_rebuild_tensor_v3"] = lambda *args: _check_tensor(
+            *args[:4], args[6]
+        )
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.cuda", "torch.storage") and name.endswith("Storage"):
-            return _Kind(name)
+            if (size := _ITEM_SIZES.get(name.removesuffix("Storage"))) is None:
+                raise NeedsCode(f"{module}.{name}")
+            return _Kind(size)
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
         # ("storage", kind, key, place, number of elements, [view]); anything else wants a module.
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] not in ("storage",):
             raise NeedsCode("the source of a module")
-        kind, key, numel = pid[1], str(pid[2]), pid[4]
-        if not isinstance(kind, _Kind) or not isinstance(numel, int) or numel < 0:
+        kind, key, numel = pid[1], pid[2], pid[4]
+        described = isinstance(kind, _Kind) and isinstance(key, str) and type(numel) is int
+        if not described or not 0 <= numel < 2**63:
             raise pickle.UnpicklingError("a tensor's storage is not described as it should be")
         self.claims[key] = max(self.claims.get(key, 0), numel * kind.itemsize)
         return _Claim(numel, kind.itemsize)
 
 
-class _Kind:
-    """A storage class by its name."""
-
-    def __init__(self, name: str) -> None:
-        sizes = {"Double": 8, "Long": 8, "ComplexFloat": 8, "ComplexDouble": 16, "Float": 4}
-        sizes |= {"Int": 4, "Half": 2, "BFloat16": 2, "Short": 2}
-        self.itemsize = sizes.get(name.removesuffix("Storage"), 1)
-
-
-def _check_tensor(storage: Any, offset: Any, size: Any, stride: Any, *_: Any) -> Any:
-    numbers = [offset, *size, *stride]
-    if not isinstance(storage, _Claim) or not all(isinstance(n, int) and n >= 0 for n in numbers):
+def _check_tensor(
+    storage: Any, offset: Any, size: Any, stride: Any, dtype: torch.dtype | None = None
+) -> _Claim:
+    count = _product(size)
+    if not isinstance(storage, _Claim) or len(stride) != len(size):
         raise pickle.UnpicklingError("a tensor is not described as it should be")
-    count = 1
-    for length in size:
-        count *= length
-    if count > storage.numel:
-        raise pickle.UnpicklingError(
-            f"a tensor claims {count} elements and has room for {storage.numel}"
-        )
-    return _Claim(count, storage.itemsize)
+    _product((offset,))
+    _product(stride)
+    itemsize = storage.itemsize if dtype is None else dtype.itemsize
+    room = storage.numel * storage.itemsize // itemsize
+    if count > room:
+        raise pickle.UnpicklingError(f"a tensor claims {count} elements and has room for {room}")
+    return _Claim(count, itemsize)

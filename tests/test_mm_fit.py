@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from elsa_core.errors import UsageError
-from elsa_mm import fit
+from elsa_mm import fit, preflight
 
 
 @pytest.fixture(scope="module")
@@ -83,8 +83,9 @@ def test_checkpoint_of_another_model(refusal, digits, checkpoint):
 @pytest.mark.parametrize("content", [None, [1, 2], {"state_dict": 3}])
 def test_checkpoint_without_weights(tmp_path, content):
     torch.save(content, tmp_path / "a.pth")
+    path = str(tmp_path / "a.pth")
     with pytest.raises(UsageError, match="a.pth holds no state dict, got "):
-        fit.check_weights(nn.Linear(1, 1), str(tmp_path / "a.pth"))
+        fit.check_weights(nn.Linear(1, 1), path, preflight.read_local(path))
 
 
 @pytest.mark.parametrize("zip_file", [True, False])
@@ -95,11 +96,12 @@ def test_checkpoint_that_fits(tmp_path, zip_file, prefix):
     state["bookkeeping"] = torch.zeros(2)
     path = str(tmp_path / "a.pth")
     torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=zip_file)
-    fit.check_weights(model, path)
-    fit.check_weights(nn.DataParallel(model), path)
+    content = preflight.read_local(path)
+    fit.check_weights(model, path, content)
+    fit.check_weights(nn.DataParallel(model), path, content)
     model.test_step = None  # what a model under test-time augmentation must have
-    fit.check_weights(SegTTAModel(model), path)
-    fit.check_weights(model, "https://example.org/a.pth")
+    fit.check_weights(SegTTAModel(model), path, content)
+    assert preflight.read_local("https://example.org/a.pth") is None
 
 
 @pytest.mark.parametrize("size", [0, "1.5"])

@@ -19,7 +19,7 @@ from elsa_core.errors import UsageError
 from elsa_mm import WeightsHook, fit
 from elsa_mm.checkpoint import read_checked_files
 from elsa_mm.history import from_plain, to_plain
-from elsa_weights import convert, recognise, safetensors
+from elsa_weights import convert, read_checkpoint, recognise, safetensors
 
 ARCH = dict(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
 TINY = {
@@ -210,7 +210,7 @@ def test_files_that_are_not_of_torch(models, tmp_path, suffix):
     else:
         with open(path, "wb") as file:
             safetensors.save(file, state, {})
-    fit.check_weights(models["mmdet"], path)
+    fit.check_weights(models["mmdet"], path, read_checkpoint(path))
     loaded, _ = load(models["mmdet"], CheckpointLoader.load_checkpoint(path))
     wanted = models["mmdet"].state_dict()
     assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
@@ -221,10 +221,10 @@ def test_evaluated_checkpoints_take_every_form(models, form, tmp_path):
     path = str(tmp_path / "a.pth")
     state = FORMS[form](models["mmdet"].state_dict())
     torch.save({"model" if form == "detectron2" else "state_dict": state}, path)
-    fit.check_weights(models["mmdet"], path)
+    fit.check_weights(models["mmdet"], path, read_checkpoint(path))
     torch.save({"state_dict": dict(list(state.items())[:-1])}, path)
     with pytest.raises(UsageError, match="a.pth (does not fit the model: it lacks 1|.*missing)"):
-        fit.check_weights(models["mmdet"], path)
+        fit.check_weights(models["mmdet"], path, read_checkpoint(path))
 
 
 def test_load_from_is_refused_by_the_tool(refusal, digits, tmp_path):
@@ -257,14 +257,14 @@ def test_the_log_of_a_training_survives_a_checkpoint_unchanged():
         assert read["runtime_info"]["best"] == 0.25 and read["runtime_info"]["kept"] == [2, 4]
 
 
-def test_local_files_are_looked_at_before_they_are_read(tmp_path, monkeypatch):
+def test_local_files_are_read_by_one_reader(tmp_path, monkeypatch):
     """Whatever MMEngine's version passes to `torch.load`."""
     monkeypatch.setattr(CheckpointLoader, "_schemes", dict(CheckpointLoader._schemes))
     read_checked_files()
     old = dict(meta=dict(iter=1), message_hub=dict(log_scalars={"loss": HistoryBuffer([1.0], [1])}))
     torch.save(old, tmp_path / "old.pth")
-    scalars = CheckpointLoader.load_checkpoint(str(tmp_path / "old.pth"))["message_hub"]
-    assert scalars["log_scalars"]["loss"].current() == 1.0
+    hub = from_plain(CheckpointLoader.load_checkpoint(str(tmp_path / "old.pth"))["message_hub"])
+    assert hub["log_scalars"]["loss"].current() == 1.0
     torch.save(dict(state_dict=Path("x"), more=pytest.raises), tmp_path / "bad.pth")
     with pytest.raises(UsageError, match="would execute code"):
         CheckpointLoader.load_checkpoint(str(tmp_path / "bad.pth"))

@@ -28,7 +28,6 @@ from weights_models import (
 )
 
 import elsa_d2
-import elsa_mm
 from elsa_core import ELSASwin
 from elsa_core.errors import UsageError
 from elsa_weights import convert_file, safetensors
@@ -194,14 +193,6 @@ def test_malicious_files_are_not_executed(tmp_path):
     init_cfg = dict(type="Pretrained", checkpoint=str(path))
     with pytest.raises(UsageError, match="execute code"):
         MODELS.build(dict(type="ELSASwin", arch=TINY, init_cfg=init_cfg)).init_weights()
-
-
-def test_safetensors_count_as_whole_checkpoints(tmp_path):
-    path = tmp_path / "a.safetensors"
-    convert_file(save(tmp_path, original("mask_rcnn")), path, "mmdet")
-    assert elsa_mm.checkpoint.is_whole_checkpoint(path)
-    path.write_bytes(path.read_bytes()[:4])
-    assert not elsa_mm.checkpoint.is_whole_checkpoint(path)
 
 
 def test_other_models_load_as_ever(tmp_path):
