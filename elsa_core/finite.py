@@ -172,6 +172,13 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     return bool(torch.stack([check.to(checks[0].device) for check in checks]).all())
 
 
+def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
+    """Raises UsageError, about ``where``, for a tensor with NaN or infinity."""
+    if not all_finite(tensors.values()):
+        name = next(name for name, tensor in tensors.items() if not all_finite([tensor]))
+        raise UsageError(f"{where} holds NaN or infinity in {name}")
+
+
 def first_nonfinite(model: nn.Module) -> str:
     """The name of something that a training changes and that has NaN or infinity, "" without.
 
@@ -185,6 +192,7 @@ def first_nonfinite(model: nn.Module) -> str:
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that several share."""
+    """This process's part of a tensor that several share, in a type that has norms."""
     tensor = tensor.detach()
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return tensor.float() if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from torch import Tensor
 
 from elsa_core.errors import UsageError
 from elsa_core.files import replacing
-from elsa_core.finite import first_nonfinite
+from elsa_core.finite import check_finite, first_nonfinite
 from elsa_data.classes import other_classes
 from elsa_weights import (
     attention_names,
@@ -140,7 +141,11 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return {**known, "model": tensors}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        """As Detectron2's, but raises UsageError where nothing, or next to nothing, matches."""
+        """As Detectron2's, but raises UsageError for tensors with NaN or infinity, and where
+        nothing, or next to nothing, matches."""
+        wanted = self.model.state_dict()
+        given = {n: t for n, t in checkpoint["model"].items() if n in wanted}
+        check_finite({n: t for n, t in given.items() if isinstance(t, Tensor)}, self._file)
         incompatible = super()._load_model(checkpoint)
         names = {name for name, _ in self.model.named_parameters()}
         given = names - set(incompatible.missing_keys)

@@ -18,6 +18,7 @@ from torch import Tensor
 import elsa_mm  # noqa: F401  registers the backbone
 import elsa_weights
 from elsa_core.errors import UsageError, one_line
+from elsa_core.finite import check_finite
 from elsa_mm import preflight
 
 from .models import Predictor
@@ -161,6 +162,7 @@ def _load(model: torch.nn.Module, content: Any, path: str, framework: str) -> No
                 f"or another backbone: {name} has the shape {tuple(tensors[name].shape)} instead "
                 f"of {tuple(parameter.shape)}"
             )
+    check_finite({name: tensors[name] for name in wanted}, f"the checkpoint {path}")
     model.load_state_dict(tensors, strict=False)
 
 

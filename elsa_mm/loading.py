@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from elsa_core.errors import UsageError
+from elsa_core.finite import check_finite
 from elsa_data.classes import other_classes
 from elsa_weights import attention_names, checkpoint_for, class_names, coverage, has_names_of
 
@@ -36,7 +37,8 @@ class WeightsHook(Hook):
     and the log says how much that is.
 
     Raises UsageError where nothing matches, or less than a tenth of the weights of ELSA-Swin's
-    attention, and for a checkpoint that is resumed from without the state of a training.
+    attention, for NaN or infinity, and for a checkpoint that is resumed from without the state of a
+    training.
 
     Checkpoints of the training hold tensors and plain data only (`elsa_mm.history`).
     """
@@ -101,6 +103,7 @@ def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -
         except UsageError as error:
             reason = error
     given = {n for n, t in found.items() if isinstance(t, Tensor) and wanted.get(n) == t.shape}
+    check_finite({name: found[name] for name in given}, f"the checkpoint {path}")
     words, enough = coverage(model, given)
     if not enough:
         ours = ", ".join(list(wanted)[:2])

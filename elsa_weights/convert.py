@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from elsa_core.errors import UsageError
+from elsa_core.finite import check_finite
 from elsa_core.layers import relative_position_id
 
 from .names import CASCADE, MASK_RCNN, UPERNET, rename
@@ -72,7 +73,7 @@ def convert(
 
     Raises:
         UsageError: ``source`` cannot become that, or lacks tensors, has unknown ones or ones of
-            wrong shapes.
+            wrong shapes, or with NaN or infinity.
     """
     if to not in TARGETS:
         raise UsageError(f"the target must be one of {', '.join(TARGETS)}, got {to}")
@@ -93,6 +94,7 @@ def convert(
         _convert_model(result, anchor_sizes)
     else:
         _convert_classifier(result)
+    check_finite(result.tensors, "it")
     return result
 
 

@@ -38,8 +38,9 @@ class Rule:
     patterns: dict[str, re.Pattern] = field(init=False, hash=False, compare=False)
 
     def __post_init__(self) -> None:
+        index = r"(\d{1,3})"
         patterns = {
-            side: re.compile(re.escape(getattr(self, side)).replace(r"\{\}", r"(\d+)") + r"\.(.+)")
+            side: re.compile(re.escape(getattr(self, side)).replace(r"\{\}", index) + r"\.(.+)")
             for side in ("d2", "mm")
         }
         object.__setattr__(self, "patterns", patterns)

@@ -138,8 +138,8 @@ def _unwrap(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str,
                 raise UsageError(f"its {key} is an empty dict")
             return checkpoint[key], {k: v for k, v in checkpoint.items() if k not in _WEIGHTS}
     if not any(isinstance(value, (Tensor, Array)) for value in checkpoint.values()):
-        names = ", ".join(map(str, list(checkpoint)[:5]))
-        raise UsageError(f"it holds no tensors, but {names}")
+        names = [str(name)[:80] for name in checkpoint if isinstance(name, (int, str))]
+        raise UsageError(f"it holds no tensors, but {', '.join(names[:5])}")
     return checkpoint, {}
 
 
@@ -152,8 +152,12 @@ def _tensors(weights: Mapping[str, Any]) -> dict[str, Tensor]:
     tensors = {}
     for name, value in weights.items():
         value = value.tensor if isinstance(value, Array) else value
-        if not isinstance(name, str) or not isinstance(value, Tensor):
-            raise UsageError(f"among its tensors, {name} is of type {type(value).__name__}")
+        if not isinstance(name, str):
+            raise UsageError(f"its tensors must have names, got a {type(name).__name__}")
+        if not name.isprintable():
+            raise UsageError(f"among its tensors, {name[:80]!r} has control characters in its name")
+        if not isinstance(value, Tensor):
+            raise UsageError(f"among its tensors, {name[:80]} is of type {type(value).__name__}")
         if value.layout != torch.strided or value.is_quantized:
             raise UsageError(f"its tensor {name} is sparse or quantized")
         tensors[name] = value.detach()
@@ -312,10 +316,11 @@ def _drop_pixels_and_anchors(
     for name, tensor in tensors.items():
         if name in _PIXELS:
             wanted = torch.tensor(_PIXELS[name])
-            if not torch.allclose(tensor.flatten().float(), wanted, atol=1e-3):
+            got = tensor.flatten().float()
+            if got.shape != wanted.shape or not torch.allclose(got, wanted, atol=1e-3):
                 raise UsageError(
                     f"its {name} must be ImageNet's in RGB order, {list(_PIXELS[name])}, "
-                    f"got {tensor.flatten().tolist()}"
+                    f"got {got[:6].tolist()}"
                 )
             dropped.append((name, "stands in the config"))
         elif "anchor_generator.cell_anchors" in name:

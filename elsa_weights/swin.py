@@ -19,15 +19,15 @@ from .recognise import CLASSIFIER, SWIN, Source
 
 _MM_NAMES = (
     (r"patch_embed\.projection\.", "patch_embed.proj."),
-    (r"stages\.(\d+)\.", r"layers.\1."),
+    (r"stages\.(\d{1,3})\.", r"layers.\1."),
     (r"\.attn\.w_msa\.", ".attn."),
     (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
     (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
 )
 _SHARED = re.compile(
     r"patch_embed\.(proj|norm)\.\w+"
-    r"|layers\.\d+\.blocks\.\d+\.(norm[12]|mlp\.fc[12])\.\w+"
-    r"|layers\.\d+\.downsample\.(norm|reduction)\.\w+"
+    r"|layers\.\d{1,3}\.blocks\.\d{1,3}\.(norm[12]|mlp\.fc[12])\.\w+"
+    r"|layers\.\d{1,3}\.downsample\.(norm|reduction)\.\w+"
 )
 # The 2x2 neighbours in four slices, (0,0) (1,0) (0,1) (1,1), by their index in nn.Unfold's order.
 _SLICES = [0, 2, 1, 3]
@@ -80,7 +80,7 @@ def _downsample_after_blocks(
         return named
     return {
         re.sub(
-            r"^layers\.(\d+)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name
+            r"^layers\.(\d{1,3})\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name
         ): value
         for name, value in named.items()
     }
@@ -88,11 +88,12 @@ def _downsample_after_blocks(
 
 def _arch(tensors: dict[str, Tensor]) -> Arch:
     """Of the ELSA-Swin that shares these sizes; its group width is not Swin's to say."""
-    depths: dict[int, int] = {}
+    blocks: dict[int, set[int]] = {}
     for name in tensors:
-        if match := re.match(r"layers\.(\d+)\.blocks\.(\d+)\.", name):
+        if match := re.match(r"layers\.(\d{1,3})\.blocks\.(\d{1,3})\.", name):
             stage, block = map(int, match.groups())
-            depths[stage] = max(depths.get(stage, 0), block + 1)
+            blocks.setdefault(stage, set()).add(block)
+    depths = {stage: len(found) for stage, found in blocks.items()}
     try:
         heads = [
             tensors[f"layers.{stage}.blocks.0.attn.relative_position_bias_table"].shape[1]
@@ -124,6 +125,9 @@ def _take_attention(
     stem, _, part = name.partition(".attn.")
     kind, _, leaf = part.partition(".")
     if kind == "qkv":
+        if not tensor.dim() or len(tensor) % 3:
+            shape = list(tensor.shape)
+            raise UsageError(f"{old} must have three parts of one size, got the shape {shape}")
         query, key, value = tensor.chunk(3)
         taken[f"{stem}.attn.pre_proj.{leaf}"] = (old, torch.cat([value, query, key]))
     elif kind == "proj":

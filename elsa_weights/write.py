@@ -91,7 +91,7 @@ def dataset_meta(meta: Mapping[str, Any]) -> tuple[list[str] | None, list[list[i
     if isinstance(inner, str):  # safetensors
         try:
             inner = json.loads(inner)
-        except ValueError:
+        except (RecursionError, ValueError):
             inner = None
     places = [inner if isinstance(inner, Mapping) else {}, meta]
     found: list[Any] = []
@@ -103,7 +103,7 @@ def dataset_meta(meta: Mapping[str, Any]) -> tuple[list[str] | None, list[list[i
         classes = None
     try:
         palette = [[int(part) for part in colour] for colour in palette] if palette else None
-    except (TypeError, ValueError):  # some data sets name a palette instead
+    except (OverflowError, TypeError, ValueError):  # some data sets name a palette instead
         palette = None
     return list(classes) if classes else None, palette
 
