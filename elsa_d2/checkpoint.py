@@ -46,6 +46,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         classes: the names of the model's classes, which `save` puts into each file, where
             OpenMMLab's checkpoints have them.
         last: the checkpoint that was saved last, or that a training was resumed from, "" if none.
+        passed: a sentence on each checkpoint that cannot be resumed from.
     """
 
     classes: Sequence[str] | None = None
@@ -55,7 +56,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
-        self._passed: list[str] = []
+        self.passed: list[str] = []
 
     def has_checkpoint(self) -> bool:
         return bool(self.get_checkpoint_file())
@@ -73,8 +74,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
                 read_ahead(path)
                 return str(path)
             except UsageError as error:
-                if str(error) not in self._passed:
-                    self._passed.append(str(error))
+                if str(error) not in self.passed:
+                    self.passed.append(str(error))
                     self.logger.warning(f"passed over: {error}")
         return ""
 

@@ -223,6 +223,10 @@ def _check_weights(
         if model is not None:
             return _check_fit(last, model)
         return None
+    if resume and checkpointer.passed:
+        raise UsageError(
+            f"no checkpoint in {cfg.OUTPUT_DIR} can be resumed from: {checkpointer.passed[0]}"
+        )
     weights = urlparse(cfg.MODEL.WEIGHTS)
     if eval_only and not cfg.MODEL.WEIGHTS:
         raise UsageError(

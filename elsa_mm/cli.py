@@ -260,6 +260,8 @@ def _set_resume(cfg: Config, resume: str | None, notes: list[str]) -> Any:
     if resume == "auto":
         checkpoint = find_last_checkpoint(cfg.work_dir, passed := [])
         notes += [f"passed over: {sentence}" for sentence in passed]
+        if checkpoint is None and passed:
+            raise UsageError(f"no checkpoint in {cfg.work_dir} can be resumed from: {passed[0]}")
         if checkpoint is None:
             notes.append(
                 f"--resume: no checkpoint in {cfg.work_dir}, training starts from the beginning"

@@ -9,6 +9,7 @@ Source of the opcodes' meaning: `pickletools` of the standard library.
 
 from __future__ import annotations
 
+import gc
 import pickle
 import pickletools
 from typing import Any
@@ -65,7 +66,13 @@ def check_pickle(file: Any) -> None:
     Raises UnpicklingError for what the constants of this module rule out, and as `pickletools` for
     what is no pickle.
     """
-    _Look().follow(file)
+    collects = gc.isenabled()
+    gc.disable()  # nothing here is garbage, and looking for it takes most of the time
+    try:
+        _Look().follow(file)
+    finally:
+        if collects:
+            gc.enable()
 
 
 class _Look:

@@ -56,6 +56,7 @@ _MARK = re.compile(
 # MMEngine's EMAHook puts the averaged weights into state_dict and the trained ones here.
 _NOT_AVERAGED = "ema_state_dict"
 # RGB order, as Detectron2's older checkpoints store it: ours has the same input in every framework.
+_LONGEST_NAME = 400
 _PIXELS = {
     "pixel_mean": (123.675, 116.28, 103.53),
     "pixel_std": (58.395, 57.12, 57.375),
@@ -156,6 +157,11 @@ def _tensors(weights: Mapping[str, Any]) -> dict[str, Tensor]:
             raise UsageError(f"its tensors must have names, got a {type(name).__name__}")
         if not name.isprintable():
             raise UsageError(f"among its tensors, {name[:80]!r} has control characters in its name")
+        if len(name) > _LONGEST_NAME:
+            raise UsageError(
+                f"the names of its tensors must have at most {_LONGEST_NAME} characters, "
+                f"{name[:80]}... has {len(name)}"
+            )
         if not isinstance(value, Tensor):
             raise UsageError(f"among its tensors, {name[:80]} is of type {type(value).__name__}")
         if value.layout != torch.strided or value.is_quantized:
