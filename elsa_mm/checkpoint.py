@@ -62,8 +62,9 @@ def find_last_checkpoint(folder: str | Path, passed: list[str] | None = None) ->
 
 def _noted(folder: Path) -> list[Path]:
     """The places of the checkpoint that ``last_checkpoint`` names."""
+    note = folder / "last_checkpoint"
     try:
-        name = (folder / "last_checkpoint").read_bytes()[:4096].decode().strip()
+        name = note.read_bytes()[:4096].decode().strip() if note.is_file() else ""
         places = [folder / Path(name).name, Path(name)] if name else []
         return [place for place in places if place.exists()]
     except (OSError, ValueError):  # none, or one that names no file

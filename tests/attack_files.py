@@ -172,3 +172,44 @@ EXHAUSTING: dict[str, tuple[bytes, str]] = {
 
 def exhausting(name: str) -> bytes:
     return b"\x80\x04" + EXHAUSTING[name][0] + b"."
+
+
+def _cut(content: bytearray) -> bytearray:
+    return content[:-30]
+
+
+def _emptied(content: bytearray) -> bytearray:
+    return bytearray()
+
+
+def _zeroed(content: bytearray) -> bytearray:
+    """In the middle, as a disk may leave it after a power cut."""
+    middle = len(content) // 2
+    content[middle : middle + 512] = bytes(512)
+    return content
+
+
+def _flipped(content: bytearray) -> bytearray:
+    content[len(content) // 2] ^= 1
+    return content
+
+
+def _removed(content: bytearray) -> None:
+    return None
+
+
+DAMAGES: dict[str, Callable[[bytearray], bytearray | None]] = {
+    one.__name__[1:]: one for one in (_cut, _emptied, _zeroed, _flipped, _removed)
+}
+
+
+def damage(path: Path, name: str) -> None:
+    """To a checkpoint that torch.save has written."""
+    if (content := DAMAGES[name](bytearray(path.read_bytes()))) is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+
+
+# What may stand in last_checkpoint besides a name.
+ODD_NOTES = [b"", b"\xff\xfe\x00", b"a" * 100_000, b".", b"..", b"/dev/null", b"none.pth", b"a\0b"]

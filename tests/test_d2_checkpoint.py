@@ -1,8 +1,10 @@
 """Checkpoints are whole or not there."""
 
 import io
+import os
 import signal
 
+import attack_files
 import pytest
 import torch
 
@@ -34,6 +36,39 @@ def test_save_and_load(tmp_path):
     assert rest["iteration"] == 4
     assert torch.equal(other.weight, model.weight)
     assert again.state_dict()["state"][0]["step"] == 1
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two checkpoints, of iterations 4 and 9."""
+    for iteration in (4, 9):
+        checkpointer = AtomicCheckpointer(torch.nn.Linear(2, 3), str(tmp_path))
+        checkpointer.save(f"model_{iteration:07d}", iteration=iteration)
+    return tmp_path
+
+
+def resumed(folder):
+    checkpointer = AtomicCheckpointer(torch.nn.Linear(2, 3), str(folder))
+    return checkpointer.resume_or_load("", resume=True).get("iteration"), checkpointer.passed
+
+
+@pytest.mark.parametrize("damage", attack_files.DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(folder, damage):
+    attack_files.damage(folder / "model_0000009.pth", damage)
+    iteration, (sentence,) = resumed(folder)
+    assert iteration == 4 and "model_0000009.pth" in sentence
+    attack_files.damage(folder / "model_0000004.pth", damage)
+    assert resumed(folder)[0] is None
+
+
+@pytest.mark.parametrize("note", [*attack_files.ODD_NOTES, None], ids=lambda note: repr(note)[:12])
+def test_an_odd_last_checkpoint_is_passed_over(folder, note):
+    (folder / "last_checkpoint").unlink()
+    if note is None:
+        os.mkfifo(folder / "last_checkpoint")
+    else:
+        (folder / "last_checkpoint").write_bytes(note)
+    assert resumed(folder)[0] == 9
 
 
 def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):

@@ -3,6 +3,7 @@
 import os
 from types import SimpleNamespace
 
+import attack_files
 import pytest
 import torch
 from mmengine.config import Config
@@ -71,13 +72,25 @@ def test_without_a_valid_name_it_is_the_highest_number(work_dir, content):
     assert find_last_checkpoint(work_dir) == work_dir / "iter_10.pth"
 
 
-def test_half_written_checkpoints_are_passed_over(work_dir):
+@pytest.mark.parametrize("damage", attack_files.DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(work_dir, damage):
     (work_dir / "last_checkpoint").write_text(str(work_dir / "iter_10.pth"))
-    newest = work_dir / "iter_10.pth"
-    newest.write_bytes(newest.read_bytes()[:-30])
-    assert find_last_checkpoint(work_dir) == work_dir / "iter_9.pth"
-    (work_dir / "iter_9.pth").write_bytes(b"")
+    attack_files.damage(work_dir / "iter_10.pth", damage)
+    assert find_last_checkpoint(work_dir, passed := []) == work_dir / "iter_9.pth"
+    assert all("iter_10.pth" in sentence for sentence in passed)
+    assert len(passed) == (damage != "removed")
+    attack_files.damage(work_dir / "iter_9.pth", damage)
     assert find_last_checkpoint(work_dir) is None
+
+
+@pytest.mark.parametrize("note", [*attack_files.ODD_NOTES, None], ids=lambda note: repr(note)[:12])
+def test_an_odd_last_checkpoint_is_passed_over(work_dir, note):
+    (work_dir / "last_checkpoint").unlink()
+    if note is None:
+        os.mkfifo(work_dir / "last_checkpoint")
+    else:
+        (work_dir / "last_checkpoint").write_bytes(note)
+    assert find_last_checkpoint(work_dir) == work_dir / "iter_10.pth"
 
 
 def test_folder_that_does_not_exist_has_no_checkpoint(tmp_path):
