@@ -65,7 +65,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """The newest whole checkpoint of ``save_dir``, "" if there is none.
 
         That is the one that ``last_checkpoint`` names or, where it cannot be read, the one of the
-        latest iteration that can; the log says which ones are passed over and why.
+        latest iteration that can. `passed` gets a sentence on each that is passed over, which
+        `resume_or_load` puts into the log.
         """
         folder = Path(self.save_dir)
         numbered = [path for path in folder.glob("model_*.pth") if _NUMBERED.fullmatch(path.name)]
@@ -76,7 +77,6 @@ class AtomicCheckpointer(DetectionCheckpointer):
             except UsageError as error:
                 if str(error) not in self.passed:
                     self.passed.append(str(error))
-                    self.logger.warning(f"passed over: {error}")
         return ""
 
     def _noted(self) -> list[Path]:
@@ -90,6 +90,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         last = self.get_checkpoint_file() if resume else ""
+        for sentence in self.passed:
+            self.logger.warning(f"passed over: {sentence}")
         loaded = self.load(last) if last else self.load(path, checkpointables=[])
         if last:
             self.last = last

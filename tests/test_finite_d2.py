@@ -14,6 +14,7 @@ from d2_semantic_tiny import overrides as semantic
 from d2_tiny import CONFIG, overrides
 from detectron2.utils import comm
 
+from elsa_core.errors import UsageError
 from elsa_core.stop import Ended
 from elsa_d2 import Trainer, load_config, register_coco_datasets
 from elsa_d2.semantic_data import register_sem_seg_datasets
@@ -133,10 +134,12 @@ def test_weights_with_nan_are_refused(digits, tmp_path):
     model = Trainer.build_model(cfg)
     model.roi_heads.box_head.fc1.weight.data[0, 0] = math.nan
     torch.save({"model": model.state_dict()}, tmp_path / "nan.pth")
-    trainer = Trainer(cfg)
-    trainer.resume_or_load(False)
+    trainer, name = Trainer(cfg), "roi_heads.box_head.fc1.weight"
+    with pytest.raises(UsageError, match=rf"nan\.pth holds NaN or infinity in {name}"):
+        trainer.resume_or_load(False)
+    trainer.model.load_state_dict(model.state_dict())
     with pytest.raises(Ended) as end:
         trainer.train()
     assert end.value.code == 2 and end.value.sentence == (
-        f"{tmp_path}/nan.pth cannot be trained: roi_heads.box_head.fc1.weight holds NaN or infinity"
+        f"{tmp_path}/nan.pth cannot be trained: {name} holds NaN or infinity"
     )

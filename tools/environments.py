@@ -79,7 +79,8 @@ DOCTOR = Step("doctor", "python -m elsa_core.doctor", says="operator and gradien
 
 
 def core(name: str, python: str, torch: str, *first: Step, **more: tuple) -> Environment:
-    tests = " ".join(f"tests/test_{x}.py" for x in ("backbone", "blocks", "checkpoint", "variants", "weights_attack"))
+    modules = ("backbone", "blocks", "checkpoint", "variants", "weights_attack")
+    tests = " ".join(f"tests/test_{module}.py" for module in modules)
     operator = "-k 'agrees_with_reference and compiled-float32 or gradcheck'"
     return Environment(
         name,
