@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -31,5 +32,22 @@ def exit_status(
         status, sentence = 2, missing([error.name], packages)
     except KeyboardInterrupt:
         status, sentence = 130, interrupted
-    print(f"{tool}: {' '.join(printable(sentence).split())}", file=sys.stderr)
+    say(tool, sentence)
     return status
+
+
+def say(tool: str, sentence: str) -> None:
+    """One line on standard error, with nothing in it that a terminal obeys."""
+    print(f"{tool}: {' '.join(printable(sentence).split())}", file=sys.stderr)
+
+
+def keep_inputs(option: str, path: str, read: Sequence[str | None]) -> None:
+    """Raises UsageError where the file that is to be written is one of those that are read.
+
+    Args:
+        option: that names it.
+        read: files; None and what is not there do not count.
+    """
+    for one in read:
+        if one and os.path.exists(one) and os.path.exists(path) and os.path.samefile(one, path):
+            raise UsageError(f"{option} must be another file than {one}, which is read, got {path}")

@@ -80,10 +80,14 @@ class COCOEvaluator(Detectron2Evaluator):
         with contextlib.redirect_stdout(io.StringIO()):
             self._coco_api.createIndex()
         self._do_evaluation = "annotations" in self._coco
-        ids = {one["id"]: one["id"] for one in self._coco["categories"]}
-        self._labels = self._metadata.get("thing_dataset_id_to_contiguous_id", ids)
         if warning := limit_warning(self._coco, limit, "TEST.DETECTIONS_PER_IMAGE"):
             self._logger.warning(f"data set {dataset_name!r}: {warning}")
+
+    @property
+    def _labels(self) -> dict[Any, int]:
+        """The label of each category id, which is known once the data set has been loaded."""
+        ids = {one["id"]: one["id"] for one in self._coco["categories"]}
+        return self._metadata.get("thing_dataset_id_to_contiguous_id", ids)
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
         """As super's; widths and heights are differences in float64, as in MMDetection."""

@@ -6,6 +6,7 @@ Every other part's categories become labels by their names.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -128,12 +129,8 @@ def check_dataset(
     json_file, image_root = metadata.json_file, metadata.image_root
     coco = _read_json(name, json_file)
     _check_annotations(name, json_file, coco, annotated, masks)
-    ignored = any(one.get("ignore") for one in coco.get("annotations") or ())
-    if ignored and not isinstance(DatasetCatalog[name], CocoPart):
-        raise UsageError(
-            f"annotation file {json_file} of data set {name!r} has annotations with ignore 1, at "
-            "which Detectron2 fails: list it in DATASETS.REGISTER_COCO, which takes them as crowds"
-        )
+    if not isinstance(DatasetCatalog[name], CocoPart):
+        _check_for_detectron2(name, json_file, coco)
     if num_classes is not None and len(coco["categories"]) != num_classes:
         raise UsageError(
             f"data set {name!r} has {len(coco['categories'])} categories, "
@@ -167,7 +164,26 @@ def _check_annotations(
         if not coco[key]:
             raise UsageError(f"{what} has no {key}")
     if problem := first_problem(coco, masks):
-        raise UsageError(f"{what}: {problem}")
+        boxes = bool(masks) and first_problem(coco, False) is None
+        hint = ": without masks, MODEL.MASK_ON False trains on the boxes" if boxes else ""
+        raise UsageError(f"{what}: {problem}{hint}")
+
+
+def _check_for_detectron2(name: str, json_file: str, coco: dict[str, Any]) -> None:
+    """What Detectron2's own reader of a data set fails at, and ours does not."""
+    what = f"annotation file {json_file} of data set {name!r}"
+    if any(one.get("ignore") for one in coco.get("annotations") or ()):
+        raise UsageError(
+            f"{what} has annotations with ignore 1, at which Detectron2 fails: list it in "
+            "DATASETS.REGISTER_COCO, which takes them as crowds"
+        )
+    with open(json_file, "rb") as file:
+        encoding = json.detect_encoding(file.read(4))
+    if encoding != "utf-8":
+        raise UsageError(
+            f"{what} is {encoding}, at which Detectron2 fails: write it in utf-8 without a byte "
+            "order mark, or list it in DATASETS.REGISTER_COCO"
+        )
 
 
 def _check_names(

@@ -321,6 +321,11 @@ def _check_data(cfg: CfgNode, eval_only: bool, machines: int, stored: Sequence[s
             classes=classes,
             node=classes_node(cfg),
         )
+        if cfg.MODEL.KEYPOINT_ON and not MetadataCatalog.get(name).get("keypoint_names"):
+            raise UsageError(
+                f"MODEL.KEYPOINT_ON needs keypoint_names and keypoint_flip_map in the metadata of "
+                f"data set {name!r}: set them, or MODEL.KEYPOINT_ON False"
+            )
         if is_cityscapes(name):
             check_cityscapes_dataset(
                 cfg, name, is_semantic(cfg), name in cfg.DATASETS.TEST, machines
@@ -330,6 +335,13 @@ def _check_data(cfg: CfgNode, eval_only: bool, machines: int, stored: Sequence[s
         elif MetadataCatalog.get(name).get("evaluator_type") == "sem_seg":
             raise UsageError(
                 f"data set {name!r} has label maps, which {cfg.MODEL.META_ARCHITECTURE} cannot use"
+            )
+        elif issubclass(_model_class(cfg), PanopticFPN) and isinstance(
+            DatasetCatalog[name], CocoPart
+        ):
+            raise UsageError(
+                f"data set {name!r} has no label maps beside its objects, which "
+                f"{cfg.MODEL.META_ARCHITECTURE} needs"
             )
         if classes and not isinstance(DatasetCatalog[name], CocoPart):
             where = "the checkpoint" if eval_only and stored else "the training data"

@@ -26,6 +26,8 @@ def ordered_names(categories: Sequence[dict[str, Any]]) -> list[str]:
     """
     seen: dict[Any, str] = {}
     for one in categories:
+        if not isinstance(one, dict):
+            raise DataError("categories must be objects with an id and a name")
         number, name = one.get("id"), one.get("name")
         if isinstance(number, bool) or not isinstance(number, (int, str)) or number in seen:
             raise DataError(f"category ids must be numbers or text, each there once, got {number}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UNPRINTABLE
-from .images import LONGEST_SIDE, MOST_PIXELS
+from .images import LONGEST_SIDE, MOST_ELONGATED, MOST_PIXELS
 from .mask_rules import mask_problems
 from .problems import FARTHEST, Problem, are_numbers, named, shown
 from .report import ERROR, WARNING
@@ -159,6 +159,10 @@ def _images(entries: list[dict], sizes: dict[Any, tuple[int, int]]) -> Iterator[
             rest = f"must have at most {MOST_PIXELS:,} pixels, got {shown(sides)}"
             yield Problem(ERROR, "image-size", many, name, rest)
             sides = 0, 0
+        elif max(sides) > MOST_ELONGATED * min(sides):
+            many = f"{{n}} images are more than {MOST_ELONGATED} times as long as they are wide"
+            rest = f"must be at most {MOST_ELONGATED} times as long as it is wide, got {sides}"
+            yield Problem(ERROR, "image-shape", many, name, rest)
         if not isinstance(file, str) or not file:
             many, rest = "{n} images have no file_name", f"has no file_name, got {shown(file)}"
             yield Problem(ERROR, "no-file-name", many, f"image {named(entry.get('id'))}", rest)

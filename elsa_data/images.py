@@ -29,6 +29,9 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 # Of an image; and of a side, where JPEG ends and annotations, too, may.
 MOST_PIXELS, LONGEST_SIDE = 178_956_970, 65_500
+# The longer side of a training's image, in shorter ones: a resize to the usual 1333 pixels, or to
+# 480, leaves nothing of the shorter side beyond it.
+MOST_ELONGATED = 500
 # How a whole file begins and ends; what ends in another way is decoded to find out.
 _WHOLE = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xaeB`\x82"))
 _ORIENTATION = 0x0112

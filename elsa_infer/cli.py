@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from elsa_core.command_line import exit_status
-from elsa_core.errors import UsageError
+from elsa_core.command_line import exit_status, say
+from elsa_core.errors import UsageError, printable
 
 from .arguments import add_config_settings
 
@@ -75,13 +74,13 @@ def run(options: argparse.Namespace) -> int:
     from .runs import Demo
 
     files = find_inputs(options.inputs)
-    check_folder(options.out, files)
+    check_folder(options.out, [*files, *filter(None, [options.coco])])
     make_folder(options.out)
     predictor = load_predictor(
         options.config, options.weights, device=options.device, options=options.options
     )
     if predictor.note:
-        print(f"demo: {predictor.note}", file=sys.stderr)
+        say("demo", predictor.note)
     coco = None
     if options.coco is not None:
         if predictor.task != "detection":
@@ -109,9 +108,9 @@ def run(options: argparse.Namespace) -> int:
     path = os.path.join(options.out, "results.json")
     write_json(path, record)
     done = len(demo.images) + len(demo.videos)
-    print(f"wrote: {path} and the pictures of {done} of {len(files)} inputs")
+    print(f"wrote: {printable(path)} and the pictures of {done} of {len(files)} inputs")
     for failure in demo.failed:
-        print(f"demo: {failure['reason']}", file=sys.stderr)
+        say("demo", failure["reason"])
     return 1 if demo.failed else 0
 
 

@@ -23,7 +23,8 @@ class Unreadable(UsageError):
 
 
 def find_inputs(names: Sequence[str]) -> list[str]:
-    """Files in the order given, each once; a folder stands for the images and videos in it.
+    """Files in the order given, each once; a folder stands for the images and videos in it, but
+    for hidden ones, which macOS puts beside each image.
 
     Raises UsageError for a name that is neither a file nor a folder nor a glob that finds
     something, and where nothing is found at all.
@@ -31,7 +32,8 @@ def find_inputs(names: Sequence[str]) -> list[str]:
     files: list[str] = []
     for name in names:
         if os.path.isdir(name):
-            inside = sorted(os.path.join(name, file) for file in os.listdir(name))
+            visible = [file for file in os.listdir(name) if not file.startswith(".")]
+            inside = sorted(os.path.join(name, file) for file in visible)
             files += [path for path in inside if path.lower().endswith(IMAGES + VIDEOS)]
         elif os.path.isfile(name):
             files.append(name)

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from elsa_core import VARIANTS, ELSASwin
-from elsa_core.command_line import exit_status
+from elsa_core.command_line import exit_status, keep_inputs
 from elsa_core.errors import UsageError
 
 from .arguments import add_config_settings
@@ -61,6 +61,7 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
 def run(options: argparse.Namespace) -> int:
     if not options.out.endswith(".onnx"):
         raise UsageError(f"--out must end in .onnx, got {options.out}")
+    keep_inputs("--out", options.out, [options.weights, options.config])
     if options.arch and (options.options or options.part != "auto"):
         raise UsageError("--opts and --part belong to --config")
     folder = os.path.dirname(options.out) or "."

@@ -18,16 +18,26 @@ LONGEST_JPEG = 65500  # pixels of a side, of OpenCV's encoder
 
 
 def check_folder(path: str, inputs: Sequence[str]) -> None:
-    """Raises UsageError for the folder of an input, whose files results could replace."""
+    """Raises UsageError for the folder of an input, whose files results could replace.
+
+    That of a link counts, and that of each file on the way to what it stands for.
+    """
     if not os.path.isdir(path):
         return
     for file in inputs:
-        for name in dict.fromkeys((file, os.path.realpath(file))):
-            if os.path.samefile(os.path.dirname(name) or os.curdir, path):
-                raise UsageError(
-                    f"--out must be another folder than that of the inputs, whose files it would "
-                    f"replace, got {path} with {file}"
-                )
+        if any(os.path.samefile(os.path.dirname(name) or ".", path) for name in _names_of(file)):
+            raise UsageError(
+                f"--out must be another folder than that of the inputs, whose files it would "
+                f"replace, got {path} with {file}"
+            )
+
+
+def _names_of(file: str) -> list[str]:
+    """A file's name and, of a link, those that it leads to."""
+    names = [file]
+    while os.path.islink(names[-1]) and len(names) < 40:  # as many as Linux follows
+        names.append(os.path.join(os.path.dirname(names[-1]), os.readlink(names[-1])))
+    return names
 
 
 @contextmanager

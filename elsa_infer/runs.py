@@ -9,6 +9,7 @@ import numpy as np
 from tqdm import tqdm
 
 from elsa_core.errors import UsageError, one_line
+from elsa_data.images import MOST_ELONGATED
 
 from .coco import CocoResults
 from .inputs import Unreadable, is_video, open_video, read_image
@@ -38,6 +39,7 @@ class Demo:
 
         Raises UsageError where the results cannot be written.
         """
+        image = None
         try:
             if is_video(path):
                 self.videos.append(self._video(path))
@@ -49,7 +51,7 @@ class Demo:
         except UsageError:
             raise
         except Exception as error:  # of a framework that one image is too odd for
-            reason = f"{path} cannot be processed: {type(error).__name__}: {one_line(error)[:300]}"
+            reason = f"{path} cannot be processed: {_why(error, image)}"
             self.failed.append({"file": path, "reason": reason})
 
     def _image(self, path: str, image: np.ndarray) -> dict[str, Any]:
@@ -99,3 +101,10 @@ class Demo:
     def _record(self, image: np.ndarray, result: Result) -> dict[str, Any]:
         height, width = image.shape[:2]
         return {"width": width, "height": height, **result.record(self.predictor.classes)}
+
+
+def _why(error: Exception, image: np.ndarray | None) -> str:
+    if image is not None and max(image.shape[:2]) > MOST_ELONGATED * min(image.shape[:2]):
+        height, width = image.shape[:2]
+        return f"the config's resize leaves nothing of the shorter side of {width}x{height} pixels"
+    return f"{type(error).__name__}: {one_line(error)[:300]}"

@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from elsa_core.command_line import exit_status
+from elsa_core.command_line import exit_status, keep_inputs
 from elsa_core.errors import UsageError
 from elsa_core.files import replacing
 
@@ -124,6 +124,8 @@ def _parts(options: argparse.Namespace) -> int:
     from .parts import count_parts, record, table
 
     _check_one(options.config, options.arch, "CONFIG")
+    if options.json:
+        keep_inputs("--json", options.json, [options.config])
     if options.size and min(options.size) < 1:
         raise UsageError(f"--size must be positive, got {options.size[0]} {options.size[1]}")
     if options.arch:
@@ -147,6 +149,7 @@ def _filters(options: argparse.Namespace) -> int:
     _check_one(options.checkpoint, options.arch, "CHECKPOINT")
     if not options.out.endswith(".png"):
         raise UsageError(f"--out must name a .png file, got {options.out}")
+    keep_inputs("--out", options.out, [options.image, options.checkpoint])
     if options.max_size < 1:
         raise UsageError(f"--max-size must be positive, got {options.max_size}")
     photo, scale = read_photo(options.image, options.max_size)

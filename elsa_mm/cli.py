@@ -14,6 +14,7 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed
 
+from elsa_core.command_line import keep_inputs
 from elsa_core.errors import DamagedFileError, UsageError, one_line
 from elsa_core.quiet import HarmlessRecords, quiet_frameworks
 from elsa_core.stop import Ended
@@ -159,6 +160,7 @@ def _test(options: argparse.Namespace) -> None:
     if options.tta:
         _enable_tta(cfg)
     if options.out:
+        keep_inputs("--out", options.out, [options.checkpoint, options.config])
         _check_out(cfg, options.out)
     stored = class_names(content)[0]
     notes = classes.settle(cfg, ["test"], stored)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import tempfile
@@ -159,6 +160,8 @@ def build_data(runner: Runner, parts: Sequence[str]) -> None:
                     f"the {part} data must have a folder for each of the data set's {counts[2]} "
                     f"classes, it has {counts[1]} folders"
                 ) from error
+            if isinstance(error, (json.JSONDecodeError, UnicodeDecodeError)):
+                raise UsageError(f"the {part} data cannot be read: {one_line(error)}") from error
             if not any(words in str(error) for words in _NO_IMAGES):
                 raise
             size = 0
@@ -252,9 +255,13 @@ def _check_annotations(
     lists = [content.get(key) for key in ("images", "categories")] if type(content) is dict else []
     if not lists or not all(isinstance(one, list) for one in lists):
         return []
-    if any("segments_info" in one for one in content.get("annotations") or () if type(one) is dict):
-        return []  # COCO's panoptic format, for MMDetection's own data set
+    entries = content.get("annotations")
+    if isinstance(entries, list) and entries:
+        if all(isinstance(one, dict) and "segments_info" in one for one in entries):
+            return []  # COCO's panoptic format, for MMDetection's own data set
     if problem := first_problem(content, masks):
-        raise UsageError(f"{what} {path}: {problem}")
+        boxes = masks and first_problem(content, False) is None
+        hint = ": without masks, a detector without mask_head trains on the boxes" if boxes else ""
+        raise UsageError(f"{what} {path}: {problem}{hint}")
     known[path, masks] = [image["file_name"] for image in content["images"]]
     return known[path, masks]

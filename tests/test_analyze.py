@@ -188,6 +188,7 @@ def test_untrained_weights_are_called_so_and_are_the_same_each_time(tmp_path, ca
         (["--arch", "tiny", "--pixel", "600,0"], "--pixel: a pixel must be within the image"),
         (["--arch", "huge"], "--arch must be one of tiny, small, base or a dict"),
         (["--arch", "{'embed_dim': 32}"], "--arch: a dict arch needs embed_dim, depths"),
+        (["--arch", "tiny", "--image", "b.png", "--out", "b.png"], "another file than b.png"),
         (["--arch", "tiny", "--out", "a.jpg"], "--out must name a .png file, got a.jpg"),
         (["--arch", "tiny", "--image", __file__], "test_analyze.py cannot be read"),
         (["--arch", "tiny", "--image", "gone.png"], "the image gone.png cannot be read: No such"),
@@ -201,6 +202,8 @@ def test_refusals(arguments, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if "swin.pth" in arguments:
         save(tmp_path, swin(), "swin.pth")
+    if "b.png" in arguments:
+        (tmp_path / "b.png").touch()
     before = sorted(tmp_path.iterdir())
     required = ["--image", str(COFFEE), "--out", "a.png", "--max-size", "600"]
     assert cli.main(["filters", *required, *arguments]) == 2

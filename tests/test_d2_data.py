@@ -118,7 +118,7 @@ def test_a_test_set_may_lack_annotations(copy):
     check_dataset(name, num_classes=10, annotated=False)
 
 
-def test_difficult_objects_are_crowds_and_refused_where_detectron2_reads(copy):
+def test_what_detectron2s_own_reader_fails_at_is_refused_there(copy):
     name = register(copy)
     mark(copy, "ignore", 1)
     check_dataset(name)
@@ -126,6 +126,13 @@ def test_difficult_objects_are_crowds_and_refused_where_detectron2_reads(copy):
     assert sum(flags) == 1
     register_coco_instances(f"{name}_2", {}, str(copy / "annotations.json"), str(copy / "images"))
     with pytest.raises(UsageError, match="ignore 1, at which Detectron2 fails: list it in DATA"):
+        check_dataset(f"{name}_2")
+    text = (copy / "annotations.json").read_text().replace('"ignore": 1', '"ignore": 0')
+    (copy / "annotations.json").write_text(text)
+    check_dataset(f"{name}_2")
+    (copy / "annotations.json").write_text(text, encoding="utf-8-sig")
+    check_dataset(name)
+    with pytest.raises(UsageError, match="is utf-8-sig, at which Detectron2 fails: write it in"):
         check_dataset(f"{name}_2")
 
 

@@ -277,6 +277,16 @@ REFUSALS = {
         {**ONE_STAGE, "MODEL__RETINANET__NUM_CLASSES": 9},
         "has 10 categories, but MODEL.RETINANET.NUM_CLASSES is 9",
     ),
+    "label maps of objects": (
+        [],
+        {"MODEL__META_ARCHITECTURE": "PanopticFPN"},
+        "has no label maps beside its objects, which PanopticFPN needs",
+    ),
+    "keypoints without names": (
+        [],
+        {"MODEL__KEYPOINT_ON": True},
+        "MODEL.KEYPOINT_ON needs keypoint_names and keypoint_flip_map in the metadata of data set",
+    ),
     "neck without features": (
         [],
         {"MODEL__FPN__IN_FEATURES": ["res2", "res4"]},

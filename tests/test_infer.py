@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -183,10 +184,21 @@ def test_an_odd_image_does_not_end_a_run(model, weights, images, tmp_path):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
     picture = Image.open(images[0])
-    sizes = {"a": (96, 96), "long": (3000, 20), "high": (20, 3000), "thin": (4000, 2)}
+    sizes = {
+        "a": (96, 96),
+        "dot": (1, 1),
+        "needle": (30_000, 4),
+        "long": (3000, 20),
+        "high": (20, 3000),
+        "thin": (4000, 2),
+    }
     sizes["z"] = (96, 96)
     for name, size in sizes.items():
         picture.resize(size).save(folder / f"{name}.png")
+    unwritable = struct.pack("<HHHIIHHIII", 2, 0x112, 3, 1, 6, 0x11A, 10, 1, 38, 0)
+    unwritable += struct.pack("<ii", -1, 0)  # a fraction that Pillow cannot write back
+    exif = b"Exif\0\0II*\0" + struct.pack("<I", 8) + unwritable
+    picture.save(folder / "turned.jpg", exif=exif)
     (folder / ("x" * 250 + ".png")).write_bytes((folder / "a.png").read_bytes())
     config = SEG["mmseg"] if model == "mmseg" else DET[model]
     arguments = [str(folder), "--config", config, "--out", str(out), "--device", "cpu"]
@@ -195,16 +207,19 @@ def test_an_odd_image_does_not_end_a_run(model, weights, images, tmp_path):
     record = results(out)
     done = {Path(entry["file"]).stem: entry["picture"] for entry in record["images"]}
     failed = {Path(entry["file"]).stem: entry["reason"] for entry in record["failed"]}
-    assert done.keys() | failed.keys() == {*sizes, "x" * 250} and status == bool(failed)
-    assert {"a", "long", "high", "z", "x" * 250} <= done.keys()
+    assert done.keys() | failed.keys() == {*sizes, "turned", "x" * 250} and status == bool(failed)
+    assert {"a", "long", "high", "turned", "z", "x" * 250} <= done.keys()
     for name, reason in failed.items():
-        assert f"{name}.png cannot be processed: " in reason
+        assert f"{name}.png cannot be processed: the config's resize leaves nothing of" in reason
     for name, file in done.items():
         width, height = Image.open(out / file).size
         assert max(width, height) <= max(4000, *sizes.get(name, (96, 96)))
 
 
-@pytest.mark.parametrize("way", ["folder", "file", "link to the folder", "link to the file"])
+WAYS = ["folder", "file", "link to the folder", "link to the file", "link to a link", "annotations"]
+
+
+@pytest.mark.parametrize("way", WAYS)
 def test_inputs_are_never_replaced(way, weights, images, tmp_path, capsys):
     folder, given, out = tmp_path / "in", tmp_path / "in", tmp_path / "in"
     folder.mkdir()
@@ -219,8 +234,18 @@ def test_inputs_are_never_replaced(way, weights, images, tmp_path, capsys):
     elif way == "link to the file":
         given = tmp_path / "b.jpg"
         given.symlink_to(folder / "a.jpg")
+    elif way == "link to a link":
+        (tmp_path / "a.jpg").write_bytes(content)
+        (folder / "a.jpg").unlink()
+        (folder / "a.jpg").symlink_to(tmp_path / "a.jpg")  # which the result would replace
+        given = tmp_path / "b.jpg"
+        given.symlink_to(folder / "a.jpg")
+    elif way == "annotations":
+        given = images[0]
+        (folder / "coco_results.json").touch()
     before = sorted(folder.iterdir())
-    arguments = [str(given), "--config", SEG["mmseg"], "--weights", weights["segmentation"]]
+    arguments = ["--coco", str(folder / "coco_results.json")] if way == "annotations" else []
+    arguments += [str(given), "--config", SEG["mmseg"], "--weights", weights["segmentation"]]
     assert "another folder than that of the inputs" in refused(
         [*arguments, "--out", str(out)], capsys
     )
@@ -311,7 +336,7 @@ def test_weights_of_detectron2_work_in_openmmlab(weights, images, tmp_path):
 
 
 def test_inputs_come_once_and_in_order(tmp_path):
-    for name in ("b.png", "a.JPG", "c.gif", "d.txt"):
+    for name in ("b.png", "a.JPG", "c.gif", "d.txt", "._b.png"):
         (tmp_path / name).touch()
     names = [str(tmp_path / "c.gif"), str(tmp_path), str(tmp_path / "*.png")]
     assert [Path(path).name for path in find_inputs(names)] == ["c.gif", "a.JPG", "b.png"]
