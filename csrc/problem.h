@@ -18,6 +18,7 @@
 #include <stdexcept>
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "arithmetic.h"
 #include "glibc.h"
@@ -33,11 +34,15 @@ struct Problem {
   int32_t dtype, device_type, device_index;  // of all tensors, as LibTorch's shim numbers them
 
   int64_t pixels() const { return batch * height * width; }
-  bool is_empty() const { return pixels() == 0; }
+  bool is_empty() const { return batch == 0 || height == 0 || width == 0; }
 };
 
-// Throws what Python sees as a RuntimeError. The front end in elsa_core/operator.py checks the same
-// before, and tells ValueError from TypeError.
+// Of (kernel - 1) * dilation, as in elsa_core/_problem.py: kernels add it to sizes of the map and
+// multiply it by numbers of channels.
+inline constexpr int64_t kMostReach = 0x7fffffff;
+
+// Throws what Python sees as a RuntimeError. elsa_core/_problem.py checks the same before, in the
+// same words, and tells ValueError from TypeError.
 template <typename... Parts>
 [[noreturn]] void fail(const Parts&... parts) {
   std::ostringstream text;
@@ -60,6 +65,30 @@ inline std::string device_of(const Tensor& tensor) {
   const auto device = tensor.device();
   if (device.is_cpu()) return "cpu";
   return (device.is_cuda() ? "cuda:" : "another device:") + std::to_string(device.index());
+}
+
+// As Python writes it.
+inline std::string name_of_dtype(const Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  const ScalarType type = tensor.scalar_type();
+  const std::pair<ScalarType, const char*> others[] = {
+      {ScalarType::Byte, "uint8"},
+      {ScalarType::Char, "int8"},
+      {ScalarType::Short, "int16"},
+      {ScalarType::Int, "int32"},
+      {ScalarType::Long, "int64"},
+      {ScalarType::Half, "float16"},
+      {ScalarType::Float, "float32"},
+      {ScalarType::Double, "float64"},
+      {ScalarType::ComplexHalf, "complex32"},
+      {ScalarType::ComplexFloat, "complex64"},
+      {ScalarType::ComplexDouble, "complex128"}};
+  for (const auto& [other, name] : others)
+    if (type == other) return std::string("torch.") + name;
+  std::string name = torch::headeronly::toString(type);
+  for (char& letter : name)
+    if (letter >= 'A' && letter <= 'Z') letter += 'a' - 'A';
+  return "torch." + name;
 }
 
 inline int32_t dtype_of(const Tensor& tensor) {
@@ -87,65 +116,83 @@ inline Problem check_problem(
     const Tensor& value, const Tensor& logits, const std::optional<Tensor>& ghost_add,
     const std::optional<Tensor>& ghost_mul, int64_t kernel_size, int64_t dilation,
     const Tensor* grad = nullptr) {
+  require(
+      kernel_size > 0 && kernel_size % 2 == 1,
+      "elsa_attention needs an odd, positive kernel_size, got ", kernel_size);
+  require(dilation > 0, "elsa_attention needs a positive dilation, got ", dilation);
+  require(
+      kernel_size - 1 <= kMostReach / dilation,
+      "elsa_attention needs (kernel_size - 1) * dilation of at most ", kMostReach,
+      ", got kernel_size ", kernel_size, " and dilation ", dilation);
+  const int32_t dtype = dtype_of(value);
+  if (dtype != aoti_torch_dtype_float32() && dtype != aoti_torch_dtype_float64() &&
+      dtype != aoti_torch_dtype_float16() && dtype != aoti_torch_dtype_bfloat16())
+    fail(
+        "elsa_attention needs tensors of float32, float64, float16 or bfloat16, got ",
+        name_of_dtype(value), " for value");
   const auto sizes = value.sizes(), logit_sizes = logits.sizes();
   if (sizes.size() != 4 || logit_sizes.size() != 4 ||
       !sizes.slice(0, 3).equals(logit_sizes.slice(0, 3)))
     fail(
-        "elsa::attention: value (B, H, W, C) and logits (B, H, W, G*K*K) must agree in B, H, W, "
+        "elsa_attention needs value [B, H, W, C] and logits [B, H, W, G*K*K] of the same B, H, W, "
         "got ",
         shape_of(value), " and ", shape_of(logits));
-  require(
-      kernel_size > 0 && kernel_size % 2 == 1,
-      "elsa::attention: kernel_size must be odd and positive, got ", kernel_size);
-  require(dilation > 0, "elsa::attention: dilation must be positive, got ", dilation);
   const int64_t taps = kernel_size * kernel_size, channels = sizes[3];
   require(
       logit_sizes[3] > 0 && logit_sizes[3] % taps == 0,
-      "elsa::attention: logits must have a multiple of ", taps,
+      "elsa_attention needs logits with a multiple of ", taps,
       " channels (kernel_size squared), got ", logit_sizes[3]);
   const int64_t heads = logit_sizes[3] / taps;
   require(
-      channels > 0 && channels % heads == 0,
-      "elsa::attention: the channels of value must be a multiple of the ", heads, " heads, got ",
-      channels);
-  Problem p{sizes[0], sizes[1], sizes[2], channels, heads, kernel_size, dilation, dtype_of(value)};
+      channels > 0 && channels % heads == 0, "elsa_attention needs value with a multiple of ",
+      heads, " channels (the heads of the logits), got ", channels);
+  Problem p{sizes[0], sizes[1], sizes[2], channels, heads, kernel_size, dilation, dtype};
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(value.get(), &p.device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(value.get(), &p.device_index));
-  require(
-      p.dtype == aoti_torch_dtype_float32() || p.dtype == aoti_torch_dtype_float64() ||
-          p.dtype == aoti_torch_dtype_float16() || p.dtype == aoti_torch_dtype_bfloat16(),
-      "elsa::attention: value must be float32, float64, float16 or bfloat16");
   const auto check_like_value = [&](const Tensor& tensor, const char* name) {
     if (dtype_of(tensor) != p.dtype)
       fail(
-          "elsa::attention: ", name, " must have the dtype of value, ", value.scalar_type(),
-          ", got ", tensor.scalar_type());
+          "elsa_attention needs all tensors of one dtype, got ", name_of_dtype(value),
+          " for value and ", name_of_dtype(tensor), " for ", name);
     int32_t type, index;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
     if (type != p.device_type || index != p.device_index)
       fail(
-          "elsa::attention: ", name, " must be on the device of value, ", device_of(value),
-          ", got ", device_of(tensor));
+          "elsa_attention needs all tensors on one device, got ", device_of(value),
+          " for value and ", device_of(tensor), " for ", name);
   };
   check_like_value(logits, "logits");
   const int64_t filter[] = {channels, kernel_size, kernel_size};
-  for (const auto* ghost : {&ghost_add, &ghost_mul}) {
-    if (!*ghost) continue;
-    if (!(*ghost)->sizes().equals(filter))
+  const auto check_ghost = [&](const std::optional<Tensor>& ghost, const char* name) {
+    if (!ghost) return;
+    if (!ghost->sizes().equals(filter))
       fail(
-          "elsa::attention: ghost filters must have shape (C, K, K) = (", channels, ", ",
-          kernel_size, ", ", kernel_size, "), got ", shape_of(**ghost));
-    check_like_value(**ghost, "ghost filters");
-  }
+          "elsa_attention needs ", name, " of shape [C, K, K] = [", channels, ", ", kernel_size,
+          ", ", kernel_size, "], got ", shape_of(*ghost));
+    check_like_value(*ghost, name);
+  };
+  check_ghost(ghost_add, "ghost_add");
+  check_ghost(ghost_mul, "ghost_mul");
   if (grad) {
     if (!grad->sizes().equals(sizes))
       fail(
-          "elsa::attention_backward: grad must have the shape of value, ", shape_of(value),
-          ", got ", shape_of(*grad));
+          "elsa_attention needs grad of shape [B, H, W, C] = ", shape_of(value), ", got ",
+          shape_of(*grad));
     check_like_value(*grad, "grad");
   }
   return p;
+}
+
+// How many numbers a tensor or a buffer of these sizes has.
+inline int64_t product(std::initializer_list<int64_t> sizes) {
+  constexpr int64_t kMost = int64_t{1} << 60;  // bytes of them fit in 64 bits, too
+  int64_t numbers = 1;
+  for (const int64_t size : sizes)
+    require(
+        !__builtin_mul_overflow(numbers, size, &numbers) && numbers < kMost,
+        "elsa_attention: no memory for more than 2^60 numbers");
+  return numbers;
 }
 
 // A contiguous tensor of unknown numbers on the problem's device.
@@ -154,7 +201,7 @@ inline Tensor empty(const Problem& p, int32_t dtype, std::initializer_list<int64
   int64_t strides[kMostAxes], stride = 1;
   for (size_t axis = sizes.size(); axis-- > 0;) {
     strides[axis] = stride;
-    stride *= std::max<int64_t>(sizes.begin()[axis], 1);
+    stride = product({stride, std::max<int64_t>(sizes.begin()[axis], 1)});
   }
   AtenTensorHandle handle = nullptr;
   const auto failed = aoti_torch_empty_strided(
@@ -162,7 +209,7 @@ inline Tensor empty(const Problem& p, int32_t dtype, std::initializer_list<int64
   // LibTorch writes the reason to its log. Frameworks look for these words on GPUs.
   if (failed)
     fail(
-        "elsa::attention: no memory for a tensor of ", stride, " numbers",
+        "elsa_attention: no memory for a tensor of ", stride, " numbers",
         p.device_type == aoti_torch_device_type_cuda() ? ": CUDA out of memory. " : "");
   return Tensor(handle);
 }

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .reference import elsa_attention_reference
+from ._problem import check_problem
+from .reference import elsa_attention_reference, windows
 
 
 def attention(
@@ -20,6 +21,7 @@ def attention(
     dilation: int,
 ) -> Tensor:
     """``elsa::attention``; see ``elsa_attention``."""
+    check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation)
     return elsa_attention_reference(
         value, logits, ghost_add, ghost_mul, kernel_size=kernel_size, dilation=dilation
     )
@@ -38,11 +40,13 @@ def attention_backward(
 
     A ghost filter that is not there has an empty gradient.
     """
+    check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad)
     height, width = value.shape[1:3]
     heads = logits.shape[-1] // kernel_size**2
-    margin = kernel_size // 2 * dilation
+    above, tops = windows(kernel_size, dilation, height)
+    before, lefts = windows(kernel_size, dilation, width)
     attn = logits.unflatten(-1, (heads, -1)).softmax(-1)
-    padded = F.pad(value, (0, 0, margin, margin, margin, margin)).unflatten(-1, (heads, -1))
+    padded = F.pad(value, (0, 0, before, before, above, above)).unflatten(-1, (heads, -1))
     grad = grad.unflatten(-1, (heads, -1))
     grad_padded = torch.zeros_like(padded)
     grad_attn = torch.zeros_like(attn)
@@ -50,7 +54,7 @@ def attention_backward(
     grad_mul = value.new_empty(0) if ghost_mul is None else torch.empty_like(ghost_mul)
     for offset in range(kernel_size**2):
         ky, kx = divmod(offset, kernel_size)
-        top, left = ky * dilation, kx * dilation
+        top, left = tops[ky], lefts[kx]
         window = padded[:, top : top + height, left : left + width]
         product = grad * window
         weight = attn[..., offset, None]
@@ -65,5 +69,5 @@ def attention_backward(
         grad_attn[..., offset] = product.sum(-1)
         grad_padded[:, top : top + height, left : left + width] += grad * weight
     grad_logits = attn * (grad_attn - (attn * grad_attn).sum(-1, keepdim=True))
-    grad_value = grad_padded[:, margin : margin + height, margin : margin + width]
+    grad_value = grad_padded[:, above : above + height, before : before + width]
     return grad_value.flatten(-2).contiguous(), grad_logits.flatten(-2), grad_add, grad_mul

@@ -8,12 +8,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.autograd import Info, make_autograd_impl
+from torch.autograd.forward_ad import unpack_dual
 
 from . import _fallback
 from ._extension import load_extension
+from ._problem import check_problem, is_cast
 
 __all__ = ["elsa_attention", "has_extension"]
 
+AUTOCAST = ("cpu", "cuda")
+"""Devices on which autocast changes the type of the tensors."""
 _ATTENTION, _BACKWARD = "elsa::attention", "elsa::attention_backward"
 
 has_extension: bool = load_extension()
@@ -29,7 +34,7 @@ def elsa_attention(
     kernel_size: int,
     dilation: int = 1,
 ) -> Tensor:
-    """Enhanced local self-attention with ghost filters, differentiable once.
+    """Enhanced local self-attention with ghost filters, differentiable once, in reverse mode.
 
     ``elsa_attention_reference`` has the same signature and defines the result.
 
@@ -39,75 +44,25 @@ def elsa_attention(
         ghost_add: [C, K, K] filters added to the attention, or None for none.
         ghost_mul: [C, K, K] filters that the attention is multiplied by, or None for 1 everywhere.
         kernel_size: K, odd.
-        dilation: distance of neighbouring offsets in positions.
+        dilation: distance of neighbouring offsets in positions; (K - 1) * dilation must be less
+            than 2**31.
 
     Returns:
         [B, H, W, C], of the type of value (under autocast: of the autocast type).
 
     Raises:
         ValueError: shapes, kernel_size or dilation that do not fit together.
-        TypeError: tensors of different types, or not floating-point.
+        TypeError: tensors of different types, of others than float32, float64, float16 and
+            bfloat16, or not strided.
+        NotImplementedError: forward-mode differentiation, as by ``torch.func.jvp``, and a second
+            backward pass.
     """
-    _check(value, logits, ghost_add, ghost_mul, kernel_size, dilation)
+    device_type = value.device.type
+    autocast = None
+    if device_type in AUTOCAST and torch.is_autocast_enabled(device_type):
+        autocast = torch.get_autocast_dtype(device_type)
+    check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation, autocast=autocast)
     return torch.ops.elsa.attention(value, logits, ghost_add, ghost_mul, kernel_size, dilation)
-
-
-def _check(
-    value: Tensor,
-    logits: Tensor,
-    ghost_add: Tensor | None,
-    ghost_mul: Tensor | None,
-    kernel_size: int,
-    dilation: int,
-) -> None:
-    if value.dim() != 4 or logits.dim() != 4:
-        raise ValueError(
-            "elsa_attention needs value [B, H, W, C] and logits [B, H, W, G*K*K], "
-            f"got shapes {tuple(value.shape)} and {tuple(logits.shape)}"
-        )
-    if value.shape[:3] != logits.shape[:3]:
-        raise ValueError(
-            "elsa_attention needs value and logits of the same B, H, W, "
-            f"got {tuple(value.shape[:3])} and {tuple(logits.shape[:3])}"
-        )
-    if kernel_size < 1 or kernel_size % 2 == 0:
-        raise ValueError(f"elsa_attention needs an odd, positive kernel_size, got {kernel_size=}")
-    if dilation < 1:
-        raise ValueError(f"elsa_attention needs a positive dilation, got {dilation=}")
-    channels, taps = value.shape[3], kernel_size**2
-    if logits.shape[3] == 0 or logits.shape[3] % taps:
-        raise ValueError(
-            f"elsa_attention needs logits with a multiple of {taps} channels "
-            f"(kernel_size={kernel_size} squared), got {logits.shape[3]}"
-        )
-    heads = logits.shape[3] // taps
-    if channels == 0 or channels % heads:
-        raise ValueError(
-            f"elsa_attention needs a multiple of {heads} channels in value, a share for each head "
-            f"of the logits, got {channels}"
-        )
-    autocast = torch.is_autocast_enabled(value.device.type)
-    others = {"logits": logits, "ghost_add": ghost_add, "ghost_mul": ghost_mul}
-    if not value.is_floating_point():
-        raise TypeError(f"elsa_attention needs floating-point tensors, got {value.dtype}")
-    for name, tensor in others.items():
-        if tensor is None:
-            continue
-        if name != "logits" and tensor.shape != (channels, kernel_size, kernel_size):
-            raise ValueError(
-                f"elsa_attention needs {name} of shape (C, K, K) = "
-                f"{(channels, kernel_size, kernel_size)}, got {tuple(tensor.shape)}"
-            )
-        if tensor.device != value.device:
-            raise ValueError(
-                f"elsa_attention needs all tensors on one device, got value on {value.device} "
-                f"and {name} on {tensor.device}"
-            )
-        if tensor.dtype != value.dtype and not (autocast and tensor.is_floating_point()):
-            raise TypeError(
-                f"elsa_attention needs all tensors of one dtype, got {value.dtype} for value "
-                f"and {tensor.dtype} for {name}"
-            )
 
 
 def _define(library: torch.library.Library) -> None:
@@ -127,6 +82,7 @@ def _attention_fake(
     kernel_size: int,
     dilation: int,
 ) -> Tensor:
+    check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation)
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
@@ -139,6 +95,8 @@ def _backward_fake(
     kernel_size: int,
     dilation: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad)
+
     def like(tensor: Tensor | None) -> Tensor:
         if tensor is None:
             return value.new_empty(0)
@@ -166,6 +124,23 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError("elsa::attention is differentiable once: it has no double backward")
 
 
+def _autograd(name: str, backward: Any, setup_context: Any) -> Any:
+    """What ``torch.library.register_autograd`` registers, which drops tangents without a word."""
+    operator = getattr(torch.ops.elsa, name).default
+    kernel = make_autograd_impl(operator, Info(backward, setup_context))
+
+    def refuse_tangents(keyset: Any, *inputs: Any) -> Any:
+        for tensor in inputs:
+            if isinstance(tensor, Tensor) and unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError(
+                    f"elsa::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, "
+                    "linearize, torch.autograd.forward_ad): differentiate in reverse mode"
+                )
+        return kernel(keyset, *inputs)
+
+    return refuse_tangents
+
+
 def _autocast(device_type: str) -> Any:
     def kernel(
         value: Tensor,
@@ -178,9 +153,7 @@ def _autocast(device_type: str) -> Any:
         dtype = torch.get_autocast_dtype(device_type)
 
         def cast(tensor: Tensor | None) -> Tensor | None:
-            if tensor is None or tensor.dtype == torch.float64:
-                return tensor
-            return tensor.to(dtype)
+            return tensor.to(dtype) if tensor is not None and is_cast(tensor.dtype) else tensor
 
         with torch._C._ExcludeDispatchKeyGuard(
             torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
@@ -197,14 +170,15 @@ def _register(library: torch.library.Library) -> None:
         _define(library)
     library.impl("attention", _fallback.attention, "CompositeExplicitAutograd")
     library.impl("attention_backward", _fallback.attention_backward, "CompositeExplicitAutograd")
-    for device_type in ("cpu", "cuda"):
+    for device_type in AUTOCAST:
         library.impl("attention", _autocast(device_type), f"Autocast{device_type.upper()}")
     torch.library.register_fake(_ATTENTION, _attention_fake, lib=library)
     torch.library.register_fake(_BACKWARD, _backward_fake, lib=library)
-    torch.library.register_autograd(
-        _ATTENTION, _attention_autograd, setup_context=_setup_context, lib=library
-    )
-    torch.library.register_autograd(_BACKWARD, _refuse_double_backward, lib=library)
+    for name, backward, setup_context in (
+        ("attention", _attention_autograd, _setup_context),
+        ("attention_backward", _refuse_double_backward, None),
+    ):
+        library.impl(name, _autograd(name, backward, setup_context), "Autograd", with_keyset=True)
 
 
 _library = torch.library.Library("elsa", "FRAGMENT")

@@ -32,13 +32,14 @@ def elsa_attention_reference(
     """
     height, width = value.shape[1:3]
     heads = logits.shape[-1] // kernel_size**2
-    margin = kernel_size // 2 * dilation
+    above, tops = windows(kernel_size, dilation, height)
+    before, lefts = windows(kernel_size, dilation, width)
     attn = logits.unflatten(-1, (heads, -1)).softmax(-1)
-    padded = F.pad(value, (0, 0, margin, margin, margin, margin)).unflatten(-1, (heads, -1))
+    padded = F.pad(value, (0, 0, before, before, above, above)).unflatten(-1, (heads, -1))
     out = value.new_zeros(()).expand(value.shape).unflatten(-1, (heads, -1))
     for offset in range(kernel_size**2):
         ky, kx = divmod(offset, kernel_size)
-        top, left = ky * dilation, kx * dilation
+        top, left = tops[ky], lefts[kx]
         window = padded[:, top : top + height, left : left + width]
         attended = attn[..., offset, None] * window
         if ghost_mul is not None:
@@ -47,3 +48,13 @@ def elsa_attention_reference(
         if ghost_add is not None:
             out = out + ghost_add[:, ky, kx].unflatten(0, (heads, -1)) * window
     return out.flatten(-2)
+
+
+def windows(kernel_size: int, dilation: int, length: int) -> tuple[int, list[int]]:
+    """Zeros to add at either end of an axis, and where the window of each offset begins then."""
+    radius = kernel_size // 2
+    margin = radius * dilation
+    if dilation > 1:  # else as it is, since in an exported graph the length may be a symbol
+        margin = min(margin, length)  # a window further away would read as many zeros
+    starts = [(k - radius) * dilation for k in range(kernel_size)]
+    return margin, [margin + max(-margin, min(start, margin)) for start in starts]

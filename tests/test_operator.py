@@ -263,22 +263,51 @@ def wrong(position, change, **options):
     return inputs, {"kernel_size": 3, **options}
 
 
+RANGE = r"at most 2147483647, got kernel_size {} and dilation {}$"
 WRONG = {
-    "rank": (wrong(0, lambda t: t[0]), ValueError, r"\[B, H, W, C\].*\(5, 5, 4\)"),
-    "map": (wrong(1, lambda t: t[:, 1:]), ValueError, r"same B, H, W.*\(1, 4, 5\)"),
+    "rank": (wrong(0, lambda t: t[0]), ValueError, r"value \[B, H, W, C\].*got \[5, 5, 4\] and"),
+    "map": (wrong(1, lambda t: t[:, 1:]), ValueError, r"same B, H, W, .* and \[1, 4, 5, 18\]"),
     "channels": (wrong(0, lambda t: t[..., :3]), ValueError, "multiple of 2 channels.*got 3"),
     "logits": (wrong(1, lambda t: t[..., :17]), ValueError, "multiple of 9 channels.*got 17"),
     "no logits": (wrong(1, lambda t: t[..., :0]), ValueError, "multiple of 9 channels.*got 0"),
-    "ghost shape": (wrong(2, lambda t: t[:2]), ValueError, r"ghost_add.*\(4, 3, 3\).*\(2, 3, 3\)"),
+    "ghost_add": (wrong(2, lambda t: t[:2]), ValueError, r"ghost_add.*\[4, 3, 3\].*\[2, 3, 3\]"),
+    "ghost_mul": (wrong(3, lambda t: t[0]), ValueError, r"ghost_mul.*\[4, 3, 3\].*\[3, 3\]"),
     "dtype": (wrong(1, lambda t: t.double()), TypeError, "float32 for value.*float64 for logits"),
-    "integers": (wrong(0, lambda t: t.long()), TypeError, "floating-point.*int64"),
-    "device": (wrong(3, lambda t: t.to("meta")), ValueError, "value on cpu.*ghost_mul on meta"),
-    "even kernel": (wrong(None, None, kernel_size=4), ValueError, "odd.*kernel_size=4"),
-    "dilation": (wrong(None, None, dilation=0), ValueError, "positive dilation.*dilation=0"),
+    "integers": (wrong(0, lambda t: t.long()), TypeError, "or bfloat16, got torch.int64 for value"),
+    "bool": (wrong(0, lambda t: t > 0), TypeError, "or bfloat16, got torch.bool for value"),
+    "complex": (wrong(0, lambda t: t + 1j), TypeError, "or bfloat16, got torch.complex64 for"),
+    "float8": (wrong(0, lambda t: t.to(torch.float8_e5m2)), TypeError, "got torch.float8_e5m2 for"),
+    "even kernel": (wrong(None, None, kernel_size=4), ValueError, "odd, .*kernel_size, got 4"),
+    "no kernel": (wrong(None, None, kernel_size=0), ValueError, "odd, .*kernel_size, got 0"),
+    "negative kernel": (wrong(None, None, kernel_size=-3), ValueError, "kernel_size, got -3"),
+    "squared kernel overflows": (
+        wrong(None, None, kernel_size=2**63 - 1),
+        ValueError,
+        RANGE.format(2**63 - 1, 1),
+    ),
+    "dilation": (wrong(None, None, dilation=0), ValueError, "positive dilation, got 0"),
+    "negative dilation": (wrong(None, None, dilation=-1), ValueError, "dilation, got -1"),
+    "reach": (wrong(None, None, dilation=2**30), ValueError, RANGE.format(3, 2**30)),
+    "reach overflows": (wrong(None, None, dilation=2**61), ValueError, RANGE.format(3, 2**61)),
+}
+MORE = {  # what never comes to a compiled kernel
+    "device": (
+        wrong(3, lambda t: t.to("meta")),
+        ValueError,
+        "got cpu for value and meta for ghost",
+    ),
+    "value elsewhere": (wrong(0, lambda t: t.to("meta")), ValueError, "got meta for value and cpu"),
+    "sparse": (wrong(0, lambda t: t.to_sparse()), TypeError, "strided.*torch.sparse_coo for value"),
+    "sparse logits": (wrong(1, lambda t: t.to_sparse()), TypeError, "sparse_coo for logits"),
+    "sparse, no kernel": (
+        wrong(0, lambda t: t.to_sparse(), kernel_size=0),
+        ValueError,
+        "kernel_size, got 0",
+    ),
 }
 
 
-@pytest.mark.parametrize("call, error, message", WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("call, error, message", {**WRONG, **MORE}.values(), ids={**WRONG, **MORE})
 def test_wrong_input_is_refused(call, error, message):
     inputs, options = call
     with pytest.raises(error, match=message) as caught:
@@ -286,12 +315,177 @@ def test_wrong_input_is_refused(call, error, message):
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("call", [WRONG[name][0] for name in WRONG if name != "device"], ids=str)
-def test_dispatcher_refuses_wrong_input_too(call):
-    """Direct calls of the compiled operator must not read out of bounds."""
-    inputs, options = call
-    with pytest.raises((ValueError, TypeError, RuntimeError)):
-        torch.ops.elsa.attention(*inputs, options["kernel_size"], options.get("dilation", 1))
+def compiled_kernel(*inputs):
+    with torch.inference_mode():  # no autograd kernel comes first
+        return torch.ops.elsa.attention(*inputs)
+
+
+def compiled_backward(value, *others):
+    grad = torch.empty(value.shape, dtype=value.dtype)
+    with torch.inference_mode():
+        return torch.ops.elsa.attention_backward(grad, value, *others)
+
+
+def fake_kernel(*inputs):
+    return torch.ops.elsa.attention(*(t.to("meta") if torch.is_tensor(t) else t for t in inputs))
+
+
+def fake_backward(value, *others):
+    others = [t.to("meta") if torch.is_tensor(t) else t for t in (value, *others)]
+    return torch.ops.elsa.attention_backward(others[0], *others)
+
+
+def default_backward(value, *others):
+    return _fallback.attention_backward(value, value, *others)
+
+
+ROUTES = [compiled_kernel, compiled_backward, fake_kernel, fake_backward]
+ROUTES += [_fallback.attention, default_backward]
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_every_kernel_refuses_wrong_input_in_the_same_words(name):
+    """Direct calls of the dispatcher must not read out of bounds."""
+    (inputs, options), error, message = WRONG[name]
+    said = set()
+    for route in ROUTES:
+        with pytest.raises((RuntimeError, error), match=message) as caught:
+            route(*inputs, options["kernel_size"], options.get("dilation", 1))
+        said.add(str(caught.value))
+    assert len(said) == 1, said
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_dispatcher_refuses_what_kernels_never_see(name):
+    (inputs, options), error, message = MORE[name]
+    with pytest.raises(error, match=message):
+        torch.ops.elsa.attention(*inputs, options["kernel_size"], 1)
+
+
+def test_gradient_of_another_shape_or_type_is_refused():
+    inputs = [tensor.detach() for tensor in make_inputs((1, 5, 5, 4, 2), 3, ("add", "mul"))]
+    value = inputs[0]
+    for grad in (value[..., :2], value.float(), value.to("meta")):
+        with pytest.raises((RuntimeError, ValueError, TypeError), match="elsa_attention needs"):
+            torch.ops.elsa.attention_backward(grad, *inputs, 3, 1)
+
+
+@pytest.mark.parametrize("change", [torch.Tensor.long, lambda t: t.to(torch.float8_e5m2)])
+def test_autocast_casts_no_other_type(change):
+    value, logits, *_ = (t if t is None else t.detach() for t in make_inputs((1, 5, 5, 4, 2), 3))
+    with torch.autocast("cpu"), pytest.raises(RuntimeError, match="float32, float64, float16 or"):
+        torch.ops.elsa.attention(change(value), logits.float(), None, None, 3, 1)
+
+
+def test_meta_tensors_have_a_result():
+    inputs = [t.to("meta") for t in make_inputs((1, 5, 5, 4, 2), 3, ("add", "mul"))]
+    assert elsa_attention(*inputs, kernel_size=3).shape == (1, 5, 5, 4)
+
+
+FAR = [(3, 2**30 - 1), (7, 1000), (7, 5), (7, 4), (5, 3)]
+
+
+@pytest.mark.parametrize("function", [elsa_attention, default_kernels])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 8, 2), (1, 3, 9, 8, 2), (1, 40, 2, 8, 1)], ids=str)
+@pytest.mark.parametrize("kernel_size, dilation", FAR, ids=str)
+def test_taps_beyond_the_map_read_zeros_however_far(shape, kernel_size, dilation, function):
+    inputs = make_inputs(shape, kernel_size, ("add", "mul"))
+    results = value_and_gradients(function, inputs, kernel_size, dilation)
+    expected = value_and_gradients(plain_formula, inputs, kernel_size, dilation)
+    for result, reference in zip(results, expected, strict=True):
+        torch.testing.assert_close(result, reference, rtol=1e-12, atol=1e-12)
+
+
+def plain_formula(value, logits, add, mul, *, kernel_size, dilation):
+    """The definition without any padding."""
+    batch, height, width, channels = value.shape
+    heads = logits.shape[-1] // kernel_size**2
+    attention = logits.unflatten(-1, (heads, -1)).softmax(-1)
+    attention = attention.repeat_interleave(channels // heads, 3)
+    out = torch.zeros_like(value)
+    for y, x in itertools.product(range(height), range(width)):
+        for ky, kx in itertools.product(range(kernel_size), repeat=2):
+            at = y + (ky - kernel_size // 2) * dilation, x + (kx - kernel_size // 2) * dilation
+            if 0 <= at[0] < height and 0 <= at[1] < width:
+                weight = attention[:, y, x, :, ky * kernel_size + kx] * mul[:, ky, kx]
+                one = torch.zeros_like(value).index_put(
+                    (torch.arange(batch), torch.tensor(y), torch.tensor(x)),
+                    (weight + add[:, ky, kx]) * value[:, at[0], at[1]],
+                )
+                out = out + one
+    return out
+
+
+MEMORY = """
+import resource
+import torch
+from elsa_core import operator
+torch.set_num_threads(1)
+def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for shape in [(1, 1, 32), (1, 64, 32), (64, 64, 32)]:
+    value, logits = torch.randn(1, *shape), torch.randn(1, *shape[:2], 49)
+    before = peak()
+    for dilation in (1000, 2**31 // 6 - 1):
+        out = torch.ops.elsa.attention(value, logits, None, None, 7, dilation)
+        torch.ops.elsa.attention_backward(out, value, logits, None, None, 7, dilation)
+    print(shape, (peak() - before) // 1024)
+"""
+
+
+def test_memory_is_bounded_by_the_map_whatever_the_dilation():
+    command = [sys.executable, "-c", MEMORY]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    used = [int(line.rpartition(" ")[2]) for line in done.stdout.splitlines()]
+    assert len(used) == 3 and max(used[:2]) < 20 and used[2] < 60, done.stdout
+
+
+def test_forward_mode_is_refused_by_name():
+    """No tangent is lost without a word, neither in a graph nor in a gradient's gradient."""
+    value, logits, *_ = (t if t is None else t.detach() for t in make_inputs((1, 3, 3, 4, 1), 3))
+    ones = torch.ones_like(value)
+
+    def attention(value):
+        return elsa_attention(value, logits, kernel_size=3)
+
+    def dual(function):
+        with torch.autograd.forward_ad.dual_level():
+            return function(torch.autograd.forward_ad.make_dual(value, ones))
+
+    backward = torch.ops.elsa.attention_backward
+    calls = [
+        lambda: torch.func.jvp(attention, (value,), (ones,)),
+        lambda: torch.func.jacfwd(attention)(value),
+        lambda: torch.func.linearize(attention, value),
+        lambda: torch.autograd.functional.jacobian(
+            attention, value, strategy="forward-mode", vectorize=True
+        ),
+        lambda: dual(attention),
+        lambda: dual(lambda value: torch.ops.elsa.attention(value, logits, None, None, 3, 1)),
+        lambda: dual(lambda grad: backward(grad, value, logits, None, None, 3, 1)),
+        lambda: torch.no_grad()(dual)(attention),
+        lambda: torch.compile(
+            lambda value: torch.func.jvp(attention, (value,), (ones,)), backend="aot_eager"
+        )(value),
+    ]
+    for call in calls:
+        with pytest.raises(NotImplementedError, match=r"elsa::attention\w* has no forward-mode"):
+            call()
+
+
+def test_other_transforms_are_right_or_refused():
+    value, logits, *_ = (t if t is None else t.detach() for t in make_inputs((1, 3, 3, 4, 1), 3))
+
+    def attention(value):
+        return elsa_attention(value, logits, kernel_size=3)
+
+    assert torch.equal(torch.vmap(attention)(torch.stack([value] * 2))[1], attention(value))
+    assert torch.equal(
+        torch.func.jvp(lambda w: attention(value) * w, (value,), (value,))[1],
+        attention(value) * value,
+    )
+    for transform in (torch.func.grad, torch.func.hessian):
+        with pytest.raises(RuntimeError, match="functorch transforms"):
+            transform(lambda value: attention(value).sum())(value)
 
 
 def test_without_extension(tmp_path):

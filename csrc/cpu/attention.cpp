@@ -1,13 +1,14 @@
 // elsa::attention and its backward on the CPU: from tensors to rows (attention_rows.h) and back.
 //
 // Work is cut into chunks of rows of one head. A chunk copies the value rows that it needs into
-// padded buffers, a ring of span + 1 rows, where borders, strides and storage types no longer
-// matter.
+// padded buffers, a ring of the rows within reach, where borders, strides and storage types no
+// longer matter.
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
 #include <algorithm>
 #include <cstdlib>
+#include <mutex>
 #include <string>
 #include <string_view>
 #include <tuple>
@@ -51,7 +52,11 @@ Problem check(
   const elsa::Problem p =
       check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad);
   const int64_t depth = RowShape::round_up(p.channels / p.heads, kLaneMultiple);
-  return {p, {p.width, depth, kernel_size, dilation}};
+  // Taps beyond the map read zeros, however far away, so that its size bounds all buffers.
+  const int64_t apart[] = {
+      std::min(dilation, std::max<int64_t>(1, p.height)),
+      std::min(dilation, std::max<int64_t>(1, p.width))};
+  return {p, {p.width, depth, kernel_size, apart[1]}, apart[0]};
 }
 
 // A map's numbers, pixels `stride` apart.
@@ -76,7 +81,7 @@ constexpr int64_t kGrain = 1 << 15;  // numbers that are worth a thread
 template <typename S, typename T = Arithmetic<S>>
 Buffer<T> pack_ghost(const Ghost& ghost, const Problem& p) {
   const int64_t taps = p.row.taps();
-  Buffer<T> packed(p.heads * taps * p.row.depth);
+  Buffer<T> packed = buffer<T>({p.heads, taps, p.row.depth});
   if (!ghost) return packed;
   const Tensor filters = torch::stable::contiguous(*ghost);
   const S* source = static_cast<const S*>(filters.const_data_ptr());
@@ -155,10 +160,11 @@ void forward_chunk(
     S* out) {
   using T = Arithmetic<S>;
   const RowShape& row = p.row;
-  const int64_t radius = row.span() / 2, channel = chunk.g * p.depth(), taps = row.taps();
-  int64_t next = std::max<int64_t>(0, chunk.begin - radius);
+  const int64_t radius = row.span() / 2, reach = p.reach(), channel = chunk.g * p.depth(),
+                taps = row.taps();
+  int64_t next = std::max<int64_t>(0, chunk.begin - reach);
   for (int64_t y = chunk.begin; y < chunk.end; ++y) {
-    for (; next <= std::min(y + radius, p.height - 1); ++next)
+    for (; next <= std::min(y + reach, p.height - 1); ++next)
       copy_row(
           call.value.data + p.pixel(chunk.b, next) * call.value.stride + channel, call.value.stride,
           p.width, p.depth(), work.ring.slot(next) + radius * row.depth, row.depth);
@@ -167,9 +173,8 @@ void forward_chunk(
     S* row_out = out + p.pixel(chunk.b, y) * p.channels + channel;
     const auto run = [&, logits = row_logits, logits_stride = stride](T* result, int64_t stride) {
       row_kernels<T>().forward(
-          row, {work.ring.around(y, p.height, row), logits, logits_stride,
-                filter(call.ghost_add, p, chunk.g), filter(call.ghost_mul, p, chunk.g),
-                work.attention.data(), result, stride});
+          row, {work.ring.around(y, p), logits, logits_stride, filter(call.ghost_add, p, chunk.g),
+                filter(call.ghost_mul, p, chunk.g), work.attention.data(), result, stride});
     };
     if constexpr (std::is_same_v<T, S>) {
       if (p.depth() == row.depth) {
@@ -189,8 +194,8 @@ void backward_chunk(
     const Map<S>& grad, const Operands<S>& call, Results<S>& results) {
   using T = Arithmetic<S>;
   const RowShape& row = p.row;
-  const int64_t span = row.span(), radius = span / 2, channel = chunk.g * p.depth(),
-                taps = row.taps();
+  const int64_t span = row.span(), radius = span / 2, reach = p.reach(),
+                channel = chunk.g * p.depth(), taps = row.taps();
   const int64_t positions = row.positions();
 
   const auto flush = [&](int64_t y) {
@@ -202,10 +207,10 @@ void backward_chunk(
     std::fill_n(source, positions * row.depth, T(0));
   };
 
-  int64_t next = std::max<int64_t>(0, chunk.begin - radius), flushed = next;
+  int64_t next = std::max<int64_t>(0, chunk.begin - reach), flushed = next;
   for (int64_t y = chunk.begin; y < chunk.end; ++y) {
-    for (; flushed < y - radius; ++flushed) flush(flushed);
-    for (; next <= std::min(y + radius, p.height - 1); ++next) {
+    for (; flushed < y - reach; ++flushed) flush(flushed);
+    for (; next <= std::min(y + reach, p.height - 1); ++next) {
       T* slot = work.value.slot(next) + radius * row.depth;
       copy_row(
           call.value.data + p.pixel(chunk.b, next) * call.value.stride + channel, call.value.stride,
@@ -223,18 +228,17 @@ void backward_chunk(
     const int64_t logits_offset = (p.pixel(chunk.b, y) * p.heads + chunk.g) * taps;
     const auto [row_logits, stride] = logits_row<T>(call.logits + logits_offset, p, work.logits);
     row_kernels<T>().backward(
-        row, {work.value.around(y, p.height, row), work.value_transposed.around(y, p.height, row),
-              row_logits, stride, filter(call.ghost_add, p, chunk.g),
-              filter(call.ghost_mul, p, chunk.g), work.grad.data(), work.grad_transposed.data(),
-              work.attention.data(), work.attention_tile.data(), work.grad_logits.data(), taps,
-              work.grad_value.around(y, p.height, row),
-              filter(results.add_parts, p, index * p.heads + chunk.g),
+        row, {work.value.around(y, p), work.value_transposed.around(y, p), row_logits, stride,
+              filter(call.ghost_add, p, chunk.g), filter(call.ghost_mul, p, chunk.g),
+              work.grad.data(), work.grad_transposed.data(), work.attention.data(),
+              work.attention_tile.data(), work.grad_logits.data(), taps,
+              work.grad_value.around(y, p), filter(results.add_parts, p, index * p.heads + chunk.g),
               filter(results.mul_parts, p, index * p.heads + chunk.g)});
     copy_row(
         work.grad_logits.data(), taps, p.width, taps, results.grad_logits + logits_offset,
         p.heads * taps);
   }
-  for (; flushed <= std::min(chunk.end - 1 + radius, p.height - 1); ++flushed) flush(flushed);
+  for (; flushed <= std::min(chunk.end - 1 + reach, p.height - 1); ++flushed) flush(flushed);
 }
 
 constexpr int64_t kChunkRows = 16;
@@ -244,13 +248,22 @@ constexpr int64_t kChunkRows = 16;
 template <typename Work, typename Body>
 void for_chunks(const Problem& p, int64_t rows, int64_t first, int64_t step, const Body& body) {
   const int64_t chunks = (p.height + rows - 1) / rows, used = (chunks - first + step - 1) / step;
+  std::mutex guard;
+  std::string problem;  // what parallel_for would not tell of an exception
   parallel_for(0, p.batch * used * p.heads, 1, [&](int64_t begin, int64_t end) {
-    Work work(p);
-    for (int64_t i = begin; i < end; ++i) {
-      const int64_t g = i % p.heads, c = first + i / p.heads % used * step, b = i / p.heads / used;
-      body(work, b * chunks + c, Chunk{b, g, c * rows, std::min((c + 1) * rows, p.height)});
+    try {
+      Work work(p);
+      for (int64_t i = begin; i < end; ++i) {
+        const int64_t g = i % p.heads, c = first + i / p.heads % used * step;
+        const int64_t b = i / p.heads / used;
+        body(work, b * chunks + c, Chunk{b, g, c * rows, std::min((c + 1) * rows, p.height)});
+      }
+    } catch (const std::exception& error) {
+      const std::lock_guard<std::mutex> lock(guard);
+      problem = error.what();
     }
   });
+  if (!problem.empty()) fail(problem);
 }
 
 Tensor attention(
@@ -277,31 +290,38 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad, const Tensor& value, const Tensor& logits, const Ghost& ghost_add,
     const Ghost& ghost_mul, int64_t kernel_size, int64_t dilation) {
   const Problem p = check(value, logits, ghost_add, ghost_mul, kernel_size, dilation, &grad);
-  const EvenMap grads = evenly_spaced(p, grad), values = evenly_spaced(p, value);
-  const Tensor all_logits = torch::stable::contiguous(logits);
   const auto like_value = [&](int32_t dtype) {
     return empty(p, dtype, {p.batch, p.height, p.width, p.channels});
   };
   Tensor grad_value = like_value(p.dtype);
   Tensor grad_logits = empty(p, p.dtype, {p.batch, p.height, p.width, p.heads * p.row.taps()});
-  Tensor grad_add = empty(p, p.dtype, {0}), grad_mul = empty(p, p.dtype, {0});
+  const auto zeros_like = [&](const Ghost& ghost) {
+    Tensor zeros =
+        ghost ? empty(p, p.dtype, {p.channels, p.kernel, p.kernel}) : empty(p, p.dtype, {0});
+    return torch::stable::zero_(zeros);
+  };
+  Tensor grad_add = zeros_like(ghost_add), grad_mul = zeros_like(ghost_mul);
+  if (p.is_empty()) return {grad_value, grad_logits, grad_add, grad_mul};
+  const EvenMap grads = evenly_spaced(p, grad), values = evenly_spaced(p, value);
+  const Tensor all_logits = torch::stable::contiguous(logits);
   with_type<Half, BFloat16>(p, [&](auto number) {
     using S = decltype(number);
     using T = Arithmetic<S>;
     using Work = BackwardWork<T>;
-    // A chunk adds to `span` rows around it. Neighbours take turns, so that no two at work
+    // A chunk adds to rows within reach of it. Neighbours take turns, so that no two at work
     // touch the same row and the order of the sums, thus the result, does not depend on the
     // threads.
-    const int64_t rows = std::max(kChunkRows, p.row.span());
+    const int64_t rows = std::max(kChunkRows, 2 * p.reach());
     const int64_t parts = p.batch * ((p.height + rows - 1) / rows);
-    const int64_t size = parts * p.heads * p.row.taps() * p.row.depth;
+    const auto filters = [&](const Ghost& ghost) {
+      return buffer<T>({ghost ? parts : 0, p.heads, p.row.taps(), p.row.depth});
+    };
     const Operands<S> call = operands<S>(p, values, all_logits, ghost_add, ghost_mul);
     const Map<S> upstream(grads);
     constexpr bool kSameType = std::is_same_v<T, S>;
     const Tensor sum = kSameType ? grad_value : like_value(dtype_of<T>());
     Results<S> results{
-        output<T>(sum), output<S>(grad_logits), Buffer<T>(ghost_add ? size : 0),
-        Buffer<T>(ghost_mul ? size : 0)};
+        output<T>(sum), output<S>(grad_logits), filters(ghost_add), filters(ghost_mul)};
     const int64_t numbers = p.pixels() * p.channels;
     parallel_for(0, numbers, kGrain, [&](int64_t begin, int64_t end) {
       std::fill(results.grad_value + begin, results.grad_value + end, T(0));

@@ -19,7 +19,7 @@ struct RowShape {
   int64_t width;     // positions of the image row
   int64_t depth;     // channels of the head, rounded up to kLaneMultiple
   int64_t kernel;    // K
-  int64_t dilation;  // distance of neighbouring taps
+  int64_t dilation;  // distance of neighbouring taps along the row, at most its width
 
   int64_t taps() const { return kernel * kernel; }
   int64_t padded_taps() const { return round_up(taps(), kLaneMultiple); }
@@ -41,7 +41,7 @@ struct ForwardRow {
   int64_t logits_stride;
   const T* ghost_add;  // (taps, depth)
   const T* ghost_mul;  // (taps, depth), or null: 1 everywhere
-  T* attention;        // scratch (positions, padded_taps)
+  T* attention;        // scratch (kTileMultiple, padded_taps)
   T* out;              // (width, depth), rows `out_stride` apart
   int64_t out_stride;
 };

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 #include <new>
 #include <type_traits>
 #include <utility>
@@ -20,7 +21,11 @@ struct Aligned {
   using value_type = T;
   static constexpr std::align_val_t kLine{64};
 
-  T* allocate(size_t n) { return static_cast<T*>(::operator new(n * sizeof(T), kLine)); }
+  T* allocate(size_t n) {
+    void* memory = ::operator new(n * sizeof(T), kLine, std::nothrow);
+    require(memory, "elsa_attention: no memory for a buffer of ", n, " numbers");
+    return static_cast<T*>(memory);
+  }
   void deallocate(T* memory, size_t) { ::operator delete(memory, kLine); }
   bool operator==(const Aligned&) const { return true; }
   bool operator!=(const Aligned&) const { return false; }
@@ -28,9 +33,18 @@ struct Aligned {
 template <typename T>
 using Buffer = std::vector<T, Aligned<T>>;
 
+// Zeros.
+template <typename T>
+Buffer<T> buffer(std::initializer_list<int64_t> sizes) {
+  return Buffer<T>(product(sizes));
+}
+
 struct Problem : elsa::Problem {
   RowShape row;
+  int64_t rows_apart;  // neighbouring taps along a column; like row.dilation at most the map's side
 
+  // Rows that the taps of a row reach above and below it.
+  int64_t reach() const { return kernel / 2 * rows_apart; }
   int64_t depth() const { return channels / heads; }
   int64_t pixel(int64_t b, int64_t y) const { return (b * height + y) * width; }
 };
@@ -67,24 +81,24 @@ std::pair<const T*, int64_t> logits_row(const S* source, const Problem& p, Buffe
   }
 }
 
-// The last `span + 1` padded rows around the current one. Slots are re-used, their borders stay
+// The padded rows within reach of the current one, in slots that are re-used; their borders stay
 // zero.
 template <typename T>
 class Ring {
  public:
-  Ring(const RowShape& row, int64_t numbers_a_row)
-      : slots_(row.span() + 1),
-        numbers_(numbers_a_row),
-        data_(slots_ * numbers_a_row),
-        rows_(row.kernel) {}
+  explicit Ring(const Problem& p)
+      : slots_(std::min(2 * p.reach() + 1, p.height)),
+        numbers_(product({p.row.positions(), p.row.depth})),
+        data_(buffer<T>({slots_, numbers_})),
+        rows_(p.kernel) {}
 
-  T* slot(int64_t y) { return data_.data() + (y + slots_) % slots_ * numbers_; }
+  T* slot(int64_t y) { return data_.data() + y % slots_ * numbers_; }
 
   // Pointers to the rows that the taps of row y read; null outside of the image.
-  T* const* around(int64_t y, int64_t height, const RowShape& row) {
-    for (int64_t k = 0; k < row.kernel; ++k) {
-      const int64_t source = y + k * row.dilation - row.span() / 2;
-      rows_[k] = source >= 0 && source < height ? slot(source) : nullptr;
+  T* const* around(int64_t y, const Problem& p) {
+    for (int64_t k = 0; k < p.kernel; ++k) {
+      const int64_t source = y + k * p.rows_apart - p.reach();
+      rows_[k] = source >= 0 && source < p.height ? slot(source) : nullptr;
     }
     return rows_.data();
   }
@@ -100,10 +114,10 @@ class Ring {
 template <typename T>
 struct ForwardWork {
   explicit ForwardWork(const Problem& p)
-      : ring(p.row, p.row.positions() * p.row.depth),
-        attention(p.row.positions() * p.row.padded_taps()),
-        result(p.row.positions() * p.row.depth),
-        logits(p.width * p.row.taps()) {}
+      : ring(p),
+        attention(buffer<T>({kTileMultiple, p.row.padded_taps()})),
+        result(buffer<T>({p.width, p.row.depth})),
+        logits(buffer<T>({p.width, p.row.taps()})) {}
 
   Ring<T> ring;
   Buffer<T> attention, result, logits;
@@ -112,15 +126,15 @@ struct ForwardWork {
 template <typename T>
 struct BackwardWork {
   explicit BackwardWork(const Problem& p)
-      : value(p.row, p.row.positions() * p.row.depth),
-        value_transposed(p.row, p.row.positions() * p.row.depth),
-        grad_value(p.row, p.row.positions() * p.row.depth),
-        grad((p.row.span() + p.row.positions()) * p.row.depth),
-        grad_transposed(p.row.positions() * p.row.depth),
-        attention((p.row.span() + p.row.positions()) * p.row.padded_taps()),
-        attention_tile(2 * p.row.taps() * kTileMultiple),
-        logits(p.width * p.row.taps()),
-        grad_logits(p.width * p.row.taps()) {}
+      : value(p),
+        value_transposed(p),
+        grad_value(p),
+        grad(buffer<T>({p.row.span() + p.row.positions(), p.row.depth})),
+        grad_transposed(buffer<T>({p.row.positions(), p.row.depth})),
+        attention(buffer<T>({p.row.span() + p.row.positions(), p.row.padded_taps()})),
+        attention_tile(buffer<T>({2, p.row.taps(), kTileMultiple})),
+        logits(buffer<T>({p.width, p.row.taps()})),
+        grad_logits(buffer<T>({p.width, p.row.taps()})) {}
 
   Ring<T> value, value_transposed, grad_value;
   Buffer<T> grad, grad_transposed, attention, attention_tile, logits, grad_logits;

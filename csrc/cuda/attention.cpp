@@ -40,8 +40,12 @@ Problem check(
     int64_t kernel_size, int64_t dilation, const Tensor* grad = nullptr) {
   const Problem p = check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad);
   require(
-      kernel_size <= kLargestKernel, "elsa::attention: kernel_size must be at most ",
-      kLargestKernel, " on CUDA devices, got ", kernel_size);
+      kernel_size <= kLargestKernel, "elsa_attention needs kernel_size of at most ", kLargestKernel,
+      " on CUDA devices, got ", kernel_size);
+  require(
+      std::max(p.heads, p.channels / p.heads) <= kMostCounted, "elsa_attention needs at most ",
+      kMostCounted, " heads, and channels a head, on CUDA devices, got ", p.heads, " and ",
+      p.channels / p.heads);
   return p;
 }
 
@@ -59,7 +63,7 @@ Kernels choose(const Problem& p, bool multiplied, std::initializer_list<const Ev
     int64_t most = std::max({p.height, p.width, p.heads});
     for (const EvenMap* map : maps) most = std::max(most, map->stride);
     if (p.kernel != 7 || p.channels != 32 * p.heads || p.dilation != 1 || multiplied ||
-        most >= kMostK7)
+        most >= kMostK7 || p.pixels() * p.heads > kMostCounted)
       return Kernels::any;
     int device = 0, bytes = 0;
     STD_CUDA_CHECK(cudaGetDevice(&device));

@@ -67,6 +67,8 @@ const char* architectures();
 
 // Kernels for any size, in attention_any.cu. The largest kernel is bounded by shared memory.
 inline constexpr int64_t kLargestKernel = 77;
+// Of heads, of channels per head, and of the blocks of a grid: they are counted in 32 bits.
+inline constexpr int64_t kMostCounted = 0x7fffffff;
 template <typename S>
 void forward_any(const Forward<S>& call, cudaStream_t stream);
 template <typename S>
