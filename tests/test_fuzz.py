@@ -1,4 +1,4 @@
-"""The fuzz command: what it finds."""
+"""The fuzz command: what it finds, and some calls of the operator."""
 
 import re
 import subprocess
@@ -65,3 +65,8 @@ def test_crash_memory_time_and_wrong_outcomes_are_findings(tmp_path):
 def test_wrong_arguments_are_refused(arguments, message):
     done = fuzz(*arguments)
     assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
+
+
+def test_random_calls_of_the_operator_are_right_or_refused():
+    done = fuzz("operator", "--cases", 60, "--jobs", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
