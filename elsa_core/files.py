@@ -1,66 +1,58 @@
-"""Files that a kill at any moment, or a full disk, leaves whole."""
+"""Files that a kill at any moment, a full disk or a second writer leaves whole.
+
+What is written has a name of its own in the same folder until it is complete,
+``.NAME.BOOT-PROCESS-RANDOM.part``, and is then renamed. An exception removes that file, and so does
+each signal that can be caught and would end the process; after SIGKILL or a power cut, the next
+process that writes the same file does.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import Any
 
+from . import atomic
 from .errors import UsageError
 
 
-class _Remembering:
-    """A file to write to that keeps the system's reason for a failure, which torch.save drops."""
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self.file = file
-        self.error: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        try:
-            return self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-
-    def flush(self) -> None:
-        self.file.flush()
-
-
 @contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Any]:
+def replacing(path: str | os.PathLike[str], *, sweeping: bool = True) -> Iterator[Any]:
     """A binary file to write to, which takes the place of ``path`` when all went well.
 
-    Until then it is ``path`` + ".part" on the same disk, which the next attempt overwrites.
+    A file that is there keeps its permissions. A symbolic link is replaced and what it names stays
+    as it is. Devices and pipes, such as /dev/stdout, are written to directly.
+
+    Args:
+        sweeping: looks for what killed processes have left of the same file. That lists the folder;
+            whoever writes thousands of files can call `sweep` once instead.
 
     Raises UsageError, with the system's reason, where ``path`` cannot be written; what was there
     before stays.
     """
     path = os.fspath(path)
-    temporary = f"{path}.part"
-    file = None
-    try:
-        with open(temporary, "wb") as raw:
-            file = _Remembering(raw)
-            yield file
-            raw.flush()
-            os.fsync(raw.fileno())
-        os.replace(temporary, path)
-        _sync_folder(os.path.dirname(path) or ".")
-    except BaseException as error:
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        cause = file.error if file is not None and file.error else error
-        if isinstance(cause, OSError):
-            raise UsageError(f"{path} cannot be written: {cause.strerror or cause}") from error
-        raise
+    with _saying(path), atomic.replacing(path, sweeping=sweeping) as file:
+        yield file
 
 
-def _sync_folder(folder: str) -> None:
-    """So that the new name, too, outlives a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+@contextmanager
+def replacing_by_name(path: str | os.PathLike[str]) -> Iterator[str]:
+    """As `replacing`, for libraries that open a file themselves: the name of an empty file, which
+    has the ending of ``path``."""
+    path = os.fspath(path)
+    with _saying(path), atomic.replacing_by_name(path) as name:
+        yield name
+
+
+def sweep(folder: str | os.PathLike[str]) -> None:
+    """Removes what processes of this machine that were killed have left of files in a folder."""
+    atomic.sweep(os.fspath(folder))
+
+
+@contextmanager
+def _saying(path: str) -> Iterator[None]:
     try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        yield
+    except OSError as error:
+        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error

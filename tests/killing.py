@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from fnmatch import fnmatch
 from multiprocessing import forkserver
 from pathlib import Path
 from unittest import mock
@@ -21,11 +22,11 @@ from unittest import mock
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 PATIENCE = 600  # seconds after which a process is taken to hang
-# What a process does to a file, the end of its name, how often: a kill comes before the last.
-ITERATION = ("open", "losses.txt", 3)
-CHECKPOINT = ("open", ".pth.part", 1)
-NAME = ("os.rename", ".pth.part", 1)
-NOTE = ("os.rename", "last_checkpoint.part", 1)
+# What a process does to a file, its name, how often: a kill comes before the last.
+ITERATION = ("open", "*losses.txt", 3)
+CHECKPOINT = ("open", "*.pth.*.part", 1)
+NAME = ("os.rename", "*.pth.*.part", 1)
+NOTE = ("os.rename", "*last_checkpoint.*.part", 1)
 STOPPED = {signal.SIGTERM: 143, signal.SIGUSR1: 138, signal.SIGKILL: -signal.SIGKILL}
 
 
@@ -46,11 +47,11 @@ def fork(target, *arguments, death=None):
 
 def dying(number, moment, target, *arguments):
     """In the child: calls the target; a signal comes at the moment."""
-    wanted, end, times = moment
+    wanted, pattern, times = moment
 
     def look(event, values):
         nonlocal times
-        if event == wanted and str(values[0]).endswith(end):
+        if event == wanted and fnmatch(str(values[0]), pattern):
             times -= 1
             if times == 0:
                 os.kill(os.getpid(), number)
@@ -126,7 +127,7 @@ class Trainings:
 
     def run_for(self, iterations):
         """Trains for so many iterations; returns their losses by iteration."""
-        self.kill(signal.SIGKILL, ("open", "losses.txt", iterations + 1), resume=False)
+        self.kill(signal.SIGKILL, ("open", "*losses.txt", iterations + 1), resume=False)
         return dict(self.losses())
 
     def losses(self):

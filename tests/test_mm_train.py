@@ -59,7 +59,7 @@ def kill_and_resume(framework, digits, folder):
     values = options(framework, digits, default_hooks__checkpoint__interval=2, **more)
     arguments = [CONFIGS[framework], "--work-dir", "runs", "--resume", *values]
     output = folder / "killed.txt"
-    death = signal.SIGKILL, ("os.rename", "last_checkpoint.part", 2)
+    death = signal.SIGKILL, ("os.rename", "*last_checkpoint.*.part", 2)
     process = fork(run_tool, tool, arguments, folder, output, death=death)
     assert statuses_of([process]) == [-signal.SIGKILL], output.read_text()[-4000:]
     checkpoint = (folder / "runs/last_checkpoint").read_text()

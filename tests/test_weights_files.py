@@ -27,7 +27,7 @@ from weights_models import (
     with_bookkeeping,
 )
 
-from elsa_core import VARIANTS, __version__, files
+from elsa_core import VARIANTS, __version__, atomic
 from elsa_weights import cli, convert_file, read_checkpoint, write
 
 TOOL = Path(__file__).resolve().parents[1] / "tools/convert_weights.py"
@@ -202,11 +202,11 @@ class FullDisk:
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_full_disk(tmp_path, source, capsys, monkeypatch, suffix):
     @contextmanager
-    def open_on_full_disk(path, mode):
-        with open(path, mode) as file:
+    def open_on_full_disk(path, mode, **options):
+        with open(path, mode, **options) as file:
             yield FullDisk(file)
 
-    monkeypatch.setattr(files, "open", open_on_full_disk, raising=False)
+    monkeypatch.setattr(atomic, "open", open_on_full_disk, raising=False)
     (tmp_path / f"a{suffix}").write_text("old")
     message = refused(capsys, tmp_path, source, tmp_path / f"a{suffix}", "--to", "mmdet")
     assert "No space left on device" in message
@@ -252,7 +252,7 @@ def test_folder_that_only_looks_writable(tmp_path, source, capsys, monkeypatch):
     def denied(name, *_, **__):
         raise PermissionError(errno.EACCES, "Permission denied", str(name))
 
-    monkeypatch.setattr(files, "open", denied, raising=False)
+    monkeypatch.setattr(os, "open", denied)
     monkeypatch.setattr(write, "sha256", lambda _: "")
     message = refused(capsys, tmp_path, source, tmp_path / "a.pth", "--to", "mmdet")
     assert "Permission denied" in message
