@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from .check import check_annotations, check_folder
 from .derive import derive
 from .errors import DataError, printable
+from .files import replacing
 from .layout import BOTH, LAYOUTS
 from .places import IN_THE_WAY, MADE, Place, link, merged, places
 from .report import Report, sources, tree
@@ -198,11 +199,8 @@ def _finish(options: argparse.Namespace, reports: Sequence[Report]) -> int:
             "complete": complete,
             "reports": [report.record() for report in reports],
         }
-        try:
-            with open(options.json, "w", encoding="utf-8") as file:
-                file.write(json.dumps(record, indent=1) + "\n")
-        except OSError as error:
-            raise DataError(f"--json {options.json} cannot be written: {error.strerror}") from error
+        with replacing(options.json) as file:
+            file.write((json.dumps(record, indent=1) + "\n").encode())
     return 0 if complete else 1
 
 

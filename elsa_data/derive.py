@@ -9,10 +9,9 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from multiprocessing import get_context
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import pycocotools.mask
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from .coco import read_json
 from .errors import DataError
+from .files import replacing, sweep
 from .images import LONGEST_SIDE, MOST_PIXELS, open_image
 from .problems import FARTHEST, are_numbers, shown
 
@@ -73,7 +73,9 @@ def _cityscapes(folder: str, jobs: int, progress: bool) -> dict[str, int]:
         target = os.path.join(folder, "annotations", name)
         if not os.path.exists(target):
             coco = _instances(folder, split, jobs, progress)
-            _write(target, lambda file, coco=coco: file.write(json.dumps(coco).encode()))
+            _make_folder(os.path.dirname(target))
+            with replacing(target) as file:
+                file.write(json.dumps(coco).encode())
             made["instancesonly"] += 1
     return made
 
@@ -85,7 +87,8 @@ def _reduce_labels(pair: tuple[str, str]) -> None:
         raise DataError(f"{source} is no label map of one byte a pixel")
     # uint8: 0, no class, becomes 255.
     image = Image.fromarray(labels - np.uint8(1))
-    _write(target, lambda file: image.save(file, format="PNG"))
+    with replacing(target, sweeping=False) as file:
+        image.save(file, format="PNG")
 
 
 def _draw_train_ids(pair: tuple[str, str]) -> None:
@@ -100,7 +103,8 @@ def _draw_train_ids(pair: tuple[str, str]) -> None:
         image = createLabelImage(annotation, "trainIds")
     except (Exception, SystemExit) as error:  # it ends the process on a label that it does not know
         raise DataError(f"{source} cannot be used: {_one_line(error)}") from error
-    _write(target, lambda file: image.save(file, format="PNG"))
+    with replacing(target, sweeping=False) as file:
+        image.save(file, format="PNG")
 
 
 def _check_polygons(path: str) -> None:
@@ -219,10 +223,8 @@ def _each(
         raise DataError(f"there is nothing to make {what} from")
     missing = [pair for pair in pairs if not os.path.exists(pair[1])]
     for target in {os.path.dirname(target) for _, target in missing}:
-        try:
-            os.makedirs(target, exist_ok=True)
-        except OSError as error:
-            raise DataError(f"{target} cannot be made: {error.strerror}") from error
+        _make_folder(target)
+        sweep(target)
     _run(make, missing, what, jobs, progress)
     return len(missing)
 
@@ -249,30 +251,11 @@ def _read(path: str) -> np.ndarray:
         raise DataError(f"{path} cannot be read: {_one_line(error)}") from error
 
 
-def _write(path: str, save: Callable[[IO[bytes]], Any]) -> None:
-    """Whole or not at all. Raises DataError where it cannot be written."""
-    folder = os.path.dirname(path)
-    temporary = None
+def _make_folder(path: str) -> None:
     try:
-        os.makedirs(folder, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=folder, prefix=".", delete=False) as file:
-            temporary = file.name
-            save(file)
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-        temporary = None
+        os.makedirs(path, exist_ok=True)
     except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        if temporary is not None:
-            os.unlink(temporary)
-
-
-def _umask() -> int:
-    """What new files may not be; a temporary file is its owner's alone."""
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+        raise DataError(f"{path} cannot be made: {error.strerror}") from error
 
 
 def _folders(path: str) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-import os
+from contextlib import nullcontext
 from typing import Any
 from unittest import mock
 
@@ -18,6 +18,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from elsa_core.blocks import Block
 from elsa_core.errors import UsageError
+from elsa_core.files import replacing_by_name
 
 _BASE = "base_param_settings"  # whose learning rate the log shows
 
@@ -68,10 +69,8 @@ class ELSAFSDPStrategy(FSDPStrategy):
         if not self._is_full_state_dict():
             super().save_checkpoint(filename, **kwargs)
             return
-        part = f"{filename}.part"
-        super().save_checkpoint(part, **kwargs)
-        if is_main_process():
-            os.replace(part, filename)
+        with replacing_by_name(filename) if is_main_process() else nullcontext(filename) as name:
+            super().save_checkpoint(name, **kwargs)
 
 
 @STRATEGIES.register_module()
