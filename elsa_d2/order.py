@@ -8,7 +8,10 @@ from typing import Any
 
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase
+from detectron2.utils import comm
 from torch.utils.data import DataLoader
+
+from elsa_core.randomness import Placed, PlacedData, seed_all
 
 
 class ContinuedSampler(TrainingSampler):
@@ -30,13 +33,16 @@ class ContinuedSampler(TrainingSampler):
 
     def __iter__(self) -> Iterator[int]:
         start = self.done + self._rank
-        yield from itertools.islice(self._infinite_indices(), start, None, self._world_size)
+        rest = itertools.islice(self._infinite_indices(), start, None, self._world_size)
+        for number, index in enumerate(rest):
+            yield Placed(index, f"{self._seed}/{start + number * self._world_size}")
 
 
 class DataOrderHook(HookBase):
     """Keeps the shuffle's seed in the checkpoints and begins where the resumed training ended.
 
-    Detectron2 would begin again with the first images of the shuffle. Exact without
+    Detectron2 would begin again with the first images of the shuffle, and draw other random
+    numbers: here those of an iteration follow from the seed and its number. Exact without
     DATALOADER.ASPECT_RATIO_GROUPING; with it, some images of neighbouring batches change places.
 
     Args:
@@ -55,14 +61,19 @@ class DataOrderHook(HookBase):
     def before_train(self) -> None:
         self.sampler.done = self.trainer.start_iter * self.batch_size
 
+    def before_step(self) -> None:
+        seed_all(f"{self.sampler.seed}/{comm.get_rank()}/{self.trainer.iter}")
+
 
 def continue_order(loader: DataLoader, batch_size: int) -> DataOrderHook | None:
-    """Puts a `ContinuedSampler` into a training loader; None where its sampler is a special one."""
+    """Puts a `ContinuedSampler` into a training loader, whose images' augmentation follows from
+    their places in the order; None where its sampler is a special one."""
     sampler = getattr(loader.dataset, "sampler", None)
     if type(sampler) is not TrainingSampler:
         return None
     continued = ContinuedSampler(sampler._size, sampler._shuffle, sampler._seed)
     loader.dataset.sampler = continued
+    loader.dataset.dataset = PlacedData(loader.dataset.dataset)
     return DataOrderHook(continued, batch_size)
 
 

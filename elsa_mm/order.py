@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator
 from typing import Any
 
+from mmengine.dist import get_rank
 from mmengine.runner import EpochBasedTrainLoop
-from torch.utils.data import DataLoader
+from torch.utils.data import BatchSampler, DataLoader, IterableDataset
+
+from elsa_core.randomness import PlacedData, PlacedSampler, seed_all
 
 
 class RestOfEpoch:
@@ -31,22 +35,60 @@ class RestOfEpoch:
 
 
 def continue_order(runner: Any) -> None:
-    """Lets a resumed training see the images that the interrupted one would have seen next.
+    """Lets a resumed training see the images that the interrupted one would have seen next, in the
+    same augmentation.
 
     MMEngine continues the order of `IterBasedTrainLoop` alone, given a seed in the config, and
     begins an epoch again, counting its iterations once more.
     """
     loop = runner.train_loop
-    if not loop.iter:
-        return
-    loader = loop.dataloader
-    for sampler in (loader.sampler, getattr(loader.batch_sampler, "sampler", None)):
+    for sampler in _samplers(loop.dataloader) if loop.iter else ():
         if hasattr(sampler, "seed") and getattr(runner, "seed", None) is not None:
             if not (runner.cfg.get("randomness") or {}).get("diff_rank_seed"):
                 sampler.seed = runner.seed
-    done = loop.iter - loop.epoch * len(loader)
-    if isinstance(loop, EpochBasedTrainLoop) and 0 < done < len(loader):
+    if not isinstance(loop.dataloader.dataset, IterableDataset):
+        loop.dataloader = _placed(loop.dataloader)
+        if hasattr(loop, "dataloader_iterator"):
+            loop.dataloader_iterator = type(loop.dataloader_iterator)(loop.dataloader)
+    done = loop.iter - loop.epoch * len(loop.dataloader)
+    if isinstance(loop, EpochBasedTrainLoop) and 0 < done < len(loop.dataloader):
         _leave_out(loop, done)
+
+
+def seed_iteration(runner: Any) -> None:
+    """Lets what the model draws in an iteration follow from the seed and the iteration's number."""
+    seed_all(f"{runner.seed}/{get_rank()}/{runner.iter}")
+
+
+def _samplers(loader: DataLoader) -> tuple[Any, Any]:
+    return loader.sampler, getattr(loader.batch_sampler, "sampler", None)
+
+
+def _placed(loader: DataLoader) -> DataLoader:
+    """The same loader, but the augmentation of an image follows from its place in the order."""
+    batches: Any = loader.batch_sampler
+    sampler = PlacedSampler(batches.sampler, str(get_rank()))
+    dataset = PlacedData(loader.dataset)
+    if type(batches) is BatchSampler:
+        kept = dict(batch_size=batches.batch_size, drop_last=batches.drop_last, sampler=sampler)
+    else:
+        batches = copy.copy(batches)
+        batches.sampler = sampler
+        kept = dict(batch_sampler=batches)
+    return _rebuilt(loader, dataset, persistent_workers=loader.persistent_workers, **kept)
+
+
+def _rebuilt(loader: DataLoader, dataset: Any, **options: Any) -> DataLoader:
+    return DataLoader(
+        dataset,
+        num_workers=loader.num_workers,
+        collate_fn=loader.collate_fn,
+        pin_memory=loader.pin_memory,
+        worker_init_fn=loader.worker_init_fn,
+        timeout=loader.timeout,
+        prefetch_factor=loader.prefetch_factor,
+        **options,
+    )
 
 
 def _leave_out(loop: EpochBasedTrainLoop, done: int) -> None:
@@ -55,16 +97,8 @@ def _leave_out(loop: EpochBasedTrainLoop, done: int) -> None:
 
     def run_rest() -> None:
         del loop.run_epoch
-        loop.dataloader = DataLoader(
-            whole.dataset,
-            batch_sampler=RestOfEpoch(whole.batch_sampler, done),
-            num_workers=whole.num_workers,
-            collate_fn=whole.collate_fn,
-            pin_memory=whole.pin_memory,
-            worker_init_fn=whole.worker_init_fn,
-            timeout=whole.timeout,
-            prefetch_factor=whole.prefetch_factor,
-        )
+        rest = RestOfEpoch(whole.batch_sampler, done)
+        loop.dataloader = _rebuilt(whole, whole.dataset, batch_sampler=rest)
         try:
             run_epoch()
         finally:

@@ -29,7 +29,7 @@ from elsa_core.stop import (
     stopped,
 )
 
-from .order import continue_order
+from .order import continue_order, seed_iteration
 
 STOPPED = "stopped.pth"
 
@@ -80,6 +80,10 @@ class StoppableCheckpointHook(CheckpointHook):
         self.saved = runner.iter
         self.signals = StopSignals()
         self.signals.listen()
+
+    def before_train_iter(self, runner: Any, *args: Any, **kwargs: Any) -> None:
+        super().before_train_iter(runner, *args, **kwargs)
+        seed_iteration(runner)
 
     def _watch(self, runner: Any) -> None:
         source = getattr(runner, "_load_from", None)

@@ -26,10 +26,10 @@ KEYS = {
     "MODEL__ELSA_SWIN__FREE_ARCH__NUM_HEADS": [1, 1, 2, 2],
     "MODEL__SEM_SEG_HEAD__CONVS_DIM": 8,
     "MODEL__SEM_SEG_HEAD__AUX_CONVS_DIM": 8,
-    # Nothing is random but the order of the images.
-    "INPUT__SEM_SEG__SCALE": [32, 32],
-    "INPUT__SEM_SEG__RATIO_RANGE": [1.0, 1.0],
+    "INPUT__SEM_SEG__SCALE": [48, 48],
+    "INPUT__SEM_SEG__RATIO_RANGE": [0.7, 1.5],
     "INPUT__SEM_SEG__CROP_SIZE": [32, 32],
+    "MODEL__ELSA_SWIN__DROP_PATH_RATE": 0.2,
     "SOLVER__MAX_ITER": 100000,
     "SOLVER__CHECKPOINT_PERIOD": 4,
     "TEST__EVAL_PERIOD": 0,

@@ -22,13 +22,15 @@ import elsa_core  # noqa: F401
 
 quicken_mmengine()
 
-# Nothing is random but the order of the images.
 CONFIG = """
 _base_ = {bases!r}
 pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="LoadAnnotations"),
-    dict(type="Resize", scale=(32, 32)),
+    dict(type="RandomResize", scale=(48, 48), ratio_range=(0.7, 1.5), keep_ratio=True),
+    dict(type="RandomCrop", crop_size=(32, 32)),
+    dict(type="RandomFlip", prob=0.5),
+    dict(type="PhotoMetricDistortion"),
     dict(type="PackSegInputs"),
 ]
 train_dataloader = dict(batch_size=2, dataset=dict(data_root={data!r}, pipeline=pipeline))
@@ -36,7 +38,7 @@ val_dataloader = dict(dataset=dict(data_root={data!r}))
 arch = dict(embed_dim=16, num_heads=[1, 1, 2, 2])
 model = dict(
     data_preprocessor=dict(size=(32, 32)),
-    backbone=dict(arch=arch),
+    backbone=dict(arch=arch, drop_path_rate=0.2),
     decode_head=dict(in_channels=[16, 32, 64, 128], channels=8),
     auxiliary_head=dict(in_channels=64, channels=8),
 )
