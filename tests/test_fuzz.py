@@ -67,6 +67,7 @@ def test_wrong_arguments_are_refused(arguments, message):
     assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
 
 
-def test_random_calls_of_the_operator_are_right_or_refused():
-    done = fuzz("operator", "--cases", 60, "--jobs", 2)
+@pytest.mark.parametrize("target", ["checkpoint", "operator"])
+def test_random_input_is_right_or_refused(target):
+    done = fuzz(target, "--cases", 60, "--jobs", 2)
     assert done.returncode == 0, done.stdout + done.stderr
