@@ -70,9 +70,9 @@ class Detectron2Predictor(Predictor):
 
     def draw(self, image: np.ndarray, result: Result) -> np.ndarray:
         metadata = Metadata(
-            thing_classes=self.classes,
+            thing_classes=self.names_for_matplotlib,
             thing_colors=self.colours,
-            stuff_classes=self.classes,
+            stuff_classes=self.names_for_matplotlib,
             stuff_colors=self.colours,
         )
         painter = Visualizer(image[..., ::-1], metadata, instance_mode=ColorMode.SEGMENTATION)

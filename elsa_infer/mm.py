@@ -107,10 +107,14 @@ class OpenMMLabPredictor(Predictor):
         if self.painter is None:
             if self.task == "segmentation":
                 from mmseg.visualization import SegLocalVisualizer as Visualizer
+
+                names = self.classes  # which OpenCV writes
             else:
                 from mmdet.visualization import DetLocalVisualizer as Visualizer
+
+                names = self.names_for_matplotlib
             self.painter = Visualizer(name="elsa_infer", alpha=0.5)
-            self.painter.dataset_meta = dict(classes=self.classes, palette=self.colours)
+            self.painter.dataset_meta = dict(classes=names, palette=self.colours)
         return self.painter
 
     def normalisation(self) -> tuple[list[float], list[float]]:

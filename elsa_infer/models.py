@@ -51,6 +51,11 @@ class Predictor(ABC):
         names = np.array([name == "background" for name in self.classes])
         return np.where(names[result.labels], len(names), result.labels).astype(np.int64)
 
+    @property
+    def names_for_matplotlib(self) -> list[str]:
+        """The classes, without its formulas, which stand between two dollars."""
+        return [name.replace("$", r"\$") for name in self.classes]
+
     @abstractmethod
     def normalisation(self) -> tuple[list[float], list[float]]:
         """Mean and deviation of the channels in RGB order, as the model subtracts and divides.

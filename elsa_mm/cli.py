@@ -174,6 +174,8 @@ def _test(options: argparse.Namespace) -> None:
         fit.check_weights(fit.model_of(runner), options.checkpoint, content)
         del content
     agree(lambda: preflight.build_data(runner, ["test"]))
+    if options.show_dir:
+        preflight.keep_images(runner, options.show_dir)
     fit.check_classes(runner, ["test"])
     classes.check(runner, ["test"], stored, options.checkpoint)
     if options.out and not _is_mmseg(cfg):

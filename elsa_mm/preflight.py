@@ -178,6 +178,20 @@ def build_data(runner: Runner, parts: Sequence[str]) -> None:
             label_maps.check_label_maps(loop.dataloader.dataset, part)
 
 
+def keep_images(runner: Runner, folder: str) -> None:
+    """Raises UsageError for the folder of an image of the test data, which a painted one of its
+    name would replace."""
+    dataset = runner.test_loop.dataloader.dataset
+    if not os.path.isdir(folder) or not hasattr(dataset, "get_data_info"):
+        return
+    infos = map(dataset.get_data_info, range(len(dataset)))
+    for place in {os.path.dirname(str(info.get("img_path"))) or "." for info in infos}:
+        if os.path.isdir(place) and os.path.samefile(place, folder):
+            raise UsageError(
+                f"--show-dir must be another folder than that of the images, got {folder}"
+            )
+
+
 def walk(node: Any) -> Iterator[dict]:
     """All dicts in nested dicts, lists and tuples."""
     if isinstance(node, dict):

@@ -25,7 +25,7 @@ from elsa_data.images import cut_off, read_image, reason
 
 _LABEL_MAPS = "mmseg.datasets.transforms.loading"
 # Options of LoadImageFromFile that ask for another kind of image than RGB of 8 bits.
-_OTHER = {"color_type": "color", "imdecode_backend": "cv2", "file_client_args": None}
+_OTHER = {"color_type": ("color",), "imdecode_backend": ("cv2", "pillow"), "file_client_args": ()}
 
 
 def that_reads(kind: type[Runner]) -> type[Runner]:
@@ -72,7 +72,7 @@ def _ours(step: dict, dataset: dict) -> dict:
     kind = step["type"]
     with TRANSFORMS.switch_scope_and_registry(None) as registry:
         kind = registry.get(kind) if isinstance(kind, str) else kind
-    if kind is LoadImageFromFile and all(step.get(k, v) == v for k, v in _OTHER.items()):
+    if kind is LoadImageFromFile and all(step[k] in v for k, v in _OTHER.items() if step.get(k)):
         return {**step, "type": LoadImage}
     if kind is not None and (kind.__module__, kind.__name__) == (_LABEL_MAPS, "LoadAnnotations"):
         from .label_maps import LoadLabelMap, class_count

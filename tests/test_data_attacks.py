@@ -128,6 +128,18 @@ def test_each_ends_in_a_report(files, capfd, name):
         assert rule in found["unreadable"]["text"]
 
 
+@pytest.mark.parametrize("seed", range(0, 60, 20))
+def test_random_damage_ends_in_a_report(tmp_path, monkeypatch, seed):
+    monkeypatch.syspath_prepend(Path(__file__).parent / "fuzz")
+    from coco_mutations import checked, written
+
+    for one in range(seed, seed + 20):
+        (tmp_path / str(one)).mkdir()
+        monkeypatch.chdir(tmp_path / str(one))
+        written(one)
+        checked()
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.json")
     with pytest.raises(DataError, match="a.json cannot be read: it is a pipe"):

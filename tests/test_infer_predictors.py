@@ -13,7 +13,7 @@ from mmseg.apis import MMSegInferencer
 
 import elsa_d2
 import elsa_weights
-from elsa_infer import load_predictor
+from elsa_infer import Instances, load_predictor
 from elsa_infer.inputs import read_image
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -111,3 +111,15 @@ def test_predictor_takes_weights_of_openmmlab(segmentor, image):
     ours = load_predictor(MMSEG, segmentor, device="cpu").predict(read_image(image))
     # MMSegmentation stretches to 96x96, Detectron2 keeps the ratio: the same for a square.
     assert (found == ours.labels).mean() > 0.99
+
+
+@pytest.mark.parametrize("config", [D2, MMDET])
+def test_names_that_matplotlib_would_take_for_formulas_are_painted(config):
+    predictor = load_predictor(config, None, device="cpu")
+    image = np.zeros((200, 300, 3), np.uint8)
+    found = Instances(np.array([0]), np.array([0.9]), np.float32([[20, 90, 280, 190]]))
+    pictures = []
+    for name in ("$1_$", "1_"):
+        predictor.classes[0], predictor.painter = name, None
+        pictures.append(predictor.draw(image, found))
+    assert (pictures[0] != pictures[1]).any()  # by the two dollars

@@ -220,6 +220,9 @@ def test_every_step_that_reads_is_replaced_in_a_config():
     first, held = loader["dataset"]["datasets"][0]["pipeline"]
     (again,), (wrapped, as_asked) = held["transforms"]
     assert first == again == {"type": LoadImage, "to_float32": True}
+    pillow = [{"type": "LoadImageFromFile", "imdecode_backend": "pillow"}]
+    replace_readers({"pipeline": pillow})
+    assert pillow[0]["type"] is LoadImage  # and not Pillow's own choice of formats
     assert wrapped == {"type": Reading, "transform": other} and as_asked["transform"] == grey
     assert loader["type"] == "LoadThis"
     with pytest.raises(DamagedFileError, match="annotations of image a.jpg .* broken inside"):

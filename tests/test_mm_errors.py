@@ -3,13 +3,15 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from mm_tiny import CONFIGS, options
 from mmengine.config import Config
 
-from elsa_mm import cli
+from elsa_core.errors import UsageError
+from elsa_mm import cli, preflight
 
 frameworks = pytest.mark.parametrize("framework", CONFIGS)
 
@@ -266,3 +268,18 @@ def test_checkpoint_that_would_run_a_program(refusal, digits, tmp_path, framewor
     sentence = refusal(tool, CONFIGS[framework], *arguments, *values)
     assert sentence.startswith("attack.pth is refused, because reading it would execute code")
     assert not (tmp_path / "executed").exists()
+
+
+def test_painted_images_go_to_another_folder_than_the_images(tmp_path):
+    class Data(list):
+        get_data_info = list.__getitem__
+
+    data = Data([{"img_path": str(tmp_path / f"images/{part}/a.jpg")} for part in ("one", "two")])
+    runner = SimpleNamespace(test_loop=SimpleNamespace(dataloader=SimpleNamespace(dataset=data)))
+    for name in ("images/one", "images/two", "out"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "link").symlink_to(tmp_path / "images/two")
+    for name in ("out", "images", "nowhere"):
+        preflight.keep_images(runner, str(tmp_path / name))
+    with pytest.raises(UsageError, match="--show-dir must be another folder than that of the imag"):
+        preflight.keep_images(runner, str(tmp_path / "link"))

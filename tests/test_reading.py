@@ -142,6 +142,10 @@ REFUSED = {
     "nan.tif": (Image.fromarray(np.full((HEIGHT, WIDTH), np.nan, np.float32)), "float values nan"),
     "32-bit.tif": (Image.fromarray(DEEP_GREY.astype(np.int32)), "whole numbers of 32 bits"),
     "text.png": (b"<html>404</html>", "is no image of a known kind"),
+    "eps.jpg": (
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
+        "is no image of a known kind",
+    ),
     "half.jpg": (opened(np.tile(RGB, (9, 9, 1)), ".jpg")[:900], "image file is truncated"),
 }
 
