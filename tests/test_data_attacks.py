@@ -140,6 +140,16 @@ def test_random_damage_ends_in_a_report(tmp_path, monkeypatch, seed):
         checked()
 
 
+def test_damaged_images_end_in_pixels_or_a_sentence(tmp_path, monkeypatch):
+    pytest.importorskip("cv2")
+    monkeypatch.syspath_prepend(Path(__file__).parent / "fuzz")
+    monkeypatch.chdir(tmp_path)
+    from image_cases import case
+
+    for seed in range(60):
+        case(seed)
+
+
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.json")
     with pytest.raises(DataError, match="a.json cannot be read: it is a pipe"):

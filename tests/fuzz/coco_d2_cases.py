@@ -10,7 +10,7 @@ import json
 import d2_tiny
 import torch
 from coco_mutations import checked, warmed_up, written
-from detectron2.data import DatasetCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
 from elsa_core.errors import UsageError
@@ -40,6 +40,9 @@ def categories():
 
 
 def start(cfg):
+    for name in set(NAMES) & set(DatasetCatalog):  # of the case that warmed up
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
     check_run(cfg)
     mapper = DetectionMapper(cfg, True)
     for entry in training_dicts(cfg):
