@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import tarfile
 import zipfile
 
 import pytest
@@ -85,6 +86,21 @@ def test_grouped_sources_hold_every_file_once(tmp_path):
     assert len(groups) == mmcv.GROUPS and sorted(included) == sorted(names)
     assert all((tmp_path / "parts" / name).read_text() == name for name in names)
     assert (tmp_path / "pybind.cpp").read_text() == "pybind.cpp"
+
+
+@pytest.mark.skipif(not hasattr(tarfile, "data_filter"), reason="this Python has no such filter")
+@pytest.mark.parametrize("name", ["../evil.py", "mmcv/../../evil.py"])
+def test_source_is_unpacked_into_its_folder_alone(tmp_path, name):
+    (tmp_path / "setup.py").write_text("")
+    for inside in ("mmcv/setup.py", name):
+        with tarfile.open(tmp_path / "mmcv.tar.gz", "w:gz") as archive:
+            archive.add(tmp_path / "setup.py", inside)
+        if inside != name:
+            mmcv.unpack(tmp_path / "mmcv.tar.gz", tmp_path / "source")
+            assert (tmp_path / "source" / inside).is_file()
+    with pytest.raises(mmcv.BuildError, match="mmcv.tar.gz is not unpacked: .*evil.py"):
+        mmcv.unpack(tmp_path / "mmcv.tar.gz", tmp_path / "source")
+    assert not list(tmp_path.rglob("evil.py"))
 
 
 def test_wheel_is_placed_beside_what_is_there(tmp_path):
