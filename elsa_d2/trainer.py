@@ -18,6 +18,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from elsa_core.finite import FiniteWatch
+from elsa_core.lock import TrainingLock
 from elsa_core.stop import FAILED, Ended, spare_workers
 
 from .amp import AutocastTrainer, amp_dtype
@@ -94,7 +95,8 @@ class Trainer(DefaultTrainer):
 
     def train(self) -> Any:
         try:
-            return super().train()
+            with TrainingLock(self.cfg.OUTPUT_DIR):
+                return super().train()
         except Ended:
             comm.synchronize()  # the first process to exit takes the others with it
             raise

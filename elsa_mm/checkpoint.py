@@ -20,7 +20,7 @@ class AtomicLocalBackend(LocalBackend):
     """The local disk, where a file gets its name only when it is complete.
 
     MMEngine's own writes in place. Here, a process that is killed while it writes leaves the
-    file's previous content, and beside it a ``.part`` file that the next attempt overwrites. Used
+    file's previous content, and beside it a ``.part`` file that the next attempt removes. Used
     with ``CheckpointHook(backend_args=dict(backend="atomic_local"))``. Raises UsageError where a
     file cannot be written.
     """

@@ -16,6 +16,7 @@ from torch import distributed
 
 from elsa_core.command_line import keep_inputs
 from elsa_core.errors import DamagedFileError, UsageError, one_line
+from elsa_core.lock import TrainingLock
 from elsa_core.quiet import HarmlessRecords, quiet_frameworks
 from elsa_core.stop import Ended
 from elsa_weights import class_names
@@ -136,6 +137,13 @@ def _train(options: argparse.Namespace) -> None:
     join_processes(cfg)
     agree(lambda: preflight.check_data(cfg, parts), first_only=True)
     agree(lambda: preflight.check_work_dir(cfg.work_dir))
+    with TrainingLock(cfg.work_dir):
+        _train_alone(cfg, options, parts, notes)
+
+
+def _train_alone(
+    cfg: Config, options: argparse.Namespace, parts: Sequence[str], notes: list[str]
+) -> None:
     content = _set_resume(cfg, options.resume, notes)
     _make_stoppable(cfg)
     runner = _build_runner(cfg, notes)

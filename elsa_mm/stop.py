@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from elsa_core.errors import UsageError
 from elsa_core.files import replacing
 from elsa_core.finite import MAX_NONFINITE, FiniteWatch, first_nonfinite, not_finite, spoilt
+from elsa_core.lock import TrainingLock
 from elsa_core.stop import (
     FAILED,
     REFUSED,
@@ -67,11 +68,17 @@ class StoppableCheckpointHook(CheckpointHook):
         super().__init__(*args, backend_args=backend_args, **kwargs)
         self.watch = FiniteWatch(max_nonfinite)
         self.signals: StopSignals | None = None
+        self.lock: TrainingLock | None = None
         self.saved = 0  # iterations that the last checkpoint has
         self.good: str | None = None  # the last checkpoint of this training
 
     def before_train(self, runner: Any) -> None:
         super().before_train(runner)
+        self.lock = TrainingLock(runner.work_dir)  # tools/train.py has it already
+        try:
+            self.lock.acquire()
+        except UsageError as error:
+            _fail(runner, Ended(REFUSED, str(error)))
         self._watch(runner)
         continue_order(runner)
         spare_workers(runner.train_dataloader)
@@ -154,6 +161,8 @@ class StoppableCheckpointHook(CheckpointHook):
         if self.signals is not None:
             self.signals.close()
         super().after_train(runner)
+        if self.lock is not None:
+            self.lock.release()
 
     def _stop_if_told(self, runner: Any, done: int, epoch: int) -> None:
         """Args: done, epoch: iterations and epochs that are complete."""

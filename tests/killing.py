@@ -9,6 +9,7 @@ import functools
 import gc
 import multiprocessing
 import os
+import re
 import resource
 import signal
 import socket
@@ -162,6 +163,39 @@ def check_kills(trainings, number, last_iteration):
         if number != signal.SIGKILL:
             assert done == last, trainings  # nothing is lost
     return values
+
+
+def check_alone(trainings, evaluate):
+    """While a training runs, another one in its folder is refused, and an evaluation is not; when
+    the first is killed, it goes on at once.
+
+    Args:
+        evaluate: a function of (folder, checkpoint).
+    """
+    folder, log = trainings.folder, trainings.folder / "log.txt"
+    first = fork(trainings.target, str(folder), False)
+    try:
+        wait_until(lambda: list(folder.glob("out/*.pth")), [first])
+        checkpoint = folder / "kept.pth"
+        os.link(sorted(folder.glob("out/*.pth"))[-1], checkpoint)
+        start = len(log.read_text())
+        second = fork(trainings.target, str(folder), True)
+        assert statuses_of([second]) == [2]
+        owner = rf"\(process {first.pid} on \S+ since [\d: -]+\)"
+        assert re.search(rf"out is in use by another training {owner}: wait", log.read_text())
+        assert "Traceback" not in log.read_text()[start:]
+        assert statuses_of([fork(evaluate, str(folder), str(checkpoint))]) == [0], trainings
+        assert first.exitcode is None
+    finally:
+        assert statuses_of_killed(first) == [-signal.SIGKILL]
+    assert trainings.kill(signal.SIGTERM) == STOPPED[signal.SIGTERM], trainings
+    left = [path.name for path in folder.glob("out/.*")]
+    assert not left, left
+
+
+def statuses_of_killed(process):
+    process.kill()
+    return statuses_of([process])
 
 
 def check_curve(values, reference):

@@ -51,6 +51,12 @@ def train(folder, resume):
     sys.exit(tool().main(["--config-file", DIGITS, *flags, *keys]))
 
 
+def evaluate(folder, checkpoint):
+    run_in(folder)
+    keys = overrides(Path(folder).parent / "data", **KEYS, MODEL__WEIGHTS=checkpoint)
+    sys.exit(tool().main(["--config-file", DIGITS, "--eval-only", *keys]))
+
+
 def train_on_full_disk(folder, size):
     """No file can have more than so many bytes."""
     fill_disk(size)

@@ -73,6 +73,15 @@ def train_epochs(folder, resume):
     train(folder, resume, EPOCHS)
 
 
+def evaluate(folder, checkpoint):
+    from elsa_mm import cli
+
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    run_in(folder)
+    data = f"test_dataloader.dataset.data_root={Path(folder).parent / 'data'}"
+    sys.exit(cli.test(["config.py", checkpoint, "--work-dir", "out", "--cfg-options", data]))
+
+
 def train_on_full_disk(folder, size):
     """No file can have more than so many bytes."""
     fill_disk(size)

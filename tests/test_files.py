@@ -1,7 +1,10 @@
 """Files that appear whole or not at all, whoever else writes, and whatever ends the process."""
 
+import errno
+import fcntl
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import threading
@@ -12,6 +15,7 @@ import pytest
 
 from elsa_core.errors import UsageError
 from elsa_core.files import replacing, replacing_by_name, sweep
+from elsa_core.lock import TrainingLock
 
 OPEN = multiprocessing.get_context("fork")
 
@@ -182,3 +186,68 @@ def test_libraries_that_open_a_file_themselves(tmp_path):
         Path(name).write_bytes(b"new")
         assert (tmp_path / "a.onnx").read_bytes() == b"old"
     assert (tmp_path / "a.onnx").read_bytes() == b"new" and os.listdir(tmp_path) == ["a.onnx"]
+
+
+def hold(folder, pipe, forks):
+    with TrainingLock(folder):
+        if forks and os.fork() == 0:
+            time.sleep(60)
+            os._exit(0)
+        pipe.send("locked")
+        pipe.recv()
+
+
+@pytest.fixture
+def training(tmp_path):
+    """A process that has locked the folder, with a child that it has forked since."""
+    here, there = OPEN.Pipe()
+    process = OPEN.Process(target=hold, args=(tmp_path, there, True))
+    process.start()
+    assert here.recv() == "locked"
+    yield process
+    process.kill()
+    process.join()
+
+
+def test_the_second_training_in_a_folder_is_refused_until_the_first_is_dead(tmp_path, training):
+    assert not left_of(tmp_path)
+    with pytest.raises(UsageError) as refusal, TrainingLock(tmp_path):
+        pass
+    assert re.fullmatch(
+        rf"{tmp_path} is in use by another training \(process {training.pid} on "
+        rf"{re.escape(os.uname().nodename)} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d\): wait for "
+        "its end, or train in another folder",
+        str(refusal.value),
+    )
+    (tmp_path / "link").symlink_to(tmp_path)
+    with pytest.raises(UsageError), TrainingLock(tmp_path / "link"):
+        pass
+    training.kill()
+    training.join()
+    with TrainingLock(tmp_path), TrainingLock(tmp_path / "link"):
+        assert len(os.listdir(tmp_path)) == 2
+    assert os.listdir(tmp_path) == ["link"]
+
+
+def test_a_training_sweeps_what_a_killed_one_left(tmp_path, writing):
+    writing.kill()
+    writing.join()
+    with TrainingLock(tmp_path):
+        assert not left_of(tmp_path)
+
+
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, caplog):
+    def none(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with TrainingLock(tmp_path), caplog.at_level("WARNING"):
+        write_often(tmp_path / "a.pth", b"x", 1, 1)
+    assert f"the file system of {tmp_path} has no locks" in caplog.text
+
+
+def test_a_lock_that_cannot_be_made_is_one_sentence(tmp_path):
+    (tmp_path / ".training.lock").symlink_to("elsewhere")
+    with pytest.raises(UsageError, match="cannot be locked for a training: Too many levels"):
+        TrainingLock(tmp_path).acquire()
+    assert os.listdir(tmp_path) == [".training.lock"]

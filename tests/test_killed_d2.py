@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("detectron2")
 
 import killing_d2
-from killing import Trainings, check_curve, check_kills, fork, statuses_of
+from killing import Trainings, check_alone, check_curve, check_kills, fork, statuses_of
 
 
 @pytest.fixture(scope="module")
@@ -54,6 +54,10 @@ def test_killed_trainings_go_on(folder, number, reference):
     trainings = Trainings(killing_d2.train, folder / number.name)
     values = check_kills(trainings, number, lambda: last_iteration(trainings.folder / "out"))
     check_curve(values, reference(max(values)))
+
+
+def test_two_trainings_in_one_folder(folder):
+    check_alone(Trainings(killing_d2.train, folder / "alone"), killing_d2.evaluate)
 
 
 def test_a_full_disk_ends_the_training_in_one_sentence(folder):

@@ -8,7 +8,7 @@ import signal
 import killing_mm
 import pytest
 import torch
-from killing import Trainings, check_curve, check_kills, fork, read_losses, statuses_of
+from killing import Trainings, check_alone, check_curve, check_kills, fork, read_losses, statuses_of
 
 from elsa_mm.checkpoint import find_last_checkpoint
 
@@ -68,6 +68,10 @@ def test_a_signal_at_the_end_and_in_the_middle_of_an_epoch(tmp_path, digits, ite
         meta = torch.load(find_last_checkpoint(run / "out"), weights_only=False)["meta"]
         assert meta["iter"] == stop and meta["epoch"] == stop // 8
     assert [number for number, _ in read_losses(run)] == list(range(1, iteration + 6))
+
+
+def test_two_trainings_in_one_folder(folder):
+    check_alone(Trainings(killing_mm.train, folder / "alone"), killing_mm.evaluate)
 
 
 def test_a_full_disk_ends_the_training_in_one_sentence(folder):

@@ -41,10 +41,15 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> dict | None:
     """What each process does; returns the metrics of an evaluation."""
+    from elsa_core.lock import TrainingLock
     from elsa_core.quiet import quiet_frameworks
+    from elsa_d2 import load_config
 
     with quiet_frameworks():
-        return train_or_evaluate(options)
+        if options.eval_only:
+            return train_or_evaluate(options)
+        with TrainingLock(load_config(options.config_file, options.opts).OUTPUT_DIR):
+            return train_or_evaluate(options)
 
 
 def train_or_evaluate(options: argparse.Namespace) -> dict | None:
