@@ -164,7 +164,7 @@ def _check_annotations(
         if not coco[key]:
             raise UsageError(f"{what} has no {key}")
     if problem := first_problem(coco, masks):
-        boxes = bool(masks) and first_problem(coco, False) is None
+        boxes = "must have a mask" in problem and first_problem(coco, False) is None
         hint = ": without masks, MODEL.MASK_ON False trains on the boxes" if boxes else ""
         raise UsageError(f"{what}: {problem}{hint}")
 

@@ -274,7 +274,7 @@ def _check_annotations(
         if all(isinstance(one, dict) and "segments_info" in one for one in entries):
             return []  # COCO's panoptic format, for MMDetection's own data set
     if problem := first_problem(content, masks):
-        boxes = masks and first_problem(content, False) is None
+        boxes = "must have a mask" in problem and first_problem(content, False) is None
         hint = ": without masks, a detector without mask_head trains on the boxes" if boxes else ""
         raise UsageError(f"{what} {path}: {problem}{hint}")
     known[path, masks] = [image["file_name"] for image in content["images"]]

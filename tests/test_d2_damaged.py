@@ -128,6 +128,10 @@ def edit(root, change):
             lambda content: content["annotations"][3].update(segmentation={"size": [9, 9]}),
             "must have polygons or RLE with size and counts as its segmentation",
         ),
+        (
+            lambda content: content["annotations"][3].pop("segmentation"),
+            "got None: without masks, MODEL.MASK_ON False trains on the boxes",
+        ),
         (lambda content: content["annotations"].append(7), "annotations must be a list of objects"),
         (
             lambda content: content["annotations"][3].update(segmentation=[["a"] * 6]),

@@ -154,6 +154,10 @@ def edit(root, part, change):
             "must have polygons or RLE with size and counts as its segmentation",
         ),
         (
+            lambda content: content["annotations"][3].pop("segmentation"),
+            "got None: without masks, a detector without mask_head trains on the boxes",
+        ),
+        (
             lambda content: content["annotations"][3].update(segmentation=[["a"] * 6]),
             "must have polygons that are lists of finite numbers as its segmentation",
         ),
