@@ -283,3 +283,15 @@ def test_painted_images_go_to_another_folder_than_the_images(tmp_path):
         preflight.keep_images(runner, str(tmp_path / name))
     with pytest.raises(UsageError, match="--show-dir must be another folder than that of the imag"):
         preflight.keep_images(runner, str(tmp_path / "link"))
+
+
+def test_a_file_that_a_data_set_of_another_kind_cannot_read():
+    class Runner:
+        cfg = Config()
+
+        @property
+        def train_loop(self):
+            return json.loads("\ufeff{}")
+
+    with pytest.raises(UsageError, match="the train data cannot be read: Unexpected UTF-8 BOM"):
+        preflight.build_data(Runner(), ["train"])
