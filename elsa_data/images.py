@@ -21,6 +21,7 @@ import numpy as np
 from PIL import Image
 
 from .errors import DataError
+from .problems import shown
 
 # Known endings, in lower case; files may have them in any case.
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
@@ -122,7 +123,8 @@ def size_problem(path: str, width: Any, height: Any) -> str | None:
         return None
     with open_image(path) as image:
         turned = ", turned as its EXIF orientation says" if image.size != found else ""
-    return "is {}x{} pixels{}, its annotations say {}x{}".format(*found, turned, width, height)
+    said = f"{shown(width)}x{shown(height)}"
+    return "is {}x{} pixels{}, its annotations say {}".format(*found, turned, said)
 
 
 def cut_off(path: str) -> str | None:

@@ -43,7 +43,7 @@ def mask_problems(
             yield Problem(ERROR, "no-mask", many, name, f"{rest}, got {shown(mask)}")
         return
     if isinstance(mask, list):
-        far = FARTHEST * max(width, height, 1)
+        far = FARTHEST * max(width, height) or float("inf")
         plain = all(_is_plain(polygon, far) for polygon in mask)
         found = [] if plain else list(_polygon_problems(mask, name, width, height))
     elif isinstance(mask, dict):
@@ -86,7 +86,7 @@ def _polygon_problems(polygons: list, name: str, width: int, height: int) -> Ite
     elif len(good) < len(polygons):
         many = "{n} masks have polygons of fewer than 3 points: left out beside the others"
         yield Problem(WARNING, "polygon-short", many, name)
-    far = FARTHEST * max(width, height, 1)
+    far = FARTHEST * max(width, height) or float("inf")
     if any(max(polygon) > far or min(polygon) < -far for polygon in good):
         many = "{n} masks have polygons far outside their image"
         rest = f"must have polygons in its image of {width}x{height} pixels"

@@ -88,7 +88,7 @@ def mutate(content, choice):
     what = choice.choice(["value"] * 5 + ["scale", "delete", "add", "again", "swap", "all"])
     if what == "value":
         node[key] = copy.deepcopy(choice.choice(VALUES))
-    elif what == "scale" and type(node[key]) in (int, float):
+    elif what == "scale" and type(node[key]) in (int, float) and abs(node[key]) < 1e9:
         node[key] = choice.choice([-node[key], node[key] * 1e5, node[key] + 0.25, node[key] * 9])
     elif what == "delete":
         del node[key]
