@@ -47,16 +47,16 @@ _unfinished: dict[str, int] = {}  # the temporary files, and the process that wr
 
 
 class Remembering:
-    """A file to write to that keeps the system's reason for a failure, which torch.save drops."""
+    """A file to write to that keeps the reason for a failure, or Ctrl-C, which torch.save drops."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def write(self, data: Any) -> int:
         try:
             return self.file.write(data)
-        except OSError as error:
+        except BaseException as error:
             self.error = error
             raise
 

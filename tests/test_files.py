@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from elsa_core.errors import UsageError
 from elsa_core.files import replacing, replacing_by_name, sweep
@@ -251,3 +252,19 @@ def test_a_lock_that_cannot_be_made_is_one_sentence(tmp_path):
     with pytest.raises(UsageError, match="cannot be locked for a training: Too many levels"):
         TrainingLock(tmp_path).acquire()
     assert os.listdir(tmp_path) == [".training.lock"]
+
+
+def test_control_c_while_torch_writes(tmp_path):
+    class Interrupted:
+        writes = 0
+
+        def write(self, data):
+            self.writes += 1
+            if self.writes == 3:
+                raise KeyboardInterrupt
+            return len(data)
+
+    with pytest.raises(KeyboardInterrupt), replacing(tmp_path / "a.pth") as file:
+        file.file = Interrupted()
+        torch.save(torch.ones(3), file)
+    assert not os.listdir(tmp_path)
