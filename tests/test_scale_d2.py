@@ -163,9 +163,18 @@ def test_the_order_of_the_data_goes_on():
 
 
 def test_two_machines_stop_together(digits, tmp_path):
-    """A signal to all processes of one machine, workers included, ends and saves the training."""
+    """A signal to all processes of one machine, workers included, ends and saves the training.
+
+    The model takes no map of the last stage, which it must not be built with: its parameters would
+    have no gradient to reduce.
+    """
+    stages = ["res2", "res3", "res4"]
+    levels = ["p2", "p3", "p4", "p5"]
     keys = dict(OUTPUT_DIR="out", SOLVER__MAX_ITER=4000, SOLVER__CHECKPOINT_PERIOD=4000)
     keys |= dict(TEST__EVAL_PERIOD=0, DATALOADER__NUM_WORKERS=1)
+    keys |= dict(MODEL__ELSA_SWIN__OUT_FEATURES=stages, MODEL__FPN__IN_FEATURES=stages)
+    keys |= dict(MODEL__RPN__IN_FEATURES=levels, MODEL__ROI_HEADS__IN_FEATURES=levels[:3])
+    keys |= dict(MODEL__ANCHOR_GENERATOR__SIZES=[[32, 45.2], [64, 90], [128, 180], [256, 361]])
     flags = ["--num-machines", "2", "--dist-url", f"tcp://127.0.0.1:{free_port()}"]
     machines = []
     for rank in (0, 1):
