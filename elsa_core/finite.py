@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .errors import UsageError
+from .nonfinite import all_finite
 from .stop import FAILED, Ended, largest
 
 MAX_NONFINITE = 10
@@ -162,23 +163,6 @@ def not_finite(losses: Mapping[str, Any]) -> dict[str, float]:
     return {name: mean for name, mean in means.items() if not math.isfinite(mean)}
 
 
-def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether there is neither NaN nor infinity in any of them, with one look at the device."""
-    parts = [part for part in map(_local, tensors) if part.numel() and part.is_floating_point()]
-    if not parts:
-        return True
-    # The largest magnitude, which NaN and infinity pass through and nothing overflows.
-    checks = [torch.linalg.vector_norm(part, math.inf).isfinite() for part in parts]
-    return bool(torch.stack([check.to(checks[0].device) for check in checks]).all())
-
-
-def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Raises UsageError, about ``where``, for a tensor with NaN or infinity."""
-    if not all_finite(tensors.values()):
-        name = next(name for name, tensor in tensors.items() if not all_finite([tensor]))
-        raise UsageError(f"{where} holds NaN or infinity in {name}")
-
-
 def first_nonfinite(model: nn.Module) -> str:
     """The name of something that a training changes and that has NaN or infinity, "" without.
 
@@ -189,10 +173,3 @@ def first_nonfinite(model: nn.Module) -> str:
     if all_finite(tensors.values()):
         return ""
     return next(name for name, tensor in tensors.items() if not all_finite([tensor]))
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that several share, in a type that has norms."""
-    tensor = tensor.detach()
-    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return tensor.float() if tensor.dtype.itemsize == 1 and tensor.is_floating_point() else tensor

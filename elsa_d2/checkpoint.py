@@ -14,7 +14,8 @@ from torch import Tensor
 
 from elsa_core.errors import UsageError
 from elsa_core.files import replacing
-from elsa_core.finite import check_finite, first_nonfinite
+from elsa_core.finite import first_nonfinite
+from elsa_core.nonfinite import check_finite
 from elsa_data.classes import other_classes
 from elsa_weights import (
     attention_names,

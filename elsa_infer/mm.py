@@ -18,7 +18,7 @@ from torch import Tensor
 import elsa_mm  # noqa: F401  registers the backbone
 import elsa_weights
 from elsa_core.errors import UsageError, one_line
-from elsa_core.finite import check_finite
+from elsa_core.nonfinite import check_finite
 from elsa_mm import preflight
 
 from .models import Predictor

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from elsa_core.errors import UsageError
-from elsa_core.finite import check_finite
+from elsa_core.nonfinite import check_finite
 from elsa_data.classes import other_classes
 from elsa_weights import attention_names, checkpoint_for, class_names, coverage, has_names_of
 

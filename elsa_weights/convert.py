@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from elsa_core.errors import UsageError
-from elsa_core.finite import check_finite
 from elsa_core.layers import relative_position_id
+from elsa_core.nonfinite import check_finite
 
 from .names import CASCADE, MASK_RCNN, UPERNET, rename
 from .recognise import BACKBONE, CLASSIFIER, DETECTRON2, SWIN, Source
