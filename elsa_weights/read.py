@@ -33,6 +33,7 @@ CRC_VARIABLE = "ELSA_CHECK_CRC"
 _LEGACY_NUMBER = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _LEGACY_PICKLES = 5  # number, version, machine, content, keys of the storages
 _BLOCK = 2**20
+_IN_MEMORY = 2**29
 _DAMAGE = (
     ArithmeticError,
     AssertionError,
@@ -146,7 +147,7 @@ def _read(file: IO[bytes], path: str, trust: bool) -> Any:
     elif trust:
         return pickle.Unpickler(counted, encoding="latin1").load()
     else:
-        check_pickle(CountedFile(file, Progress("checking", size), size))
+        check_pickle(_for_a_look(file, size))
         file.seek(0)
         return DataUnpickler(counted, encoding="latin1").load()
     file.seek(0)
@@ -164,6 +165,13 @@ def _read(file: IO[bytes], path: str, trust: bool) -> Any:
         ) from error
     finally:
         counted.progress.close()
+
+
+def _for_a_look(file: IO[bytes], size: int) -> Any:
+    """The file from here on; in memory where it is small, which makes each opcode cheaper."""
+    if size <= _IN_MEMORY:
+        return io.BytesIO(file.read())
+    return CountedFile(file, Progress("checking", size), size)
 
 
 def _check_zip(file: IO[bytes], path: str, size: int, trust: bool) -> dict[tuple[str, str], Any]:
@@ -231,10 +239,11 @@ def _check_legacy(file: IO[bytes], path: str, size: int) -> dict[tuple[str, str]
         file.seek(0)
     else:
         raise UsageError(f"{path} is a tar archive of PyTorch 0.1, which is not read")
-    counted = CountedFile(file, Progress("", 0, show=False), size)
+    look = _for_a_look(file, size)
     for _ in range(_LEGACY_PICKLES):
-        check_pickle(counted)
+        check_pickle(look)
     file.seek(0)
+    counted = CountedFile(file, Progress("", 0, show=False), size)
     known: dict[tuple[str, str], Any] = {}
     claimed = 0
     for _ in range(_LEGACY_PICKLES):
