@@ -55,6 +55,7 @@ def windows(kernel_size: int, dilation: int, length: int) -> tuple[int, list[int
     radius = kernel_size // 2
     margin = radius * dilation
     if dilation > 1:  # else as it is, since in an exported graph the length may be a symbol
-        margin = min(margin, length)  # a window further away would read as many zeros
+        # A window further away would read as many zeros; and none is no padding for PyTorch 2.6.
+        margin = min(margin, length + 1)
     starts = [(k - radius) * dilation for k in range(kernel_size)]
     return margin, [margin + max(-margin, min(start, margin)) for start in starts]
