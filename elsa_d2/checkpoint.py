@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,11 @@ from elsa_weights import (
     read_ahead,
     read_checkpoint,
 )
+from elsa_weights.resume import first_whole, noted, notes_on
 from elsa_weights.unpickle import Array
 
-_NUMBERED = re.compile(r"model_(\d{7,}|final)\.pth")
-_LONGEST_NAME = 255  # of a file
+# As Detectron2 numbers them; the last one of a training has no number.
+_NAMED = re.compile(r"model_(\d{7,}|final)\.pth")
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
@@ -66,33 +68,24 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """The newest whole checkpoint of ``save_dir``, "" if there is none.
 
         That is the one that ``last_checkpoint`` names or, where it cannot be read, the one of the
-        latest iteration that can. `passed` gets a sentence on each that is passed over, which
-        `resume_or_load` puts into the log.
+        latest iteration that can: the number in a name, and of ``model_final.pth``, which later
+        ones follow if the training goes on to a larger SOLVER.MAX_ITER, the number in the file.
+        `passed` gets a sentence on each that is passed over, which `resume_or_load` puts into the
+        log.
         """
-        folder = Path(self.save_dir)
-        numbered = [path for path in folder.glob("model_*.pth") if _NUMBERED.fullmatch(path.name)]
-        for path in dict.fromkeys([*self._noted(), *sorted(numbered, reverse=True)]):
-            try:
-                read_ahead(path)
-                return str(path)
-            except UsageError as error:
-                if str(error) not in self.passed:
-                    self.passed.append(str(error))
-        return ""
+        return str(first_whole(self._candidates(), self.passed) or "")
 
-    def _noted(self) -> list[Path]:
-        """The checkpoint that ``last_checkpoint`` names, where it does so."""
-        try:
-            note = Path(self.save_dir, "last_checkpoint")
-            name = note.read_bytes()[:_LONGEST_NAME].decode().strip() if note.is_file() else ""
-            return [Path(self.save_dir, name)] if name and "\0" not in name else []
-        except (OSError, ValueError):
-            return []
+    def _candidates(self) -> Iterator[Path]:
+        if name := noted(self.save_dir):
+            yield Path(self.save_dir, name)
+        found = Path(self.save_dir).glob("model_*.pth")
+        named = [path for path in found if _NAMED.fullmatch(path.name)]
+        yield from sorted(named, key=lambda path: (_iteration(path), path.name), reverse=True)
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         last = self.get_checkpoint_file() if resume else ""
-        for sentence in self.passed:
-            self.logger.warning(f"passed over: {sentence}")
+        for note in notes_on(self.passed):
+            self.logger.warning(note)
         loaded = self.load(last) if last else self.load(path, checkpointables=[])
         if last:
             self.last = last
@@ -189,3 +182,16 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
+
+
+def _iteration(path: Path) -> int:
+    """Of a checkpoint; of a final one that cannot be read, so that it is named, beyond all."""
+    number = path.stem.removeprefix("model_")
+    if number != "final":
+        return int(number)
+    try:
+        content = read_ahead(path)
+    except UsageError:
+        return sys.maxsize
+    iteration = content.get("iteration") if isinstance(content, Mapping) else None
+    return iteration if isinstance(iteration, int) else -1

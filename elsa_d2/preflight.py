@@ -25,6 +25,7 @@ from detectron2.modeling import (
 
 import elsa_weights
 from elsa_core.errors import UsageError, one_line
+from elsa_weights.resume import refuse_if_none_is_whole
 
 from . import backbone
 from .amp import amp_dtype
@@ -223,10 +224,8 @@ def _check_weights(
         if model is not None:
             return _check_fit(last, model)
         return None
-    if resume and checkpointer.passed:
-        raise UsageError(
-            f"no checkpoint in {cfg.OUTPUT_DIR} can be resumed from: {checkpointer.passed[0]}"
-        )
+    if resume:
+        refuse_if_none_is_whole(cfg.OUTPUT_DIR, checkpointer.passed)
     weights = urlparse(cfg.MODEL.WEIGHTS)
     if eval_only and not cfg.MODEL.WEIGHTS:
         raise UsageError(

@@ -10,9 +10,9 @@ from typing import Any
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.runner import CheckpointLoader
 
-from elsa_core.errors import UsageError
 from elsa_core.files import replacing
-from elsa_weights import read_ahead, read_checkpoint
+from elsa_weights import read_checkpoint
+from elsa_weights.resume import first_whole, noted
 
 
 @register_backend("atomic_local")
@@ -46,29 +46,19 @@ def find_last_checkpoint(folder: str | Path, passed: list[str] | None = None) ->
     folder = Path(folder)
     numbered = [path for path in folder.glob("*.pth") if _number(path) is not None]
     candidates = [*_noted(folder), *sorted(numbered, key=_number, reverse=True)]
-    for path in dict.fromkeys(candidates):
-        if path.is_dir():
-            if _number(path) is not None and any(path.iterdir()):  # DeepSpeed's
-                return path
-        elif path.exists():
-            try:
-                read_ahead(path)
-                return path
-            except UsageError as error:
-                if passed is not None:
-                    passed.append(str(error))
-    return None
+    return first_whole(candidates, [] if passed is None else passed, folders=True)
 
 
 def _noted(folder: Path) -> list[Path]:
     """The places of the checkpoint that ``last_checkpoint`` names."""
-    note = folder / "last_checkpoint"
-    try:
-        name = note.read_bytes()[:4096].decode().strip() if note.is_file() else ""
-        places = [folder / Path(name).name, Path(name)] if name else []
-        return [place for place in places if place.exists()]
-    except (OSError, ValueError):  # none, or one that names no file
-        return []
+    name = noted(folder)
+    places = [folder / Path(name).name, Path(name)] if name else []
+    # DeepSpeed's are folders, with the same names.
+    return [
+        place
+        for place in places
+        if os.path.exists(place) and (_number(place) is not None or not place.is_dir())
+    ]
 
 
 def _number(path: Path) -> int | None:

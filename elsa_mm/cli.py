@@ -20,6 +20,7 @@ from elsa_core.lock import TrainingLock
 from elsa_core.quiet import HarmlessRecords, quiet_frameworks
 from elsa_core.stop import Ended
 from elsa_weights import class_names
+from elsa_weights.resume import notes_on, refuse_if_none_is_whole
 
 from . import classes, fit, preflight
 from .checkpoint import find_last_checkpoint, read_checked_files
@@ -271,10 +272,9 @@ def _set_resume(cfg: Config, resume: str | None, notes: list[str]) -> Any:
         resume = "auto"
     if resume == "auto":
         checkpoint = find_last_checkpoint(cfg.work_dir, passed := [])
-        notes += [f"passed over: {sentence}" for sentence in passed]
-        if checkpoint is None and passed:
-            raise UsageError(f"no checkpoint in {cfg.work_dir} can be resumed from: {passed[0]}")
+        notes += notes_on(passed)
         if checkpoint is None:
+            refuse_if_none_is_whole(cfg.work_dir, passed)
             notes.append(
                 f"--resume: no checkpoint in {cfg.work_dir}, training starts from the beginning"
             )

@@ -3,6 +3,7 @@
 import io
 import os
 import signal
+import tracemalloc
 
 import attack_files
 import pytest
@@ -69,6 +70,41 @@ def test_an_odd_last_checkpoint_is_passed_over(folder, note):
     else:
         (folder / "last_checkpoint").write_bytes(note)
     assert resumed(folder)[0] == 9
+
+
+def test_a_huge_last_checkpoint_is_not_read(folder):
+    os.truncate(folder / "last_checkpoint", 2**28)
+    tracemalloc.start()
+    assert resumed(folder)[0] == 9
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**24
+
+
+@pytest.mark.parametrize(
+    "names, newest",
+    [
+        (["model_9999999", "model_10000000"], 10000000),
+        (["model_0000009", "model_final"], 9),  # of a training that went on
+        (["model_0000003", "model_final"], 4),
+        (["model_final"], 4),
+    ],
+)
+def test_without_a_note_the_latest_iteration_is_resumed(tmp_path, names, newest):
+    checkpointer = AtomicCheckpointer(torch.nn.Linear(2, 3), str(tmp_path))
+    for name in names:
+        number = name.removeprefix("model_")
+        checkpointer.write(name, iteration=4 if number == "final" else int(number))
+    assert resumed(tmp_path) == (newest, [])
+
+
+@pytest.mark.parametrize("content", [None, {"model": {}}, [1]])
+def test_a_final_checkpoint_without_its_iteration_is_not_the_newest(folder, content):
+    (folder / "last_checkpoint").unlink()
+    final = folder / "model_final.pth"
+    final.touch() if content is None else torch.save(content, final)
+    iteration, passed = resumed(folder)
+    assert iteration == 9 and len(passed) == (content is None)
 
 
 def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):

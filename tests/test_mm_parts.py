@@ -1,6 +1,7 @@
 """The adapter's own parts: checkpoints, mixed precision on CPUs, validation of several views."""
 
 import os
+import tracemalloc
 from types import SimpleNamespace
 
 import attack_files
@@ -91,6 +92,15 @@ def test_an_odd_last_checkpoint_is_passed_over(work_dir, note):
     else:
         (work_dir / "last_checkpoint").write_bytes(note)
     assert find_last_checkpoint(work_dir) == work_dir / "iter_10.pth"
+
+
+def test_a_huge_last_checkpoint_is_not_read(work_dir):
+    os.truncate(work_dir / "last_checkpoint", 2**28)
+    tracemalloc.start()
+    assert find_last_checkpoint(work_dir) == work_dir / "iter_10.pth"
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 2**24
 
 
 def test_folder_that_does_not_exist_has_no_checkpoint(tmp_path):
