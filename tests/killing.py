@@ -148,7 +148,8 @@ def check_kills(trainings, number, last_iteration):
     Returns the losses by iteration, each of which may have been computed several times.
     """
     values, done, start = {}, 0, 0
-    for moment in (CHECKPOINT, ITERATION, NAME, NOTE):
+    # After SIGKILL only NOTE leaves a checkpoint, from which the last two go on.
+    for moment in (CHECKPOINT, NOTE, NAME, ITERATION):
         status = trainings.kill(number, moment, resume=moment is not CHECKPOINT)
         assert status == STOPPED[number], f"{moment=} {status=} {trainings}"
         new = trainings.losses()[start:]
@@ -162,6 +163,7 @@ def check_kills(trainings, number, last_iteration):
         assert first - 1 <= done <= last, f"{done=} {first=} {last=} {trainings}"
         if number != signal.SIGKILL:
             assert done == last, trainings  # nothing is lost
+    assert first > 1, trainings
     return values
 
 

@@ -13,6 +13,8 @@ pytest.importorskip("detectron2")
 import killing_d2
 from killing import Trainings, check_alone, check_curve, check_kills, fork, statuses_of
 
+from elsa_d2 import AtomicCheckpointer
+
 
 @pytest.fixture(scope="module")
 def folder(digits, tmp_path_factory):
@@ -23,9 +25,9 @@ def folder(digits, tmp_path_factory):
 
 def last_iteration(output):
     """Iterations of the last checkpoint, which must be whole."""
-    if not (output / "last_checkpoint").exists():
+    if not (last := AtomicCheckpointer(torch.nn.Module(), str(output)).get_checkpoint_file()):
         return 0
-    state = torch.load(output / (output / "last_checkpoint").read_text(), weights_only=False)
+    state = torch.load(last, weights_only=False)
     iteration = state["iteration"] + 1
     steps = {
         int(state["step"]) for state in state["trainer"]["_trainer"]["optimizer"]["state"].values()
