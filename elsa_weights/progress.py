@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import sys
 import time
 from typing import IO, Any
@@ -41,28 +42,28 @@ class Progress:
             print(file=sys.stderr)
 
 
-class CountedFile:
+class CountedFile(io.RawIOBase):
     """A binary file that reports what is read or written.
 
-    Never allocates for more than there is to read, whatever it is asked for.
+    It has no descriptor: `torch.load` reads through this object, not around it.
     """
 
-    def __init__(self, file: IO[bytes], progress: Progress, size: int = 0) -> None:
-        self.file, self.progress, self.size = file, progress, size
+    def __init__(self, file: IO[bytes], progress: Progress) -> None:
+        self.file, self.progress = file, progress
 
-    def read(self, count: int = -1) -> bytes:
-        left = max(0, self.size - self.file.tell())
-        data = self.file.read(left if count is None or count < 0 else min(count, left))
-        self.progress.add(len(data))
-        return data
+    def readable(self) -> bool:
+        return self.file.readable()
+
+    def writable(self) -> bool:
+        return self.file.writable()
+
+    def seekable(self) -> bool:
+        return True
 
     def readinto(self, buffer: Any) -> int:
         count = self.file.readinto(buffer)  # type: ignore[attr-defined]
         self.progress.add(count)
         return count
-
-    def readline(self, count: int = -1) -> bytes:
-        return self.file.readline(count if count >= 0 else self.size)
 
     def seek(self, offset: int, whence: int = 0) -> int:
         return self.file.seek(offset, whence)
@@ -75,5 +76,8 @@ class CountedFile:
         self.progress.add(count)
         return count
 
-    def flush(self) -> None:
-        self.file.flush()
+    def close(self) -> None:
+        """Ends the line of the progress; the file stays open."""
+        if not self.closed:
+            self.progress.close()
+        super().close()

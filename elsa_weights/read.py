@@ -12,7 +12,6 @@ import os
 import pickle
 import stat
 import struct
-import tarfile
 import warnings
 import zipfile
 from typing import IO, Any
@@ -22,7 +21,7 @@ import torch
 from elsa_core.errors import UsageError, one_line
 
 from . import safetensors
-from .opcodes import check_pickle
+from .opcodes import PickleLook
 from .progress import CountedFile, Progress
 from .unpickle import ClaimUnpickler, DataUnpickler, NeedsCode, safe_globals
 
@@ -33,7 +32,10 @@ CRC_VARIABLE = "ELSA_CHECK_CRC"
 _LEGACY_NUMBER = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _LEGACY_PICKLES = 5  # number, version, machine, content, keys of the storages
 _BLOCK = 2**20
-_IN_MEMORY = 2**29
+# Records of an archive: a checkpoint has one for each tensor, and some more.
+MAX_RECORDS = 100_000
+# The end of an archive: a record for large ones, of 56 bytes, a pointer to it, and the end itself.
+_END, _POINTER, _LARGE_END = "<4s3HH2IH", "<4s4xQ4x", "<4s20x4Q"
 _DAMAGE = (
     ArithmeticError,
     AssertionError,
@@ -49,7 +51,6 @@ _DAMAGE = (
     ValueError,
     pickle.UnpicklingError,
     struct.error,
-    tarfile.TarError,
     zipfile.BadZipFile,
 )
 
@@ -137,51 +138,51 @@ def _read(file: IO[bytes], path: str, trust: bool) -> Any:
     if safetensors.is_safetensors(head[:9], size):
         tensors, metadata = safetensors.load(file, size, path)
         return {"state_dict": tensors, "meta": metadata}
-    counted = CountedFile(file, Progress("reading", size), size)
     if head[:4] == b"PK\x03\x04":
         known = _check_zip(file, path, size, trust)
     elif head[:1] != b"\x80":
         raise UsageError(f"{path} is neither a PyTorch, a safetensors nor a pickle file")
     elif head[2 : 2 + len(_LEGACY_NUMBER)] == _LEGACY_NUMBER:
         known = {} if trust else _check_legacy(file, path, size)
-    elif trust:
-        return pickle.Unpickler(counted, encoding="latin1").load()
     else:
-        check_pickle(_for_a_look(file, size))
-        file.seek(0)
-        return DataUnpickler(counted, encoding="latin1").load()
-    file.seek(0)
+        if not trust:
+            with _again(file, size, "checking") as source:
+                PickleLook().check(source)
+        with _again(file, size, "reading") as source:
+            unpickler = pickle.Unpickler if trust else DataUnpickler
+            return unpickler(source, encoding="latin1").load()
     try:
-        if trust:  # only by --trust-pickle, which is there to execute a file of one's own
-            return torch.load(counted, map_location="cpu", weights_only=False)  # type: ignore
-        with warnings.catch_warnings(), torch.serialization.safe_globals(safe_globals(known)):
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            return torch.load(counted, map_location="cpu", weights_only=True)  # type: ignore
+        with _again(file, size, "reading") as source:
+            if trust:  # only by --trust-pickle, which is there to execute a file of one's own
+                return torch.load(source, map_location="cpu", weights_only=False)
+            with warnings.catch_warnings(), torch.serialization.safe_globals(safe_globals(known)):
+                warnings.filterwarnings("ignore", "Detected pickle protocol")
+                return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UsageError(
             f"{path} is refused, because PyTorch reads it only by executing code "
             f"({one_line(error)[:200]}): if you trust its origin, let tools/convert_weights.py "
             f"read it with {TRUST_FLAG}"
         ) from error
-    finally:
-        counted.progress.close()
 
 
-def _for_a_look(file: IO[bytes], size: int) -> Any:
-    """The file from here on; in memory where it is small, which makes each opcode cheaper."""
-    if size <= _IN_MEMORY:
-        return io.BytesIO(file.read())
-    return CountedFile(file, Progress("checking", size), size)
+def _again(file: IO[bytes], size: int, what: str) -> io.BufferedReader:
+    """The file from its beginning, read in large pieces, with a line of progress."""
+    file.seek(0)
+    return io.BufferedReader(CountedFile(file, Progress(what, size)), _BLOCK)
 
 
 def _check_zip(file: IO[bytes], path: str, size: int, trust: bool) -> dict[tuple[str, str], Any]:
     """The classes and functions that an archive's pickle asks for."""
-    if not zipfile.is_zipfile(file):
-        raise UsageError(f"{path} is cut off: the end of the archive is missing")
+    _check_end(file, path, size)
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        names = {entry.filename: entry.file_size for entry in entries}
+        root = next(iter(names), "").partition("/")[0] + "/"
+        if f"{root}constants.pkl" in names:
             raise UsageError(f"{path} is a TorchScript program, not a checkpoint")
+        if not names.keys() >= {f"{root}data.pkl", f"{root}version"}:
+            raise UsageError(f"{path} is an archive, but not one that torch.save makes")
         claimed = sum(entry.file_size for entry in entries)
         if claimed > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
             raise UsageError(
@@ -191,28 +192,47 @@ def _check_zip(file: IO[bytes], path: str, size: int, trust: bool) -> dict[tuple
         # PyTorch finds entries without regard to case.
         if len({entry.filename.lower() for entry in entries}) != len(entries):
             raise UsageError(f"{path} has two entries of one name, which no checkpoint has")
-        if entries[0].header_offset or archive.comment:
-            raise UsageError(f"{path} is an archive with more around it, which no checkpoint has")
-        names = {entry.filename: entry.file_size for entry in entries}
-        pickles = [name for name in names if name.endswith("/data.pkl") or name == "data.pkl"]
-        if len(pickles) != 1:
-            raise UsageError(f"{path} is an archive, but not one that torch.save makes")
         if os.environ.get(CRC_VARIABLE) != "0":
             _check_sums(archive, path, size)
         if trust:
             return {}
-        root = pickles[0].removesuffix("data.pkl")
-        content = archive.read(pickles[0])
-        check_pickle(io.BytesIO(content))
-        claims = ClaimUnpickler(io.BytesIO(content), encoding="utf-8")
-        claims.load()
-        for key, count in claims.claims.items():
-            if count > names.get(f"{root}data/{key}", 0):
-                raise UsageError(
-                    f"{path} is damaged: a tensor claims {count} bytes and the file has "
-                    f"{names.get(f'{root}data/{key}', 0)} for it"
-                )
-        return claims.known
+    file.seek(0)
+    # What PyTorch itself takes for the pickle, however the archive is crafted.
+    content = torch._C.PyTorchFileReader(file).get_record("data.pkl")
+    PickleLook().check(io.BytesIO(content))
+    claims = ClaimUnpickler(io.BytesIO(content), encoding="utf-8")
+    claims.load()
+    for key, count in claims.claims.items():
+        if count > names.get(f"{root}data/{key}", 0):
+            raise UsageError(
+                f"{path} is damaged: a tensor claims {count} bytes and the file has "
+                f"{names.get(f'{root}data/{key}', 0)} for it"
+            )
+    return claims.known
+
+
+def _check_end(file: IO[bytes], path: str, size: int) -> None:
+    """Finds the table of an archive's records, refuses what zipfile and PyTorch could read
+    differently, or for long."""
+    lengths = [struct.calcsize(layout) for layout in (_LARGE_END, _POINTER, _END)]
+    file.seek(max(0, size - sum(lengths)))
+    large, pointer, end = (file.read(length) for length in lengths)
+    if size < sum(lengths) or end[:4] != b"PK\x05\x06":
+        raise UsageError(f"{path} is cut off: the end of the archive is missing")
+    *_, number, length, start, comment = struct.unpack(_END, end)
+    table_end = size - lengths[2]
+    whole = not comment
+    if pointer[:4] == b"PK\x06\x07":
+        table_end = size - sum(lengths)
+        *_, wide_number, wide_length, wide_start = struct.unpack(_LARGE_END, large)
+        whole &= large[:4] == b"PK\x06\x06" and struct.unpack(_POINTER, pointer)[1] == table_end
+        whole &= number in (wide_number, 0xFFFF)
+        whole &= length in (wide_length, 0xFFFFFFFF) and start in (wide_start, 0xFFFFFFFF)
+        number, length, start = wide_number, wide_length, wide_start
+    if not whole or start + length != table_end:
+        raise UsageError(f"{path} is an archive with more around it, which no checkpoint has")
+    if number > MAX_RECORDS:
+        raise UsageError(f"{path} has {number} records, at most {MAX_RECORDS} are read")
 
 
 def _check_sums(archive: zipfile.ZipFile, path: str, size: int) -> None:
@@ -233,24 +253,19 @@ def _check_sums(archive: zipfile.ZipFile, path: str, size: int) -> None:
 
 def _check_legacy(file: IO[bytes], path: str, size: int) -> dict[tuple[str, str], Any]:
     """The classes and functions that the pickles ask for."""
-    try:
-        tarfile.open(fileobj=file, mode="r:").close()
-    except tarfile.TarError:
-        file.seek(0)
-    else:
-        raise UsageError(f"{path} is a tar archive of PyTorch 0.1, which is not read")
-    look = _for_a_look(file, size)
-    for _ in range(_LEGACY_PICKLES):
-        check_pickle(look)
-    file.seek(0)
-    counted = CountedFile(file, Progress("", 0, show=False), size)
-    known: dict[tuple[str, str], Any] = {}
-    claimed = 0
-    for _ in range(_LEGACY_PICKLES):
-        claims = ClaimUnpickler(counted)
-        claims.load()
-        known |= claims.known
-        claimed += sum(claims.claims.values())
-    if claimed > size:
-        raise pickle.UnpicklingError(f"its tensors claim {claimed} bytes, it has {size}")
-    return known
+    with _again(file, size, "checking") as source:
+        look = PickleLook()
+        for _ in range(_LEGACY_PICKLES):
+            look.check(source)
+    with _again(file, size, "checking") as source:
+        claims = [ClaimUnpickler(source) for _ in range(_LEGACY_PICKLES)]
+        *_, stored = [one.load() for one in claims]
+    claimed = {key: count for one in claims for key, count in one.claims.items()}
+    if sum(claimed.values()) > size:
+        raise pickle.UnpicklingError(
+            f"its tensors claim {sum(claimed.values())} bytes, it has {size}"
+        )
+    # PyTorch leaves what is not listed as it finds it in memory.
+    if not isinstance(stored, list) or sorted(stored) != sorted(claimed):
+        raise pickle.UnpicklingError("the list of its storages is not that of its tensors'")
+    return {key: value for one in claims for key, value in one.known.items()}

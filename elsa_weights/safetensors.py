@@ -31,8 +31,8 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Of 100,000 tensors: JSON takes twenty times its size in memory.
-MAX_HEADER = 25 * 10**6
+# Of 80,000 tensors: JSON takes twenty times its size in memory.
+MAX_HEADER = 8 * 10**6
 MAX_DIMENSIONS = 64
 _BLOCK = 2**20
 

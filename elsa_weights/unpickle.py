@@ -7,11 +7,13 @@ import pickle
 import struct
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .opcodes import DICTS
 
 # Classes of data that training tools leave in checkpoints. They are never imported.
 DATA_CLASSES = {
@@ -92,13 +94,13 @@ class DType:
         if not isinstance(code, str):
             raise pickle.UnpicklingError("a numpy element type is not described as it should be")
         self.code = code.lstrip("<=|")
-        self.big_endian = self.code.startswith(">")
 
     def __setstate__(self, state: Any) -> None:
-        self.big_endian = state[1] == ">"
+        if state[1] == ">":  # most significant byte first
+            self.code = f">{self.code.lstrip('>')}"
 
     def lookup(self) -> tuple[torch.dtype, str]:
-        if self.big_endian or self.code not in ELEMENTS:
+        if self.code not in ELEMENTS:
             raise pickle.UnpicklingError(f"numpy elements of type {self.code!r} are not supported")
         return ELEMENTS[self.code]
 
@@ -183,6 +185,13 @@ def _reconstructor(kind: Any, *_: Any) -> Inert:
     return kind()
 
 
+def _from_type(functions: Mapping[Any, Any], make: Any, _: Any, args: Any, *__: Any) -> Any:
+    rebuilding = (known for (module, _), known in functions.items() if module == "torch._utils")
+    if not any(make is known for known in rebuilding):
+        raise NeedsCode("a tensor made by another function")
+    return make(*args)
+
+
 def _functions() -> dict[tuple[str, str], Any]:
     """What takes the place of the functions that data is pickled with.
 
@@ -201,7 +210,7 @@ def _functions() -> dict[tuple[str, str], Any]:
         # A tensor with attributes, as FSDP saves them: function, class, arguments and state. The
         # class is named, never called.
         ("torch", "Tensor"): "torch.Tensor",
-        ("torch._tensor", "_rebuild_from_type_v2"): lambda make, _, args, *__: make(*args),
+        ("torch._tensor", "_rebuild_from_type_v2"): lambda *args: _from_type(functions, *args),
         ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
         ("numpy", "dtype"): type("dtype", (DType,), {}),
     }
@@ -256,7 +265,7 @@ def safe_globals(known: Iterable[tuple[str, str]]) -> list[Any]:
     for module, name in known:
         if (module, name) in functions:
             stand_in = functions[module, name]
-        elif name in _DICTS:
+        elif name in DICTS:
             stand_in = OrderedDict
         else:
             stand_in = _ITEMS.get(name) or type(name, (Inert,), {})
@@ -266,8 +275,7 @@ def safe_globals(known: Iterable[tuple[str, str]]) -> list[Any]:
     return found
 
 
-# Classes of `DATA_CLASSES` that hold items, and modules that Python 2 names otherwise.
-_DICTS = {"Dict", "CfgNode", "EasyDict", "ConfigDict"}
+# Other classes of `DATA_CLASSES` that hold items, and modules that Python 2 names otherwise.
 _ITEMS = {"defaultdict": lambda *_: OrderedDict(), "deque": lambda *_: []}
 _RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
@@ -338,8 +346,11 @@ def _check_tensor(
         raise pickle.UnpicklingError("a tensor is not described as it should be")
     _product((offset,))
     _product(stride)
+    last = offset + sum((n - 1) * step for n, step in zip(size, stride, strict=True))
     itemsize = storage.itemsize if dtype is None else dtype.itemsize
     room = storage.numel * storage.itemsize // itemsize
     if count > room:
         raise pickle.UnpicklingError(f"a tensor claims {count} elements and has room for {room}")
+    if count and last >= room:
+        raise pickle.UnpicklingError(f"a tensor claims element {last} of a storage of {room}")
     return _Claim(count, itemsize)

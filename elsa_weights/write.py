@@ -45,11 +45,9 @@ def check_destination(source: str, destination: str) -> None:
 def sha256(path: str) -> str:
     digest = hashlib.sha256()
     size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        counted = CountedFile(file, Progress("hashing", size), size)
+    with open(path, "rb") as file, CountedFile(file, Progress("hashing", size)) as counted:
         while block := counted.read(_BLOCK):
             digest.update(block)
-        counted.progress.close()
     return digest.hexdigest()
 
 
@@ -126,17 +124,14 @@ def write_checkpoint(
         raise UsageError(
             f"DST {destination} needs {size / 1e6:.0f} MB, and its disk has {free / 1e6:.0f} MB"
         )
-    with replacing(destination) as file:
-        counted = CountedFile(file, Progress("writing", size))
-        try:
-            if destination.endswith(".safetensors"):
-                text = {key: json.dumps(value) for key, value in meta.items()}
-                safetensors.save(counted, tensors, {"format": "pt", **text})  # type: ignore[arg-type]
-            else:
-                checkpoint = _container(conversion, tensors, meta, training or {})
-                torch.save(checkpoint, counted)  # type: ignore[arg-type]
-        finally:
-            counted.progress.close()
+    progress = Progress("writing", size)
+    with replacing(destination) as file, CountedFile(file, progress) as counted:
+        if destination.endswith(".safetensors"):
+            text = {key: json.dumps(value) for key, value in meta.items()}
+            safetensors.save(counted, tensors, {"format": "pt", **text})  # type: ignore[arg-type]
+        else:
+            checkpoint = _container(conversion, tensors, meta, training or {})
+            torch.save(checkpoint, counted)  # type: ignore[arg-type]
 
 
 def _container(

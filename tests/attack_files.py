@@ -7,6 +7,7 @@ leaves a file "executed" in the current folder when it is read by `pickle`.
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import pickle
 import pickletools
@@ -27,12 +28,12 @@ class _Attack:
 
 
 EVIL = pickle.dumps(_Attack(), 2)
-_STATE = {"state_dict": {"weight": torch.zeros(3)}}
+_STATE = {"state_dict": {"weight": torch.zeros(4)}}
 
 
-def _zip() -> list[tuple[str, bytes]]:
+def _zip(state: object = _STATE) -> list[tuple[str, bytes]]:
     file = io.BytesIO()
-    torch.save(_STATE, file)
+    torch.save(state, file)
     with zipfile.ZipFile(file) as archive:
         return [(entry.filename, archive.read(entry)) for entry in archive.infolist()]
 
@@ -121,7 +122,26 @@ EXECUTING: dict[str, Callable[[Path], None]] = {
 }
 
 
+def with_pickle(path: Path, content: bytes) -> None:
+    """An archive of torch.save with another pickle."""
+    _write_zip(path, [(n, content if n.endswith("data.pkl") else data) for n, data in _zip()])
+
+
 _TWICE = b"q\x00h\x00\x86"
+# Floats of one hash, as places of the memo, and 30,000 tuples of them.
+_FLOATS = b"".join(
+    b"G" + struct.pack(">d", 2.0 ** (61 * n)) + b"q%c0" % (n + 16) for n in range(-16, 17)
+)
+_COLLIDING = b"".join(
+    b"(" + b"".join(b"h%c" % place for place in places) + b"t"
+    for places in itertools.islice(itertools.product(range(33), repeat=4), 30_000)
+)
+_LARGE_KEYS = b"".join(
+    b"(" + b"K\x01" * 9 + b"tq\x640(" + b"h\x64" * 9 + b"tq\x650(" + b"h\x65" * 9 + b"t"
+    + b"h%ch%c\x86\x86N" % (n % 33, n // 33) for n in range(900)
+)  # fmt: skip
+_TEXT = b"X" + struct.pack("<I", 2**23) + b"a" * 2**23
+_EQUAL = "may have to be compared"
 
 # What a pickle can ask for: [its content between protocol and end, words of the refusal].
 EXHAUSTING: dict[str, tuple[bytes, str]] = {
@@ -143,7 +163,7 @@ EXHAUSTING: dict[str, tuple[bytes, str]] = {
         "each reference counted",
     ),
     "key of 500,000 tuples": (b"})" + b"\x85" * 500_000 + b"K\x01s", "more than 100 deep"),
-    "500,000 lists": (b"]" * 500_000 + b"a" * 499_999, "more than 100 deep"),
+    "200,000 lists": (b"]" * 200_000 + b"a" * 199_999, "more than 100 deep"),
     "a list in itself": (b"]q\x00h\x00a", "holds itself"),
     "a list changed after its use": (b"]q\x00]h\x00ah\x00]a0", "changed after its use"),
     "an integer of 40,000 bytes": (
@@ -157,21 +177,106 @@ EXHAUSTING: dict[str, tuple[bytes, str]] = {
         + b"\x89C\x04\x00\x00\x00\x00tb",
         "below 2^63",
     ),
+    "a set of equal hashes": (_FLOATS + b"((" + _COLLIDING + b"libuiltins\nset\n", _EQUAL),
+    "a set by OBJ": (_FLOATS + b"(cbuiltins\nset\n(" + _COLLIDING + b"lo", _EQUAL),
+    "a set by NEWOBJ_EX": (
+        _FLOATS + b"cbuiltins\nfrozenset\n(" + _COLLIDING + b"l\x85}\x92",
+        _EQUAL,
+    ),
+    "a set as a tensor": (
+        _FLOATS + b"ctorch._tensor\n_rebuild_from_type_v2\n(cbuiltins\nset\nN("
+        + _COLLIDING + b"NtNtR",
+        "would execute code",
+    ),
+    "large keys of equal hashes": (_FLOATS + b"}(" + _LARGE_KEYS + b"u", _EQUAL),
+    "a text given to functions": (
+        _TEXT + b"q\x000c_codecs\nencode\nq\x010h\x00X\x06\x00\x00\x00latin1\x86q\x020]("
+        + b"h\x01h\x02R" * 1000 + b"e",
+        "bytes of text",
+    ),
     "integers of equal hashes": (
         b"}(" + b"".join(
             b"\x8a\x14" + ((2**61 - 1) * n).to_bytes(20, "little", signed=True) + b"N"
-            for n in range(10_000)
+            for n in range(12_000)
         ) + b"u",
-        "more than 1000",
+        _EQUAL,
     ),
-    "1,000,000 lists": (b"]" * 1_000_000 + b"0" * 999_999, "more than 1000000 opcodes"),
+    "500,000 lists": (b"]" * 500_000 + b"0" * 499_999, "more than 500000 opcodes"),
+    "120,000 calls": (
+        b"](ccollections\nOrderedDict\nq\x00" + b"h\x00)R" * 120_000 + b"e",
+        "more than 500000 opcodes",
+    ),
     "a text of 2^62 bytes": (b"\x8d" + struct.pack("<Q", 2**62), "damaged"),
+    "a text of 2^35 bytes": (b"\x8d" + struct.pack("<Q", 2**35), "damaged"),
     "a module of PyTorch": (b"ctorch\n_inductor\n", "torch._inductor"),
 }  # fmt: skip
 
 
 def exhausting(name: str) -> bytes:
     return b"\x80\x04" + EXHAUSTING[name][0] + b"."
+
+
+def nested_root(path: Path) -> None:
+    """PyTorch looks for x/data.pkl, in any case."""
+    entries = [("x/" + n.partition("/")[2], data) for n, data in _zip()]
+    upper = [(n.replace("data.pkl", "DATA.PKL"), data) for n, data in entries]
+    _write_zip(path, [*upper, ("x/y/data.pkl", pickle.dumps({}, 2))])
+
+
+def two_tables(path: Path) -> None:
+    """Of two ends of the table of records, one is where `zipfile` looks, one where PyTorch does."""
+    file = io.BytesIO()
+    torch.save(_STATE, file)
+    content = file.getvalue()
+    large = content[-98:-42]
+    path.write_bytes(content[:-98] + large + content[-98:])
+
+
+def many_records(path: Path) -> None:
+    file = io.BytesIO()
+    torch.save(_STATE, file)
+    content = bytearray(file.getvalue())
+    struct.pack_into("<QQ", content, len(content) - 74, 10**6, 10**6)
+    struct.pack_into("<HH", content, len(content) - 14, 0xFFFF, 0xFFFF)
+    path.write_bytes(content)
+
+
+def unlisted_storage(path: Path) -> None:
+    """PyTorch leaves the memory of a storage that is not listed as it finds it."""
+    parts = _pickles(_legacy())
+    path.write_bytes(b"".join([*parts[:4], pickle.dumps([], 2)]))
+
+
+def tar_header(path: Path) -> None:
+    """Python before 3.13 looks through its content in quadratic time."""
+    header = bytearray(_legacy()[:15].ljust(512, b"\0"))
+    header[124:136], header[156:157], header[257:265] = b"%011o\0" % 2**21, b"x", b"ustar\x0000"
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    path.write_bytes(header + b"1" * 2**21 + bytes(1024))
+
+
+def _beyond(old: bytes, new: bytes) -> Callable[[Path], None]:
+    """Changes a tensor of four elements: its offset, size and stride begin as K 0, K 4, K 1."""
+
+    def write(path: Path) -> None:
+        ((_, content),) = [e for e in _zip(torch.zeros(4)) if e[0].endswith("data.pkl")]
+        assert old in content
+        with_pickle(path, content.replace(old, new))
+
+    return write
+
+
+# Files that contradict themselves: [what writes them, words of the refusal].
+CONTRADICTING: dict[str, tuple[Callable[[Path], None], str]] = {
+    "nested root": (nested_root, "not one that torch.save makes"),
+    "two tables": (two_tables, "more around it"),
+    "many records": (many_records, "has 1000000 records"),
+    "unlisted storage": (unlisted_storage, "list of its storages"),
+    "tar header": (tar_header, "damaged"),
+    "offset": (_beyond(b"QK\0K\4", b"QK\2K\4"), "claims element 5 of a storage of 4"),
+    "stride": (_beyond(b"K\1\x85", b"K\2\x85"), "claims element 6 of a storage of 4"),
+}
 
 
 def _cut(content: bytearray) -> bytearray:

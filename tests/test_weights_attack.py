@@ -5,7 +5,6 @@ import pickle
 import resource
 import threading
 import time
-import zipfile
 from collections import OrderedDict
 from pathlib import Path
 
@@ -62,17 +61,27 @@ def test_nothing_is_exhausted(tmp_path, name, zipped):
     content, words = attack_files.exhausting(name), attack_files.EXHAUSTING[name][1]
     path = tmp_path / "a.pth"
     if zipped:
-        with zipfile.ZipFile(path, "w") as archive:
-            archive.writestr("archive/data.pkl", content)
+        attack_files.with_pickle(path, content)
     else:
         path.write_bytes(content)
+    assert words in sentence_within_limits(path)
+
+
+@pytest.mark.parametrize("name", attack_files.CONTRADICTING)
+def test_what_contradicts_itself_is_refused(tmp_path, name):
+    write, words = attack_files.CONTRADICTING[name]
+    write(tmp_path / "a.pth")
+    assert words in sentence_within_limits(tmp_path / "a.pth")
+
+
+def sentence_within_limits(path):
     begin, limits = time.process_time(), resource.getrlimit(resource.RLIMIT_DATA)
     resource.setrlimit(resource.RLIMIT_DATA, (_data_size() + MEMORY, limits[1]))
     try:
-        assert words in sentence(path)
+        return sentence(path)
     finally:
         resource.setrlimit(resource.RLIMIT_DATA, limits)
-    assert time.process_time() - begin < SECONDS
+        assert time.process_time() - begin < SECONDS
 
 
 def _data_size():
@@ -83,9 +92,9 @@ def _data_size():
 @pytest.mark.parametrize(
     "value",
     [
-        {"lists": [list(range(1000))] * 1000, "keys": {(n, str(n)): n for n in range(900)}},
+        {"lists": [list(range(1000))] * 1000, "keys": {(n, str(n)): n for n in range(2000)}},
         OrderedDict((f"layer{n}.weight", n * 0.5) for n in range(5000)),
-        {"seeds": [2**64 - n for n in range(500)], "sets": [frozenset({1, "a"})] * 50},
+        {"seeds": [2**64 - n for n in range(2000)], "sets": [frozenset({1, "a"})] * 50},
         [[[[[[[[[[]]]]]]]]]],
     ],
 )
@@ -94,6 +103,11 @@ def test_what_checkpoints_have_is_let_through(tmp_path, value, protocol):
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps(value, protocol))
     assert read_checkpoint(path) == value
+
+
+def test_the_order_of_a_large_data_set_is_let_through(tmp_path):
+    order = list(range(1_300_000))
+    assert read_checkpoint(save(tmp_path, order)) == order
 
 
 def test_an_optimizer_and_objects_of_data_are_let_through(tmp_path):
