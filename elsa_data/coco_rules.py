@@ -141,7 +141,7 @@ def _images(entries: list[dict], sizes: dict[Any, tuple[int, int]]) -> Iterator[
     yield from _ids(entries, "image")
     if not entries:
         yield Problem(ERROR, "no-images", "has no images", "images: []")
-    names: set[Any] = set()
+    names: dict[str, Any] = {}
     for entry in entries:
         file = entry.get("file_name")
         name = f"image {named(file or entry.get('id'))}"
@@ -169,10 +169,14 @@ def _images(entries: list[dict], sizes: dict[Any, tuple[int, int]]) -> Iterator[
         elif _CONTROL.search(file):
             many = "{n} images have control characters in their file_name"
             yield Problem(ERROR, "file-name-form", many, name, f"has them in {shown(file)}")
+        elif names.get(file, sides) != sides:
+            many = "{n} files are named twice, with different sizes"
+            rest = f"must have one size, got {shown(names[file])} and {shown(sides)}"
+            yield Problem(ERROR, "image-size", many, f"image {named(file)}", rest)
         elif file in names:
             yield Problem(WARNING, "duplicate-file-name", "{n} files are named twice", named(file))
         else:
-            names.add(file)
+            names[file] = sides
             if file.startswith("/") or ".." in file.split("/"):
                 many = "{n} images lie outside the folder of images, which their file_name leaves"
                 yield Problem(WARNING, "file-elsewhere", many, named(file))

@@ -66,6 +66,12 @@ DAMAGES = {
         "duplicate-file-name",
         "b.jpg",
     ),
+    "file named twice with two sizes": (
+        change_image(file_name="b.jpg", width=WIDTH + 1),
+        "error",
+        "image-size",
+        "b.jpg",
+    ),
     "no file name": (change_image(file_name=None), "error", "no-file-name", "image 0"),
     "image without a size": (change_image(width=0), "error", "image-size", "image a.jpg"),
     "no box": (drop("bbox"), "error", "box-form", "annotation 9: None"),
@@ -172,7 +178,7 @@ def test_damage_is_found(content, spoil, level, rule, example):
     assert finding.level == level and finding.count == 1 and "{" not in finding.text
     assert example in " ".join(finding.examples)
     follow_up = {"duplicate-image-id": {"unknown-image"}, "mixed-image-ids": {"unknown-image"}}
-    follow_up |= {"duplicate-category-id": {"unknown-category"}}
+    follow_up |= {"duplicate-category-id": {"unknown-category"}, "image-size": {"rle-size"}}
     follow_up |= {"no-category-id": {"unknown-category"}}
     rest = {other for other in found if found[other].level == "error"} - {rule, "unused-category"}
     assert rest <= follow_up.get(rule, set())
