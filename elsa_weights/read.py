@@ -159,10 +159,11 @@ def _read(file: IO[bytes], path: str, trust: bool) -> Any:
                 warnings.filterwarnings("ignore", "Detected pickle protocol")
                 return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
+        # PyTorch's reason, between its advice.
+        why = one_line(error).rpartition("WeightsUnpickler error: ")[2].partition(" Check the ")[0]
         raise UsageError(
-            f"{path} is refused, because PyTorch reads it only by executing code "
-            f"({one_line(error)[:200]}): if you trust its origin, let tools/convert_weights.py "
-            f"read it with {TRUST_FLAG}"
+            f"{path} is refused by torch.load(weights_only=True) ({why[:200]}): if you trust its "
+            f"origin, let tools/convert_weights.py read it with {TRUST_FLAG}"
         ) from error
 
 

@@ -38,6 +38,12 @@ def sentence(path):
     return line
 
 
+def test_what_pytorch_refuses_is_said_in_its_words(tmp_path):
+    attack_files.with_pickle(tmp_path / "a.pth", b"\x80\x02V1\n.")
+    line = sentence(tmp_path / "a.pth")
+    assert "refused by torch.load(weights_only=True) (Unsupported operand 86): if" in line
+
+
 @pytest.mark.filterwarnings("ignore:Duplicate name")
 @pytest.mark.parametrize("name", attack_files.EXECUTING)
 def test_nothing_is_executed(tmp_path, monkeypatch, name):
