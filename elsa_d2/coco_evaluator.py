@@ -24,6 +24,8 @@ from elsa_data.coco import load_coco
 from elsa_data.coco_eval import LEAST_LIMIT, evaluate_detections, limit_warning, unseen_warning
 from elsa_data.errors import DataError
 
+from .files import PREFIX
+
 
 class COCOEvaluator(Detectron2Evaluator):
     """COCOEvaluator whose AP, AP50, AP75, APs, APm and APl are right for every valid file.
@@ -57,7 +59,8 @@ class COCOEvaluator(Detectron2Evaluator):
         # Not super's: it reads the file as pycocotools does, which knows no byte order mark.
         self._logger = logging.getLogger(__name__)
         self._metadata = MetadataCatalog.get(dataset_name)
-        self._tasks, self._limit, self._output_dir = tuple(tasks), limit, output_dir
+        self._tasks, self._limit = tuple(tasks), limit
+        self._output_dir = PREFIX + output_dir if output_dir else None
         self._max_dets_per_image = [1, 10, max(LEAST_LIMIT, limit)]
         self._distributed, self._kpt_oks_sigmas = distributed, kpt_oks_sigmas
         self._cpu_device, self._use_fast_impl = torch.device("cpu"), False
@@ -145,7 +148,6 @@ class COCOEvaluator(Detectron2Evaluator):
         if not self._output_dir:
             return
         path = os.path.join(self._output_dir, "coco_instances_results.json")
-        self._logger.info(f"Saving results to {path}")
-        os.makedirs(self._output_dir, exist_ok=True)
-        with open(path, "w") as file:
+        self._logger.info(f"Saving results to {path.removeprefix(PREFIX)}")
+        with PathManager.open(path, "w") as file:
             json.dump([{**one, "category_id": ids[one["category_id"]]} for one in detections], file)

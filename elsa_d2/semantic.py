@@ -16,6 +16,7 @@ from detectron2.evaluation import SemSegEvaluator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .files import PREFIX
 from .reading import read_image, read_labels, read_pair, to_tensor
 from .semantic_augmentation import Fit, build_augmentation
 from .semantic_config import is_semantic
@@ -112,7 +113,7 @@ def build_sem_seg_evaluator(
 
     return SemSegEvaluator(
         dataset_name,
-        output_dir=os.path.join(cfg.OUTPUT_DIR, folder),
+        output_dir=PREFIX + os.path.join(cfg.OUTPUT_DIR, folder),
         sem_seg_loading_fn=load,
     )
 

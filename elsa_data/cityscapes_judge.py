@@ -11,6 +11,8 @@ from typing import Any
 import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as judge
 import numpy as np
 
+from .files import replacing
+
 if not hasattr(np, "in1d"):  # cityscapesscripts' name for it, which NumPy 2.4 no longer has
     np.in1d = np.isin
 
@@ -57,8 +59,8 @@ def _one(matches: dict[str, Any], args: Any, name: str, overlap: float) -> float
 
 
 def _write(content: Any, path: str) -> None:
-    with open(path, "w") as file:
-        json.dump(content, file, default=_plain, sort_keys=True, indent=4)
+    with replacing(path) as file:
+        file.write(json.dumps(content, default=_plain, sort_keys=True, indent=4).encode())
 
 
 def _plain(value: Any) -> Any:

@@ -22,10 +22,10 @@ from torch import Tensor, nn
 
 from elsa_core import ELSASwin
 from elsa_core.errors import UsageError, one_line
+from elsa_core.files import replacing_by_name
 
 from . import onnx_graph
 from .models import Predictor
-from .outputs import whole_file
 
 OPSET = 20
 TOLERANCE = 1e-4
@@ -159,7 +159,7 @@ def export(
         facts["mean"] = ",".join(f"{value:g}" for value in module.mean.flatten().tolist())
         facts["std"] = ",".join(f"{value:g}" for value in module.std.flatten().tolist())
     program.model.metadata_props.update({**facts, **(metadata or {})})
-    with whole_file(path) as part:
+    with replacing_by_name(path) as part:
         program.save(part)
         onnx.checker.check_model(part, full_check=True)
         found = compare(module, part, sizes)

@@ -1,18 +1,19 @@
-"""Files that appear whole or not at all."""
+"""The folder of the results and the files in it, which appear whole or not at all."""
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import cv2
 import numpy as np
 
 from elsa_core.errors import UsageError
+from elsa_core.files import replacing, sweep
 
 LONGEST_JPEG = 65500  # pixels of a side, of OpenCV's encoder
 
@@ -40,36 +41,18 @@ def _names_of(file: str) -> list[str]:
     return names
 
 
-@contextmanager
-def whole_file(path: str) -> Iterator[str]:
-    """A name beside ``path``, with its ending, whose file takes its place when all went well.
-
-    Raises UsageError where that cannot be written.
-    """
-    folder, name = os.path.split(path)
-    part = os.path.join(folder, f".{os.getpid()}.part.{name}")
-    try:
-        yield part
-        os.replace(part, path)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        if os.path.exists(part):
-            os.remove(part)
-
-
 def write_image(path: str, image: np.ndarray) -> None:
     """Encodes as the ending says: [H, W, 3], blue first, or a label map [H, W]."""
     good, data = cv2.imencode(os.path.splitext(path)[1], image)
     assert good, path
-    with whole_file(path) as part, open(part, "wb") as file:
+    with replacing(path, sweeping=False) as file:  # `make_folder` has swept
         file.write(data.tobytes())
 
 
 def write_json(path: str, content: Any) -> None:
-    with whole_file(path) as part, open(part, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=1)
-        file.write("\n")
+    with replacing(path, sweeping=False) as file:
+        json.dump(content, codecs.getwriter("utf-8")(file), indent=1)
+        file.write(b"\n")
 
 
 def image_ending(image: np.ndarray) -> str:
@@ -103,12 +86,16 @@ class VideoFile:
 
 
 def make_folder(path: str) -> None:
-    """Raises UsageError for a folder that cannot be made or written."""
+    """Raises UsageError for a folder that cannot be made or written.
+
+    What killed processes have left of files in it is removed.
+    """
     try:
         os.makedirs(path, exist_ok=True)
         tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
         raise UsageError(f"--out {path} cannot be written: {error.strerror}") from error
+    sweep(path)
 
 
 class Names:

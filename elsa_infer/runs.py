@@ -9,12 +9,13 @@ import numpy as np
 from tqdm import tqdm
 
 from elsa_core.errors import UsageError, one_line
+from elsa_core.files import replacing_by_name
 from elsa_data.images import MOST_ELONGATED
 
 from .coco import CocoResults
 from .inputs import Unreadable, is_video, open_video, read_image
 from .models import Predictor
-from .outputs import Names, VideoFile, image_ending, whole_file, write_image
+from .outputs import Names, VideoFile, image_ending, write_image
 from .results import Instances, Result, Segmentation, enlarge
 
 
@@ -73,7 +74,8 @@ class Demo:
         name = f"{self.names.stem(path)}.mp4"
         frames: list[dict[str, Any]] = []
         size: dict[str, int] = {}
-        with open_video(path) as video, whole_file(os.path.join(self.folder, name)) as part:
+        target = os.path.join(self.folder, name)
+        with open_video(path) as video, replacing_by_name(target) as part:
             out = VideoFile(part, video.rate)
             try:
                 bar = tqdm(

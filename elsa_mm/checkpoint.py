@@ -14,18 +14,22 @@ from elsa_core.files import replacing
 from elsa_weights import read_checkpoint
 from elsa_weights.resume import first_whole, noted
 
+# For paths that MMEngine writes to by itself.
+ATOMIC_PREFIX = "atomic://"
 
-@register_backend("atomic_local")
+
+@register_backend("atomic_local", prefixes="atomic")
 class AtomicLocalBackend(LocalBackend):
     """The local disk, where a file gets its name only when it is complete.
 
     MMEngine's own writes in place. Here, a process that is killed while it writes leaves the
     file's previous content, and beside it a ``.part`` file that the next attempt removes. Used
-    with ``CheckpointHook(backend_args=dict(backend="atomic_local"))``. Raises UsageError where a
-    file cannot be written.
+    with ``CheckpointHook(backend_args=dict(backend="atomic_local"))``, and to write to
+    ``atomic://PATH``. Raises UsageError where a file cannot be written.
     """
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
+        filepath = str(filepath).removeprefix(ATOMIC_PREFIX)
         os.makedirs(os.path.dirname(filepath) or ".", exist_ok=True)
         with replacing(filepath) as file:
             file.write(obj)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
+from mmengine.fileio import dump
+from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed
@@ -23,7 +25,7 @@ from elsa_weights import class_names
 from elsa_weights.resume import notes_on, refuse_if_none_is_whole
 
 from . import classes, fit, preflight
-from .checkpoint import find_last_checkpoint, read_checked_files
+from .checkpoint import ATOMIC_PREFIX, find_last_checkpoint, read_checked_files
 from .evaluators import use_coco_metric
 from .machine import agree, join_processes, use_cpu_where_needed
 from .reading import that_reads
@@ -332,4 +334,13 @@ def _dump_metric(cfg: Config, out: str):
         from mmdet.evaluation import DumpDetResults as Dump
     else:
         from mmengine.evaluator import DumpResults as Dump
-    return Dump(out_file_path=out)
+
+    class DumpWhole(Dump):
+        """The file appears whole or not at all."""
+
+        def compute_metrics(self, results: list) -> dict[str, float]:
+            dump(results, ATOMIC_PREFIX + out)
+            MMLogger.get_current_instance().info(f"Results have been saved to {out}.")
+            return {}
+
+    return DumpWhole(out_file_path=out)

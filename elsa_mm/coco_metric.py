@@ -30,6 +30,8 @@ from elsa_data.coco_eval import (
 )
 from elsa_data.errors import DataError
 
+from .checkpoint import ATOMIC_PREFIX
+
 _OWN = ("bbox", "segm")
 _PRECISIONS = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")
 _AREAS = {"s": "small", "m": "medium", "l": "large"}
@@ -135,6 +137,14 @@ class CocoMetric(MMDetectionMetric):
             if self.classwise:
                 metrics.update(_by_class(evaluation, classes, task, self.metrics, logger))
         return metrics
+
+    def results2json(
+        self, results: Sequence[dict[str, Any]], outfile_prefix: str
+    ) -> dict[str, str]:
+        """The files that are written, which appear whole or not at all, for each kind of result."""
+        prefix = "" if "://" in outfile_prefix else ATOMIC_PREFIX
+        files = super().results2json(results, prefix + outfile_prefix)
+        return {kind: file.removeprefix(ATOMIC_PREFIX) for kind, file in files.items()}
 
     def _others(self, results: list) -> dict[str, float]:
         """MMDetection's own metrics of proposals, and its files for a test server."""

@@ -7,8 +7,9 @@ import json
 import os
 from collections.abc import Sequence
 
-from elsa_core.command_line import exit_status
+from elsa_core.command_line import exit_status, keep_inputs
 from elsa_core.errors import UsageError
+from elsa_core.files import replacing
 
 from . import report
 from .convert import TARGETS
@@ -103,10 +104,11 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
 def run(options: argparse.Namespace) -> int:
     if (options.image or options.config) and not options.verify:
         raise UsageError("--image and --config belong to --verify")
-    if options.report and os.path.exists(options.report):
-        for name in (options.source, options.destination):
-            if os.path.exists(name) and os.path.samefile(name, options.report):
-                raise UsageError(f"--report {options.report} would overwrite {name}")
+    for name in (options.source, options.destination):
+        # DST may not be there yet.
+        if options.report and os.path.realpath(options.report) == os.path.realpath(name):
+            raise UsageError(f"--report {options.report} would overwrite {name}")
+    keep_inputs("--report", options.report or "", [options.source, options.destination])
     conversion = convert_file(
         options.source,
         options.destination,
@@ -119,7 +121,8 @@ def run(options: argparse.Namespace) -> int:
     print(report.text(conversion, verbose=options.verbose))
     print(f"wrote: {options.destination} ({os.path.getsize(options.destination) / 1e6:.1f} MB)")
     if options.report:
-        _write_report(options.report, json.dumps(report.record(conversion), indent=1))
+        with replacing(options.report) as file:
+            file.write(json.dumps(report.record(conversion), indent=1).encode() + b"\n")
     if not options.verify:
         return 0
     from .verify import verify
@@ -127,11 +130,3 @@ def run(options: argparse.Namespace) -> int:
     differences = verify(conversion, options.destination, options.image, options.config)
     print(differences)
     return 0 if differences.same else 1
-
-
-def _write_report(path: str, content: str) -> None:
-    try:
-        with open(path, "w", encoding="utf-8") as file:
-            file.write(content + "\n")
-    except OSError as error:
-        raise UsageError(f"--report {path} cannot be written: {error.strerror}") from error

@@ -55,7 +55,10 @@ def refused(capsys, folder, *arguments):
 
 def test_report_and_metadata(tmp_path, source, capsys):
     destination, listing = tmp_path / "d2.pth", tmp_path / "report.json"
+    listing.write_text("old")
+    os.link(listing, tmp_path / "earlier.json")
     assert run(source, destination, "--to", "detectron2", "--report", listing) == 0
+    assert (tmp_path / "earlier.json").read_text() == "old"  # replaced, not written in place
     out, err = capsys.readouterr()
     assert err == ""
     assert "source: original release, Mask R-CNN, ELSA-Swin free" in out
@@ -146,9 +149,12 @@ def test_places_that_are_not_written(tmp_path, source, capsys, name, reason):
     assert reason in refused(capsys, tmp_path, source, tmp_path / name, "--to", "mmdet")
 
 
-def test_report_over_the_source(tmp_path, source, capsys):
-    arguments = (source, tmp_path / "a.pth", "--to", "mmdet", "--report", source)
-    assert "would overwrite" in refused(capsys, tmp_path, *arguments)
+@pytest.mark.parametrize("report", ["source.pth", "new.pth", "x/../new.pth", "hard.pth"])
+def test_report_over_the_source_or_the_destination(tmp_path, source, capsys, report):
+    (tmp_path / "x").mkdir()
+    os.link(source, tmp_path / "hard.pth")
+    arguments = (source, tmp_path / "new.pth", "--to", "mmdet", "--report", tmp_path / report)
+    assert "--report" in refused(capsys, tmp_path, *arguments)
 
 
 @pytest.mark.parametrize(

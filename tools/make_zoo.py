@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # the frameworks' own, about their dependencies
     try:
+        from elsa_core.files import replacing
         from zoo.models import ZooError
         from zoo.page import PAGE, make_page
     except ModuleNotFoundError as error:
@@ -37,7 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
         return fail(str(error), 2)
     path = options.root / PAGE
     if not options.check:
-        path.write_text(text, encoding="utf-8")
+        with replacing(path) as file:
+            file.write(text.encode())
     elif not path.is_file() or path.read_text(encoding="utf-8") != text:
         return fail(f"{PAGE} is not what the metafiles and the models say: run make zoo", 1)
     return 0
