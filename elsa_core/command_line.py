@@ -41,6 +41,11 @@ def say(tool: str, sentence: str) -> None:
     print(f"{tool}: {' '.join(printable(sentence).split())}", file=sys.stderr)
 
 
+def show(text: str) -> None:
+    """Lines on standard output, with nothing in them that a terminal obeys."""
+    print(printable(text))
+
+
 def keep_inputs(option: str, path: str, read: Sequence[str | None]) -> None:
     """Raises UsageError where the file that is to be written is one of those that are read.
 

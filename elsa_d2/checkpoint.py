@@ -20,6 +20,7 @@ from elsa_core.nonfinite import check_finite
 from elsa_data.classes import other_classes
 from elsa_weights import (
     attention_names,
+    check_names,
     checkpoint_for,
     class_names,
     coverage,
@@ -93,6 +94,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
             self.logger.warning(f"{path}: {others}")
         return loaded
 
+    def load(self, path: str, *args: Any, **named: Any) -> dict[str, Any]:
+        try:
+            return super().load(path, *args, **named)
+        except (AssertionError, OSError) as error:
+            if "://" not in path and not os.path.isfile(path):  # any more, after the checks
+                raise UsageError(f"the checkpoint {path} does not exist") from error
+            raise
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         self._file = filename
         attention = attention_names(self.model)
@@ -138,8 +147,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return {**known, "model": tensors}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        """As Detectron2's, but raises UsageError for tensors with NaN or infinity, and where
-        nothing, or next to nothing, matches."""
+        """As Detectron2's, but raises UsageError for tensors with NaN or infinity, for names with
+        control characters, and where nothing, or next to nothing, matches."""
+        check_names(checkpoint["model"], self._file)
         wanted = self.model.state_dict()
         given = {n: t for n, t in checkpoint["model"].items() if n in wanted}
         check_finite({n: t for n, t in given.items() if isinstance(t, Tensor)}, self._file)

@@ -7,8 +7,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from elsa_core.command_line import exit_status, say
-from elsa_core.errors import UsageError, printable
+from elsa_core.command_line import exit_status, say, show
+from elsa_core.errors import UsageError
 
 from .arguments import add_config_settings
 
@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> int:
     path = os.path.join(options.out, "results.json")
     write_json(path, record)
     done = len(demo.images) + len(demo.videos)
-    print(f"wrote: {printable(path)} and the pictures of {done} of {len(files)} inputs")
+    show(f"wrote: {path} and the pictures of {done} of {len(files)} inputs")
     for failure in demo.failed:
         say("demo", failure["reason"])
     return 1 if demo.failed else 0

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from elsa_core import VARIANTS, ELSASwin
-from elsa_core.command_line import exit_status, keep_inputs
+from elsa_core.command_line import exit_status, keep_inputs, show
 from elsa_core.errors import UsageError
 
 from .arguments import add_config_settings
@@ -92,7 +92,7 @@ def run(options: argparse.Namespace) -> int:
     for difference in export(module, options.out, metadata=metadata):
         size = "x".join(map(str, difference.shape))
         print(f"{size}: onnxruntime and PyTorch differ by {difference.value:.1e}")
-    print(
+    show(
         f"wrote: {options.out} ({os.path.getsize(options.out) / 1e6:.1f} MB, at most {TOLERANCE:g})"
     )
     return 0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from elsa_core.errors import UsageError, one_line
+from elsa_core.errors import UsageError, one_line, printable
 from elsa_core.files import replacing_by_name
 from elsa_data.images import MOST_ELONGATED
 
@@ -78,9 +78,8 @@ class Demo:
         with open_video(path) as video, replacing_by_name(target) as part:
             out = VideoFile(part, video.rate)
             try:
-                bar = tqdm(
-                    video, path, video.frames or None, unit="frame", disable=None, leave=False
-                )
+                total = video.frames or None
+                bar = tqdm(video, printable(path), total, unit="frame", disable=None, leave=False)
                 for index, frame in enumerate(bar):
                     result = self._predict(frame)
                     record = self._record(frame, result)

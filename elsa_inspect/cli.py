@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Sequence
 
-from elsa_core.command_line import exit_status, keep_inputs
+from elsa_core.command_line import exit_status, keep_inputs, show
 from elsa_core.errors import UsageError
 from elsa_core.files import replacing
 
@@ -134,7 +134,7 @@ def _parts(options: argparse.Namespace) -> int:
         subject = from_config(options.config)
     size = tuple(options.size or subject.size)
     parts = count_parts(subject, size)
-    print(table(subject, parts, size))
+    show(table(subject, parts, size))
     if options.json:
         content = json.dumps(record(subject, parts, size), indent=1) + "\n"
         _write(options.json, content.encode())
@@ -170,8 +170,8 @@ def _filters(options: argparse.Namespace) -> int:
     )
     _write(options.out, to_png(draw(view)))
     shrunk = f", shrunk to {photo.shape[1]}x{photo.shape[0]}" if scale < 1 else ""
-    print(f"{view.title}; {view.of}")
-    print(f"wrote: {options.out} ({len(view.pixels)} pixels of {options.image}{shrunk})")
+    show(f"{view.title}; {view.of}")
+    show(f"wrote: {options.out} ({len(view.pixels)} pixels of {options.image}{shrunk})")
     return 0
 
 

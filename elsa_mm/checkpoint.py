@@ -87,12 +87,9 @@ def read_checked_files() -> None:
 def load_from_local(filename: str, map_location: Any = None) -> Any:
     """The content of a local checkpoint, with its tensors on the CPU.
 
-    Raises FileNotFoundError, and UsageError for a file that is damaged or would execute code.
+    Raises UsageError for a file that is not there, is damaged or would execute code.
     """
-    filename = os.path.expanduser(filename)
-    if not os.path.exists(filename):
-        raise FileNotFoundError(f"{filename} can not be found.")
-    return read_checkpoint(filename)
+    return read_checkpoint(os.path.expanduser(filename))
 
 
 # Formats that MMEngine cannot read, in every process.

@@ -18,7 +18,14 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from elsa_core.errors import UsageError
 from elsa_core.nonfinite import check_finite
 from elsa_data.classes import other_classes
-from elsa_weights import attention_names, checkpoint_for, class_names, coverage, has_names_of
+from elsa_weights import (
+    attention_names,
+    check_names,
+    checkpoint_for,
+    class_names,
+    coverage,
+    has_names_of,
+)
 
 from .history import from_plain, to_plain
 
@@ -37,8 +44,8 @@ class WeightsHook(Hook):
     and the log says how much that is.
 
     Raises UsageError where nothing matches, or less than a tenth of the weights of ELSA-Swin's
-    attention, for NaN or infinity, and for a checkpoint that is resumed from without the state of a
-    training.
+    attention, for NaN or infinity, for names with control characters, and for a checkpoint that is
+    resumed from without the state of a training.
 
     Checkpoints of the training hold tensors and plain data only (`elsa_mm.history`).
     """
@@ -92,6 +99,7 @@ def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -
     state = _state(content)
     if not isinstance(state, Mapping):
         raise UsageError(f"the checkpoint {path} holds no state dict, got {type(state).__name__}")
+    check_names(state, f"the checkpoint {path}")
     wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     # As MMEngine names them.
     plain = {re.sub("^module\\.", "", str(name)): value for name, value in state.items()}

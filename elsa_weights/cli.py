@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Sequence
 
-from elsa_core.command_line import exit_status, keep_inputs
+from elsa_core.command_line import exit_status, keep_inputs, show
 from elsa_core.errors import UsageError
 from elsa_core.files import replacing
 
@@ -118,8 +118,8 @@ def run(options: argparse.Namespace) -> int:
         keep_training_state=options.keep_training_state,
         anchor_sizes=options.anchor_sizes,
     )
-    print(report.text(conversion, verbose=options.verbose))
-    print(f"wrote: {options.destination} ({os.path.getsize(options.destination) / 1e6:.1f} MB)")
+    show(report.text(conversion, verbose=options.verbose))
+    show(f"wrote: {options.destination} ({os.path.getsize(options.destination) / 1e6:.1f} MB)")
     if options.report:
         with replacing(options.report) as file:
             file.write(json.dumps(report.record(conversion), indent=1).encode() + b"\n")
@@ -128,5 +128,5 @@ def run(options: argparse.Namespace) -> int:
     from .verify import verify
 
     differences = verify(conversion, options.destination, options.image, options.config)
-    print(differences)
+    show(str(differences))
     return 0 if differences.same else 1

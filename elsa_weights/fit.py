@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
+from typing import Any
 
 from torch import nn
 
 from elsa_core import ELSASwin
+from elsa_core.errors import UsageError
 
 # A checkpoint with less of the attention's weights is of another backbone, though some vectors may
 # agree by chance. Stock Swin gives the small variant a quarter of them.
@@ -32,6 +34,19 @@ def _backbones(model: nn.Module) -> tuple[str, ...]:
     """How the names of ELSA-Swins begin."""
     named = model.named_modules()
     return tuple(f"{name}." if name else "" for name, one in named if isinstance(one, ELSASwin))
+
+
+def check_names(names: Iterable[Any], path: str) -> None:
+    """Raises UsageError for a name with control characters among a file's tensors.
+
+    Frameworks print the names of tensors that a model has no place for, and a terminal obeys them.
+    """
+    for name in names:
+        if not str(name).isprintable():
+            shown = repr(str(name)[:80])
+            raise UsageError(
+                f"among the tensors of {path}, {shown} has control characters in its name"
+            )
 
 
 def coverage(model: nn.Module, given: Collection[str]) -> tuple[str, bool]:

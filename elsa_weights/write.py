@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from elsa_core import __version__
-from elsa_core.errors import UsageError
+from elsa_core.errors import UsageError, printable
 from elsa_core.files import replacing
 
 from . import safetensors
@@ -99,6 +99,8 @@ def dataset_meta(meta: Mapping[str, Any]) -> tuple[list[str] | None, list[list[i
     classes, palette = found
     if not (classes and not isinstance(classes, str) and all(isinstance(c, str) for c in classes)):
         classes = None
+    else:  # logs and pictures have them
+        classes = [printable(name) for name in classes]
     try:
         palette = [[int(part) for part in colour] for colour in palette] if palette else None
     except (OverflowError, TypeError, ValueError):  # some data sets name a palette instead

@@ -14,6 +14,7 @@ pytest.importorskip("detectron2")
 from killing import CHECKPOINT, NAME, NOTE, fork, statuses_of
 from killing_d2 import save_forever
 
+from elsa_core.errors import UsageError
 from elsa_d2 import AtomicCheckpointer
 from elsa_d2.checkpoint import replacing
 
@@ -105,6 +106,21 @@ def test_a_final_checkpoint_without_its_iteration_is_not_the_newest(folder, cont
     final.touch() if content is None else torch.save(content, final)
     iteration, passed = resumed(folder)
     assert iteration == 9 and len(passed) == (content is None)
+
+
+def test_a_file_that_is_not_there_is_one_sentence(tmp_path):
+    with pytest.raises(UsageError, match=r"checkpoint .*none\.pth does not exist"):
+        AtomicCheckpointer(torch.nn.Linear(2, 3)).load(str(tmp_path / "none.pth"))
+
+
+def test_names_that_a_terminal_obeys_are_refused(tmp_path):
+    model = torch.nn.Linear(2, 3)
+    torch.save(
+        {"model": {**model.state_dict(), "\x1b[2J\u202e": torch.ones(1)}}, tmp_path / "a.pth"
+    )
+    with pytest.raises(UsageError, match="control characters") as refused:
+        AtomicCheckpointer(model).load(str(tmp_path / "a.pth"))
+    assert str(refused.value).isprintable()
 
 
 def test_a_failed_save_leaves_the_last_checkpoint(tmp_path):

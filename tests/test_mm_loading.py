@@ -178,6 +178,14 @@ def test_what_matches_nothing_is_refused(models, kind):
     assert SENTENCES[kind] in str(error.value)
 
 
+@pytest.mark.parametrize("key", ["state_dict", "model"])
+def test_names_that_a_terminal_obeys_are_refused(models, key):
+    state = {**models["mmseg"].state_dict(), "\x1b[2J\u202e": torch.ones(1)}
+    with pytest.raises(UsageError, match="control characters") as refused:
+        load(models["mmseg"], {key: state})
+    assert str(refused.value).isprintable()
+
+
 def test_a_model_with_another_backbone():
     model = torch.nn.Linear(2, 3)
     loaded, said = load(model, {"module.weight": torch.zeros(3, 2)})
@@ -268,5 +276,5 @@ def test_local_files_are_read_by_one_reader(tmp_path, monkeypatch):
     torch.save(dict(state_dict=Path("x"), more=pytest.raises), tmp_path / "bad.pth")
     with pytest.raises(UsageError, match="would execute code"):
         CheckpointLoader.load_checkpoint(str(tmp_path / "bad.pth"))
-    with pytest.raises(FileNotFoundError, match="none.pth"):
+    with pytest.raises(UsageError, match="none.pth cannot be read: No such file"):
         CheckpointLoader.load_checkpoint(str(tmp_path / "none.pth"))

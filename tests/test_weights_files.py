@@ -28,7 +28,7 @@ from weights_models import (
 )
 
 from elsa_core import VARIANTS, __version__, atomic
-from elsa_weights import cli, convert_file, read_checkpoint, write
+from elsa_weights import class_names, cli, convert_file, read_checkpoint, write
 
 TOOL = Path(__file__).resolve().parents[1] / "tools/convert_weights.py"
 
@@ -147,6 +147,23 @@ def test_places_that_are_not_written(tmp_path, source, capsys, name, reason):
     (tmp_path / "folder.pth").mkdir()
     (tmp_path / "link.pth").symlink_to(source)
     assert reason in refused(capsys, tmp_path, source, tmp_path / name, "--to", "mmdet")
+
+
+def test_nothing_printed_is_obeyed_by_a_terminal(tmp_path, capsys):
+    escape = "\x1b]0;title\x07\x9b2J\u202e"
+    checkpoint = original("mask_rcnn")
+    checkpoint["meta"]["CLASSES"] = [escape, *CLASSES[1:]]
+    path = save(tmp_path, checkpoint)
+    destination = tmp_path / f"{escape}.pth"
+    assert run(path, destination, "--to", "mmdet", "--verbose") == 0
+    kept, _ = class_names(read_checkpoint(destination))
+    checkpoint["state_dict"][escape] = torch.ones(1)
+    path = save(tmp_path, checkpoint)
+    assert run(path, destination, "--to", "mmdet", "--verbose") == 2
+    out, err = capsys.readouterr()
+    for line in [*out.splitlines(), *err.splitlines(), *kept]:
+        assert line.isprintable()
+    assert r"\x1b]0;title\x07" in out and r"\x1b]0;title\x07" in err and r"\x1b" in kept[0]
 
 
 @pytest.mark.parametrize("report", ["source.pth", "new.pth", "x/../new.pth", "hard.pth"])
