@@ -43,6 +43,7 @@ from .classes import (
 )
 from .data import CocoPart, check_dataset, register_coco_datasets
 from .optimizer import build_optimizer
+from .proposal_files import check_proposals
 from .schedule import build_lr_scheduler
 from .semantic_config import is_semantic
 from .semantic_data import check_sem_seg_dataset, register_sem_seg_datasets
@@ -348,6 +349,7 @@ def _check_data(cfg: CfgNode, eval_only: bool, machines: int, stored: Sequence[s
             check_names(cfg, classes, where, found, f"data set {name!r}")
     if not eval_only:
         check_names(cfg, stored, "the last checkpoint", trained, "the training data")
+    check_proposals(cfg, eval_only)
 
 
 def _check_output(folder: str) -> None:

@@ -1,11 +1,17 @@
 """The RPN that is trained and ranks as MMDetection's does, compared with MMDetection's."""
 
+import pickle
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("detectron2")
 pytest.importorskip("mmdet")
 
+from detectron2.data import DatasetCatalog
+from detectron2.data.build import load_proposals_into_dataset
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_proposal_generator
 from detectron2.structures import ImageList
@@ -13,6 +19,8 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
 import elsa_d2
+from elsa_core.errors import UsageError
+from elsa_d2.proposal_files import check_proposals
 
 SIZES = [(90, 120), (96, 128)]
 STRIDES = (4, 8, 16, 32, 64)
@@ -140,3 +148,58 @@ def test_min_size_is_the_key(ours):
     with torch.device("meta"):
         assert build_proposal_generator(cfg, shapes).min_box_size == -1
     assert ours.min_box_size == 0
+
+
+class Evil:
+    def __reduce__(self):
+        return Path.touch, (Path("touched"),)
+
+
+def proposal_file(**changes):
+    scores, boxes = np.ones(3, np.float32), np.ones((3, 4), np.float32)
+    content = {"ids": [1, 2], "boxes": [boxes] * 2, "objectness_logits": [scores] * 2}
+    return {key: value for key, value in {**content, **changes}.items() if value is not None}
+
+
+OLD = {"ids": None, "objectness_logits": None, "indexes": ["1", "2"], "scores": [np.ones(3)] * 2}
+
+
+@pytest.mark.parametrize(
+    "files, changes, words",
+    [
+        (["a.pkl"], {}, None),
+        (["a.pkl"], {"ids": ["2", "1", "7"], "boxes": [1] * 3, "objectness_logits": [1] * 3}, None),
+        (["a.pkl"], {**OLD, "bbox_mode": 0}, None),
+        ([], {}, "PROPOSAL_FILES_TEST must have as many as DATASETS.TEST, which has 1, got 0"),
+        (["a.pkl", "a.pkl"], {}, "DATASETS.TEST, which has 1, got 2"),
+        (["b.pkl"], {}, "DATASETS.PROPOSAL_FILES_TEST b.pkl does not exist"),
+        (["a.pkl"], {"boxes": None}, "a.pkl holds no proposals: it has no boxes"),
+        (["a.pkl"], {"ids": [1]}, "must have boxes and scores for each of 1 images"),
+        (["a.pkl"], {"ids": [1, 3]}, "no proposals for 1 of the 2 images of data set .*first is 2"),
+        (["a.pkl"], {"more": Evil()}, "would execute code"),
+        (["a.pkl"], None, "is cut off|is damaged"),
+    ],
+)
+def test_files_of_proposals(tmp_path, monkeypatch, clean_catalog, files, changes, words):
+    """What a run cannot use ends it before it begins, and nothing in a file is executed."""
+    monkeypatch.chdir(tmp_path)
+    DatasetCatalog.register("two", lambda: [{"image_id": 1}, {"image_id": 2}])
+    content = pickle.dumps(proposal_file(**(changes or {})))
+    Path("a.pkl").write_bytes(content if changes is not None else content[:-40])
+    cfg = elsa_d2.load_config()
+    cfg.DATASETS.TEST, cfg.DATASETS.PROPOSAL_FILES_TEST = ["two"], files
+    check_proposals(cfg, eval_only=True)  # without MODEL.LOAD_PROPOSALS, nothing is looked at
+    cfg.MODEL.LOAD_PROPOSALS = True
+    if words is None:
+        check_proposals(cfg, eval_only=True)
+        return
+    with pytest.raises(UsageError, match=words):
+        check_proposals(cfg, eval_only=True)
+    assert not Path("touched").exists()
+
+
+def test_a_file_of_proposals_that_passes_is_one_that_detectron2_reads(tmp_path):
+    records = [{"image_id": 1}, {"image_id": 2}]
+    (tmp_path / "a.pkl").write_bytes(pickle.dumps(proposal_file()))
+    for record in load_proposals_into_dataset(records, str(tmp_path / "a.pkl")):
+        assert record["proposal_boxes"].shape == (3, 4)

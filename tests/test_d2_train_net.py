@@ -287,6 +287,11 @@ REFUSALS = {
         {"MODEL__KEYPOINT_ON": True},
         "MODEL.KEYPOINT_ON needs keypoint_names and keypoint_flip_map in the metadata of data set",
     ),
+    "proposals without a file": (
+        [],
+        {"MODEL__LOAD_PROPOSALS": True},
+        "DATASETS.PROPOSAL_FILES_TRAIN must have as many as DATASETS.TRAIN, which has 1, got 0",
+    ),
     "neck without features": (
         [],
         {"MODEL__FPN__IN_FEATURES": ["res2", "res4"]},
