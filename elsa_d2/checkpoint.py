@@ -63,7 +63,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self.passed: list[str] = []
 
     def has_checkpoint(self) -> bool:
-        return bool(self.get_checkpoint_file())
+        # DefaultTrainer asks again after it has resumed: the file is not read, nor kept, once more.
+        return bool(self.last or self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
         """The newest whole checkpoint of ``save_dir``, "" if there is none.

@@ -1,6 +1,7 @@
 """The trainer in one process and in two, in full and in mixed precision."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -57,8 +58,9 @@ def test_precision_may_change_between_checkpoint_and_resumption(digits, tmp_path
     steps(first, 1)
     first.checkpointer.save("model_0000000", iteration=0)
     second = make_trainer(digits, tmp_path, MODEL__DEVICE="cpu", SOLVER__AMP__ENABLED=resumed)
-    second.resume_or_load(resume=True)
-    assert second.start_iter == 1
+    with mock.patch.object(torch, "load", wraps=torch.load) as load:
+        second.resume_or_load(resume=True)
+    assert second.start_iter == 1 and load.call_count == 1
     expected = first.optimizer.state_dict()["state"]
     for index, state in second.optimizer.state_dict()["state"].items():
         assert torch.equal(state["exp_avg"], expected[index]["exp_avg"])
