@@ -9,6 +9,7 @@ from typing import Any
 from detectron2.data.samplers import TrainingSampler
 from detectron2.engine import HookBase
 from detectron2.utils import comm
+from torch import nn
 from torch.utils.data import DataLoader
 
 from elsa_core.randomness import Placed, PlacedData, seed_all
@@ -51,6 +52,7 @@ class DataOrderHook(HookBase):
 
     def __init__(self, sampler: ContinuedSampler, batch_size: int) -> None:
         self.sampler, self.batch_size = sampler, batch_size
+        self._begins = False  # an iteration, whose images may have to be loaded yet
 
     def state_dict(self) -> dict[str, Any]:
         return {"seed": self.sampler.seed}
@@ -60,9 +62,16 @@ class DataOrderHook(HookBase):
 
     def before_train(self) -> None:
         self.sampler.done = self.trainer.start_iter * self.batch_size
+        self.trainer.model.register_forward_pre_hook(self._seed)
 
     def before_step(self) -> None:
-        seed_all(f"{self.sampler.seed}/{comm.get_rank()}/{self.trainer.iter}")
+        self._begins = True
+
+    def _seed(self, model: nn.Module, inputs: Any) -> None:
+        # Not before the images are loaded: without workers, that seeds this process, too.
+        if self._begins:
+            self._begins = False
+            seed_all(f"{self.sampler.seed}/{comm.get_rank()}/{self.trainer.iter}")
 
 
 def continue_order(loader: DataLoader, batch_size: int) -> DataOrderHook | None:
