@@ -2,7 +2,8 @@
 
 A few bytes can ask for gigabytes (a memo index), for years (a tuple that holds another one twice,
 sixty deep, as a key of a dict) or for more stack than there is (nested tuples). `PickleLook`
-follows the opcodes without making any of the objects, and refuses what checkpoints do not have.
+follows the opcodes without making any of the objects. It lets through only what picklers write, so
+that every unpickler makes the same of it, and refuses what checkpoints do not have.
 
 Source of the opcodes' meaning: `pickletools` of the standard library.
 """
@@ -17,7 +18,7 @@ from typing import Any
 
 # Opcodes of all pickles of a file, weighted by the time that they take, about ten microseconds for
 # each unit. A tensor has 23 units, one in training 88.
-MAX_OPCODES = 500_000
+MAX_OPCODES = 400_000
 _LIGHT, _CALL = 0.3, 3  # numbers, texts and the memo; functions; others have the weight 1
 # Containers inside each other. Configs in checkpoints have some 15.
 MAX_DEPTH = 100
@@ -27,47 +28,70 @@ MAX_PARTS = 10_000_000
 MAX_INT_BYTES = 64
 # Keys that can have equal hashes, times their elements: a dict compares each with all others.
 MAX_COMPARED = 100_000_000
+# Bytes of one text or array: in memory a text has up to four for each.
+MAX_TEXT = 2**27
 # Bytes of text that functions may copy, beside twice those that the file has.
 MAX_GIVEN = 64 * 2**20
 _SMALLEST_COLLIDING = 2**61 - 1  # sys.hash_info.modulus
-_KEPT_TEXT = 200  # names of modules are shorter
+_KEPT_TEXT = 200  # names of modules and attributes are shorter
 # Classes of configs, which are dicts.
 DICTS = {"CfgNode", "ConfigDict", "Dict", "EasyDict"}
 # Classes that hash the elements of what they are given, and those that hash the first of each pair.
 _HASHING = {"set", "frozenset"}
 _HASHING_PAIRS = {"OrderedDict", "dict", "Counter", *DICTS}
+# Classes that go through what they are given, and those whose objects take items and elements.
+_ITERATING = {*_HASHING, *_HASHING_PAIRS, "Size", "defaultdict", "deque", "list", "tuple"}
+_TAKING_ITEMS = {"OrderedDict", "Counter", "defaultdict", *DICTS}
+_TAKING_ELEMENTS = {"deque"}
 
-_SCALARS = {
-    *("INT", "LONG", "BININT", "BININT1", "BININT2", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
-    *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE"),
-    *("BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8"),
+_NUMBERS = {"BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT"}
+_TEXTS = {
+    *("BINSTRING", "SHORT_BINSTRING", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"),
+    *("BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
 }
-_PUTS = {"BINPUT", "LONG_BINPUT", "PUT", "MEMOIZE"}
-_GETS = {"BINGET", "LONG_BINGET", "GET"}
+_PUTS = {"BINPUT", "LONG_BINPUT", "MEMOIZE"}
+_GETS = {"BINGET", "LONG_BINGET"}
 _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
-_CONTAINERS = {"EMPTY_LIST", "EMPTY_DICT", "EMPTY_SET", "EMPTY_TUPLE"}
+_LIST, _DICT, _SET, _TUPLE, _TEXT, _GLOBAL, _MADE = range(7)  # kinds of objects
+_CONTAINERS = {"EMPTY_LIST": _LIST, "EMPTY_DICT": _DICT, "EMPTY_SET": _SET, "EMPTY_TUPLE": _TUPLE}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-_MARKED = {"LIST", "TUPLE", "FROZENSET"}
+# What `torch.load(weights_only=True)` reads, of protocol 2.
+_OF_PYTORCH = {
+    *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID", "TUPLE"),
+    *("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINFLOAT", "LONG1", "BININT", "BININT1"),
+    *("BININT2", "BINUNICODE", "SHORT_BINSTRING", "BINPUT", "LONG_BINPUT"),
+    *_GETS, *_CONSTANTS, *_CONTAINERS, *_TUPLES,
+}  # fmt: skip
+# What Python's picklers write from protocol 2 on.
+_OF_PYTHON = _OF_PYTORCH - {"BINPERSID"} | _NUMBERS | _TEXTS | _PUTS
+_OF_PYTHON |= {"ADDITEMS", "FRAME", "FROZENSET", "STACK_GLOBAL"}
 _MARK = object()
 
 
 class _Object:
     """What is known of an object that would be made."""
 
-    __slots__ = ("depth", "items", "name", "parts", "placed", "size")
+    __slots__ = ("depth", "items", "keys", "kind", "name", "parts", "placed", "size")
 
-    def __init__(self, name: str = "", size: int = 0) -> None:
-        self.name = name  # of a class or function
+    def __init__(self, kind: int, name: str = "", size: int = 0) -> None:
+        self.kind = kind
+        self.name = name  # of a class or function, or of the one that made this
         self.items: list[Any] = []  # numbers, short texts and other objects
+        self.keys: list[Any] = []  # those that were set
         self.depth = self.parts = 1
         self.size = size  # bytes of a long text, or of those that a function got
         self.placed = False  # in another object
 
 
 class PickleLook:
-    """A look through the pickles of one file, whose limits are for all of them."""
+    """A look through the pickles of one file, whose limits are for all of them.
 
-    def __init__(self) -> None:
+    Args:
+        pytorch: whether they are read by `torch.load(weights_only=True)`, or else by `pickle`.
+    """
+
+    def __init__(self, *, pytorch: bool) -> None:
+        self.allowed = _OF_PYTORCH if pytorch else _OF_PYTHON
         self.opcodes = 0.0
         self.read = self.given = self.work = self.colliding = self.key_parts = 0
 
@@ -81,20 +105,41 @@ class PickleLook:
         gc.disable()  # nothing here is garbage, and looking for it takes most of the time
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
+
+        def read(count: int) -> bytes:
+            if count > MAX_TEXT:
+                raise _refusal(f"a text of {count} bytes")
+            return file.read(count)
+
+        source = SimpleNamespace(read=read, readline=file.readline)
+        if "FRAME" in self.allowed:  # pickletools calls it for every opcode
+            source.tell = file.tell
         try:
-            # Without `tell`, which pickletools would call for every opcode.
-            self._follow(SimpleNamespace(read=file.read, readline=file.readline))
+            self._follow(source)
         finally:
             if collects:
                 gc.enable()
 
     def _follow(self, file: Any) -> None:
-        stack, memo = self.stack, self.memo
-        for number, (opcode, value, _) in enumerate(pickletools.genops(file), 1):
+        stack, memo, frame_end = self.stack, self.memo, 0
+        for number, (opcode, value, place) in enumerate(pickletools.genops(file), 1):
             name = opcode.name
             self.opcodes += _LIGHT
-            if name in _SCALARS:
-                stack.append(self._scalar(value))
+            if name not in self.allowed:
+                raise _refusal(f"the opcode {name}, which checkpoints do not have")
+            if frame_end and place >= frame_end:
+                # Python's unpickler forgets the rest of a frame whose end is inside an opcode.
+                if place > frame_end:
+                    raise _refusal("an opcode that is only partly in a frame")
+                frame_end = 0
+            if name in _NUMBERS:
+                if type(value) is int and value.bit_length() > 8 * MAX_INT_BYTES:
+                    raise _refusal(f"an integer of {value.bit_length() // 8 + 1} bytes")
+                stack.append(value)
+            elif name in _TEXTS:
+                long = len(value) > _KEPT_TEXT
+                self.read += len(value)
+                stack.append(_Object(_TEXT, size=len(value)) if long else value)
             elif name in _PUTS:
                 index = len(memo) if name == "MEMOIZE" else value
                 if not 0 <= index <= number:
@@ -102,20 +147,15 @@ class PickleLook:
                 memo[index] = stack[-1]
             elif name in _GETS:
                 stack.append(memo[value])
+            elif name == "FRAME":
+                if frame_end:
+                    raise _refusal("a frame inside another one")
+                frame_end = place + 9 + value
             else:
                 self.opcodes += 1 - _LIGHT
                 self._make(name, value)
             if self.opcodes > MAX_OPCODES:
                 raise _refusal(f"more than {MAX_OPCODES} opcodes")
-
-    def _scalar(self, value: Any) -> Any:
-        if type(value) is int:
-            if value.bit_length() > 8 * MAX_INT_BYTES:
-                raise _refusal(f"an integer of {value.bit_length() // 8 + 1} bytes")
-        elif isinstance(value, (str, bytes)) and len(value) > _KEPT_TEXT:
-            self.read += len(value)
-            return _Object(size=len(value))
-        return value
 
     def _make(self, name: str, value: Any) -> None:
         """The opcodes that make objects, of others on the stack."""
@@ -123,62 +163,54 @@ class PickleLook:
         if name == "MARK":
             stack.append(_MARK)
         elif name in _CONTAINERS:
-            stack.append(_Object())
+            stack.append(_Object(_CONTAINERS[name]))
         elif name in _CONSTANTS:
             stack.append(_CONSTANTS[name])
-        elif name == "BYTEARRAY8":
-            stack.append(self._scalar(bytes(value)))
         elif name == "GLOBAL":
-            stack.append(_Object(_last(value)))
+            stack.append(_Object(_GLOBAL, value.rpartition(" ")[2]))
         elif name == "STACK_GLOBAL":
-            stack[-2:] = [_Object(stack[-1] if isinstance(stack[-1], str) else "")]
+            last = stack.pop()
+            stack[-1] = _Object(_GLOBAL, last if isinstance(last, str) else "")
         elif name in _TUPLES:
             count = _TUPLES[name]
             if len(stack) < count:
                 raise IndexError("an opcode finds too few objects")
-            stack[-count:] = [self._hold(_Object(), stack[-count:])]
-        elif name in _MARKED:
+            stack[-count:] = [self._hold(_Object(_TUPLE), stack[-count:])]
+        elif name == "TUPLE":
             items = self._to_mark()
-            stack.append(self._hold(_Object(), items))
-            if name == "FROZENSET":
-                self._hash(items)
-        elif name in ("APPEND", "APPENDS", "ADDITEMS"):
+            stack.append(self._hold(_Object(_TUPLE), items))
+        elif name == "FROZENSET":
+            items = self._to_mark()
+            stack.append(self._hold(_Object(_SET), items))
+            self._hash(items)
+        elif name == "ADDITEMS":
+            items = self._to_mark()
+            self._hold(self._last(_SET), items)
+            self._hash(items)
+        elif name in ("APPEND", "APPENDS"):
             items = [stack.pop()] if name == "APPEND" else self._to_mark()
-            self._hold(stack[-1], items)
-            if name == "ADDITEMS":
-                self._hash(items)
-        elif name in ("SETITEM", "SETITEMS", "DICT"):
+            self._hold(self._last(_LIST, _TAKING_ELEMENTS), items)
+        elif name in ("SETITEM", "SETITEMS"):
             items = self._to_mark() if name != "SETITEM" else [stack.pop(), stack.pop()][::-1]
-            if name == "DICT":
-                stack.append(_Object())
-            self._hold(stack[-1], items)
+            holder = self._last(_DICT, _TAKING_ITEMS)
+            self._hold(holder, items)
             self._hash(items[::2])
+            holder.keys += items[::2]
         elif name == "BUILD":
             state = stack.pop()
-            if state is not stack[-1]:  # addict's dicts are their own state
+            holder = self._last(_MADE)
+            if state is not holder:  # addict's dicts are their own state
+                self._check_attributes(holder, state)
                 self._give([state])
-                self._hold(stack[-1], [state])
+                self._hold(holder, [state])
         elif name == "BINPERSID":
             self._spend(stack[-1:])
-            stack[-1] = self._hold(_Object(), stack[-1:])
-        elif name in ("REDUCE", "NEWOBJ", "NEWOBJ_EX"):
-            count = 2 if name == "NEWOBJ_EX" else 1
-            arguments = [stack.pop() for _ in range(count)]
+            stack[-1] = self._hold(_Object(_MADE), stack[-1:])
+        elif name in ("REDUCE", "NEWOBJ"):
+            arguments = stack.pop()
             stack.append(self._call(stack.pop(), arguments))
-        elif name == "INST":
-            arguments = [self._hold(_Object(), self._to_mark())]
-            stack.append(self._call(_Object(_last(value)), arguments))
-        elif name == "OBJ":
-            kind, *items = self._to_mark()
-            stack.append(self._call(kind, [self._hold(_Object(), items)]))
-        elif name == "DUP":
-            stack.append(stack[-1])
-        elif name == "POP":
-            stack.pop()
-        elif name == "POP_MARK":
-            self._to_mark()
-        elif name not in ("PROTO", "FRAME", "STOP"):
-            raise _refusal(f"the opcode {name}, which no checkpoint has")
+        elif name not in ("PROTO", "STOP"):
+            raise AssertionError(name)
 
     def _to_mark(self) -> list[Any]:
         for index in range(len(self.stack) - 1, -1, -1):
@@ -188,9 +220,21 @@ class PickleLook:
                 return items
         raise IndexError("an opcode finds no mark")
 
-    def _hold(self, holder: Any, items: list[Any]) -> _Object:
+    def _last(self, kind: int, makers: set[str] | None = None) -> _Object:
+        """The object on top of the stack, which an opcode changes.
+
+        Args:
+            makers: names of classes whose objects it may be instead.
+        """
+        last = self.stack[-1]
+        if isinstance(last, _Object):
+            if last.kind == kind or (makers and last.kind == _MADE and last.name in makers):
+                return last
+        raise _refusal("items of an object that has none")
+
+    def _hold(self, holder: _Object, items: list[Any]) -> _Object:
         """``holder`` gets elements, as long as nothing holds it: so nothing can hold itself."""
-        if not isinstance(holder, _Object) or holder.placed:
+        if holder.placed:
             raise _refusal("an object that holds itself, or that is changed after its use")
         holder.items += items
         holder.parts += len(items)
@@ -209,24 +253,45 @@ class PickleLook:
             raise _refusal(f"objects of more than {MAX_PARTS} elements, each reference counted")
         return holder
 
-    def _call(self, function: Any, arguments: list[Any]) -> _Object:
-        """What a class or function would make of a tuple of arguments, and of one by name."""
-        made = self._hold(_Object(size=self._give(arguments)), arguments)
-        name = function.name if isinstance(function, _Object) else ""
-        if name in _HASHING or name in _HASHING_PAIRS:
-            elements = [e for one in arguments for arg in _items(one) for e in _items(arg)]
-            if name in _HASHING_PAIRS:  # pairs, or what another dict holds
-                elements += [_items(pair)[0] for pair in elements if _items(pair)]
-            self._hash(elements)
-            made.items = elements
+    def _call(self, function: Any, arguments: Any) -> _Object:
+        """What a class or function makes of a tuple of arguments."""
+        if not isinstance(function, _Object) or function.kind != _GLOBAL:
+            raise _refusal("a call of what is no class or function")
+        if not isinstance(arguments, _Object) or arguments.kind != _TUPLE:
+            raise _refusal("a call without a tuple of arguments")
+        name = function.name
+        copied = self._give([arguments])
+        made = self._hold(_Object(_MADE, name, copied), [arguments])
+        if name in _ITERATING:
+            objects = [one for one in arguments.items if isinstance(one, _Object)]
+            if any(one.kind in (_TEXT, _MADE) for one in objects):
+                raise _refusal(f"a {name} of what is no list, tuple, dict or set")
+            elements = [element for one in objects for element in one.items]
+            if name == "Size" and any(type(element) is not int for element in elements):
+                raise _refusal("a shape of other things than numbers")
+            if name in _HASHING_PAIRS:
+                elements += [pair.items[0] for pair in elements if getattr(pair, "items", None)]
+            if name in _HASHING or name in _HASHING_PAIRS:
+                self._hash(elements)
         return made
+
+    def _check_attributes(self, holder: _Object, state: Any) -> None:
+        """They have short names, and those of a dict hide none of its methods."""
+        states = state.items if isinstance(state, _Object) and state.kind == _TUPLE else [state]
+        for one in states:
+            for key in one.keys if isinstance(one, _Object) else ():
+                if not isinstance(key, str):
+                    raise _refusal("an attribute without a name")
+                if holder.name == "OrderedDict" and not key.startswith("_"):
+                    raise _refusal(f"a dict with the attribute {key!r}")
 
     def _give(self, items: list[Any]) -> int:
         """To a function, which may look at all elements and copy texts; the bytes of those."""
         self._spend(items)
         self.opcodes += _CALL - 1
-        direct = [*items, *(part for item in items for part in _items(item))]
-        copied = sum(item.size for item in direct if isinstance(item, _Object))
+        objects = [item for item in items if isinstance(item, _Object)]
+        objects += [part for item in objects for part in item.items if isinstance(part, _Object)]
+        copied = sum(item.size for item in objects)
         self.given += copied
         if self.given > 2 * self.read + MAX_GIVEN:
             raise _refusal(f"{self.given} bytes of text that are given to functions")
@@ -249,15 +314,6 @@ class PickleLook:
                 self.key_parts += 1
         if self.colliding * self.key_parts > MAX_COMPARED:
             raise _refusal(f"{self.colliding} keys that may have to be compared with each other")
-
-
-def _last(name: str) -> str:
-    """Of a module and a name."""
-    return name.rpartition(" ")[2]
-
-
-def _items(item: Any) -> list[Any]:
-    return item.items if isinstance(item, _Object) else []
 
 
 def _refusal(what: str) -> pickle.UnpicklingError:

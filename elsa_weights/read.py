@@ -30,11 +30,15 @@ TRUST_FLAG = "--trust-pickle"
 CRC_VARIABLE = "ELSA_CHECK_CRC"
 # How files of torch.save from before PyTorch 1.6 begin: a protocol and a pickled number.
 _LEGACY_NUMBER = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
+_LEGACY_VERSION = 1001
 _LEGACY_PICKLES = 5  # number, version, machine, content, keys of the storages
 _BLOCK = 2**20
-# Records of an archive: a checkpoint has one for each tensor, and some more.
-MAX_RECORDS = 100_000
+# Records of an archive, of which a checkpoint has one for each tensor and some more, and bytes of
+# each in the table.
+MAX_RECORDS = 25_000
+MAX_RECORD_BYTES = 512
 # The end of an archive: a record for large ones, of 56 bytes, a pointer to it, and the end itself.
+_UTF_8 = 0x800  # the flag of a name
 _END, _POINTER, _LARGE_END = "<4s3HH2IH", "<4s4xQ4x", "<4s20x4Q"
 _DAMAGE = (
     ArithmeticError,
@@ -64,9 +68,11 @@ def read_ahead(path: str | os.PathLike) -> Any:
 
     A check before a run reads what the run then loads, so that both see the same, once.
     """
-    content = _ahead.get(_identity(path)) or read_checkpoint(path)
+    identity = _identity(path)
+    content = read_checkpoint(path)
     _ahead.clear()
-    _ahead[_identity(path)] = content
+    if identity and identity == _identity(path):
+        _ahead[identity] = content
     return content
 
 
@@ -80,7 +86,8 @@ def _identity(path: str | os.PathLike) -> tuple[int, ...]:
         status = os.stat(path)
     except (OSError, ValueError):
         return ()
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return status.st_dev, status.st_ino, status.st_size, *times
 
 
 def read_checkpoint(path: str | os.PathLike, *, trust: bool = False) -> Any:
@@ -101,8 +108,8 @@ def read_checkpoint(path: str | os.PathLike, *, trust: bool = False) -> Any:
             code to be executed and is not trusted.
     """
     path = os.fspath(path)
-    if not trust and (known := _ahead.pop(_identity(path), None)) is not None:
-        return known
+    if not trust and (identity := _identity(path)) in _ahead:
+        return _ahead.pop(identity)
     try:
         with open(path, "rb", opener=_open_now) as file:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -110,8 +117,8 @@ def read_checkpoint(path: str | os.PathLike, *, trust: bool = False) -> Any:
             return _read(file, path, trust)
     except NeedsCode as error:
         raise UsageError(
-            f"{path} is refused, because reading it would execute code ({error}): if you trust its "
-            f"origin, let tools/convert_weights.py read it with {TRUST_FLAG}"
+            f"{path} is refused, because reading it would execute code ({one_line(error)}): if you "
+            f"trust its origin, let tools/convert_weights.py read it with {TRUST_FLAG}"
         ) from error
     except UsageError:
         raise
@@ -146,8 +153,7 @@ def _read(file: IO[bytes], path: str, trust: bool) -> Any:
         known = {} if trust else _check_legacy(file, path, size)
     else:
         if not trust:
-            with _again(file, size, "checking") as source:
-                PickleLook().check(source)
+            PickleLook(pytorch=False).check(io.BytesIO(file.read()))
         with _again(file, size, "reading") as source:
             unpickler = pickle.Unpickler if trust else DataUnpickler
             return unpickler(source, encoding="latin1").load()
@@ -178,21 +184,30 @@ def _check_zip(file: IO[bytes], path: str, size: int, trust: bool) -> dict[tuple
     _check_end(file, path, size)
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        names = {entry.filename: entry.file_size for entry in entries}
+        # Not filename, which zipfile cuts at a NUL and takes from what PyTorch does not look at.
+        names = {entry.orig_filename: entry.file_size for entry in entries}
         root = next(iter(names), "").partition("/")[0] + "/"
         if f"{root}constants.pkl" in names:
             raise UsageError(f"{path} is a TorchScript program, not a checkpoint")
         if not names.keys() >= {f"{root}data.pkl", f"{root}version"}:
             raise UsageError(f"{path} is an archive, but not one that torch.save makes")
         claimed = sum(entry.file_size for entry in entries)
-        if claimed > size or any(entry.compress_type != zipfile.ZIP_STORED for entry in entries):
+        stored = all(
+            entry.compress_type == zipfile.ZIP_STORED and entry.compress_size == entry.file_size
+            for entry in entries
+        )
+        if claimed > size or not stored:
             raise UsageError(
                 f"{path} claims {claimed} bytes of content and has {size}, "
                 "which no checkpoint of PyTorch does"
             )
         # PyTorch finds entries without regard to case.
-        if len({entry.filename.lower() for entry in entries}) != len(entries):
-            raise UsageError(f"{path} has two entries of one name, which no checkpoint has")
+        encodings = {entry.flag_bits & _UTF_8 for entry in entries}
+        if len({name.lower() for name in names}) != len(entries) or len(encodings) > 1:
+            raise UsageError(
+                f"{path} has two entries of one name, or names in two encodings, which no "
+                "checkpoint has"
+            )
         if os.environ.get(CRC_VARIABLE) != "0":
             _check_sums(archive, path, size)
         if trust:
@@ -200,7 +215,7 @@ def _check_zip(file: IO[bytes], path: str, size: int, trust: bool) -> dict[tuple
     file.seek(0)
     # What PyTorch itself takes for the pickle, however the archive is crafted.
     content = torch._C.PyTorchFileReader(file).get_record("data.pkl")
-    PickleLook().check(io.BytesIO(content))
+    PickleLook(pytorch=True).check(io.BytesIO(content))
     claims = ClaimUnpickler(io.BytesIO(content), encoding="utf-8")
     claims.load()
     for key, count in claims.claims.items():
@@ -232,8 +247,11 @@ def _check_end(file: IO[bytes], path: str, size: int) -> None:
         number, length, start = wide_number, wide_length, wide_start
     if not whole or start + length != table_end:
         raise UsageError(f"{path} is an archive with more around it, which no checkpoint has")
-    if number > MAX_RECORDS:
-        raise UsageError(f"{path} has {number} records, at most {MAX_RECORDS} are read")
+    if number > MAX_RECORDS or length > MAX_RECORD_BYTES * number:
+        raise UsageError(
+            f"{path} has {number} records in {length} bytes, at most {MAX_RECORDS} of "
+            f"{MAX_RECORD_BYTES} bytes are read"
+        )
 
 
 def _check_sums(archive: zipfile.ZipFile, path: str, size: int) -> None:
@@ -255,12 +273,14 @@ def _check_sums(archive: zipfile.ZipFile, path: str, size: int) -> None:
 def _check_legacy(file: IO[bytes], path: str, size: int) -> dict[tuple[str, str], Any]:
     """The classes and functions that the pickles ask for."""
     with _again(file, size, "checking") as source:
-        look = PickleLook()
+        look = PickleLook(pytorch=True)
         for _ in range(_LEGACY_PICKLES):
             look.check(source)
     with _again(file, size, "checking") as source:
-        claims = [ClaimUnpickler(source) for _ in range(_LEGACY_PICKLES)]
-        *_, stored = [one.load() for one in claims]
+        claims = [ClaimUnpickler(source, encoding="utf-8") for _ in range(_LEGACY_PICKLES)]
+        _, version, machine, _, stored = [one.load() for one in claims]
+    if version != _LEGACY_VERSION or not isinstance(machine, dict):
+        raise pickle.UnpicklingError("its version is not described as it should be")
     claimed = {key: count for one in claims for key, count in one.claims.items()}
     if sum(claimed.values()) > size:
         raise pickle.UnpicklingError(

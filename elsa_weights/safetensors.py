@@ -139,4 +139,4 @@ def _begin(item: tuple[str, Any], path: str) -> tuple[int, int]:
 
 
 def _damaged(path: str, why: str) -> UsageError:
-    return UsageError(f"{path} is a damaged safetensors file: {why}")
+    return UsageError(f"{path} is a damaged safetensors file: {' '.join(why.split())[:300]}")

@@ -8,10 +8,11 @@ import struct
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
 from .opcodes import DICTS
 
@@ -32,7 +33,10 @@ DATA_CLASSES = {
     "types": {"SimpleNamespace"},
     "yacs.config": {"CfgNode"},
     **{
-        module: {"bool", "dict", "float", "int", "list", "object", "str", "tuple"}
+        module: {
+            *("bool", "dict", "float", "int", "list", "long", "object", "range", "str", "tuple"),
+            *("Ellipsis", "NotImplemented", "unicode", "xrange"),
+        }
         for module in ("builtins", "__builtin__")
     },
     "numpy": {
@@ -91,7 +95,7 @@ class DType:
     def __init__(self, code: Any, *_: Any) -> None:
         if isinstance(code, bytes):  # Python 2
             code = code.decode("latin1")
-        if not isinstance(code, str):
+        if not isinstance(code, str) or len(code) > 16:
             raise pickle.UnpicklingError("a numpy element type is not described as it should be")
         self.code = code.lstrip("<=|")
 
@@ -148,7 +152,11 @@ def _product(shape: Any) -> int:
 
 def _scalar(dtype: DType, raw: Any = b"") -> Any:
     raw = raw.encode("latin1") if isinstance(raw, str) else raw
-    if not isinstance(raw, bytes) or dtype.code not in ELEMENTS:
+    if not isinstance(raw, bytes):
+        return Inert()
+    if dtype.code.startswith("U"):
+        return raw.decode("utf-32-le").rstrip("\0")
+    if dtype.code.startswith(("M", "S", "V")):  # times, bytes, records
         return Inert()
     return struct.unpack("<" + dtype.lookup()[1], raw)[0]
 
@@ -165,15 +173,17 @@ def _encode(text: str, encoding: str = "utf-8") -> bytes:
     return text.encode("latin1")
 
 
-def _bytearray(data: Any = b"", *_: Any) -> bytearray:
+def _bytearray(data: Any = b"", *encoding: Any) -> bytearray:
     if isinstance(data, str):
-        data = data.encode("latin1")
+        data = _encode(data, *encoding)
     if not isinstance(data, (bytes, bytearray)):  # a number would be a size to allocate
         raise pickle.UnpicklingError("a byte array without its bytes")
     return bytearray(data)
 
 
 def _getattr(owner: Any, name: str) -> Inert:
+    if not isinstance(name, str) or len(name) > 100:
+        raise pickle.UnpicklingError("an attribute without a name")
     if not isinstance(owner, Inert) and not (isinstance(owner, type) and issubclass(owner, Inert)):
         raise NeedsCode(f"the attribute {name!r}")
     return Inert()
@@ -185,10 +195,16 @@ def _reconstructor(kind: Any, *_: Any) -> Inert:
     return kind()
 
 
-def _from_type(functions: Mapping[Any, Any], make: Any, _: Any, args: Any, *__: Any) -> Any:
+def _from_type(
+    functions: Mapping[Any, Any], make: Any, _: Any, args: Any, state: Any = None
+) -> Any:
     rebuilding = (known for (module, _), known in functions.items() if module == "torch._utils")
     if not any(make is known for known in rebuilding):
         raise NeedsCode("a tensor made by another function")
+    for attributes in state if isinstance(state, tuple) else (state,):
+        for name in attributes if isinstance(attributes, dict) else ():
+            if not isinstance(name, str) or hasattr(Tensor, name):
+                raise pickle.UnpicklingError(f"a tensor with the attribute {name!r:.100}")
     return make(*args)
 
 
@@ -243,6 +259,8 @@ class DataUnpickler(pickle.Unpickler):
         self.known: dict[tuple[str, str], Any] = {}
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in self.known:
+            return self.known[module, name]
         if (module, name) in self.functions:
             found = self.functions[module, name]
         elif module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
@@ -251,7 +269,8 @@ class DataUnpickler(pickle.Unpickler):
             found = type(name, (Inert,), {})
         else:
             raise NeedsCode(f"{module}.{name}")
-        return self.known.setdefault((module, name), found)
+        self.known[module, name] = found
+        return found
 
 
 def safe_globals(known: Iterable[tuple[str, str]]) -> list[Any]:
@@ -270,35 +289,39 @@ def safe_globals(known: Iterable[tuple[str, str]]) -> list[Any]:
         else:
             stand_in = _ITEMS.get(name) or type(name, (Inert,), {})
         if callable(stand_in):
-            found += [(stand_in, f"{where}.{name}") for where in {module, _RENAMED.get(module)}
-                      if where]  # fmt: skip
+            renamed = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
+            found += [(stand_in, ".".join(full)) for full in {(module, name), renamed}]
     return found
 
 
-# Other classes of `DATA_CLASSES` that hold items, and modules that Python 2 names otherwise.
+# Other classes of `DATA_CLASSES` that hold items.
 _ITEMS = {"defaultdict": lambda *_: OrderedDict(), "deque": lambda *_: []}
-_RENAMED = {"__builtin__": "builtins", "copy_reg": "copyreg"}
 
 
-class _Kind(NamedTuple):
+class _Kind:
     """A storage class."""
 
-    itemsize: int
+    def __init__(self, itemsize: int) -> None:
+        self.itemsize = itemsize
 
 
-class _Claim(NamedTuple):
+class _Claim:
     """A storage or tensor of ``numel`` elements of ``itemsize`` bytes, not allocated."""
 
-    numel: int
-    itemsize: int
+    def __init__(self, numel: int, itemsize: int) -> None:
+        self.numel, self.itemsize = numel, itemsize
 
 
-_ITEM_SIZES = {
-    **dict.fromkeys(("Bool", "Byte", "Char", "QInt8", "QUInt8", "Untyped"), 1),
-    **dict.fromkeys(("BFloat16", "Half", "Short"), 2),
-    **dict.fromkeys(("Float", "Int", "QInt32", "ComplexHalf"), 4),
-    **dict.fromkeys(("Double", "Long", "ComplexFloat"), 8),
-    "ComplexDouble": 16,
+_KINDS = {
+    name: _Kind(size)
+    for size, names in {
+        1: ("Bool", "Byte", "Char", "QInt8", "QUInt8", "Untyped"),
+        2: ("BFloat16", "Half", "Short"),
+        4: ("Float", "Int", "QInt32", "ComplexHalf"),
+        8: ("Double", "Long", "ComplexFloat"),
+        16: ("ComplexDouble",),
+    }.items()
+    for name in names
 }
 
 
@@ -313,6 +336,7 @@ class ClaimUnpickler(DataUnpickler):
     def __init__(self, file: Any, **options: Any) -> None:
         super().__init__(file, **options)
         self.claims: dict[str, int] = {}
+        self.kinds: dict[str, tuple[_Kind, int]] = {}
         for name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
             self.functions["torch._utils", name] = lambda *args: _check_tensor(*args[:4])
         self.functions["torch._utils", "_rebuild_tensor_v3"] = lambda *args: _check_tensor(
@@ -321,9 +345,9 @@ class ClaimUnpickler(DataUnpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.cuda", "torch.storage") and name.endswith("Storage"):
-            if (size := _ITEM_SIZES.get(name.removesuffix("Storage"))) is None:
+            if (kind := _KINDS.get(name.removesuffix("Storage"))) is None:
                 raise NeedsCode(f"{module}.{name}")
-            return _Kind(size)
+            return kind
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
@@ -334,7 +358,12 @@ class ClaimUnpickler(DataUnpickler):
         described = isinstance(kind, _Kind) and isinstance(key, str) and type(numel) is int
         if not described or not 0 <= numel < 2**63:
             raise pickle.UnpicklingError("a tensor's storage is not described as it should be")
-        self.claims[key] = max(self.claims.get(key, 0), numel * kind.itemsize)
+        if len(pid) == 6 and pid[5] is not None:
+            raise pickle.UnpicklingError("a storage inside another one, as PyTorch 0.1 had them")
+        # PyTorch takes the first description, or leaves memory as it finds it.
+        if self.kinds.setdefault(key, (kind, numel)) != (kind, numel):
+            raise pickle.UnpicklingError("two descriptions of one storage")
+        self.claims[key] = numel * kind.itemsize
         return _Claim(numel, kind.itemsize)
 
 
@@ -350,7 +379,9 @@ def _check_tensor(
     itemsize = storage.itemsize if dtype is None else dtype.itemsize
     room = storage.numel * storage.itemsize // itemsize
     if count > room:
-        raise pickle.UnpicklingError(f"a tensor claims {count} elements and has room for {room}")
+        raise pickle.UnpicklingError(
+            f"a tensor claims {count} elements of a storage of {room} (expanded ones are not read)"
+        )
     if count and last >= room:
         raise pickle.UnpicklingError(f"a tensor claims element {last} of a storage of {room}")
     return _Claim(count, itemsize)

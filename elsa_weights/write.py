@@ -184,7 +184,8 @@ def _not_plain(value: Any) -> str | None:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """Contiguous, and not a piece of a larger storage, all of which torch.save would write."""
-    tensor = tensor.contiguous()
+    """Contiguous, with signs and conjugates taken, and not a piece of a larger storage, which
+    torch.save would write as a whole."""
+    tensor = tensor.resolve_conj().resolve_neg().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.dtype.itemsize
     return tensor if whole else tensor.clone()

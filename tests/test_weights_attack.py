@@ -14,7 +14,7 @@ import torch
 
 from elsa_core import ELSASwin
 from elsa_core.errors import UsageError
-from elsa_weights import cli, load_backbone, read_checkpoint, safetensors
+from elsa_weights import cli, load_backbone, read_ahead, read_checkpoint, safetensors
 
 # Of one read, beside the interpreter and the file.
 MEMORY = 10**9
@@ -39,9 +39,10 @@ def sentence(path):
 
 
 def test_what_pytorch_refuses_is_said_in_its_words(tmp_path):
-    attack_files.with_pickle(tmp_path / "a.pth", b"\x80\x02V1\n.")
+    content = b"\x80\x02c__builtin__\ngetattr\ncargparse\nNamespace\nX\1\0\0\0a\x86R}b."
+    attack_files.with_pickle(tmp_path / "a.pth", content)
     line = sentence(tmp_path / "a.pth")
-    assert "refused by torch.load(weights_only=True) (Unsupported operand 86): if" in line
+    assert "refused by torch.load(weights_only=True) (Can only build Tensor" in line
 
 
 @pytest.mark.filterwarnings("ignore:Duplicate name")
@@ -196,3 +197,28 @@ def test_deep_metadata_is_no_metadata(tmp_path):
     with open(tmp_path / "a.safetensors", "wb") as file:
         safetensors.save(file, model.state_dict(), {"dataset_meta": "[" * 100_000})
     assert load_backbone(model, tmp_path / "a.safetensors").moved
+
+
+def test_signs_that_are_still_to_be_taken_are_written(tmp_path):
+    state = ELSASwin(arch=TINY).state_dict()
+    save(tmp_path, {name: torch._neg_view(tensor) for name, tensor in state.items()})
+    arguments = [str(tmp_path / "a.pth"), str(tmp_path / "b.safetensors"), "--to", "backbone"]
+    assert cli.main(arguments) == 0
+    written = read_checkpoint(tmp_path / "b.safetensors")["state_dict"]
+    assert all(torch.equal(written[name], -state[name]) for name in written) and written
+
+
+def test_an_attribute_that_hides_a_method_of_tensors(tmp_path):
+    tensor = torch.zeros(2)
+    tensor.item = 5
+    assert "the attribute 'item'" in sentence(save(tmp_path, {"a": tensor}))
+
+
+def test_what_was_read_ahead_is_taken_once_and_for_its_file_alone(tmp_path):
+    path = save(tmp_path, torch.zeros(2))
+    assert read_ahead(path) is read_ahead(path) is read_checkpoint(path)
+    read_ahead(path)
+    path.unlink()
+    sentence(path)
+    save(tmp_path, torch.ones(2))
+    assert read_checkpoint(path).sum() == 2

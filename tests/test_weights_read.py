@@ -162,7 +162,7 @@ def test_arrays_that_claim_more_than_they_have(tmp_path):
 
 def test_byte_arrays_are_not_allocated_by_size(tmp_path):
     path = tmp_path / "model.pkl"
-    path.write_bytes(b"\x80\x02cbuiltins\nbytearray\n(L9999999999999L\ntR.")
+    path.write_bytes(b"\x80\x02cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R.")
     assert "byte array" in refusal(path)
 
 
@@ -194,7 +194,7 @@ def test_tensors_that_claim_more_than_their_file(tmp_path):
 
 def test_expanded_tensors_are_no_way_round(tmp_path):
     path = save(tmp_path, {"state_dict": {"a": torch.zeros(1).expand(4096)}})
-    assert "a tensor claims 4096 elements and has room for 1" in refusal(path)
+    assert "a tensor claims 4096 elements of a storage of 1" in refusal(path)
 
 
 def test_legacy_tensors_that_claim_more_than_their_file(tmp_path):
