@@ -117,7 +117,10 @@ def _run(tool: str, main: Callable[[argparse.Namespace], None], options: argpars
         if os.environ.get("RANK", "0") == "0":
             print(f"{tool}: {end.sentence}", file=sys.stderr)
         return end.code
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, SyntaxError) as error:
+        # MMEngine takes Ctrl-C while it prints a config for a fault of the config.
+        if KeyboardInterrupt not in (type(error), type(error.__context__)):
+            raise
         hint = "; --resume goes on from the last checkpoint" if tool == "train" else ""
         print(f"{tool}: interrupted{hint}", file=sys.stderr)
         return 130

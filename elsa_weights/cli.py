@@ -108,6 +108,9 @@ def run(options: argparse.Namespace) -> int:
         # DST may not be there yet.
         if options.report and os.path.realpath(options.report) == os.path.realpath(name):
             raise UsageError(f"--report {options.report} would overwrite {name}")
+    folder = os.path.dirname(options.report or "") or "."
+    if not os.path.isdir(folder):
+        raise UsageError(f"--report {options.report}: the folder {folder} does not exist")
     keep_inputs("--report", options.report or "", [options.source, options.destination])
     conversion = convert_file(
         options.source,

@@ -13,34 +13,39 @@ from __future__ import annotations
 import gc
 import pickle
 import pickletools
+import sys
+from collections import Counter, OrderedDict
 from types import SimpleNamespace
 from typing import Any
 
 # Opcodes of all pickles of a file, weighted by the time that they take, about ten microseconds for
-# each unit. A tensor has 23 units, one in training 88.
+# each unit. A tensor has 24 units, one in training 90.
 MAX_OPCODES = 400_000
 _LIGHT, _CALL = 0.3, 3  # numbers, texts and the memo; functions; others have the weight 1
+_WEIGHTS = {"BINPUT": 0.4, "LONG_BINPUT": 0.4, "LONG1": 0.6, "LONG4": 0.6}
 # Containers inside each other. Configs in checkpoints have some 15.
 MAX_DEPTH = 100
 # Elements with each reference counted, and elements that are hashed or given to functions.
 MAX_PARTS = 10_000_000
 # Bytes of an integer: the number that begins files from before PyTorch 1.6 has 10.
 MAX_INT_BYTES = 64
-# Keys that can have equal hashes, times their elements: a dict compares each with all others.
+# Keys that may find their places taken, times their elements, times the keys of their dict or set:
+# each is compared with all others.
 MAX_COMPARED = 100_000_000
-# Bytes of one text or array: in memory a text has up to four for each.
+# Bytes of one text or array, and those that all texts take in memory beside their letters, of which
+# each has up to four.
 MAX_TEXT = 2**27
+MAX_WIDE = 2**29
 # Bytes of text that functions may copy, beside twice those that the file has.
 MAX_GIVEN = 64 * 2**20
-_SMALLEST_COLLIDING = 2**61 - 1  # sys.hash_info.modulus
 _KEPT_TEXT = 200  # names of modules and attributes are shorter
 # Classes of configs, which are dicts.
 DICTS = {"CfgNode", "ConfigDict", "Dict", "EasyDict"}
 # Classes that hash the elements of what they are given, and those that hash the first of each pair.
-_HASHING = {"set", "frozenset"}
-_HASHING_PAIRS = {"OrderedDict", "dict", "Counter", *DICTS}
+_HASHING = {"Counter", "set", "frozenset"}
+_HASHING_PAIRS = {"OrderedDict", *DICTS}
 # Classes that go through what they are given, and those whose objects take items and elements.
-_ITERATING = {*_HASHING, *_HASHING_PAIRS, "Size", "defaultdict", "deque", "list", "tuple"}
+_ITERATING = {*_HASHING, *_HASHING_PAIRS, "Size", "defaultdict", "deque"}
 _TAKING_ITEMS = {"OrderedDict", "Counter", "defaultdict", *DICTS}
 _TAKING_ELEMENTS = {"deque"}
 
@@ -93,7 +98,7 @@ class PickleLook:
     def __init__(self, *, pytorch: bool) -> None:
         self.allowed = _OF_PYTORCH if pytorch else _OF_PYTHON
         self.opcodes = 0.0
-        self.read = self.given = self.work = self.colliding = self.key_parts = 0
+        self.read = self.wide = self.given = self.work = self.compared = 0
 
     def check(self, file: Any) -> None:
         """Reads one pickle from a binary file, up to and including its end; makes nothing of it.
@@ -124,7 +129,7 @@ class PickleLook:
         stack, memo, frame_end = self.stack, self.memo, 0
         for number, (opcode, value, place) in enumerate(pickletools.genops(file), 1):
             name = opcode.name
-            self.opcodes += _LIGHT
+            self.opcodes += _WEIGHTS.get(name, _LIGHT)
             if name not in self.allowed:
                 raise _refusal(f"the opcode {name}, which checkpoints do not have")
             if frame_end and place >= frame_end:
@@ -139,6 +144,10 @@ class PickleLook:
             elif name in _TEXTS:
                 long = len(value) > _KEPT_TEXT
                 self.read += len(value)
+                if long:
+                    self.wide += sys.getsizeof(value) - len(value)
+                    if self.wide > MAX_WIDE:
+                        raise _refusal("texts of wide letters")
                 stack.append(_Object(_TEXT, size=len(value)) if long else value)
             elif name in _PUTS:
                 index = len(memo) if name == "MEMOIZE" else value
@@ -185,8 +194,9 @@ class PickleLook:
             self._hash(items)
         elif name == "ADDITEMS":
             items = self._to_mark()
-            self._hold(self._last(_SET), items)
-            self._hash(items)
+            holder = self._last(_SET)
+            self._hash(items, len(holder.items))
+            self._hold(holder, items)
         elif name in ("APPEND", "APPENDS"):
             items = [stack.pop()] if name == "APPEND" else self._to_mark()
             self._hold(self._last(_LIST, _TAKING_ELEMENTS), items)
@@ -194,11 +204,13 @@ class PickleLook:
             items = self._to_mark() if name != "SETITEM" else [stack.pop(), stack.pop()][::-1]
             holder = self._last(_DICT, _TAKING_ITEMS)
             self._hold(holder, items)
-            self._hash(items[::2])
+            self._hash(items[::2], len(holder.keys))
             holder.keys += items[::2]
         elif name == "BUILD":
             state = stack.pop()
             holder = self._last(_MADE)
+            if not holder.name or holder.name.startswith("_rebuild"):
+                raise _refusal("a tensor that is changed after it was made")
             if state is not holder:  # addict's dicts are their own state
                 self._check_attributes(holder, state)
                 self._give([state])
@@ -208,7 +220,7 @@ class PickleLook:
             stack[-1] = self._hold(_Object(_MADE), stack[-1:])
         elif name in ("REDUCE", "NEWOBJ"):
             arguments = stack.pop()
-            stack.append(self._call(stack.pop(), arguments))
+            stack.append(self._call(stack.pop(), arguments, new=name == "NEWOBJ"))
         elif name not in ("PROTO", "STOP"):
             raise AssertionError(name)
 
@@ -253,8 +265,12 @@ class PickleLook:
             raise _refusal(f"objects of more than {MAX_PARTS} elements, each reference counted")
         return holder
 
-    def _call(self, function: Any, arguments: Any) -> _Object:
-        """What a class or function makes of a tuple of arguments."""
+    def _call(self, function: Any, arguments: Any, new: bool) -> _Object:
+        """What a class or function makes of a tuple of arguments.
+
+        Args:
+            new: by ``__new__`` alone, in which dicts leave their arguments.
+        """
         if not isinstance(function, _Object) or function.kind != _GLOBAL:
             raise _refusal("a call of what is no class or function")
         if not isinstance(arguments, _Object) or arguments.kind != _TUPLE:
@@ -262,28 +278,33 @@ class PickleLook:
         name = function.name
         copied = self._give([arguments])
         made = self._hold(_Object(_MADE, name, copied), [arguments])
-        if name in _ITERATING:
+        if name in _ITERATING and not (new and name in _HASHING_PAIRS):
             objects = [one for one in arguments.items if isinstance(one, _Object)]
             if any(one.kind in (_TEXT, _MADE) for one in objects):
                 raise _refusal(f"a {name} of what is no list, tuple, dict or set")
-            elements = [element for one in objects for element in one.items]
-            if name == "Size" and any(type(element) is not int for element in elements):
-                raise _refusal("a shape of other things than numbers")
-            if name in _HASHING_PAIRS:
-                elements += [pair.items[0] for pair in elements if getattr(pair, "items", None)]
-            if name in _HASHING or name in _HASHING_PAIRS:
-                self._hash(elements)
+            for one in objects:
+                elements = one.keys if one.kind == _DICT else one.items
+                if name == "Size" and any(type(element) is not int for element in elements):
+                    raise _refusal("a shape of other things than numbers")
+                if name in _HASHING:
+                    self._hash(elements)
+                elif name in _HASHING_PAIRS:
+                    self._hash(elements if one.kind == _DICT else [_first(e) for e in elements])
         return made
 
     def _check_attributes(self, holder: _Object, state: Any) -> None:
         """They have short names, and those of a dict hide none of its methods."""
         states = state.items if isinstance(state, _Object) and state.kind == _TUPLE else [state]
         for one in states:
-            for key in one.keys if isinstance(one, _Object) else ():
-                if not isinstance(key, str):
-                    raise _refusal("an attribute without a name")
-                if holder.name == "OrderedDict" and not key.startswith("_"):
-                    raise _refusal(f"a dict with the attribute {key!r}")
+            keys = one.keys if isinstance(one, _Object) else []
+            if not all(isinstance(key, str) for key in keys):
+                raise _refusal("an attribute without a name")
+            if holder.name in _TAKING_ITEMS:
+                if one is not None and getattr(one, "kind", None) != _DICT:
+                    raise _refusal("attributes of a dict that are in no dict")
+                for key in keys:
+                    if hasattr(OrderedDict, key) or hasattr(Counter, key):
+                        raise _refusal(f"a dict with the attribute {key!r}")
 
     def _give(self, items: list[Any]) -> int:
         """To a function, which may look at all elements and copy texts; the bytes of those."""
@@ -302,18 +323,27 @@ class PickleLook:
         if self.work > MAX_PARTS:
             raise _refusal(f"more than {MAX_PARTS} elements that are hashed or given to functions")
 
-    def _hash(self, keys: list[Any]) -> None:
-        """Keys of a dict, or elements of a set. Numbers below 2^61 and texts cannot collide."""
+    def _hash(self, keys: list[Any], before: int = 0) -> None:
+        """Keys of a dict, or elements of a set, that has ``before`` others.
+
+        Texts cannot be made to collide, and numbers in order take places of their own.
+        """
         self._spend(keys)
-        for key in keys:
+        self.work += 4 * len(keys)  # a set takes four times what a list does
+        count = before + len(keys)
+        for place, key in enumerate(keys, before):
             if isinstance(key, _Object):
-                self.colliding += 1
-                self.key_parts += key.parts
-            elif type(key) is int and abs(key) >= _SMALLEST_COLLIDING:
-                self.colliding += 1
-                self.key_parts += 1
-        if self.colliding * self.key_parts > MAX_COMPARED:
-            raise _refusal(f"{self.colliding} keys that may have to be compared with each other")
+                self.compared += count * key.parts
+            elif type(key) is float or (type(key) is int and not 0 <= key <= place + 64):
+                self.compared += count
+        if self.compared > MAX_COMPARED:
+            raise _refusal(f"{count} keys that may have to be compared with each other")
+
+
+def _first(pair: Any) -> Any:
+    if not isinstance(pair, _Object) or pair.kind not in (_LIST, _TUPLE) or len(pair.items) != 2:
+        raise _refusal("a dict of what is no pair")
+    return pair.items[0]
 
 
 def _refusal(what: str) -> pickle.UnpicklingError:

@@ -202,12 +202,12 @@ def _check_zip(file: IO[bytes], path: str, size: int, trust: bool) -> dict[tuple
                 "which no checkpoint of PyTorch does"
             )
         # PyTorch finds entries without regard to case.
-        encodings = {entry.flag_bits & _UTF_8 for entry in entries}
-        if len({name.lower() for name in names}) != len(entries) or len(encodings) > 1:
-            raise UsageError(
-                f"{path} has two entries of one name, or names in two encodings, which no "
-                "checkpoint has"
-            )
+        if len({name.lower() for name in names}) != len(entries):
+            raise UsageError(f"{path} has two entries of one name, which no checkpoint has")
+        # And by their bytes.
+        utf_8 = all(entry.flag_bits & _UTF_8 for entry in entries)
+        if not all(name.isprintable() and (utf_8 or name.isascii()) for name in names):
+            raise UsageError(f"{path} has names in no encoding that is known")
         if os.environ.get(CRC_VARIABLE) != "0":
             _check_sums(archive, path, size)
         if trust:
@@ -219,7 +219,7 @@ def _check_zip(file: IO[bytes], path: str, size: int, trust: bool) -> dict[tuple
     claims = ClaimUnpickler(io.BytesIO(content), encoding="utf-8")
     claims.load()
     for key, count in claims.claims.items():
-        if count > names.get(f"{root}data/{key}", 0):
+        if count != names.get(f"{root}data/{key}", 0):
             raise UsageError(
                 f"{path} is damaged: a tensor claims {count} bytes and the file has "
                 f"{names.get(f'{root}data/{key}', 0)} for it"

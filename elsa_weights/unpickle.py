@@ -202,7 +202,9 @@ def _from_type(
     if not any(make is known for known in rebuilding):
         raise NeedsCode("a tensor made by another function")
     for attributes in state if isinstance(state, tuple) else (state,):
-        for name in attributes if isinstance(attributes, dict) else ():
+        if attributes is not None and type(attributes) is not dict:
+            raise pickle.UnpicklingError("attributes of a tensor that are in no dict")
+        for name in attributes or ():
             if not isinstance(name, str) or hasattr(Tensor, name):
                 raise pickle.UnpicklingError(f"a tensor with the attribute {name!r:.100}")
     return make(*args)
@@ -265,7 +267,7 @@ class DataUnpickler(pickle.Unpickler):
             found = self.functions[module, name]
         elif module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
-        elif name in DATA_CLASSES.get(module, ()):
+        elif name.partition(".")[0] in DATA_CLASSES.get(module, ()):
             found = type(name, (Inert,), {})
         else:
             raise NeedsCode(f"{module}.{name}")
@@ -307,6 +309,8 @@ class _Kind:
 
 class _Claim:
     """A storage or tensor of ``numel`` elements of ``itemsize`` bytes, not allocated."""
+
+    __slots__ = ("itemsize", "numel")  # and no attributes, which PyTorch's tensors take otherwise
 
     def __init__(self, numel: int, itemsize: int) -> None:
         self.numel, self.itemsize = numel, itemsize
@@ -356,6 +360,7 @@ class ClaimUnpickler(DataUnpickler):
             raise NeedsCode("the source of a module")
         kind, key, numel = pid[1], pid[2], pid[4]
         described = isinstance(kind, _Kind) and isinstance(key, str) and type(numel) is int
+        described = described and key.isascii() and key.isprintable()
         if not described or not 0 <= numel < 2**63:
             raise pickle.UnpicklingError("a tensor's storage is not described as it should be")
         if len(pid) == 6 and pid[5] is not None:

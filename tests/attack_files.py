@@ -209,6 +209,20 @@ EXHAUSTING: dict[str, tuple[bytes, str]] = {
         b"ccollections\nOrderedDict\n)R}X\x05\x00\x00\x00itemsK\x05sb",
         "a dict with the attribute 'items'",
     ),
+    "attributes in pairs": (
+        b"ccollections\nOrderedDict\n)Rccollections\nOrderedDict\n]]X\5\0\0\0itemsaK\5aa\x85Rb",
+        "in no dict",
+    ),
+    "a parameter that is set again": (
+        b"ctorch._utils\n_rebuild_parameter\nK\1\x85R)b",
+        "changed after it was made",
+    ),
+    "a dict of numbers": (b"ccollections\nOrderedDict\n]K\1a\x85R", "no pair"),
+    "numbers whose places are taken": (
+        b"}(" + b"".join(b"M" + struct.pack("<H", n) + b"N" for n in range(60_000))
+        + b"".join(b"J" + struct.pack("<i", n) + b"N" for n in range(10**6, 10**6 + 2000)) + b"u",
+        _EQUAL,
+    ),
     "an item at a slice": (b"](K\x01K\x02eK\x01K\x02s", "items of an object that has none"),
     "a text of 2^27 letters": (
         b"X" + struct.pack("<I", 2**27 + 1) + b"a" * 7,
@@ -290,6 +304,12 @@ def two_encodings(path: Path) -> None:
     _write_zip(path, [*_zip(), ("archive/data/\u00e9", b"")])
 
 
+def zero_in_a_name(path: Path) -> None:
+    """PyTorch takes the part before it."""
+    _write_zip(path, [*_zip(), ("archive/data/0xx", b"")])
+    path.write_bytes(path.read_bytes().replace(b"archive/data/0xx", b"archive/data/0\0x"))
+
+
 def two_sizes(path: Path) -> None:
     """The checksum is that of the smaller one, PyTorch reads the larger one."""
     with_pickle(path, pickle.dumps({}, 2))
@@ -357,7 +377,8 @@ CONTRADICTING: dict[str, tuple[Callable[[Path], None], str]] = {
     "nested root": (nested_root, "not one that torch.save makes"),
     "two tables": (two_tables, "more around it"),
     "many records": (many_records, "has 1000000 records"),
-    "two encodings": (two_encodings, "two encodings"),
+    "two encodings": (two_encodings, "names in no encoding"),
+    "a zero in a name": (zero_in_a_name, "names in no encoding"),
     "two sizes": (two_sizes, "bytes of content"),
     "two types": (two_types, "two descriptions of one storage"),
     "a storage in a storage": (storage_in_a_storage, "a storage inside another one"),

@@ -57,6 +57,21 @@ def test_unusable_config(refusal, tmp_path, text, word):
     assert sentence.startswith("the config broken.py cannot be used: ") and word in sentence
 
 
+def test_an_interruption_while_the_config_is_printed(monkeypatch, tmp_path, capfd, digits):
+    """MMEngine takes it for a fault of the config."""
+
+    def interrupted(config):
+        try:
+            raise KeyboardInterrupt
+        except BaseException:
+            raise SyntaxError("Failed to format the config file")  # noqa: B904
+
+    monkeypatch.setattr(Config, "pretty_text", property(interrupted))
+    monkeypatch.chdir(tmp_path)
+    assert cli.train([str(CONFIGS["mmdet"]), *options("mmdet", digits)]) == 130
+    assert capfd.readouterr().err.splitlines()[-1].startswith("train: interrupted; --resume")
+
+
 @frameworks
 def test_config_without_custom_imports(refusal, tmp_path, framework):
     config = tmp_path / "config.py"

@@ -112,6 +112,14 @@ def test_what_checkpoints_have_is_let_through(tmp_path, value, protocol):
     assert read_checkpoint(path) == value
 
 
+def test_dicts_that_are_made_of_their_items_are_let_through(tmp_path):
+    """addict's: what makes them gets the items, and leaves them to what follows."""
+    item = b"X\1\0\0\0aK\1"
+    content = b"\x80\2caddict.addict\nDict\n" + item + b"\x86\x85\x81" + item + b"s."
+    attack_files.with_pickle(tmp_path / "a.pth", content)
+    assert read_checkpoint(tmp_path / "a.pth") == {"a": 1}
+
+
 def test_the_order_of_a_large_data_set_is_let_through(tmp_path):
     order = list(range(1_300_000))
     assert read_checkpoint(save(tmp_path, order)) == order

@@ -166,7 +166,9 @@ def test_nothing_printed_is_obeyed_by_a_terminal(tmp_path, capsys):
     assert r"\x1b]0;title\x07" in out and r"\x1b]0;title\x07" in err and r"\x1b" in kept[0]
 
 
-@pytest.mark.parametrize("report", ["source.pth", "new.pth", "x/../new.pth", "hard.pth"])
+@pytest.mark.parametrize(
+    "report", ["source.pth", "new.pth", "x/../new.pth", "hard.pth", "none/a.json"]
+)
 def test_report_over_the_source_or_the_destination(tmp_path, source, capsys, report):
     (tmp_path / "x").mkdir()
     os.link(source, tmp_path / "hard.pth")
