@@ -48,7 +48,11 @@ class TrainingLock:
 
     def acquire(self) -> None:
         """A collective; raises UsageError, which names the owner, where another training has the
-        lock, in all processes of this one."""
+        lock, in all processes of this one, and where the training could not note its checkpoints.
+        """
+        note = os.path.join(self.folder, "last_checkpoint")
+        if os.path.isdir(note):
+            raise UsageError(f"{note} must be a file, which a training writes, got a directory")
         problem: OSError | None = None
         if _is_first():
             try:

@@ -23,6 +23,7 @@ WARNINGS = (
     r"faster_coco_eval is not installed",  # none of our configs evaluates with it
     r"Default ``avg_non_ignore`` is False",  # MMSegmentation's loss, as published
     r"The draw is False, it means that the hook for visualization",
+    r"Image size \(\d+ pixels\) exceeds limit",  # Pillow's, of half of what we read
     r"Warning: The (bbox|polygon) is out of bounds",  # of MMEngine's painter, which clips them
 )
 # Beginnings of log records, and the loggers of PyTorch that have them; OpenMMLab's come with runs.

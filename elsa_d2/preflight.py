@@ -235,7 +235,9 @@ def _check_weights(
         )
     if not weights.path or weights.scheme:
         return None
-    if not os.path.isfile(weights.path):
+    if os.path.isdir(weights.path):
+        raise UsageError(f"MODEL.WEIGHTS {weights.path} is a directory, not a checkpoint file")
+    if not os.path.exists(weights.path):
         raise UsageError(f"MODEL.WEIGHTS {weights.path} does not exist")
     if eval_only and model is not None:
         return _check_fit(weights.path, model)

@@ -17,6 +17,9 @@ from elsa_data.classes import difference
 
 from .results import Result, Segmentation, palette
 
+# Bytes that a result takes until it is drawn, at most, and those of each pixel: a hundred masks in
+# all their copies, or the logits of a class, twice; pixels that a picture has.
+MEMORY, OF_MASKS, OF_CLASS, MOST_PAINTED = 4 * 10**9, 500, 8, 25_000_000
 YAML, PYTHON = (".yaml", ".yml"), (".py",)
 
 
@@ -37,6 +40,12 @@ class Predictor(ABC):
     classes: list[str]
     colours: list[tuple[int, int, int]]
     note: str | None = None
+
+    @property
+    def most_pixels(self) -> int:
+        """Of an image whose results fit into some gigabytes of memory until they are drawn."""
+        of_pixel = OF_CLASS * len(self.classes) if self.task == "segmentation" else OF_MASKS
+        return min(MOST_PAINTED, MEMORY // of_pixel)
 
     @abstractmethod
     def predict(self, image: np.ndarray) -> Result:

@@ -17,13 +17,15 @@ class Instances:
     """Objects, best first.
 
     ``labels`` [N], ``scores`` [N], ``boxes`` [N, 4] in pixels (x1, y1, x2, y2), ``masks``
-    [N, H, W] of bool or None.
+    [N, H, W] of bool or None. ``size`` is (height, width) of an image that is larger than the
+    masks, None for one of their size.
     """
 
     labels: np.ndarray
     scores: np.ndarray
     boxes: np.ndarray
     masks: np.ndarray | None = None
+    size: tuple[int, int] | None = None
 
     def above(self, score: float) -> Instances:
         """Those with at least this score, best first."""
@@ -38,6 +40,12 @@ class Instances:
             masks = masks.repeat(factor, axis=1).repeat(factor, axis=2)
         return Instances(self.labels, self.scores, self.boxes * factor, masks)
 
+    def scaled(self, image: np.ndarray, size: tuple[int, int]) -> Instances:
+        """Of ``image`` [H, W, 3], for one of ``size`` (height, width) that it was made of."""
+        factors = np.array([size[1] / image.shape[1], size[0] / image.shape[0]] * 2)
+        boxes = (self.boxes * factors).astype(self.boxes.dtype)
+        return Instances(self.labels, self.scores, boxes, self.masks, size)
+
     def record(self, classes: Sequence[str]) -> dict[str, Any]:
         """{"instances": [...]}; masks are COCO's run-length encoding."""
         entries = []
@@ -49,7 +57,7 @@ class Instances:
                 "box": [round(float(value), 2) for value in self.boxes[index]],
             }
             if self.masks is not None:
-                entry["mask"] = _encode(self.masks[index])
+                entry["mask"] = _encode(self.masks[index], self.size)
             entries.append(entry)
         return {"instances": entries}
 
@@ -70,7 +78,7 @@ class Instances:
         ]
         if self.masks is not None:
             for entry, mask in zip(entries, self.masks, strict=True):
-                entry["segmentation"] = _encode(mask)
+                entry["segmentation"] = _encode(mask, self.size)
         return entries
 
     def to_supervision(self, classes: Sequence[str]) -> Detections:
@@ -94,6 +102,13 @@ class Segmentation:
 
     def enlarged(self, factor: int) -> Segmentation:
         return Segmentation(self.labels.repeat(factor, axis=0).repeat(factor, axis=1))
+
+    def scaled(self, image: np.ndarray, size: tuple[int, int]) -> Segmentation:
+        """Of ``image`` [H, W, 3], for one of ``size`` (height, width) that it was made of."""
+        rows, columns = (
+            np.arange(new) * old // new for new, old in zip(size, image.shape, strict=False)
+        )
+        return Segmentation(self.labels[rows[:, None], columns])
 
     def record(self, classes: Sequence[str]) -> dict[str, Any]:
         """{"segmentation": {"classes": [...]}}, the class of most pixels first."""
@@ -143,9 +158,24 @@ def enlarge(
     return image, result.enlarged(factor)
 
 
-def _encode(mask: np.ndarray) -> dict[str, Any]:
+def reduce(image: np.ndarray, most: int) -> np.ndarray:
+    """An image [H, W, 3] of at most ``most`` pixels, of the same shape."""
+    import cv2
+
+    factor = (most / (image.shape[0] * image.shape[1])) ** 0.5
+    if factor >= 1:
+        return image
+    height, width = (max(1, int(side * factor)) for side in image.shape[:2])
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA)
+
+
+def _encode(mask: np.ndarray, size: tuple[int, int] | None) -> dict[str, Any]:
     from pycocotools import mask as coco
 
+    if size is not None:
+        import cv2
+
+        mask = cv2.resize(mask.astype(np.uint8), size[::-1], interpolation=cv2.INTER_NEAREST)
     code = coco.encode(np.asfortranarray(mask, dtype=np.uint8))
     return {"size": [int(side) for side in code["size"]], "counts": code["counts"].decode()}
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from elsa_core.command_line import say
 from elsa_core.errors import UsageError, one_line, printable
 from elsa_core.files import replacing_by_name
 from elsa_data.images import MOST_ELONGATED
@@ -16,7 +17,7 @@ from .coco import CocoResults
 from .inputs import Unreadable, is_video, open_video, read_image
 from .models import Predictor
 from .outputs import Names, VideoFile, image_ending, write_image
-from .results import Instances, Result, Segmentation, enlarge
+from .results import Instances, Result, Segmentation, enlarge, reduce
 
 
 class Demo:
@@ -56,8 +57,11 @@ class Demo:
             self.failed.append({"file": path, "reason": reason})
 
     def _image(self, path: str, image: np.ndarray) -> dict[str, Any]:
-        result = self._predict(image)
-        picture = self._draw(image, result)
+        result, picture = self._found(image)
+        (height, width), painted = image.shape[:2], picture.shape[:2]
+        if painted < (height, width):
+            sizes = f"its {width}x{height} pixels are predicted and painted at "
+            say("demo", f"{path}: {sizes}{painted[1]}x{painted[0]}")
         stem = self.names.stem(path)
         record = self._record(image, result)
         if isinstance(result, Segmentation):
@@ -81,16 +85,23 @@ class Demo:
                 total = video.frames or None
                 bar = tqdm(video, printable(path), total, unit="frame", disable=None, leave=False)
                 for index, frame in enumerate(bar):
-                    result = self._predict(frame)
+                    result, picture = self._found(frame)
                     record = self._record(frame, result)
                     size = {side: record.pop(side) for side in ("width", "height")}
                     frames.append({"frame": index, **record})
-                    out.add(self._draw(frame, result))
+                    out.add(picture)
             finally:
                 out.close()
             if not frames:
                 raise Unreadable(f"{path} has no frame that can be read")
         return {"file": path, "picture": name, **size, "rate": video.rate, "frames": frames}
+
+    def _found(self, image: np.ndarray) -> tuple[Result, np.ndarray]:
+        """The result for an image [H, W, 3], and the painted image, which may be smaller."""
+        small = reduce(image, self.predictor.most_pixels)
+        result = self._predict(small)
+        picture = self._draw(small, result)
+        return result if small is image else result.scaled(small, image.shape[:2]), picture
 
     def _predict(self, image: np.ndarray) -> Result:
         result = self.predictor.predict(image)

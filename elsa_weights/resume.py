@@ -68,4 +68,8 @@ def refuse_if_none_is_whole(folder: str, passed: Sequence[str]) -> None:
     A training that then started from the beginning would write over them.
     """
     if passed:
-        raise UsageError(f"no checkpoint in {folder} can be resumed from: {passed[0]}")
+        others = f" (and {len(passed) - 1} more)" if len(passed) > 1 else ""
+        raise UsageError(
+            f"no checkpoint in {folder} can be resumed from: {passed[0]}{others}; to begin anew, "
+            "train in another folder"
+        )

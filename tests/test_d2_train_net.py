@@ -309,6 +309,7 @@ REFUSALS = {
     "no process": (["--num-gpus", "0"], {}, "got processes=0"),
     "evaluation without weights": (["--eval-only"], {}, "an evaluation needs weights"),
     "missing weights": ([], {"MODEL__WEIGHTS": "w.pth"}, "MODEL.WEIGHTS w.pth does not exist"),
+    "weights that are a folder": ([], {"MODEL__WEIGHTS": "/"}, "MODEL.WEIGHTS / is a directory"),
     "unwritable output": ([], {"OUTPUT_DIR": CONFIG + "/out"}, "cannot be written"),
 }
 
@@ -332,7 +333,8 @@ def test_a_checkpoint_that_vanished_is_refused(digits, tmp_path, tool, capfd):
     assert tool.main(["--config-file", CONFIG, "--resume", *keys]) == 2
     line = capfd.readouterr().err.strip().splitlines()[-1]
     assert line.startswith(f"train_net: no checkpoint in {tmp_path} can be resumed from: ")
-    assert line.endswith("model_0000009.pth cannot be read: No such file or directory")
+    end = "; to begin anew, train in another folder"
+    assert line.endswith(f"model_0000009.pth cannot be read: No such file or directory{end}")
 
 
 def test_more_processes_than_gpus_are_refused(digits, tool, capfd, monkeypatch):

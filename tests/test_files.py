@@ -202,6 +202,13 @@ def hold(folder, pipe, forks):
         pipe.recv()
 
 
+def test_a_folder_in_the_place_of_a_note_is_refused(tmp_path):
+    (tmp_path / "last_checkpoint").mkdir()
+    with pytest.raises(UsageError, match="last_checkpoint must be a file"):
+        TrainingLock(tmp_path).acquire()
+    assert os.listdir(tmp_path) == ["last_checkpoint"]
+
+
 @pytest.fixture
 def training(tmp_path):
     """A process that has locked the folder, with a child that it has forked since."""

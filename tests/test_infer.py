@@ -216,6 +216,32 @@ def test_an_odd_image_does_not_end_a_run(model, weights, images, tmp_path):
         assert max(width, height) <= max(4000, *sizes.get(name, (96, 96)))
 
 
+@pytest.mark.parametrize("model", ["detectron2", "mmdet", "mmseg"])
+def test_large_images_take_bounded_memory(model, weights, images, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("elsa_infer.models.MOST_PAINTED", 800 * 600)
+    Image.open(images[0]).resize((1600, 1200)).save(tmp_path / "a.png")
+    config, out = SEG["mmseg"] if model == "mmseg" else DET[model], tmp_path / "out"
+    arguments = [str(tmp_path / "a.png"), "--config", config, "--out", str(out), "--device", "cpu"]
+    arguments += ["--weights", weights.get(model, weights["segmentation"])]
+    arguments += ["--score-threshold", "0.1", *(["--opts", *LOW[model]] if model in LOW else [])]
+    assert main(arguments) == 0
+    assert "its 1600x1200 pixels are predicted and painted at 800x600" in capsys.readouterr().err
+    (entry,) = results(out)["images"]
+    assert (entry["width"], entry["height"]) == (1600, 1200)
+    assert Image.open(out / entry["picture"]).size == (800, 600)
+    if model == "mmseg":
+        label_map = Image.open(out / entry["segmentation"]["label_map"])
+        assert label_map.size == (1600, 1200)
+        return
+    assert max(instance["box"][2] for instance in entry["instances"]) > 800
+    for instance in entry["instances"]:
+        mask = coco.decode(instance["mask"])
+        assert mask.shape == (1200, 1600)
+        columns = np.flatnonzero(mask.any(axis=0))
+        x1, _, x2, _ = instance["box"]
+        assert not len(columns) or x1 - 4 <= columns[0] <= columns[-1] <= x2 + 4
+
+
 WAYS = ["folder", "file", "link to the folder", "link to the file", "link to a link", "annotations"]
 
 
