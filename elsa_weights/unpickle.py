@@ -267,7 +267,7 @@ class DataUnpickler(pickle.Unpickler):
             found = self.functions[module, name]
         elif module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
-        elif name.partition(".")[0] in DATA_CLASSES.get(module, ()):
+        elif name in DATA_CLASSES.get(module, ()):
             found = type(name, (Inert,), {})
         else:
             raise NeedsCode(f"{module}.{name}")

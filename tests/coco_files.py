@@ -155,7 +155,8 @@ def twice(coco):
     coco["annotations"] += [
         {**one, "id": one["id"] + 100, "area": one["area"]} for one in coco["annotations"]
     ]
-    coco["images"][1]["file_name"] = coco["images"][0]["file_name"]
+    shared = ("file_name", "width", "height")
+    coco["images"][1] |= {key: coco["images"][0][key] for key in shared}
 
 
 KINDS = {

@@ -126,7 +126,7 @@ def installed(tmp_path_factory):
     made = run_setup(tree, "sdist", "--formats=gztar", ELSA_BUILD_EXTENSION="0")
     assert made.returncode == 0, made.stderr
     (archive,) = (tree / "dist").glob("*.tar.gz")
-    shutil.unpack_archive(archive, tree / "unpacked", filter="data")
+    shutil.unpack_archive(archive, tree / "unpacked")
     (source,) = (tree / "unpacked").iterdir()
     result = run_setup(source, "bdist_wheel", ELSA_BUILD_EXTENSION="0")
     assert result.returncode == 0, result.stderr

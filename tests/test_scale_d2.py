@@ -157,7 +157,7 @@ def test_the_order_of_the_data_goes_on():
     sampler = ContinuedSampler(7, seed=99)
     hook = DataOrderHook(sampler, batch_size=4)
     hook.load_state_dict(DataOrderHook(ContinuedSampler(7, seed=3), 4).state_dict())
-    hook.trainer = SimpleNamespace(start_iter=5)
+    hook.trainer = SimpleNamespace(start_iter=5, model=nn.Identity())
     hook.before_train()
     assert list(itertools.islice(sampler, 10)) == images[20:]
 
