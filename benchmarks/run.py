@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 
 from .clock import Clock
 from .measure import Row, describe

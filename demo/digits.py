@@ -14,8 +14,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from demo.digit_painter import PARTS, Painter, Sample
-from demo.whole_folder import publish, workspace
+from .digit_painter import PARTS, Painter, Sample
+from .whole_folder import publish, workspace
 
 GENERATOR = "elsa-swin digits"
 STANDARD = "standard"  # the layout that `make_dataset` writes

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from tqdm import tqdm
 
-from demo.digits import CLASSES, JPEG_QUALITY
+from .digits import CLASSES, JPEG_QUALITY
 
 PARTS = {"train": "training", "val": "validation"}
 MARGIN = 0.15  # of a digit's longer side, to each side where the image goes on

@@ -3,7 +3,7 @@
 import importlib
 from pathlib import Path
 
-from demo.digits import (
+from .digits import (
     STANDARD,
     DigitsError,
     Options,

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
-from demo.digits import JPEG_QUALITY
+from .digits import JPEG_QUALITY
 
 TRAINING, VALIDATION = "training", "validation"
 # Columns and rows of digits images that one image consists of, and their scale. The numbers of

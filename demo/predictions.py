@@ -12,8 +12,8 @@ import torch
 from pycocotools.coco import COCO
 from torchvision.utils import draw_bounding_boxes, draw_segmentation_masks
 
-from demo.digits import CLASSES, PALETTE, SEGMENTATION_PALETTE
-from demo.trainings import Training
+from .digits import CLASSES, PALETTE, SEGMENTATION_PALETTE
+from .trainings import Training
 
 IMAGES = 6
 ENLARGE = 2

@@ -11,17 +11,17 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from tabulate import tabulate
 
-from demo.predictions import draw_predictions
+from .predictions import draw_predictions
 
 if TYPE_CHECKING:
-    from demo.run import Run
+    from .run import Run
 
 COLUMNS = ("box AP", "box AP50", "mask AP", "mask AP50", "mIoU")
 
 
 def write_report(runs: Sequence["Run"], data: Path, out: Path) -> str:
     """Writes `metrics.json` and the pictures to `out`; returns the table and where they are."""
-    from demo.run import write_json
+    from .run import write_json
 
     rows: list[dict[str, Any]] = []
     pictures = [_draw_curves(runs, out / "curves.png")]

@@ -13,8 +13,8 @@ from typing import Any
 
 from tqdm import tqdm
 
-from demo.digits import DigitsError, make_dataset
-from demo.trainings import REPOSITORY, TRAININGS, Training
+from .digits import DigitsError, make_dataset
+from .trainings import REPOSITORY, TRAININGS, Training
 
 POLL_SECONDS = 1.0
 LOG_LINES = 15
@@ -169,7 +169,7 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     args = parse_args(arguments)
-    from elsa_core.quiet import quiet_frameworks
+    from elsa_core.runtime.quiet import quiet_frameworks
 
     out, data = args.out.resolve(), REPOSITORY / "data" / "digits"
     try:
@@ -186,7 +186,7 @@ def main(arguments: list[str] | None = None) -> int:
                     shutil.rmtree(run.out)
                 run()
             print("Drawing predictions and curves", flush=True)
-            from demo.report import write_report
+            from .report import write_report
 
             print(write_report(runs, data, out))
     except (DemoError, DigitsError) as error:

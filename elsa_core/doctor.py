@@ -17,8 +17,8 @@ from ._extension import binaries
 from ._range import PYTHON, TORCH_WITH_EXTENSION, dotted, numbers, python_obstacle
 from .frameworks import Report, check_frameworks
 from .operator import has_extension
-from .packages import DISTRIBUTIONS, is_missing
-from .quiet import quiet_frameworks
+from .runtime.packages import DISTRIBUTIONS, is_missing
+from .runtime.quiet import quiet_frameworks
 from .self_check import BACKBONE_TOLERANCE, TOLERANCE, check_backbone, check_operator
 
 FOLDER = Path(__file__).parent

@@ -14,8 +14,8 @@ from importlib import metadata
 import torch
 from torch import nn
 
-from .errors import one_line
-from .packages import DISTRIBUTIONS, is_missing
+from .runtime.errors import one_line
+from .runtime.packages import DISTRIBUTIONS, is_missing
 from .self_check import ARCH, BACKBONE_TOLERANCE, check_backbone
 
 # The distributions that bring a module. Only one of them may be installed.

@@ -264,7 +264,7 @@ def _filter_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> dict[str
         state_dict = {name: t for name, t in state_dict.items() if not name.startswith("head.")}
         norm = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith("norm.")}
         last = len(model.arch.depths) - 1
-        if model.out_indices == (last,):  # else new norms, as in `elsa_weights.load_backbone`
+        if model.out_indices == (last,):  # else new norms, as in `elsa_core.weights.load_backbone`
             state_dict |= {name.replace("norm", f"norm{last}"): t for name, t in norm.items()}
     needed = [name for name in model.state_dict() if name.startswith(("patch_embed.", "layers."))]
     if missing := [name for name in needed if name not in state_dict]:

@@ -17,7 +17,7 @@ class ELSASwinFPN(nn.Module):
     """[B, 3, H, W] -> {"0": [B, out_channels, H/4, W/4], ..., "pool": ...}, the finest map first.
 
     ``body`` is an `elsa_core.ELSASwin` with its parameter names, so that
-    ``elsa_weights.load_backbone(backbone.body, path)`` loads any checkpoint of it; ``fpn`` is
+    ``elsa_core.weights.load_backbone(backbone.body, path)`` loads any checkpoint of it; ``fpn`` is
     torchvision's feature pyramid.
     """
 

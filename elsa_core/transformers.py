@@ -2,7 +2,7 @@
 
 Importing this registers them with `AutoConfig`, `AutoModel`, `AutoBackbone` and
 `AutoModelForImageClassification`. In each model ``elsa_swin`` is an `elsa_core.ELSASwin`, with its
-parameter names: ``elsa_weights.load_backbone(model.elsa_swin, path)`` loads any checkpoint of it.
+parameter names. ``elsa_core.weights.load_backbone(model.elsa_swin, path)`` loads any checkpoint.
 """
 
 from __future__ import annotations

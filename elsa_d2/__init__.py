@@ -1,6 +1,6 @@
 """ELSA-Swin in Detectron2: importing this package registers the backbones and the heads."""
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 
 from . import flops as _flops  # noqa: F401 (registers handles)
 from .backbone import ELSASwin, build_elsa_swin_backbone, build_elsa_swin_fpn_backbone

@@ -8,7 +8,7 @@ import runpy
 import sys
 from collections.abc import Sequence
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 
 from .script import SCRIPT
 

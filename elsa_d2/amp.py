@@ -13,9 +13,9 @@ from detectron2.engine import SimpleTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from elsa_core.errors import UsageError
-from elsa_core.finite import FiniteWatch, not_finite
-from elsa_core.stop import largest
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.finite import FiniteWatch, not_finite
+from elsa_core.runtime.preemption import largest
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}

@@ -10,8 +10,8 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from PIL import Image
 
-from elsa_core.errors import UsageError
-from elsa_core.packages import need
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.packages import need
 
 _METHODS = {
     Image.NEAREST: "INTER_NEAREST",

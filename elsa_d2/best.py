@@ -10,10 +10,10 @@ from typing import Any
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
-from elsa_core.errors import UsageError
-from elsa_core.finite import FiniteWatch
-from elsa_core.stop import FAILED, REFUSED, Ended, largest, resume_hint
-from elsa_weights import read_checkpoint
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.finite import FiniteWatch
+from elsa_core.runtime.preemption import FAILED, REFUSED, Ended, largest, resume_hint
+from elsa_core.weights import read_checkpoint
 
 from .checkpoint import AtomicCheckpointer
 

@@ -21,7 +21,7 @@ from detectron2.structures import Boxes, ImageList, Instances
 from detectron2.utils.events import get_event_storage
 from torch import Tensor, nn
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 
 from .boxes import MMDetBoxTransform
 from .heads import Float32OutputLayers, Float32Pooling

@@ -13,12 +13,12 @@ import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor
 
-from elsa_core.errors import UsageError
-from elsa_core.files import replacing
-from elsa_core.finite import first_nonfinite
-from elsa_core.nonfinite import check_finite
-from elsa_data.classes import other_classes
-from elsa_weights import (
+from elsa_core.data.classes import other_classes
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.files import replacing
+from elsa_core.runtime.finite import first_nonfinite
+from elsa_core.runtime.nonfinite import check_finite
+from elsa_core.weights import (
     attention_names,
     check_names,
     checkpoint_for,
@@ -28,8 +28,8 @@ from elsa_weights import (
     read_ahead,
     read_checkpoint,
 )
-from elsa_weights.resume import first_whole, noted, notes_on
-from elsa_weights.unpickle import Array
+from elsa_core.weights.resume import first_whole, noted, notes_on
+from elsa_core.weights.unpickle import Array
 
 # As Detectron2 numbers them; the last one of a training has no number.
 _NAMED = re.compile(r"model_(\d{7,}|final)\.pth")
@@ -38,7 +38,7 @@ _NAMED = re.compile(r"model_(\d{7,}|final)\.pth")
 class AtomicCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, but each file appears complete or not at all.
 
-    A model with an ELSA-Swin also loads every file that `elsa_weights` can convert: original
+    A model with an ELSA-Swin also loads every file that `elsa_core.weights` can convert: original
     checkpoints, OpenMMLab's, safetensors. What matches in part is loaded, and the log says how much
     that is. `load` raises UsageError for a file in which no parameter has the name and shape of one
     of the model, or less than a tenth of the weights of ELSA-Swin's attention.

@@ -27,8 +27,8 @@ from detectron2.evaluation import (
 )
 from detectron2.utils.comm import get_world_size
 
-from elsa_core.errors import UsageError, one_line
-from elsa_core.packages import is_missing, need
+from elsa_core.runtime.errors import UsageError, one_line
+from elsa_core.runtime.packages import is_missing, need
 
 from .reading import read_pair
 from .semantic_data import FILES_READ_BEFORE_A_RUN, IGNORE
@@ -75,7 +75,7 @@ class InstanceEvaluator(CityscapesInstanceEvaluator):
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """AP and AP50 of masks in percent; None in processes other than the first."""
-        from elsa_data.cityscapes_judge import mended
+        from elsa_core.data.cityscapes_eval import mended
 
         with mended():
             return super().evaluate()
@@ -163,7 +163,7 @@ def is_cityscapes(name: str) -> bool:
 def build_cityscapes_evaluator(name: str) -> DatasetEvaluator:
     """Detectron2's: average precision of masks, or IoU of classes and categories; in percent."""
     provide_cityscapesscripts()
-    import elsa_data.cityscapes_judge  # noqa: F401 (any NumPy does then)
+    import elsa_core.data.cityscapes_eval  # noqa: F401 (any NumPy does then)
 
     return EVALUATORS[MetadataCatalog.get(name).evaluator_type](name)
 

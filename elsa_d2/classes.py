@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from elsa_core.errors import UsageError
-from elsa_data.classes import difference, ordered_names
-from elsa_data.coco import read_json
-from elsa_data.errors import DataError
+from elsa_core.data.classes import difference, ordered_names
+from elsa_core.data.coco import read_json
+from elsa_core.runtime.errors import UsageError
 
 from .semantic_config import is_semantic
 
@@ -50,7 +49,7 @@ def class_names(name: str, kind: str = "thing_classes") -> list[str] | None:
         return list(order)
     try:
         return ordered_names(read_json(metadata.json_file)["categories"])
-    except (DataError, KeyError, TypeError):
+    except (UsageError, KeyError, TypeError):
         return None
 
 

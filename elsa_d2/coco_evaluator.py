@@ -19,10 +19,9 @@ from detectron2.evaluation import COCOEvaluator as Detectron2Evaluator
 from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 
-from elsa_core.errors import UsageError
-from elsa_data.coco import load_coco
-from elsa_data.coco_eval import LEAST_LIMIT, evaluate_detections, limit_warning, unseen_warning
-from elsa_data.errors import DataError
+from elsa_core.data.coco import load_coco
+from elsa_core.data.coco_eval import LEAST_LIMIT, evaluate_detections, limit_warning, unseen_warning
+from elsa_core.runtime.errors import UsageError
 
 from .files import PREFIX
 
@@ -31,7 +30,7 @@ class COCOEvaluator(Detectron2Evaluator):
     """COCOEvaluator whose AP, AP50, AP75, APs, APm and APl are right for every valid file.
 
     All six count up to ``limit`` detections of an image, never fewer than COCO's 100, of the truth
-    that `elsa_data.coco.normalised` describes. A model that detects nothing has AP 0. Keypoints and
+    of `elsa_core.data.coco.normalised`. A model that detects nothing has AP 0. Keypoints and
     proposals are evaluated as Detectron2 does.
 
     Args:
@@ -76,7 +75,7 @@ class COCOEvaluator(Detectron2Evaluator):
         try:
             local = PathManager.get_local_path(file)
             self._coco = load_coco(local, masks="segm" in tasks, name=file)
-        except DataError as error:
+        except UsageError as error:
             raise UsageError(f"annotation file of data set {dataset_name!r}: {error}") from error
         self._coco_api = COCO()
         self._coco_api.dataset = self._coco

@@ -11,11 +11,10 @@ from detectron2.data import MetadataCatalog
 from detectron2.structures import BoxMode
 from pycocotools.mask import frPyObjects
 
-from elsa_core.errors import UsageError
-from elsa_data.classes import difference, labels_by_name, ordered_names
-from elsa_data.coco import load_coco
-from elsa_data.coco_rules import has_area
-from elsa_data.errors import DataError
+from elsa_core.data.classes import difference, labels_by_name, ordered_names
+from elsa_core.data.coco import load_coco
+from elsa_core.data.coco_rules import has_area
+from elsa_core.runtime.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +40,7 @@ def load_coco_json(
         names = ordered_names(coco["categories"])
         classes = list(classes or names)
         labels = labels_by_name(classes, coco["categories"])
-    except DataError as error:
+    except UsageError as error:
         raise UsageError(f"annotation file of data set {dataset_name!r}: {error}") from error
     if moved := difference(classes, names):
         label, wanted, found = moved

@@ -8,8 +8,8 @@ from typing import Any
 
 from detectron2.config import CfgNode, get_cfg
 
-from elsa_core.errors import UsageError, one_line
-from elsa_core.finite import MAX_NONFINITE
+from elsa_core.runtime.errors import UsageError, one_line
+from elsa_core.runtime.finite import MAX_NONFINITE
 from elsa_core.variants import VARIANTS, Arch
 
 from .semantic_config import add_semantic_config
@@ -47,7 +47,7 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
     cfg.SOLVER.AMP.DTYPE = ""
 
     # So many iterations in a row with a loss that is NaN or infinite end a training, as do so many
-    # steps in a row that are left out for such gradients (see elsa_core.finite).
+    # steps in a row that are left out for such gradients (see elsa_core.runtime.finite).
     cfg.SOLVER.MAX_NONFINITE = MAX_NONFINITE
 
     # The model takes each batch in so many parts, one after the other; IMS_PER_BATCH images still

@@ -16,10 +16,9 @@ from typing import Any, TypeVar
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from elsa_core.errors import UsageError
-from elsa_data.classes import difference, labels_by_name, ordered_names
-from elsa_data.coco import first_problem, missing_files, read_json
-from elsa_data.errors import DataError
+from elsa_core.data.classes import difference, labels_by_name, ordered_names
+from elsa_core.data.coco import first_problem, missing_files, read_json
+from elsa_core.runtime.errors import UsageError
 
 from .classes import class_names
 from .coco_json import load_coco_json
@@ -143,7 +142,7 @@ def check_dataset(
 def _read_json(name: str, json_file: str) -> Any:
     try:
         return read_json(json_file)
-    except DataError as error:
+    except UsageError as error:
         raise UsageError(
             f"annotation file of data set {name!r}: {error} (working directory: {os.getcwd()})"
         ) from error
@@ -204,7 +203,7 @@ def _check_names(
 def _understood(name: str, json_file: str, function: Callable[..., _Result], *args: Any) -> _Result:
     try:
         return function(*args)
-    except DataError as error:
+    except UsageError as error:
         raise UsageError(f"annotation file {json_file} of data set {name!r}: {error}") from error
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from detectron2.utils.file_io import PathHandler, PathManager
 
-from elsa_core.files import replacing
+from elsa_core.runtime.files import replacing
 
 PREFIX = "atomic://"
 

@@ -24,7 +24,7 @@ from detectron2.data.transforms import TransformList
 from detectron2.engine import DefaultPredictor
 from detectron2.structures import BoxMode
 
-from elsa_core.errors import DamagedFileError, UsageError, one_line
+from elsa_core.runtime.errors import DamagedFileError, UsageError, one_line
 
 from .augmentation import configure
 from .checkpoint import AtomicCheckpointer

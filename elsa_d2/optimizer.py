@@ -12,7 +12,7 @@ from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_gr
 from torch import nn
 
 import elsa_core
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 
 OPTIMIZERS = ("AdamW", "SGD")
 

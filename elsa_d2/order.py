@@ -12,7 +12,7 @@ from detectron2.utils import comm
 from torch import nn
 from torch.utils.data import DataLoader
 
-from elsa_core.randomness import Placed, PlacedData, seed_all
+from elsa_core.runtime.randomness import Placed, PlacedData, seed_all
 
 
 class ContinuedSampler(TrainingSampler):

@@ -23,9 +23,9 @@ from detectron2.modeling import (
     SemanticSegmentor,
 )
 
-import elsa_weights
-from elsa_core.errors import UsageError, one_line
-from elsa_weights.resume import refuse_if_none_is_whole
+import elsa_core.weights
+from elsa_core.runtime.errors import UsageError, one_line
+from elsa_core.weights.resume import refuse_if_none_is_whole
 
 from . import backbone
 from .amp import amp_dtype
@@ -88,7 +88,7 @@ def check_run(
     _check_data(cfg, eval_only, machines, usable(cfg, stored))
     _check_output(cfg.OUTPUT_DIR)
     if processes * machines > 1:  # they read it themselves
-        elsa_weights.forget_ahead()
+        elsa_core.weights.forget_ahead()
 
 
 def _check_processes(cfg: CfgNode, processes: int, machines: int) -> None:
@@ -241,7 +241,7 @@ def _check_weights(
         raise UsageError(f"MODEL.WEIGHTS {weights.path} does not exist")
     if eval_only and model is not None:
         return _check_fit(weights.path, model)
-    elsa_weights.read_ahead(weights.path)
+    elsa_core.weights.read_ahead(weights.path)
     return None
 
 
@@ -249,7 +249,7 @@ class _FitChecker(AtomicCheckpointer):
     """Keeps what does not fit instead of logging and skipping it."""
 
     incompatible: Any = None
-    read = staticmethod(elsa_weights.read_ahead)
+    read = staticmethod(elsa_core.weights.read_ahead)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         self.incompatible = incompatible
@@ -299,7 +299,7 @@ def _check_fit(file: str, model: torch.nn.Module) -> list[str] | None:
             f"the checkpoint {file} does not fit the model: it lacks {len(missing)} parameters, "
             f"the first is {missing[0]}"
         )
-    return elsa_weights.class_names(rest)[0]
+    return elsa_core.weights.class_names(rest)[0]
 
 
 def _check_data(cfg: CfgNode, eval_only: bool, machines: int, stored: Sequence[str] | None) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 
-from elsa_core.errors import UsageError
-from elsa_weights import read_checkpoint
+from elsa_core.runtime.errors import UsageError
+from elsa_core.weights import read_checkpoint
 
 # What a file must have, under Detectron2's names and those of Detectron 1.
 FIELDS = (("ids", "indexes"), ("boxes",), ("objectness_logits", "scores"))

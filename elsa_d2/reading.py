@@ -1,4 +1,4 @@
-"""Images and label maps from their files, by the rule of `elsa_data.images`."""
+"""Images and label maps from their files, by the rule of `elsa_core.data.images`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch import Tensor
 
-import elsa_data.images
-import elsa_data.label_maps
-from elsa_core.errors import DamagedFileError
-from elsa_data.errors import DataError
-from elsa_data.images import reason
+import elsa_core.data.images
+import elsa_core.data.label_maps
+from elsa_core.data.images import reason
+from elsa_core.runtime.errors import DamagedFileError, UsageError
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:
@@ -26,8 +25,8 @@ def read_image(path: str, image_format: str) -> np.ndarray:
     """
     try:
         with PathManager.open(path, "rb") as file:
-            pixels = elsa_data.images.read_image(file)
-    except (DataError, OSError) as error:
+            pixels = elsa_core.data.images.read_image(file)
+    except (UsageError, OSError) as error:
         why = reason(error, path)
         raise DamagedFileError(f"image {path} cannot be read: {why}") from error
     return convert_PIL_to_numpy(Image.fromarray(pixels), image_format)
@@ -35,23 +34,23 @@ def read_image(path: str, image_format: str) -> np.ndarray:
 
 def read_map(path: str) -> np.ndarray:
     """The values in a label map [H, W]. Raises DamagedFileError, which names the file."""
-    return _read(path, elsa_data.label_maps.read_map)
+    return _read(path, elsa_core.data.label_maps.read_map)
 
 
 def read_labels(path: str, num_classes: int, reduce_zero_label: bool = False) -> np.ndarray:
-    """A label map [H, W]: 0..num_classes - 1, or 255 for no class; see `elsa_data.label_maps`.
+    """A label map [H, W]: 0..num_classes - 1, or 255 for no class; see `elsa_core.data.label_maps`.
 
     Raises DamagedFileError, which names the file, for one that is no such image, and for other
     labels.
     """
-    return _read(path, elsa_data.label_maps.read_labels, num_classes, reduce_zero_label)
+    return _read(path, elsa_core.data.label_maps.read_labels, num_classes, reduce_zero_label)
 
 
 def _read(path: str, read: Callable[..., np.ndarray], *options: Any) -> np.ndarray:
     try:
         with PathManager.open(path, "rb") as file:
             return read(file, path, *options)
-    except DataError as error:
+    except UsageError as error:
         raise DamagedFileError(str(error)) from error
     except OSError as error:
         why = reason(error, path)

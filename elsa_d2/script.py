@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from detectron2.config import defaults
 
-from elsa_d2 import (
+from . import (
     add_elsa_swin_config,
     load_config,
     register_cityscapes_datasets,

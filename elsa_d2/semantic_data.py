@@ -9,10 +9,9 @@ from typing import Any
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
-from elsa_core.errors import UsageError
-from elsa_data.errors import DataError
-from elsa_data.images import ENDINGS
-from elsa_data.label_maps import IGNORE, only_none, pair_files
+from elsa_core.data.images import ENDINGS
+from elsa_core.data.label_maps import IGNORE, only_none, pair_files
+from elsa_core.runtime.errors import UsageError
 
 from .reading import read_pair
 
@@ -70,15 +69,8 @@ def _class_names(name: str, classes: str | Sequence[str]) -> list[str]:
 def _load(images: str, labels: str, reduce_zero_label: bool) -> list[dict[str, Any]]:
     return [
         {"file_name": image, "sem_seg_file_name": map_, "reduce_zero_label": reduce_zero_label}
-        for image, map_ in _pairs(images, labels)
+        for image, map_ in pair_files(images, labels)
     ]
-
-
-def _pairs(images: str, labels: str) -> list[tuple[str, str | None]]:
-    try:
-        return pair_files(images, labels)
-    except DataError as error:
-        raise UsageError(str(error)) from error
 
 
 def check_sem_seg_dataset(name: str, num_classes: int) -> None:
@@ -105,7 +97,7 @@ def check_sem_seg_dataset(name: str, num_classes: int) -> None:
                 f"{what} folder {folder} of data set {name!r} does not exist "
                 f"(working directory: {os.getcwd()}){_how_to_make(folder)}"
             )
-    pairs = _pairs(metadata.image_root, metadata.sem_seg_root)
+    pairs = pair_files(metadata.image_root, metadata.sem_seg_root)
     if not pairs:
         raise UsageError(
             f"image folder {metadata.image_root} of data set {name!r} has no images, which end in "

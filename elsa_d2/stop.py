@@ -10,9 +10,17 @@ from detectron2.engine import HookBase, hooks
 from detectron2.utils import comm
 from torch import nn
 
-from elsa_core.errors import UsageError
-from elsa_core.finite import FiniteWatch, first_nonfinite, spoilt
-from elsa_core.stop import FAILED, REFUSED, Ended, StopSignals, largest, resume_hint, stopped
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.finite import FiniteWatch, first_nonfinite, spoilt
+from elsa_core.runtime.preemption import (
+    FAILED,
+    REFUSED,
+    Ended,
+    StopSignals,
+    largest,
+    resume_hint,
+    stopped,
+)
 
 from .checkpoint import AtomicCheckpointer
 

@@ -17,9 +17,9 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
-from elsa_core.finite import FiniteWatch
-from elsa_core.lock import TrainingLock
-from elsa_core.stop import FAILED, Ended, spare_workers
+from elsa_core.runtime.finite import FiniteWatch
+from elsa_core.runtime.lock import TrainingLock
+from elsa_core.runtime.preemption import FAILED, Ended, spare_workers
 
 from .amp import AutocastTrainer, amp_dtype
 from .best import BestCheckpointHook
@@ -48,8 +48,8 @@ class Trainer(DefaultTrainer):
 
     On a CPU, several processes share the work through gloo, and SOLVER.AMP means bfloat16 unless
     told otherwise. SIGTERM and SIGUSR1 end a training at the next iteration, whose state is saved:
-    `train` then raises `elsa_core.stop.Ended`, as it does where a checkpoint cannot be written and
-    where losses or gradients are not finite (SOLVER.MAX_NONFINITE, `elsa_core.finite`).
+    `train` then raises `elsa_core.runtime.preemption.Ended`, as it does where a checkpoint cannot
+    be written and where losses or gradients are not finite (SOLVER.MAX_NONFINITE).
     """
 
     def __init__(self, cfg: CfgNode) -> None:

@@ -12,7 +12,7 @@ from detectron2.data import transforms as T
 from detectron2.modeling import DatasetMapperTTA, GeneralizedRCNNWithTTA
 from torch import nn
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 
 from .augmentation import resize_class
 

@@ -11,7 +11,7 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from elsa_core import ELSASwin as CoreELSASwin
-from elsa_weights import load_backbone, report
+from elsa_core.weights import load_backbone, report
 
 
 # The root registry: MMDetection, MMSegmentation and MMPretrain all look there last.
@@ -22,7 +22,7 @@ class ELSASwin(CoreELSASwin, BaseModule):
     All other arguments, the feature maps and the parameter names are those of `elsa_core`. Without
     ``init_cfg``, `init_weights` keeps the initialisation that the constructor has made.
 
-    ``dict(type="Pretrained", checkpoint=...)`` takes every local file that `elsa_weights` can
+    ``dict(type="Pretrained", checkpoint=...)`` takes every local file that `elsa_core.weights` can
     convert, original checkpoints among them, without executing anything in it; no prefix is needed.
     """
 

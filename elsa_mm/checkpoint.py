@@ -10,9 +10,9 @@ from typing import Any
 from mmengine.fileio import LocalBackend, register_backend
 from mmengine.runner import CheckpointLoader
 
-from elsa_core.files import replacing
-from elsa_weights import read_checkpoint
-from elsa_weights.resume import first_whole, noted
+from elsa_core.runtime.files import replacing
+from elsa_core.weights import read_checkpoint
+from elsa_core.weights.resume import first_whole, noted
 
 # For paths that MMEngine writes to by itself.
 ATOMIC_PREFIX = "atomic://"
@@ -77,7 +77,7 @@ def is_local(path: str) -> bool:
 
 
 def read_checked_files() -> None:
-    """Lets `elsa_weights` read every local checkpoint that MMEngine loads in this process.
+    """Lets `elsa_core.weights` read every local checkpoint that MMEngine loads in this process.
 
     MMEngine itself executes whatever a file asks for.
     """

@@ -13,9 +13,9 @@ from typing import Any
 from mmengine.registry import METRICS
 from mmseg.evaluation import CityscapesMetric
 
-from elsa_core.packages import need
+from elsa_core.runtime.packages import need
 
-need("elsa_data.cityscapes_judge", "CityscapesScores")  # any NumPy does then
+need("elsa_core.data.cityscapes_eval", "CityscapesScores")  # any NumPy does then
 judge: Any = need("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling", "CityscapesScores")
 SCORES = {
     "IoU": "averageScoreClasses",

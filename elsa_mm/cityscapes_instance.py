@@ -7,9 +7,9 @@ from typing import Any
 from mmdet.evaluation import CityScapesMetric
 from mmengine.registry import METRICS
 
-from elsa_core.packages import need
+from elsa_core.runtime.packages import need
 
-mended = need("elsa_data.cityscapes_judge", "CityscapesInstanceScores").mended
+mended = need("elsa_core.data.cityscapes_eval", "CityscapesInstanceScores").mended
 
 
 @METRICS.register_module()

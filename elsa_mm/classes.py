@@ -10,12 +10,11 @@ from mmengine.config import Config
 from mmengine.fileio import list_from_file
 from mmengine.runner import Runner
 
-from elsa_core.errors import UsageError
-from elsa_data.classes import difference, labels_by_name
-from elsa_data.coco import read_json
-from elsa_data.errors import DataError
+from elsa_core.data.classes import difference, labels_by_name
+from elsa_core.data.coco import read_json
+from elsa_core.runtime.errors import UsageError
 
-from .reading import datasets_in, leaves
+from .wrappers import datasets_in, leaves
 
 # MMDetection's data sets that number categories in the order of the file, and ours.
 BY_NAME = {name: f"elsa_mm.coco.{name}" for name in ("CocoDataset", "CityscapesDataset")}
@@ -92,7 +91,7 @@ def check(
             if model is not None and truth and type(metric).__name__ == "CocoMetric":
                 try:
                     labels_by_name(model, truth["categories"], others=True)
-                except DataError as error:
+                except UsageError as error:
                     raise UsageError(f"the {part} evaluator's annotation file: {error}") from error
 
 

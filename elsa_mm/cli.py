@@ -16,13 +16,13 @@ from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed
 
-from elsa_core.command_line import keep_inputs
-from elsa_core.errors import DamagedFileError, UsageError, one_line
-from elsa_core.lock import TrainingLock
-from elsa_core.quiet import HarmlessRecords, quiet_frameworks
-from elsa_core.stop import Ended
-from elsa_weights import class_names
-from elsa_weights.resume import notes_on, refuse_if_none_is_whole
+from elsa_core.runtime.command_line import keep_inputs
+from elsa_core.runtime.errors import DamagedFileError, UsageError, one_line
+from elsa_core.runtime.lock import TrainingLock
+from elsa_core.runtime.preemption import Ended
+from elsa_core.runtime.quiet import HarmlessRecords, quiet_frameworks
+from elsa_core.weights import class_names
+from elsa_core.weights.resume import notes_on, refuse_if_none_is_whole
 
 from . import classes, fit, preflight
 from .checkpoint import ATOMIC_PREFIX, find_last_checkpoint, read_checked_files

@@ -14,9 +14,8 @@ from typing import Any
 import mmdet.datasets
 from mmengine.logging import print_log
 
-from elsa_core.errors import UsageError
-from elsa_data.classes import labels_by_name, ordered_names
-from elsa_data.errors import DataError
+from elsa_core.data.classes import labels_by_name, ordered_names
+from elsa_core.runtime.errors import UsageError
 
 from .coco_metric import CheckedCOCO
 
@@ -42,7 +41,7 @@ class NamedCOCO(CheckedCOCO):
         categories = self.dataset["categories"]
         try:
             ids = list(labels_by_name(cat_names, categories, others=True))
-        except DataError as error:
+        except UsageError as error:
             raise UsageError(f"annotation file {self.path}: {error}") from error
         if [name for name in ordered_names(categories) if name in cat_names] != list(cat_names):
             print_log(f"{self.path}: the categories are mapped to the classes by name", "current")

@@ -19,16 +19,15 @@ from mmengine.fileio import get_local_path
 from mmengine.logging import MMLogger
 from terminaltables import AsciiTable
 
-from elsa_core.errors import UsageError
-from elsa_data.coco import load_coco
-from elsa_data.coco_eval import (
+from elsa_core.data.coco import load_coco
+from elsa_core.data.coco_eval import (
     LEAST_LIMIT,
     LimitedCOCOeval,
     evaluate_detections,
     limit_warning,
     unseen_warning,
 )
-from elsa_data.errors import DataError
+from elsa_core.runtime.errors import UsageError
 
 from .checkpoint import ATOMIC_PREFIX
 
@@ -38,7 +37,7 @@ _AREAS = {"s": "small", "m": "medium", "l": "large"}
 
 
 class CheckedCOCO(COCO):
-    """MMDetection's index of a file, as `elsa_data.coco.normalised` describes its content.
+    """MMDetection's index of a file, as `elsa_core.data.coco.normalised` describes its content.
 
     For data sets: `COCOAPI = CheckedCOCO`.
 
@@ -57,7 +56,7 @@ class CheckedCOCO(COCO):
             return
         try:
             self.dataset = load_coco(annotation_file, masks, name)
-        except DataError as error:
+        except UsageError as error:
             raise UsageError(f"annotation file {error}") from error
         with contextlib.redirect_stdout(io.StringIO()):
             self.createIndex()

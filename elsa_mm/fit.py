@@ -13,7 +13,7 @@ from mmengine.runner import EpochBasedTrainLoop, Runner
 from torch import distributed, nn
 from torch.utils.data import BatchSampler
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 
 from .loading import adopt, check_progress, plain_model, unbuilt_model
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-from elsa_weights.unpickle import Inert
+from elsa_core.weights.unpickle import Inert
 
 _ARGUMENTS = ("log_history", "count_history", "max_length")
 

@@ -18,13 +18,12 @@ from mmengine.registry import DATASETS, TRANSFORMS
 from mmseg.datasets import BaseSegDataset
 from mmseg.datasets.transforms import LoadAnnotations
 
-from elsa_core.errors import DamagedFileError, UsageError
-from elsa_data.coco import missing_files
-from elsa_data.errors import DataError
-from elsa_data.images import ENDINGS, reason
-from elsa_data.label_maps import IGNORE, only_none, pair_files, read_labels
+from elsa_core.data.coco import missing_files
+from elsa_core.data.images import ENDINGS, reason
+from elsa_core.data.label_maps import IGNORE, only_none, pair_files, read_labels
+from elsa_core.runtime.errors import DamagedFileError, UsageError
 
-from .reading import leaves
+from .wrappers import leaves
 
 
 @DATASETS.register_module()
@@ -43,10 +42,7 @@ class LabelMapDataset(BaseSegDataset):
             lines = mmengine.list_from_file(self.ann_file, backend_args=self.backend_args)
             stems = {line.strip() for line in lines}
         images, maps = (self.data_prefix.get(key) for key in ("img_path", "seg_map_path"))
-        try:
-            pairs = pair_files(images, maps, self.seg_map_suffix, stems)
-        except DataError as error:
-            raise UsageError(str(error)) from error
+        pairs = pair_files(images, maps, self.seg_map_suffix, stems)
         common = {"label_map": self.label_map, "reduce_zero_label": self.reduce_zero_label}
         return [
             {
@@ -88,7 +84,7 @@ class LoadLabelMap(LoadAnnotations):
         try:
             content = BytesIO(fileio.get(path, backend_args=self.backend_args))
             labels = read_labels(content, path, number, reduce, self.ignore)
-        except DataError as error:
+        except UsageError as error:
             raise DamagedFileError(str(error)) from error
         except OSError as error:
             why = reason(error, path)
@@ -192,10 +188,6 @@ def check_label_maps(dataset: Any, part: str) -> None:
             )
         if len(one.metainfo.get("classes") or ()) < 2 or one.ignore_index != IGNORE:
             continue
-        try:
-            problem = only_none(paths, one.reduce_zero_label)
-        except DataError as error:
-            raise UsageError(str(error)) from error
-        if problem:
+        if problem := only_none(paths, one.reduce_zero_label):
             folder = os.path.dirname(os.path.abspath(paths[0]))
             raise UsageError(f"the label maps of the {part} data in {folder} {problem}")

@@ -1,4 +1,4 @@
-"""Checkpoints of every form that `elsa_weights` knows, loaded whole or refused."""
+"""Checkpoints of every form that `elsa_core.weights` knows, loaded whole or refused."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mmengine.runner import BaseLoop
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
-from elsa_core.errors import UsageError
-from elsa_core.nonfinite import check_finite
-from elsa_data.classes import other_classes
-from elsa_weights import (
+from elsa_core.data.classes import other_classes
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.nonfinite import check_finite
+from elsa_core.weights import (
     attention_names,
     check_names,
     checkpoint_for,

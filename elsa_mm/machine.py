@@ -13,7 +13,7 @@ from mmengine.dist import all_gather_object, init_dist, is_main_process
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import distributed
 
-from elsa_core.errors import UsageError, one_line
+from elsa_core.runtime.errors import UsageError, one_line
 
 from .preflight import walk
 

@@ -11,7 +11,7 @@ from mmengine.dist import get_rank
 from mmengine.runner import EpochBasedTrainLoop
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset
 
-from elsa_core.randomness import PlacedData, PlacedSampler, seed_all
+from elsa_core.runtime.randomness import PlacedData, PlacedSampler, seed_all
 
 
 class RestOfEpoch:

@@ -15,13 +15,12 @@ from mmengine.dist import is_main_process
 from mmengine.registry import MODELS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
-import elsa_weights
-from elsa_core.errors import UsageError, one_line
-from elsa_data.coco import first_problem, missing_files, read_json
-from elsa_data.errors import DataError
+import elsa_core.weights
+from elsa_core.data.coco import first_problem, missing_files, read_json
+from elsa_core.runtime.errors import UsageError, one_line
 
 from .checkpoint import is_local
-from .reading import datasets_in
+from .wrappers import datasets_in
 
 BACKBONE = "ELSASwin"
 IMPORT_LINE = "custom_imports = dict(imports=['elsa_mm'])"
@@ -111,7 +110,7 @@ def read_local(path: str) -> Any:
         return None
     if not os.path.exists(path):
         raise UsageError(f"the checkpoint {path} does not exist")
-    content = elsa_weights.read_ahead(path)
+    content = elsa_core.weights.read_ahead(path)
     if not isinstance(content, Mapping):
         kind = type(content).__name__
         raise UsageError(f"the checkpoint {path} holds no state dict, got {kind}")
@@ -264,7 +263,7 @@ def _check_annotations(
         return []
     try:
         content = read_json(path)
-    except DataError as error:
+    except UsageError as error:
         raise UsageError(f"{what} {error}") from error
     lists = [content.get(key) for key in ("images", "categories")] if type(content) is dict else []
     if not lists or not all(isinstance(one, list) for one in lists):

@@ -1,4 +1,4 @@
-"""Reads images by the rule of `elsa_data.images`, and names the file that cannot be read.
+"""Reads images by the rule of `elsa_core.data.images`, and names the file that cannot be read.
 
 A runner of ours does so for every pipeline; the configs stay as they are.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
@@ -19,9 +18,8 @@ from mmengine.registry import TRANSFORMS
 from mmengine.runner import Runner
 from torch.utils.data import DataLoader
 
-from elsa_core.errors import DamagedFileError, UsageError, one_line
-from elsa_data.errors import DataError
-from elsa_data.images import cut_off, read_image, reason
+from elsa_core.data.images import cut_off, read_image, reason
+from elsa_core.runtime.errors import DamagedFileError, UsageError, one_line
 
 _LABEL_MAPS = "mmseg.datasets.transforms.loading"
 # Options of LoadImageFromFile that ask for another kind of image than RGB of 8 bits.
@@ -86,7 +84,7 @@ def _ours(step: dict, dataset: dict) -> dict:
 
 @TRANSFORMS.register_module()
 class LoadImage(LoadImageFromFile):
-    """LoadImageFromFile by the rule of `elsa_data.images`, blue first.
+    """LoadImageFromFile by the rule of `elsa_core.data.images`, blue first.
 
     Raises DamagedFileError, which names the file, for one that cannot be read or is refused, and
     for one of another size than its annotations say.
@@ -96,7 +94,7 @@ class LoadImage(LoadImageFromFile):
         path = results["img_path"]
         try:
             pixels = read_image(BytesIO(fileio.get(path, backend_args=self.backend_args)))
-        except (DataError, OSError) as error:
+        except (UsageError, OSError) as error:
             if self.ignore_empty:
                 return None
             why = reason(error, path)
@@ -163,23 +161,3 @@ def _check_size(results: dict) -> None:
             f"image {results.get('img_path')} must have the {said} pixels that its annotations "
             f"say, got {size}"
         )
-
-
-def datasets_in(node: Any) -> Iterator[dict]:
-    """The configs of the data sets inside wrappers such as RepeatDataset and ConcatDataset."""
-    if isinstance(node, (list, tuple)):
-        for child in node:
-            yield from datasets_in(child)
-    elif isinstance(node, dict) and ("dataset" in node or "datasets" in node):
-        yield from datasets_in(node.get("dataset"))
-        yield from datasets_in(node.get("datasets"))
-    elif isinstance(node, dict):
-        yield node
-
-
-def leaves(dataset: Any) -> Iterator[Any]:
-    """A data set and, in wrappers such as RepeatDataset and ConcatDataset, those inside."""
-    yield dataset
-    for child in [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or [])]:
-        if child is not None:
-            yield from leaves(child)

@@ -10,7 +10,7 @@ from mmengine.registry import HOOKS
 from mmengine.runner import Runner
 from torch import Tensor
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 
 ADVICE = "set val_dataloader.batch_size and test_dataloader.batch_size to 1"
 

@@ -15,11 +15,11 @@ from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner._flexible_runner import FlexibleRunner
 from torch.optim import Optimizer
 
-from elsa_core.errors import UsageError
-from elsa_core.files import replacing
-from elsa_core.finite import MAX_NONFINITE, FiniteWatch, first_nonfinite, not_finite, spoilt
-from elsa_core.lock import TrainingLock
-from elsa_core.stop import (
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.files import replacing
+from elsa_core.runtime.finite import MAX_NONFINITE, FiniteWatch, first_nonfinite, not_finite, spoilt
+from elsa_core.runtime.lock import TrainingLock
+from elsa_core.runtime.preemption import (
     FAILED,
     REFUSED,
     Ended,
@@ -40,14 +40,14 @@ class StoppableCheckpointHook(CheckpointHook):
     """MMEngine's checkpoints, and one more when SIGTERM or SIGUSR1 ends the training.
 
     The signal, which one process may have received, ends all of them at the next iteration that
-    the optimizer has stepped in, with `elsa_core.stop.Ended`; validations are broken off. The state
-    goes into the regular checkpoint of that iteration, or where those are counted in epochs into
-    ``stopped.pth``. A resumed training takes up the seed and the order of the data where it was
-    left, in the middle of an epoch too.
+    the optimizer has stepped in, with `elsa_core.runtime.preemption.Ended`; validations are broken
+    off. The state goes into the regular checkpoint of that iteration, or into ``stopped.pth``
+    where those are counted in epochs. A resumed training takes up the seed and the order of the
+    data where it was left, in the middle of an epoch too.
 
     Every file appears complete or not at all, and where one cannot be written, the training ends
-    in all processes. It also ends when losses or gradients are not finite (`elsa_core.finite`);
-    nothing is saved at such an iteration, nor ever a model with NaN.
+    in all processes. It also ends when losses or gradients are not finite
+    (`elsa_core.runtime.finite`); nothing is saved at such an iteration, nor ever a model with NaN.
 
     Takes `CheckpointHook`'s arguments; ``backend_args`` are those of `elsa_mm.AtomicLocalBackend`
     unless given.

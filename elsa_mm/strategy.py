@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
 from elsa_core.blocks import Block
-from elsa_core.errors import UsageError
-from elsa_core.files import replacing_by_name
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.files import replacing_by_name
 
 _BASE = "base_param_settings"  # whose learning rate the log shows
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from elsa_core.shipped import find_config
+from elsa_core.runtime.configs import find_config
 
 _PACKAGE = Path(__file__).resolve().parent
 

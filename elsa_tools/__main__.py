@@ -22,15 +22,17 @@ class Command(NamedTuple):
 
 COMMANDS = {
     "doctor": Command("elsa_core.doctor", "says what this installation has and whether it works"),
-    "convert": Command("elsa_weights.cli", "converts checkpoints between the frameworks"),
-    "demo": Command("elsa_infer.cli", "shows what a trained model finds in images", ("numpy",)),
+    "convert": Command("elsa_tools.convert", "converts checkpoints between the frameworks"),
+    "demo": Command(
+        "elsa_tools.predict.cli", "shows what a trained model finds in images", ("numpy",)
+    ),
     "data": Command(
-        "elsa_data.cli",
+        "elsa_tools.data.cli",
         "checks, links and derives data sets",
         ("PIL", "numpy", "pycocotools", "tqdm"),
     ),
-    "export": Command("elsa_infer.onnx_cli", "exports a model to ONNX", ("numpy",)),
-    "analyze": Command("elsa_inspect.cli", "counts a model's parts and draws its attention"),
+    "export": Command("elsa_tools.export.cli", "exports a model to ONNX", ("numpy",)),
+    "analyze": Command("elsa_tools.inspect.cli", "counts a model's parts and draws its attention"),
 }
 DETAILS = "\n".join(
     [
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """What the command ends with; 2, after one sentence, for an unknown one and without PyTorch."""
     try:
         from elsa_core import __version__
-        from elsa_core.command_line import exit_status
+        from elsa_core.runtime.command_line import exit_status
     except ImportError as error:
         print(f"elsa: {error}", file=sys.stderr)
         return 2

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pycocotools.mask
 
-from elsa_data.coco_rules import has_area
+from elsa_core.data.coco_rules import has_area
 
 SIZES = [(240, 200), (64, 48), (33, 90)]
 NAMES = ("zebra", "ape", "Ächse")

@@ -8,7 +8,7 @@ import numpy as np
 import pycocotools.mask
 from PIL import Image
 
-from elsa_data.layout import LAYOUTS, Annotations, Part
+from elsa_tools.data.layout import LAYOUTS, Annotations, Part
 
 SIZE = (24, 16)
 

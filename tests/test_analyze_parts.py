@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from elsa_core.operations import operations, operations_by_module
-from elsa_inspect import cli
-from elsa_inspect.models import Subject, bare_backbone, from_config, read_arch
-from elsa_inspect.parts import count_parts
+from elsa_tools.inspect import cli
+from elsa_tools.inspect.models import Subject, bare_backbone, from_config, read_arch
+from elsa_tools.inspect.parts import count_parts
 
 ROOT = Path(__file__).resolve().parents[1]
 # The parts of a model, named as in Detectron2 and as in OpenMMLab.
@@ -141,7 +141,7 @@ def test_model_that_the_size_does_not_fit():
 
 def test_importing_it_loads_no_framework():
     code = (
-        "import sys, elsa_inspect.cli, elsa_inspect.models, elsa_inspect.parts\n"
+        "import sys, elsa_tools.inspect.cli, elsa_tools.inspect.models, elsa_tools.inspect.parts\n"
         "frameworks = {'detectron2', 'mmengine', 'mmdet', 'mmseg', 'matplotlib'}\n"
         "assert not set(sys.modules) & frameworks\n"
     )

@@ -12,12 +12,12 @@ from PIL import Image
 pytest.importorskip("detectron2")
 pytest.importorskip("mmdet")
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
+from elsa_core.weights import read_checkpoint
 from elsa_d2 import load_config
-from elsa_infer import cli as infer
-from elsa_infer import onnx_cli
-from elsa_weights import cli as convert
-from elsa_weights import read_checkpoint
+from elsa_tools import convert
+from elsa_tools.export import cli as onnx_cli
+from elsa_tools.predict import cli as infer
 
 pytestmark = [
     pytest.mark.usefixtures("clean_catalog"),

@@ -20,8 +20,8 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
 from recipes import Recipe, common_facts, upernet_facts
 
+from elsa_core.weights.names import rename
 from elsa_d2 import build_optimizer, load_config
-from elsa_weights.names import rename
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ARCHS = {"t": "tiny", "s": "small"}

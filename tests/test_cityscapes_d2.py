@@ -27,7 +27,7 @@ from detectron2.data.datasets.builtin import register_all_cityscapes
 from detectron2.evaluation import cityscapes_evaluation as evaluation
 from detectron2.structures import Instances
 
-from elsa_core.stop import StopSignals
+from elsa_core.runtime.preemption import StopSignals
 from elsa_d2 import Trainer, UsageError, load_config, register_cityscapes_datasets
 from elsa_d2 import cityscapes as cityscapes_data
 from elsa_d2.cityscapes import check_cityscapes_dataset

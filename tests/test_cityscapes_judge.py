@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from elsa_data.cityscapes_judge import MATCHES, judge, mended
+from elsa_core.data.cityscapes_eval import MATCHES, judge, mended
 
 VOID, BUILDING, PERSON, CAR = 0, 11, 24, 26  # cityscapesscripts' ids
 CLASSES = {PERSON: 0, CAR: 2}  # of the frameworks
@@ -49,7 +49,7 @@ def test_the_judge_itself_and_what_it_writes(predictions, tmp_path):
         [str(tmp_path / "pred.txt")],
         [str(tmp_path / f"gtFine/val/{STEM}_gtFine_instanceIds.png")],
     )
-    # If the first ends, elsa_data.cityscapes_judge may end; the second is NumPy 2.4's.
+    # If the first ends, elsa_core.data.cityscapes_eval may end; the second is NumPy 2.4's.
     with pytest.raises((IndexError, AttributeError)):
         judge.evaluateImgLists(*files, judge.args)
     assert (tmp_path / MATCHES).exists()

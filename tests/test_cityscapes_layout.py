@@ -18,7 +18,7 @@ from demo import cityscapes_layout as layout
 from demo.digits import DigitsError, make_dataset
 from demo.layouts import LAYOUTS, make_layout
 from demo.whole_folder import workspace
-from elsa_data.cityscapes_judge import mended
+from elsa_core.data.cityscapes_eval import mended
 
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = {"train": 3, "val": 2, "size": 64, "progress": False}

@@ -20,8 +20,8 @@ from weights_models import save, sizes
 
 import elsa_d2
 from demo import cityscapes_layout as layout
-from elsa_weights import convert_file
-from elsa_weights.verify import d2, mm
+from elsa_core.weights import convert_file
+from elsa_tools.verify import d2, mm
 
 CLASSES = {"mask_rcnn": 8, "upernet": 19}
 

@@ -2,8 +2,8 @@
 
 import pytest
 
-from elsa_data.classes import difference, labels_by_name, ordered_names
-from elsa_data.errors import DataError
+from elsa_core.data.classes import difference, labels_by_name, ordered_names
+from elsa_core.runtime.errors import UsageError
 
 NAMES = ["cat", "dog", "owl"]
 
@@ -44,14 +44,14 @@ def test_categories_become_labels_by_name(given):
     ],
 )
 def test_what_has_no_name_of_its_own_is_refused(given, message):
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UsageError, match=message):
         labels_by_name(NAMES, given)
 
 
 def test_other_categories_may_be_left_out_and_classes_must_differ():
     labels = labels_by_name(["owl", "cat"], categories(cat=1, dog=2, owl=3), others=True)
     assert labels == {3: 0, 1: 1}
-    with pytest.raises(DataError, match="the classes have 'cat' twice"):
+    with pytest.raises(UsageError, match="the classes have 'cat' twice"):
         labels_by_name(["cat", "cat"], categories(cat=1))
 
 

@@ -9,8 +9,8 @@ pytest.importorskip("detectron2")
 import torch
 from detectron2.engine import TrainerBase, hooks
 
-from elsa_core.finite import FiniteWatch
-from elsa_core.stop import Ended
+from elsa_core.runtime.finite import FiniteWatch
+from elsa_core.runtime.preemption import Ended
 from elsa_d2 import AtomicCheckpointer
 from elsa_d2.best import BestCheckpointHook
 

@@ -14,7 +14,7 @@ pytest.importorskip("detectron2")
 from killing import CHECKPOINT, NAME, NOTE, fork, statuses_of
 from killing_d2 import save_forever
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 from elsa_d2 import AtomicCheckpointer
 from elsa_d2.checkpoint import replacing
 

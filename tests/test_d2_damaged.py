@@ -17,7 +17,7 @@ import torch
 from detectron2.modeling import build_model
 from torch.multiprocessing.spawn import ProcessRaisedException
 
-from elsa_core.errors import DamagedFileError, UsageError, sentence_in
+from elsa_core.runtime.errors import DamagedFileError, UsageError, sentence_in
 from elsa_d2 import load_config
 
 pytestmark = pytest.mark.usefixtures("clean_catalog")
@@ -186,7 +186,11 @@ def test_what_a_segmentor_meets_in_training(refusal, copy, workers, folder, cont
 @pytest.mark.parametrize("known", [True, False])
 def test_the_sentence_of_a_process_that_was_launched(tool, digits, tmp_path, monkeypatch, known):
     trace = "\n\n-- Process 1 terminated with the following error:\nTraceback ...\n"
-    trace += "elsa_core.errors.DamagedFileError: image a cannot be read\n" if known else "OSError"
+    trace += (
+        "elsa_core.runtime.errors.DamagedFileError: image a cannot be read\n"
+        if known
+        else "OSError"
+    )
 
     def launch(*arguments, **options):
         raise ProcessRaisedException(trace, 1, 2)

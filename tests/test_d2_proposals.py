@@ -19,7 +19,7 @@ from mmengine.config import ConfigDict
 from mmengine.registry import MODELS, DefaultScope
 
 import elsa_d2
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 from elsa_d2.proposal_files import check_proposals
 
 SIZES = [(90, 120), (96, 128)]

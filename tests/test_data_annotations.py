@@ -8,11 +8,11 @@ import pycocotools.mask
 import pytest
 from data_trees import SIZE, coco_content, image
 
-from elsa_data.annotations import validate
-from elsa_data.check import check_annotations
-from elsa_data.coco import first_problem, load_coco, read_coco
-from elsa_data.errors import DataError
-from elsa_data.rle import compressed_counts
+from elsa_core.data.coco import first_problem, load_coco, read_coco
+from elsa_core.data.rle import compressed_counts
+from elsa_core.runtime.errors import UsageError
+from elsa_tools.data.annotations import validate
+from elsa_tools.data.check import check_annotations
 
 WIDTH, HEIGHT = SIZE
 
@@ -243,7 +243,7 @@ def test_files_that_are_none(tmp_path, text, message):
     file = tmp_path / "a.json"
     if text is not None:
         file.write_bytes(text.encode("latin-1"))
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(UsageError, match=message) as error:
         read_coco(str(file))
     assert str(error.value).startswith(str(file))
 
@@ -340,11 +340,11 @@ def test_what_is_left_open_is_written_out(content, spoil, key, values, tmp_path)
 def test_a_file_with_errors_is_not_loaded(content, tmp_path):
     file = tmp_path / "a.json"
     file.write_text(json.dumps({**content, "images": None}))
-    with pytest.raises(DataError, match="a.json is not in COCO's format: it has no list of images"):
+    with pytest.raises(UsageError, match="is not in COCO's format: it has no list of images"):
         load_coco(str(file))
     change(bbox=None)(content)
     file.write_text(json.dumps(content))
-    with pytest.raises(DataError, match="a.json: annotation 9 must have a bbox of 4 numbers, got"):
+    with pytest.raises(UsageError, match="a.json: annotation 9 must have a bbox of 4 numbers, got"):
         load_coco(str(file))
 
 

@@ -9,15 +9,16 @@ import pytest
 from data_trees import coco, coco_content, image
 from PIL import EpsImagePlugin, Image
 
-import elsa_core.errors
-from elsa_data import cli, errors
-from elsa_data.annotations import missing_images
-from elsa_data.check import check_folder
-from elsa_data.coco import first_problem, read_json
-from elsa_data.errors import DataError
-from elsa_data.images import read_image
-from elsa_data.label_maps import pair_files, read_map
-from elsa_data.layout import LAYOUTS
+import elsa_core.runtime.errors
+from elsa_core.data.coco import first_problem, read_json
+from elsa_core.data.images import read_image
+from elsa_core.data.label_maps import pair_files, read_map
+from elsa_core.runtime import errors
+from elsa_core.runtime.errors import UsageError
+from elsa_tools.data import cli
+from elsa_tools.data.annotations import missing_images
+from elsa_tools.data.check import check_folder
+from elsa_tools.data.layout import LAYOUTS
 
 LARGE = int("1" * 400)
 ESCAPES = "\x1b]0;title\x07\x1b[2J\x9b2J\u202e"
@@ -152,15 +153,15 @@ def test_damaged_images_end_in_pixels_or_a_sentence(tmp_path, monkeypatch):
 
 def test_a_pipe_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "a.json")
-    with pytest.raises(DataError, match="a.json cannot be read: it is a pipe"):
+    with pytest.raises(UsageError, match="a.json cannot be read: it is a pipe"):
         read_json(str(tmp_path / "a.json"))
 
 
 def test_both_kinds_of_errors_write_out_what_a_terminal_obeys():
-    assert elsa_core.errors.UNPRINTABLE == errors.UNPRINTABLE
+    assert elsa_core.runtime.errors.UNPRINTABLE == errors.UNPRINTABLE
     text = f"file {ESCAPES}\udcff ä 日\tö"
     shown = r"file \x1b]0;title\x07\x1b[2J\x9b2J\u202e\udcff ä 日" + "\tö"
-    assert str(DataError(text)) == str(elsa_core.errors.UsageError(text)) == shown
+    assert str(UsageError(text)) == str(elsa_core.runtime.errors.UsageError(text)) == shown
 
 
 @pytest.fixture
@@ -181,7 +182,7 @@ def test_an_eps_file_starts_no_ghostscript(tmp_path, ghostscript):
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n{ } loop\n"
     )
     for read in (read_image, lambda path: read_map(path, path)):
-        with pytest.raises(DataError, match="is no image of a known kind"):
+        with pytest.raises(UsageError, match="is no image of a known kind"):
             read(path)
     assert not ghostscript.exists()
     with pytest.raises(OSError), Image.open(path) as opened:  # what Pillow does by itself

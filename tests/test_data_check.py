@@ -8,10 +8,10 @@ import pytest
 from data_trees import WRITERS, image, labels, shrunk
 from PIL import Image
 
-from elsa_data.check import check_folder
-from elsa_data.derive import derive
-from elsa_data.layout import BOTH, DETECTRON2, LAYOUTS, OPENMMLAB
-from elsa_data.report import sources, tree
+from elsa_tools.data.check import check_folder
+from elsa_tools.data.derive import derive
+from elsa_tools.data.layout import BOTH, DETECTRON2, LAYOUTS, OPENMMLAB
+from elsa_tools.data.report import sources, tree
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from data_trees import WRITERS, coco, shrunk
 
-import elsa_data.cli as cli
+import elsa_tools.data.cli as cli
 
 TOOL = str(Path(__file__).resolve().parents[1] / "tools/prepare_data.py")
 
@@ -166,7 +166,7 @@ def test_interruption(tmp_path, capfd, monkeypatch):
     )
 
 
-def test_the_tool_needs_no_torch(tmp_path):
+def test_the_tool_needs_no_framework(tmp_path):
     """On its own, with the real counts, from another folder."""
     coco(tmp_path / "data/coco")
     for number in range(400):
@@ -176,7 +176,7 @@ def test_the_tool_needs_no_torch(tmp_path):
         f"sys.argv = ['x', 'check', 'coco', '--sample', 'all']\n"
         f"try: runpy.run_path({TOOL!r}, run_name='__main__')\n"
         "except SystemExit as end: print('status', end.code)\n"
-        "print('heavy', {'torch', 'mmengine', 'detectron2', 'elsa_core'} & set(sys.modules))\n"
+        "print('heavy', {'mmengine', 'detectron2', 'elsa_d2', 'elsa_mm'} & set(sys.modules))\n"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert "status 1" in result.stdout and "heavy set()" in result.stdout, result.stderr
@@ -186,13 +186,13 @@ def test_the_tool_needs_no_torch(tmp_path):
 def test_control_c(tmp_path):
     coco(tmp_path / "data/coco")
     code = (
-        "import signal, time, elsa_data.check as check\n"
+        "import signal, time, elsa_tools.data.check as check\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job ignores it
         "def slow(path):\n"
         "    print('started', flush=True)\n"
         "    time.sleep(10)\n"
         "check.image_problem = slow\n"
-        "from elsa_data.cli import main\n"
+        "from elsa_tools.data.cli import main\n"
         "raise SystemExit(main(['check', 'coco']))\n"
     )
     process = subprocess.Popen(

@@ -10,9 +10,9 @@ from data_trees import ade20k, cityscapes
 from mmengine.utils import get_installed_path
 from PIL import Image
 
-from elsa_data import derive as module
-from elsa_data.derive import derive
-from elsa_data.errors import DataError
+from elsa_core.runtime.errors import UsageError
+from elsa_tools.data import derive as module
+from elsa_tools.data.derive import derive
 
 POLYGONS = "gtFine/train/aachen/aachen_000000_000019_gtFine_polygons.json"
 IDS = "gtFine/val/lindau/lindau_000001_000019_gtFine_instanceIds.png"
@@ -148,7 +148,7 @@ def test_damage_is_named_and_leaves_nothing_half_made(folder, capfd, name, conte
         (folder / name).unlink()
     else:
         (folder / name).write_bytes(content)
-    with pytest.raises(DataError, match=message) as error:
+    with pytest.raises(UsageError, match=message) as error:
         derive("cityscapes", str(folder))
     assert str(error.value).startswith(str(folder / name))
     assert not list(folder.rglob(".*"))
@@ -159,20 +159,20 @@ def test_a_full_disk_leaves_nothing_half_made(folder, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(module.os, "replace", full)
-    with pytest.raises(DataError, match="labelTrainIds.png cannot be written: No space left"):
+    with pytest.raises(UsageError, match="labelTrainIds.png cannot be written: No space left"):
         derive("cityscapes", str(folder))
     assert not list(folder.rglob(".*")) and not list(folder.rglob("*labelTrainIds*"))
 
 
 @pytest.mark.parametrize("name", ["ade20k", "cityscapes"])
 def test_folders_without_anything(tmp_path, name):
-    with pytest.raises(DataError, match="cannot be read: No such file"):
+    with pytest.raises(UsageError, match="cannot be read: No such file"):
         derive(name, str(tmp_path))
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(UsageError, match="does not exist"):
         derive(name, str(tmp_path / "nowhere"))
 
 
 def test_cityscapesscripts_is_asked_for(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "cityscapesscripts.helpers.labels", None)
-    with pytest.raises(DataError, match="pip install cityscapesscripts"):
+    with pytest.raises(UsageError, match="pip install cityscapesscripts"):
         derive("cityscapes", str(folder))

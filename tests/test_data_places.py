@@ -5,9 +5,9 @@ import os
 import pytest
 from data_trees import WRITERS, coco
 
-from elsa_data.errors import DataError
-from elsa_data.layout import BOTH, DETECTRON2, LAYOUTS, OPENMMLAB
-from elsa_data.places import IN_THE_WAY, MADE, THERE, link, merged, places
+from elsa_core.runtime.errors import UsageError
+from elsa_tools.data.layout import BOTH, DETECTRON2, LAYOUTS, OPENMMLAB
+from elsa_tools.data.places import IN_THE_WAY, MADE, THERE, link, merged, places
 
 
 @pytest.fixture(autouse=True)
@@ -149,18 +149,18 @@ def test_a_data_set_that_is_in_its_place_needs_no_link(tmp_path):
 def test_sources_that_are_none(source, tmp_path, folder, message):
     (tmp_path / "outer").mkdir()
     (tmp_path / "outer/coco").symlink_to(source)
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(UsageError, match=message):
         link(LAYOUTS["coco"], folder)
     assert not (tmp_path / "data").exists()
 
 
 def test_a_link_into_the_data_set_itself(source, tmp_path):
-    with pytest.raises(DataError, match="would be a link inside of the data set to itself"):
+    with pytest.raises(UsageError, match="would be a link inside of the data set to itself"):
         link(LAYOUTS["coco"], str(source), str(source))
     assert "coco" not in os.listdir(source)
 
 
 def test_a_link_that_cannot_be_made(source, tmp_path):
     (tmp_path / "data").write_text("a file")
-    with pytest.raises(DataError, match="data/coco cannot be made: "):
+    with pytest.raises(UsageError, match="data/coco cannot be made: "):
         link(LAYOUTS["coco"], str(source), frameworks=(OPENMMLAB,))

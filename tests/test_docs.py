@@ -57,12 +57,8 @@ FOREIGN = set(
 KEY = re.compile(r"\b(?:MODEL|INPUT|SOLVER|DATASETS|DATALOADER|TEST)(?:\.[A-Z0-9_]+)+\b")
 FOLDERS = "benchmarks|configs|csrc|demo|docs|elsa_[a-z0-9]+|tests|tools|zoo"
 PATH = re.compile(rf"(?<![\w/.$-])((?:{FOLDERS})/[\w./*{{}},-]*)")
-# Command lines of which the flags are compared, and the packages behind them.
-MODULES = {
-    "elsa_weights": "convert_weights",
-    "elsa_data": "prepare_data",
-    "elsa_inspect": "analyze",
-}
+# The command lines behind `elsa COMMAND`, of which the flags are compared.
+COMMANDS = {"convert": "convert_weights", "data": "prepare_data", "export": "export_onnx"}
 
 page = pytest.mark.parametrize(
     "path", PAGES, ids=lambda path: path.relative_to(REPOSITORY).as_posix()
@@ -156,8 +152,8 @@ def test_options_exist(path):
     assert not unknown
     for block in read_blocks(text):
         for command in commands(block.code) if block.language == "sh" else []:
-            for found in re.finditer(r"(?:tools/|-m )(\w+)(?:\.py)?((?: [^|;&]*)?)", command):
-                tool = MODULES.get(found[1], found[1])
+            for found in re.finditer(r"(?:tools/|-m |elsa )(\w+)(?:\.py)?((?: [^|;&]*)?)", command):
+                tool = COMMANDS.get(found[1], found[1])
                 if tool in known_flags():
                     flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", found[2]))
                     assert flags <= known_flags()[tool], f"{path.name}: {command}"

@@ -12,10 +12,10 @@ from pycocotools.cocoeval import COCOeval
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
-import elsa_infer.cli
-from elsa_core.errors import UsageError
-from elsa_infer import Instances, Segmentation, load_predictor
-from elsa_infer.inputs import read_image
+import elsa_tools.predict.cli
+from elsa_core.runtime.errors import UsageError
+from elsa_tools.predict import Instances, Segmentation, load_predictor
+from elsa_tools.predict.inputs import read_image
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DET = {
@@ -78,12 +78,12 @@ def test_demo_writes_coco_results(predictor, path, digits, tmp_path, monkeypatch
         annotation["category_id"] = 90 - annotation["category_id"]
     (tmp_path / "annotations.json").write_text(json.dumps(content))
     predictor.classes = [str(digit) for digit in range(10)]
-    monkeypatch.setattr("elsa_infer.models.load_predictor", lambda *_, **__: predictor)
+    monkeypatch.setattr("elsa_tools.predict.load.load_predictor", lambda *_, **__: predictor)
     best = predictor.predict(read_image(str(path))).above(0)
     threshold = (best.scores[4] + best.scores[5]) / 2
     arguments = [str(path), "--config", "x.py", "--weights", "x.pth"]
     arguments += ["--out", f"{tmp_path}/out", "--score-threshold", f"{threshold:.9f}", "--coco"]
-    assert elsa_infer.cli.main([*arguments, f"{tmp_path}/annotations.json"]) == 0
+    assert elsa_tools.predict.cli.main([*arguments, f"{tmp_path}/annotations.json"]) == 0
     truth = COCO(tmp_path / "annotations.json")
     results = truth.loadRes(f"{tmp_path}/out/coco_results.json")
     (image,) = [one for one in content["images"] if one["file_name"].endswith(path.name)]
@@ -101,17 +101,17 @@ def test_demo_writes_coco_results(predictor, path, digits, tmp_path, monkeypatch
     image["file_name"] = "other.jpg"
     other.write_text(json.dumps(content))
     capsys.readouterr()
-    assert elsa_infer.cli.main([*arguments, str(other)]) == 2
+    assert elsa_tools.predict.cli.main([*arguments, str(other)]) == 2
     assert f"{other} has no image of the name of {path}" in capsys.readouterr().err
     content["categories"][3]["name"] = "three"
     other.write_text(json.dumps(content))
-    assert elsa_infer.cli.main([*arguments, str(other)]) == 2
+    assert elsa_tools.predict.cli.main([*arguments, str(other)]) == 2
     assert "must have the names of the model's classes, '3' is not" in capsys.readouterr().err
 
 
 def test_sahi_predicts_what_the_predictor_predicts(predictor, path):
     predict = pytest.importorskip("sahi.predict", reason="SAHI is not installed")
-    from elsa_infer.sahi import ElsaDetectionModel
+    from elsa_tools.predict.sahi import ElsaDetectionModel
 
     model = ElsaDetectionModel("", None, model=predictor, confidence_threshold=0.1, device="cpu")
     image = read_image(str(path))
@@ -144,7 +144,7 @@ def test_sahi_predicts_what_the_predictor_predicts(predictor, path):
 
 def test_sahi_refuses_what_it_cannot_use():
     pytest.importorskip("sahi", reason="SAHI is not installed")
-    from elsa_infer.sahi import ElsaDetectionModel
+    from elsa_tools.predict.sahi import ElsaDetectionModel
 
     with pytest.raises(UsageError, match="INPUT.MIN_SIZE_TEST 800, got image_size=512"):
         ElsaDetectionModel(DET["detectron2"], None, image_size=512)

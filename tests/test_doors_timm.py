@@ -10,7 +10,7 @@ from weights_models import TINY, classification, classifier_tensors, save
 timm = pytest.importorskip("timm", reason="timm is not installed")
 
 import elsa_core.timm  # noqa: E402  registers the models
-from elsa_weights import convert_file  # noqa: E402
+from elsa_core.weights import convert_file  # noqa: E402
 
 
 def create(name="elsa_swin_tiny", **options):

@@ -10,7 +10,7 @@ pytest.importorskip("torchvision", reason="torchvision is not installed")
 from torchvision.models.detection import FasterRCNN, MaskRCNN  # noqa: E402
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7  # noqa: E402
 
-import elsa_weights  # noqa: E402
+import elsa_core.weights  # noqa: E402
 from elsa_core.torchvision import elsa_swin_fpn_backbone  # noqa: E402
 
 
@@ -43,7 +43,7 @@ def test_pyramid_of_the_cores_maps(tmp_path):
     levels = LastLevelP6P7(8, 8)
     assert len(elsa_swin_fpn_backbone(ARCH, out_channels=8, extra_blocks=levels)(image())) == 6
     state = classifier_tensors(TINY)
-    elsa_weights.load_backbone(backbone.body, save(tmp_path, {"state_dict": state}))
+    elsa_core.weights.load_backbone(backbone.body, save(tmp_path, {"state_dict": state}))
     name = "layers.0.blocks.0.attn.ghost_head"
     assert torch.equal(backbone.body.get_parameter(name), state[name])
 

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from weights_models import TINY, classifier_tensors, save  # noqa: E402
 
-import elsa_weights  # noqa: E402
+import elsa_core.weights  # noqa: E402
 from elsa_core.transformers import (  # noqa: E402
     ElsaSwinBackbone,
     ElsaSwinConfig,
@@ -115,7 +115,7 @@ def test_gradient_checkpointing_changes_no_gradient():
 def test_a_checkpoint_of_the_original_release_loads(tmp_path):
     path, state = save(tmp_path, {"state_dict": classifier_tensors(TINY)}), classifier_tensors(TINY)
     model = transformers.AutoModelForImageClassification.from_config(ElsaSwinConfig(ARCH))
-    elsa_weights.load_backbone(model.elsa_swin, path)
+    elsa_core.weights.load_backbone(model.elsa_swin, path)
     for name in ("layers.0.blocks.0.attn.ghost_head", "norm3.weight"):
         wanted = state[name.replace("norm3", "norm")]
         assert torch.equal(model.elsa_swin.get_parameter(name), wanted)

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from elsa_core.errors import UsageError
-from elsa_core.files import replacing, replacing_by_name, sweep
-from elsa_core.lock import TrainingLock
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.files import replacing, replacing_by_name, sweep
+from elsa_core.runtime.lock import TrainingLock
 
 OPEN = multiprocessing.get_context("fork")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from elsa_core.errors import UsageError
-from elsa_core.finite import FiniteWatch, all_finite, first_nonfinite, not_finite, spoilt
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.finite import FiniteWatch, all_finite, first_nonfinite, not_finite, spoilt
 
 NAN, INF = math.nan, math.inf
 

@@ -14,8 +14,8 @@ from d2_semantic_tiny import overrides as semantic
 from d2_tiny import CONFIG, overrides
 from detectron2.utils import comm
 
-from elsa_core.errors import UsageError
-from elsa_core.stop import Ended
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.preemption import Ended
 from elsa_d2 import Trainer, load_config, register_coco_datasets
 from elsa_d2.semantic_data import register_sem_seg_datasets
 

@@ -14,8 +14,8 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from demo.imagenet_layout import write_layout
-from elsa_core.errors import UsageError
-from elsa_core.stop import Ended
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.preemption import Ended
 from elsa_mm import cli
 from elsa_mm.checkpoint import find_last_checkpoint
 

@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from pycocotools import mask as coco
 
-import elsa_weights
-from elsa_core.errors import UsageError
-from elsa_infer import Instances, Segmentation, load_predictor
-from elsa_infer.cli import main
-from elsa_infer.inputs import find_inputs, read_image
-from elsa_infer.outputs import Names, image_ending
-from elsa_infer.results import enlarge, palette
+import elsa_core.weights
+from elsa_core.runtime.errors import UsageError
+from elsa_tools.predict import Instances, Segmentation, load_predictor
+from elsa_tools.predict.cli import main
+from elsa_tools.predict.inputs import find_inputs, read_image
+from elsa_tools.predict.outputs import Names, image_ending
+from elsa_tools.predict.results import enlarge, palette
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 DET = {
@@ -55,7 +55,9 @@ def weights(tmp_path_factory):
         torch.save({"meta": meta, "state_dict": model.state_dict()}, paths[task])
     # With two sizes of anchors at a position, which a checkpoint does not tell.
     paths["detectron2"] = str(folder / "detectron2.pth")
-    elsa_weights.convert_file(paths["detection"], paths["detectron2"], "detectron2", anchor_sizes=2)
+    elsa_core.weights.convert_file(
+        paths["detection"], paths["detectron2"], "detectron2", anchor_sizes=2
+    )
     paths["mmdet"] = paths["detection"]
     return paths
 
@@ -218,7 +220,7 @@ def test_an_odd_image_does_not_end_a_run(model, weights, images, tmp_path):
 
 @pytest.mark.parametrize("model", ["detectron2", "mmdet", "mmseg"])
 def test_large_images_take_bounded_memory(model, weights, images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("elsa_infer.models.MOST_PAINTED", 800 * 600)
+    monkeypatch.setattr("elsa_tools.predict.predictor.MOST_PAINTED", 800 * 600)
     Image.open(images[0]).resize((1600, 1200)).save(tmp_path / "a.png")
     config, out = SEG["mmseg"] if model == "mmseg" else DET[model], tmp_path / "out"
     arguments = [str(tmp_path / "a.png"), "--config", config, "--out", str(out), "--device", "cpu"]
@@ -354,7 +356,7 @@ def test_a_checkpoint_is_read_once(config, weights, monkeypatch):
 
 
 def test_weights_of_detectron2_work_in_openmmlab(weights, images, tmp_path):
-    elsa_weights.convert_file(weights["segmentation"], tmp_path / "d2.pth", "detectron2")
+    elsa_core.weights.convert_file(weights["segmentation"], tmp_path / "d2.pth", "detectron2")
     image = read_image(str(images[0]))
     first = load_predictor(SEG["mmseg"], weights["segmentation"], device="cpu").predict(image)
     second = load_predictor(SEG["mmseg"], str(tmp_path / "d2.pth"), device="cpu").predict(image)

@@ -11,10 +11,10 @@ from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.registry import DefaultScope
 from mmseg.apis import MMSegInferencer
 
+import elsa_core.weights
 import elsa_d2
-import elsa_weights
-from elsa_infer import Instances, load_predictor
-from elsa_infer.inputs import read_image
+from elsa_tools.predict import Instances, load_predictor
+from elsa_tools.predict.inputs import read_image
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MMDET = str(CONFIGS / "mmdet/digits/mask-rcnn_elsa-swin_fpn_digits.py")
@@ -84,7 +84,7 @@ def test_mmseg_inferencer_finds_what_the_test_pipeline_finds(segmentor, image):
 
 def test_default_predictor_reads_blue_first_as_its_users_expect(detector, image, tmp_path):
     file = tmp_path / "d2.pth"
-    elsa_weights.convert_file(detector, file, "detectron2", anchor_sizes=2)
+    elsa_core.weights.convert_file(detector, file, "detectron2", anchor_sizes=2)
     overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(file), "INPUT.MIN_SIZE_TEST", "96"]
     cfg = elsa_d2.load_config(D2, overrides)
     found = DefaultPredictor(cfg)(cv2.imread(image))["instances"]

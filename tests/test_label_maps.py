@@ -11,13 +11,12 @@ from mm_tiny import CONFIGS, options
 from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope
 from PIL import Image
 
-from elsa_core.errors import DamagedFileError, UsageError
+from elsa_core.data.images import ENDINGS
+from elsa_core.data.label_maps import only_none, pair_files
+from elsa_core.runtime.errors import DamagedFileError, UsageError
 from elsa_d2 import load_config, register_sem_seg_datasets
 from elsa_d2.reading import read_labels as read_in_detectron2
 from elsa_d2.semantic_data import check_sem_seg_dataset
-from elsa_data.errors import DataError
-from elsa_data.images import ENDINGS
-from elsa_data.label_maps import only_none, pair_files
 from elsa_mm.label_maps import LabelMapDataset
 
 pytestmark = pytest.mark.usefixtures("clean_catalog")
@@ -57,10 +56,10 @@ def test_pairs_have_any_ending_in_any_case_and_any_depth(tmp_path):
 )
 def test_what_has_no_partner_is_refused(tmp_path, names, sentence):
     touch(tmp_path, "images/a.jpg", "maps/a.png", *names)
-    with pytest.raises(DataError) as caught:
+    with pytest.raises(UsageError) as caught:
         pair_files(str(tmp_path / "images"), str(tmp_path / "maps"))
     assert sentence.format(tmp_path) in str(caught.value)
-    with pytest.raises(DataError, match="lacks 1 of the 1 listed images, the first is c"):
+    with pytest.raises(UsageError, match="lacks 1 of the 1 listed images, the first is c"):
         pair_files(str(tmp_path / "images"), str(tmp_path / "maps"), stems=["c"])
 
 

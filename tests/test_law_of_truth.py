@@ -23,12 +23,12 @@ from mmdet.registry import METRICS as MMDET_METRICS
 from mmengine.config import Config
 from mmengine.logging import MMLogger
 
+from elsa_core.data.coco import read_coco
+from elsa_core.data.coco_rules import is_crowd
 from elsa_d2 import Trainer, load_config, register_coco_datasets
 from elsa_d2.data import check_dataset
-from elsa_data.annotations import validate
-from elsa_data.coco import read_coco
-from elsa_data.coco_rules import is_crowd
 from elsa_mm.preflight import check_data
+from elsa_tools.data.annotations import validate
 
 D2_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 MM_NAMES = ("mAP", "mAP_50", "mAP_75", "mAP_s", "mAP_m", "mAP_l")

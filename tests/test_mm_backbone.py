@@ -12,7 +12,7 @@ from mmengine.registry import init_default_scope
 
 import elsa_core
 import elsa_mm
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ARCH = dict(embed_dim=12, depths=[1, 1, 2, 2], num_heads=[1, 2, 3, 4], group_width=4, window_size=3)

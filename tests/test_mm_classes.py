@@ -13,7 +13,7 @@ from mm_tiny import CONFIGS, options
 from mmengine.config import Config
 from mmengine.registry import DATASETS, DefaultScope
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 from elsa_mm import classes
 
 DIGITS = list("0123456789")
@@ -186,7 +186,7 @@ def test_data_sets_that_number_as_mmdetection_does_have_to_agree(copy):
 
 @pytest.mark.parametrize("framework", CONFIGS)
 def test_a_checkpoint_of_other_classes_is_refused(refusal, digits, tmp_path, framework):
-    from elsa_infer import load_predictor
+    from elsa_tools.predict import load_predictor
 
     names = DIGITS if framework == "mmdet" else ["background", *DIGITS]
     state = load_predictor(str(CONFIGS[framework]), None, device="cpu").model.state_dict()

@@ -22,9 +22,9 @@ from weights_models import TINY, classification, classifier_tensors, same, save
 
 import elsa_core
 from elsa_core import VARIANTS
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
+from elsa_core.weights import convert, convert_file, load_backbone, recognise
 from elsa_mm.preflight import check_config
-from elsa_weights import convert, convert_file, load_backbone, recognise
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/mmpretrain"
 LEAVES = sorted(CONFIGS.glob("elsa_swin/*.py"))

@@ -25,9 +25,9 @@ from mmpretrain.visualization import UniversalVisualizer
 
 import elsa_d2
 from demo.imagenet_layout import write_layout
+from elsa_core.weights import convert_file
 from elsa_mm import cli
-from elsa_weights import convert_file
-from elsa_weights.cli import main as convert_weights
+from elsa_tools.convert import main as convert_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = ROOT / "configs"

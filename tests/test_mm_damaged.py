@@ -14,7 +14,7 @@ from mmengine.dataset import Compose
 from mmengine.registry import MODELS, DefaultScope
 from PIL import Image
 
-from elsa_core.errors import DamagedFileError
+from elsa_core.runtime.errors import DamagedFileError
 from elsa_mm import cli
 from elsa_mm.reading import LoadImage, Reading, replace_readers
 

@@ -10,7 +10,7 @@ import torch
 from mm_tiny import CONFIGS, options
 from mmengine.config import Config
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 from elsa_mm import cli, preflight
 
 frameworks = pytest.mark.parametrize("framework", CONFIGS)

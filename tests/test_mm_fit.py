@@ -14,7 +14,7 @@ from mmseg.models import SegTTAModel
 from torch import nn
 from torch.utils.data import DataLoader
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 from elsa_mm import fit, preflight
 
 

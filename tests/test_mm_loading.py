@@ -15,11 +15,11 @@ from mmengine.logging import HistoryBuffer
 from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import CheckpointLoader, IterBasedTrainLoop, get_priority
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
+from elsa_core.weights import convert, read_checkpoint, recognise, safetensors
 from elsa_mm import WeightsHook, fit
 from elsa_mm.checkpoint import read_checked_files
 from elsa_mm.history import from_plain, to_plain
-from elsa_weights import convert, read_checkpoint, recognise, safetensors
 
 ARCH = dict(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
 TINY = {

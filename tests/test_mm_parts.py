@@ -15,7 +15,7 @@ from mmengine.structures import PixelData
 from mmseg.structures import SegDataSample
 from torch.utils.data import DataLoader
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 from elsa_mm import AugmentedValLoop, machine
 from elsa_mm.checkpoint import find_last_checkpoint
 

@@ -9,10 +9,12 @@ import pytest
 import torch
 
 from elsa_core import ELSASwin
-from elsa_core.errors import UsageError
-from elsa_infer import load_predictor, onnx_export, onnx_graph
-from elsa_infer.onnx_cli import main
-from elsa_infer.onnx_export import SIZES, TOLERANCE, Backbone, compare, export, wrap
+from elsa_core.runtime.errors import UsageError
+from elsa_tools.export import graph as onnx_graph
+from elsa_tools.export import onnx as onnx_export
+from elsa_tools.export.cli import main
+from elsa_tools.export.onnx import SIZES, TOLERANCE, Backbone, compare, export, wrap
+from elsa_tools.predict import load_predictor
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 SEG = {

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from elsa_core.errors import UsageError
-from elsa_core.packages import missing, need
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.packages import missing, need
 
 ROOT = Path(__file__).resolve().parents[1]
 HIDE = """\
@@ -73,17 +73,17 @@ for config, resize in (("mask_rcnn_elsa_swin_digits", "cv2"), ("upernet_elsa_swi
 
 COMMANDS = {
     "demo": (
-        "from elsa_infer.cli import main",
+        "from elsa_tools.predict.cli import main",
         ["x.jpg", "--config", "c.yaml", "--weights", "w.pth", "--out", "out"],
         "opencv-python-headless pycocotools tqdm",
     ),
     "export_onnx": (
-        "from elsa_infer.onnx_cli import main",
+        "from elsa_tools.export.cli import main",
         ["--arch", "tiny", "--out", "m.onnx"],
         "onnx onnx-ir onnxruntime onnxscript",
     ),
     "analyze": (
-        "from elsa_inspect.cli import main",
+        "from elsa_tools.inspect.cli import main",
         ["filters", "--arch", "tiny", "--image", "x.jpg", "--out", "x.png"],
         "pillow matplotlib",
     ),
@@ -124,12 +124,12 @@ def test_sentences(monkeypatch):
 
 
 def test_what_a_module_of_ours_lacks(monkeypatch):
-    monkeypatch.delitem(sys.modules, "elsa_data.cityscapes_judge", raising=False)
+    monkeypatch.delitem(sys.modules, "elsa_core.data.cityscapes_eval", raising=False)
     for name in [n for n in sys.modules if n.partition(".")[0] == "cityscapesscripts"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "cityscapesscripts", None)
     with pytest.raises(UsageError, match="^Scores needs .* cityscapesscripts, .*: pip ins"):
-        need("elsa_data.cityscapes_judge", "Scores")
+        need("elsa_core.data.cityscapes_eval", "Scores")
 
 
 def test_a_package_that_does_not_load(tmp_path, monkeypatch):

@@ -19,8 +19,7 @@ import elsa_core
 from elsa_core import _range
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGES = ("elsa_core", "elsa_d2", "elsa_mm", "elsa_weights")
-PACKAGES += ("elsa_data", "elsa_infer", "elsa_inspect", "elsa_tools")
+PACKAGES = ("elsa_core", "elsa_d2", "elsa_mm", "elsa_tools")
 SHIPPED = {
     "configs/detectron2": "elsa_d2/configs",
     "configs/mmdet": "elsa_mm/.mim/configs/mmdet",
@@ -201,8 +200,8 @@ def test_openmim_finds_the_model_index(installed):
 
 
 def test_config_that_is_not_there():
-    from elsa_core.errors import UsageError
-    from elsa_core.shipped import find_config
+    from elsa_core.runtime.configs import find_config
+    from elsa_core.runtime.errors import UsageError
 
     with pytest.raises(UsageError) as error:
         find_config("mmdet/elsa_swin/mask-rcnn.py", ROOT / "nothing", ROOT / "configs")

@@ -4,8 +4,8 @@ import logging
 import sys
 import warnings
 
-from elsa_core.command_line import exit_status
-from elsa_core.quiet import LOGGERS, HarmlessRecords, quiet_frameworks
+from elsa_core.runtime.command_line import exit_status
+from elsa_core.runtime.quiet import LOGGERS, HarmlessRecords, quiet_frameworks
 
 HARMLESS = "torch.meshgrid: in an upcoming release, it will be required to pass indexing"
 THEIRS = "Detected call of `lr_scheduler.step()` before `optimizer.step()`"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.data import BatchSampler, DataLoader, Dataset
 
-from elsa_core.randomness import Placed, PlacedData, PlacedSampler, seed_all
+from elsa_core.runtime.randomness import Placed, PlacedData, PlacedSampler, seed_all
 
 SIZE, BATCH = 7, 2
 

@@ -15,12 +15,12 @@ from mmengine.dataset import Compose
 from mmengine.registry import DefaultScope
 from PIL import Image
 
-from elsa_core.errors import DamagedFileError
+from elsa_core.data.images import image_problem, size_problem
+from elsa_core.runtime.errors import DamagedFileError
 from elsa_d2 import DetectionMapper, SemanticMapper, load_config
-from elsa_data.images import image_problem, size_problem
-from elsa_infer.inputs import Unreadable
-from elsa_infer.inputs import read_image as read_in_demo
 from elsa_mm.reading import replace_readers
+from elsa_tools.predict.inputs import Unreadable
+from elsa_tools.predict.inputs import read_image as read_in_demo
 
 WIDTH, HEIGHT = 23, 14
 

@@ -25,9 +25,9 @@ from pycocotools import mask as coco_mask
 
 import elsa_d2
 from demo.layouts import make_layout
+from elsa_core.weights import convert_file
 from elsa_mm import cli
-from elsa_weights import convert_file
-from elsa_weights.verify.compare import Outcome, match
+from elsa_tools.verify.compare import Outcome, match
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CHECKPOINT = Path(__file__).parent / "data/digits_mask_rcnn.safetensors"

@@ -15,7 +15,7 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 from elsa_mm import CPUAmpOptimWrapper, cli, machine
 from elsa_mm.checkpoint import find_last_checkpoint
 

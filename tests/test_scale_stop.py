@@ -10,9 +10,16 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from elsa_core.errors import UsageError
-from elsa_core.files import replacing
-from elsa_core.stop import SIGNALS, StopSignals, forwarding, largest, spare_workers, stopped
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.files import replacing
+from elsa_core.runtime.preemption import (
+    SIGNALS,
+    StopSignals,
+    forwarding,
+    largest,
+    spare_workers,
+    stopped,
+)
 
 REPOSITORY = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
@@ -44,7 +51,7 @@ def test_a_process_alone_agrees_with_itself():
 def test_without_children_a_forwarded_signal_ends_the_process():
     code = (
         "import os, signal\n"
-        "from elsa_core.stop import forwarding\n"
+        "from elsa_core.runtime.preemption import forwarding\n"
         "with forwarding():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('still there')\n"
@@ -76,7 +83,7 @@ def test_workers_end_with_their_process(tmp_path, kind):
     (tmp_path / "script.py").write_text(
         "import builtins, multiprocessing, sys\n"
         "from torch.utils.data import DataLoader\n"
-        "from elsa_core.stop import spare_workers\n"
+        "from elsa_core.runtime.preemption import spare_workers\n"
         "def main():\n"
         "    loader = DataLoader(range(800), num_workers=1)\n"
         "    spare_workers(loader)\n"

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from elsa_core import ELSASwin
-from elsa_core.errors import UsageError
-from elsa_weights import cli, load_backbone, read_ahead, read_checkpoint, safetensors
+from elsa_core.runtime.errors import UsageError
+from elsa_core.weights import load_backbone, read_ahead, read_checkpoint, safetensors
+from elsa_tools import convert as cli
 
 # Of one read, beside the interpreter and the file.
 MEMORY = 10**9

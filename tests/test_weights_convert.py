@@ -19,10 +19,10 @@ from weights_models import (
 from weights_models import same as same_tensors
 
 from elsa_core import VARIANTS, ELSASwin
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 from elsa_core.variants import Arch
-from elsa_weights import TARGETS, convert, convert_file, read_checkpoint, recognise
-from elsa_weights.shapes import backbone_shapes
+from elsa_core.weights import TARGETS, convert, convert_file, read_checkpoint, recognise
+from elsa_core.weights.shapes import backbone_shapes
 
 MM = {"mask_rcnn": "mmdet", "cascade_mask_rcnn": "mmdet", "upernet": "mmseg"}
 every_kind = pytest.mark.parametrize("kind", KINDS)

@@ -27,8 +27,10 @@ from weights_models import (
     with_bookkeeping,
 )
 
-from elsa_core import VARIANTS, __version__, atomic
-from elsa_weights import class_names, cli, convert_file, read_checkpoint, write
+from elsa_core import VARIANTS, __version__
+from elsa_core.runtime import files as whole_files
+from elsa_core.weights import class_names, convert_file, read_checkpoint, write
+from elsa_tools import convert as cli
 
 TOOL = Path(__file__).resolve().parents[1] / "tools/convert_weights.py"
 
@@ -69,7 +71,7 @@ def test_report_and_metadata(tmp_path, source, capsys):
     assert set(stored) == {"model", "__author__", "meta"}
     about = stored["meta"]["converted"]
     assert about["source"] == "source.pth" and about["source_sha256"] == write.sha256(str(source))
-    assert about["tool"] == f"elsa_weights {__version__}" and about["num_classes"] == 5
+    assert about["tool"] == f"elsa-swin {__version__}" and about["num_classes"] == 5
     assert about["arch"]["depths"] == [1, 1, 1, 2] and about["arch"]["name"] == "free"
     assert stored["meta"]["dataset_meta"]["classes"] == CLASSES
     record = json.loads(listing.read_text())
@@ -231,7 +233,7 @@ def test_full_disk(tmp_path, source, capsys, monkeypatch, suffix):
         with open(path, mode, **options) as file:
             yield FullDisk(file)
 
-    monkeypatch.setattr(atomic, "open", open_on_full_disk, raising=False)
+    monkeypatch.setattr(whole_files, "open", open_on_full_disk, raising=False)
     (tmp_path / f"a{suffix}").write_text("old")
     message = refused(capsys, tmp_path, source, tmp_path / f"a{suffix}", "--to", "mmdet")
     assert "No space left on device" in message
@@ -328,7 +330,7 @@ def test_large_checkpoint_is_converted_in_little_memory(tmp_path):
     code = (
         "import re, sys\n"
         f"sys.path.insert(0, {str(TOOL.parents[1])!r})\n"
-        "from elsa_weights.cli import main\n"
+        "from elsa_tools.convert import main\n"
         # Not ru_maxrss, which begins with the size of the process that this one comes from.
         "def peak():\n"
         "    status = open('/proc/self/status').read()\n"
@@ -347,7 +349,7 @@ def test_large_checkpoint_is_converted_in_little_memory(tmp_path):
 
 
 def test_progress_is_shown_on_terminals_only(tmp_path, source, capsys, monkeypatch):
-    monkeypatch.setattr("elsa_weights.progress.WORTH_SHOWING", 0)
+    monkeypatch.setattr("elsa_core.weights.progress.WORTH_SHOWING", 0)
     assert run(source, tmp_path / "a.pth", "--to", "mmdet") == 0
     assert capsys.readouterr().err == ""
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)

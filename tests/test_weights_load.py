@@ -29,9 +29,9 @@ from weights_models import (
 
 import elsa_d2
 from elsa_core import ELSASwin
-from elsa_core.errors import UsageError
-from elsa_weights import convert_file, safetensors
-from elsa_weights.verify import d2, mm
+from elsa_core.runtime.errors import UsageError
+from elsa_core.weights import convert_file, safetensors
+from elsa_tools.verify import d2, mm
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 suffixes = pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -16,9 +16,9 @@ from weights_models import KINDS, TINY, published_sizes, sizes
 
 import elsa_d2
 from elsa_core import VARIANTS
-from elsa_weights.names import rename
-from elsa_weights.shapes import model_shapes, read_arch, read_sizes
-from elsa_weights.verify import d2, mm
+from elsa_core.weights.names import rename
+from elsa_core.weights.shapes import model_shapes, read_arch, read_sizes
+from elsa_tools.verify import d2, mm
 
 CASES = [(kind, name) for kind in KINDS for name in ("tiny", "small")]
 every_model = pytest.mark.parametrize("kind, variant", CASES)

@@ -23,11 +23,12 @@ from weights_models import CLASSES, PHOTOGRAPHS, save, sizes
 
 import elsa_d2
 from demo.digits import SEGMENTATION_CLASSES
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 from elsa_core.variants import Arch
-from elsa_weights import cli, convert_file, read_checkpoint
-from elsa_weights.verify import mm, verify
-from elsa_weights.verify.compare import Outcome, compare
+from elsa_core.weights import convert_file, read_checkpoint
+from elsa_tools import convert as cli
+from elsa_tools.verify import mm, verify
+from elsa_tools.verify.compare import Outcome, compare
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 ARCH = Arch(embed_dim=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), group_width=8, window_size=5)

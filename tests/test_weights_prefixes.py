@@ -4,8 +4,8 @@ import pytest
 import torch
 from weights_models import KINDS, detector
 
-from elsa_core.errors import UsageError
-from elsa_weights import convert, recognise
+from elsa_core.runtime.errors import UsageError
+from elsa_core.weights import convert, recognise
 
 
 def same(checkpoint, kind, to="detectron2"):

@@ -13,9 +13,9 @@ import pytest
 import torch
 from weights_models import same, save
 
-from elsa_core.errors import UsageError
-from elsa_weights import read_checkpoint, safetensors
-from elsa_weights.unpickle import Inert
+from elsa_core.runtime.errors import UsageError
+from elsa_core.weights import read_checkpoint, safetensors
+from elsa_core.weights.unpickle import Inert
 
 formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 

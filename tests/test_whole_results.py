@@ -18,7 +18,7 @@ from detectron2.structures import Boxes, Instances
 from mmengine.config import Config
 
 import elsa_d2
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 from elsa_d2.coco_evaluator import COCOEvaluator
 from elsa_mm.cli import _dump_metric
 from elsa_mm.coco_metric import CocoMetric

@@ -11,7 +11,7 @@ import torch
 from elsa_core import ELSASwin
 from elsa_core.layers import relative_position_id
 from elsa_core.variants import Arch
-from elsa_weights.shapes import Sizes, model_shapes
+from elsa_core.weights.shapes import Sizes, model_shapes
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 KINDS = ("mask_rcnn", "cascade_mask_rcnn", "upernet")

@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         from demo.digits import DigitsError
         from demo.layouts import make_layout
     except ModuleNotFoundError as error:
-        from elsa_core.packages import missing
+        from elsa_core.runtime.packages import missing
 
         return fail(missing([error.name], PACKAGES))
     try:

@@ -25,11 +25,11 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # the frameworks' own, about their dependencies
     try:
-        from elsa_core.files import replacing
+        from elsa_core.runtime.files import replacing
         from zoo.models import ZooError
         from zoo.page import PAGE, make_page
     except ModuleNotFoundError as error:
-        from elsa_core.packages import missing
+        from elsa_core.runtime.packages import missing
 
         return fail(missing([error.name], ["tabulate"]), 2)
     try:

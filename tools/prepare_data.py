@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 try:
-    from elsa_data.cli import main
+    from elsa_tools.data.cli import main
 except ModuleNotFoundError as error:
     print(
         f"prepare_data: the Python package {error.name} is missing in {sys.executable}: "

@@ -41,8 +41,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> dict | None:
     """What each process does; returns the metrics of an evaluation."""
-    from elsa_core.lock import TrainingLock
-    from elsa_core.quiet import quiet_frameworks
+    from elsa_core.runtime.lock import TrainingLock
+    from elsa_core.runtime.quiet import quiet_frameworks
     from elsa_d2 import load_config
 
     with quiet_frameworks():
@@ -57,13 +57,13 @@ def train_or_evaluate(options: argparse.Namespace) -> dict | None:
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
-    from elsa_core.stop import Ended
+    from elsa_core.runtime.preemption import Ended
+    from elsa_core.weights import class_names
     from elsa_d2 import AtomicCheckpointer, Trainer, load_config, register_coco_datasets
     from elsa_d2.cityscapes import register_cityscapes_datasets
     from elsa_d2.classes import usable
     from elsa_d2.semantic_data import register_sem_seg_datasets
     from elsa_d2.trainer import share_cpu_cores, use_available_device
-    from elsa_weights import class_names
 
     cfg = load_config(options.config_file, options.opts)
     for name in ("elsa_d2", "elsa_core"):
@@ -97,19 +97,19 @@ def train_or_evaluate(options: argparse.Namespace) -> dict | None:
 
 def main(arguments: list[str] | None = None) -> int:
     try:
-        from elsa_core.quiet import quiet_frameworks
+        from elsa_core.runtime.quiet import quiet_frameworks
 
         with quiet_frameworks():
             options = parse_arguments(arguments)
             from detectron2.engine import launch
             from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
-            from elsa_core.errors import sentence_in
-            from elsa_core.stop import Ended, forwarding
+            from elsa_core.runtime.errors import sentence_in
+            from elsa_core.runtime.preemption import Ended, forwarding
             from elsa_d2 import UsageError, load_config
             from elsa_d2.preflight import check_run
     except ModuleNotFoundError as error:
-        from elsa_core.packages import missing
+        from elsa_core.runtime.packages import missing
 
         return fail(missing([error.name]))
     try:

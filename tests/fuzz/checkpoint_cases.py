@@ -17,8 +17,8 @@ import attack_files
 import torch
 
 from elsa_core import ELSASwin
-from elsa_core.errors import UsageError
-from elsa_weights import convert_file, read_checkpoint, safetensors
+from elsa_core.runtime.errors import UsageError
+from elsa_core.weights import convert_file, read_checkpoint, safetensors
 
 ARCH = dict(embed_dim=12, depths=(1, 1, 1, 2), num_heads=(1, 2, 3, 4), group_width=4)
 ARCH |= dict(kernel_size=3, window_size=3)

@@ -13,7 +13,7 @@ from coco_mutations import checked, warmed_up, written
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.structures import Boxes, Instances
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 from elsa_d2 import DetectionMapper, Trainer, load_config
 from elsa_d2.mapper import training_dicts
 from elsa_d2.preflight import check_run

@@ -16,7 +16,7 @@ from mmdet.registry import DATASETS, METRICS
 from mmengine.config import Config
 from mmengine.registry import DefaultScope
 
-from elsa_core.errors import UsageError
+from elsa_core.runtime.errors import UsageError
 from elsa_mm import classes, preflight
 from elsa_mm.evaluators import use_coco_metric
 from elsa_mm.reading import replace_readers

@@ -13,7 +13,7 @@ import numpy as np
 import pycocotools.mask
 from PIL import Image
 
-from elsa_data import cli
+from elsa_tools.data import cli
 
 SIZES = [(64, 48), (48, 64), (40, 40)]
 NAMES = ["ape", "zebra", "Ächse"]

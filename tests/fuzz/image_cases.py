@@ -7,11 +7,10 @@ import re
 import numpy as np
 from PIL import Image
 
-from elsa_core.errors import UsageError
-from elsa_data.errors import DataError
-from elsa_data.images import FORMATS, MOST_PIXELS, image_problem, read_image, size_problem
-from elsa_data.label_maps import labels_problem, read_map
-from elsa_infer import inputs
+from elsa_core.data.images import FORMATS, MOST_PIXELS, image_problem, read_image, size_problem
+from elsa_core.data.label_maps import labels_problem, read_map
+from elsa_core.runtime.errors import UsageError
+from elsa_tools.predict import inputs
 
 MODES = {
     "BMP": ["1", "L", "P", "RGB", "RGBA"],
@@ -87,12 +86,12 @@ def case(seed):
         assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3
         assert 0 < image.shape[0] * image.shape[1] <= MOST_PIXELS and sentences[0] is None
         assert np.array_equal(inputs.read_image(path)[..., ::-1], image)
-    except (DataError, UsageError) as error:
+    except UsageError as error:
         sentences.append(str(error))
         assert sentences[0], error
     try:
         assert read_map(path, path).ndim == 2
-    except DataError as error:
+    except UsageError as error:
         sentences.append(str(error))
     for sentence in filter(None, sentences):
         print(sentence)

@@ -1,0 +1,72 @@
+"""cityscapesscripts, with its judge of instances mended.
+
+Import this where a data set is judged: nothing else needs cityscapesscripts.
+"""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as judge
+import numpy as np
+
+from elsa_core.runtime.files import replacing
+
+if not hasattr(np, "in1d"):  # cityscapesscripts' name for it, which NumPy 2.4 no longer has
+    np.in1d = np.isin
+
+MATCHES = "matches.json"
+_evaluate, _their_write = judge.evaluateMatches, judge.writeDict2JSON
+
+
+@contextmanager
+def mended(keep_matches: bool = False) -> Iterator[None]:
+    """Within it, the judge of instances does not fail, and leaves no file behind.
+
+    It fails by itself where all predictions of a class lie in regions that are not judged, and with
+    NumPy 2.4 where it writes NumPy's numbers to a file.
+
+    Args:
+        keep_matches: it may write all matches, gigabytes, to matches.json in the working directory.
+    """
+    judge.evaluateMatches = _evaluate_matches
+    judge.writeDict2JSON = _write if keep_matches else _write_all_but_matches
+    try:
+        yield
+    finally:
+        judge.evaluateMatches, judge.writeDict2JSON = _evaluate, _their_write
+
+
+def _evaluate_matches(matches: dict[str, Any], args: Any) -> np.ndarray:
+    """Average precisions [distances, classes, overlaps]; 0 where predictions are not judged."""
+    try:
+        return _evaluate(matches, args)
+    except IndexError:
+        precisions = [[_one(matches, args, n, o) for o in args.overlaps] for n in args.instLabels]
+        return np.array(precisions)[None]
+
+
+def _one(matches: dict[str, Any], args: Any, name: str, overlap: float) -> float:
+    names, overlaps = args.instLabels, args.overlaps
+    args.instLabels, args.overlaps = [name], [overlap]
+    try:
+        return float(_evaluate(matches, args).item())
+    except IndexError:
+        return 0.0
+    finally:
+        args.instLabels, args.overlaps = names, overlaps
+
+
+def _write(content: Any, path: str) -> None:
+    with replacing(path) as file:
+        file.write(json.dumps(content, default=_plain, sort_keys=True, indent=4).encode())
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, (np.generic, np.ndarray)) else vars(value)
+
+
+def _write_all_but_matches(content: Any, path: str) -> None:
+    if path != MATCHES:
+        _write(content, path)

@@ -1,0 +1,1 @@
+"""What every run needs: errors, whole files, preemption, command lines."""

@@ -1,0 +1,31 @@
+"""Weights of ELSA-Swin models: read safely, recognised, and moved between the frameworks.
+
+torch is the only dependency.
+"""
+
+from .convert import TARGETS, Conversion, convert
+from .files import checkpoint_for, convert_file, load_backbone
+from .fit import attention_names, check_names, coverage, has_names_of
+from .read import forget_ahead, read_ahead, read_checkpoint
+from .recognise import recognise
+from .source import Source
+from .write import class_names
+
+__all__ = [
+    "TARGETS",
+    "Conversion",
+    "Source",
+    "attention_names",
+    "check_names",
+    "checkpoint_for",
+    "class_names",
+    "convert",
+    "convert_file",
+    "coverage",
+    "has_names_of",
+    "load_backbone",
+    "forget_ahead",
+    "read_ahead",
+    "read_checkpoint",
+    "recognise",
+]

@@ -1,0 +1,289 @@
+"""From one checkpoint to another: every tensor is converted, dropped for a reason, or an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from elsa_core.layers import relative_position_id
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.nonfinite import check_finite
+
+from .names import CASCADE, MASK_RCNN, UPERNET, rename
+from .shapes import OPTIONAL_LEAF, Shapes, Sizes, backbone_shapes, model_shapes, read_sizes
+from .source import BACKBONE, CLASSIFIER, DETECTRON2, SWIN, Source
+
+MODELS = (MASK_RCNN, CASCADE, UPERNET)
+# What each target can be made from.
+TARGETS: dict[str, tuple[str, ...]] = {
+    "backbone": (),  # from everything that has one
+    "detectron2": MODELS,
+    "mmdet": (MASK_RCNN, CASCADE),
+    "mmseg": (UPERNET,),
+    "mmpretrain": (CLASSIFIER,),
+    "original": (*MODELS, CLASSIFIER, BACKBONE),
+}
+# Anchors of a position that all published models have: one size, three ratios.
+_PUBLISHED_ANCHORS = 3
+
+
+@dataclass
+class Conversion:
+    """A converted checkpoint.
+
+    ``tensors``: {name in DST: tensor}, ``moved``: {name in DST: name in SRC}, ``dropped``:
+    [(name in SRC, reason)], ``added``: [(name in DST, reason)]: in DST without being in SRC,
+    ``absent``: [(name, reason)]: neither in SRC nor in DST, left to the model's initialisation.
+    """
+
+    source: Source
+    to: str
+    sizes: Sizes | None = None
+    anchor_sizes: int | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    moved: dict[str, str] = field(default_factory=dict)
+    dropped: list[tuple[str, str]] = field(default_factory=list)
+    added: list[tuple[str, str]] = field(default_factory=list)
+    absent: list[tuple[str, str]] = field(default_factory=list)
+
+    def put(self, name: str, old: str, tensor: Tensor) -> None:
+        if name in self.tensors:
+            raise UsageError(f"{old} and {self.moved.get(name)} would both become {name}")
+        self.tensors[name], self.moved[name] = tensor, old
+
+    def add(self, name: str, tensor: Tensor, reason: str) -> None:
+        self.tensors[name] = tensor
+        self.added.append((name, reason))
+
+
+def convert(
+    source: Source, to: str, *, anchor_sizes: int | None = None, keep_norm: bool = False
+) -> Conversion:
+    """What ``source`` is in the framework ``to``, one of `TARGETS`. No tensor is copied.
+
+    Args:
+        anchor_sizes: anchor sizes per pyramid level, each with all ratios. Needed between
+            Detectron2 and OpenMMLab where a position has other than three anchors, since the two
+            order anchors of several sizes differently.
+        keep_norm: a backbone made from a classifier gets the classifier's norm at its last output,
+            as another classifier wants it, not a new one, as detection and segmentation do.
+
+    Raises:
+        UsageError: ``source`` cannot become that, or lacks tensors, has unknown ones or ones of
+            wrong shapes, or with NaN or infinity.
+    """
+    if to not in TARGETS:
+        raise UsageError(f"the target must be one of {', '.join(TARGETS)}, got {to}")
+    possible = [name for name, kinds in TARGETS.items() if not kinds or source.kind in kinds]
+    if source.family == SWIN:
+        possible = ["backbone"]
+    if to not in possible:
+        raise UsageError(
+            f"it is {source}, which can become {' or '.join(possible)}, got the target {to}"
+        )
+    dropped = list(source.dropped)
+    result = Conversion(source, to, anchor_sizes=anchor_sizes, dropped=dropped)
+    if source.family == SWIN:
+        _convert_swin(result)
+    elif to == "backbone":
+        _take_backbone(result, keep_norm)
+    elif source.kind in MODELS:
+        _convert_model(result, anchor_sizes)
+    else:
+        _convert_classifier(result)
+    check_finite(result.tensors, "it")
+    return result
+
+
+def _convert_model(result: Conversion, anchor_sizes: int | None) -> None:
+    source = result.source
+    result.sizes = sizes = read_sizes(
+        {name: tensor for name, (_, tensor) in source.tensors.items()}, source.kind
+    )
+    _check(source, source.tensors, model_shapes(source.arch, sizes, source.kind))
+    named = source.tensors
+    if (source.family == DETECTRON2) != (result.to == "detectron2") and sizes.anchors:
+        named = _reorder_anchors(named, sizes.anchors, anchor_sizes, result.to)
+    if result.to == "detectron2":
+        plain = {name: tensor for name, (_, tensor) in named.items()}
+        renamed, unknown = rename(plain, source.kind, "d2")
+        if unknown:
+            raise UsageError(f"Detectron2 has no place for {unknown[0]}")
+        for new, (name, tensor) in renamed.items():
+            result.put(new, named[name][0], tensor)
+        return
+    for name, (old, tensor) in named.items():
+        result.put(name, old, tensor)
+        if result.to == "original":
+            _add_bookkeeping(result, name, "backbone.")
+
+
+def _convert_classifier(result: Conversion) -> None:
+    """A classifier or a backbone to the original's or MMPretrain's names."""
+    source = result.source
+    expected = _without_output_norms(backbone_shapes(source.arch))
+    if source.kind == CLASSIFIER:
+        dim = source.arch.num_features[-1]
+        classes = source.tensors["head.weight"][1].shape[:1] if _has(source, "head.weight") else ()
+        expected |= {"norm.weight": (dim,), "norm.bias": (dim,)}
+        expected |= {"head.weight": (*classes, dim), "head.bias": (*classes,)}
+    else:
+        expected |= {name: tuple(t.shape) for name, (_, t) in source.tensors.items()
+                     if name in backbone_shapes(source.arch)}  # fmt: skip
+    _check(source, source.tensors, expected)
+    last = len(source.arch.depths) - 1
+    for name, (old, tensor) in source.tensors.items():
+        new = name
+        if result.to == "mmpretrain":
+            new = name.replace("head.", "head.fc.") if name.startswith("head.") else name
+            new = new.replace("norm.", f"norm{last}.") if name.startswith("norm.") else new
+            new = new if new.startswith("head.") else f"backbone.{new}"
+        result.put(new, old, tensor)
+        if result.to == "original":
+            _add_bookkeeping(result, name, "")
+
+
+def _take_backbone(result: Conversion, keep_norm: bool) -> None:
+    source = result.source
+    whole = source.kind not in (CLASSIFIER, BACKBONE)
+    expected = backbone_shapes(source.arch)
+    last = f"norm{len(source.arch.depths) - 1}."
+    keep_norm &= source.kind == CLASSIFIER
+    if not whole:
+        missing = {
+            name
+            for name in _output_norms(expected)
+            if not _has(source, name) and not (keep_norm and name.startswith(last))
+        }
+        expected = {name: shape for name, shape in expected.items() if name not in missing}
+    taken: dict[str, tuple[str, Tensor]] = {}
+    for name, (old, tensor) in source.tensors.items():
+        if whole and name.startswith("backbone."):
+            taken[name.removeprefix("backbone.")] = (old, tensor)
+        elif keep_norm and name.startswith("norm."):
+            taken[name.replace("norm.", last)] = (old, tensor)
+        elif whole or name.split(".")[0] in ("head", "norm"):
+            part = "the model" if whole else "the classifier"
+            result.dropped.append((old, f"part of {part}, not of the backbone"))
+        else:
+            taken[name] = (old, tensor)
+    _check(source, taken, expected)
+    for name, (old, tensor) in taken.items():
+        result.put(name, old, tensor)
+    if not whole:
+        reason = "a new output norm, which a classifier has not: 1 and 0"
+        for name in sorted(missing):
+            length = source.arch.num_features[int(name.split(".")[0].removeprefix("norm"))]
+            make: Callable[..., Tensor] = torch.ones if name.endswith("weight") else torch.zeros
+            result.add(name, make(length, dtype=next(iter(result.tensors.values())).dtype), reason)
+
+
+def _convert_swin(result: Conversion) -> None:
+    source = result.source
+    expected = backbone_shapes(source.arch)
+    attention = {
+        name
+        for name in expected
+        if ".attn." in name and not name.startswith(f"layers.{len(source.arch.depths) - 1}.")
+    }
+    norms = set(_output_norms(expected))
+    shared = {n: shape for n, shape in expected.items() if n not in attention | norms}
+    _check(source, source.tensors, shared)
+    for name, (old, tensor) in source.tensors.items():
+        result.put(name, old, tensor)
+    result.absent += [(name, "ELSA's attention, which Swin has not") for name in sorted(attention)]
+    result.absent += [
+        (name, "an output norm, which a classifier has not") for name in sorted(norms)
+    ]
+
+
+def _check(source: Source, given: Mapping[str, tuple[str, Tensor]], expected: Shapes) -> None:
+    """Raises UsageError for missing, unknown or wrongly shaped tensors, with SRC's names."""
+    missing = [n for n in expected if n not in given and not n.endswith(OPTIONAL_LEAF)]
+    if missing:
+        raise UsageError(
+            f"it is {source}, of which {_count(missing, 'tensor')} "
+            f"{'is' if len(missing) == 1 else 'are'} missing{_first(_in_source(source, missing))}"
+        )
+    extra = [old for name, (old, _) in given.items() if name not in expected]
+    if extra:
+        raise UsageError(
+            f"it is {source}, which has no place for {_count(extra, 'tensor')}{_first(extra)}"
+        )
+    wrong = [name for name in given if tuple(given[name][1].shape) != tuple(expected[name])]
+    if wrong:
+        old, tensor = given[wrong[0]]
+        raise UsageError(
+            f"it is {source}, but {_count(wrong, 'tensor')} must have other shapes: {old} must "
+            f"have {list(expected[wrong[0]])}, got {list(tensor.shape)}"
+        )
+    for name, (old, tensor) in given.items():
+        if tensor.is_floating_point() == name.endswith(OPTIONAL_LEAF):
+            raise UsageError(f"{old} must not hold elements of type {tensor.dtype}")
+
+
+def _in_source(source: Source, names: list[str]) -> list[str]:
+    """What tensors that are not there would be called in SRC."""
+    if source.family == DETECTRON2 and source.kind in MODELS:
+        renamed, _ = rename(dict.fromkeys(names, None), source.kind, "d2")
+        return list(renamed)
+    return names
+
+
+def _count(names: list[str], what: str) -> str:
+    return f"{len(names)} {what}{'' if len(names) == 1 else 's'}"
+
+
+def _first(names: list[str]) -> str:
+    return f": {names[0]}" if len(names) == 1 else f", the first is {names[0]}"
+
+
+def _has(source: Source, name: str) -> bool:
+    return name in source.tensors
+
+
+def _output_norms(names: Iterable[str]) -> list[str]:
+    return [name for name in names if name.startswith("norm")]
+
+
+def _without_output_norms(shapes: Shapes) -> Shapes:
+    return {name: shape for name, shape in shapes.items() if not name.startswith("norm")}
+
+
+def _add_bookkeeping(result: Conversion, name: str, prefix: str) -> None:
+    """The original's ``relative_id`` after each ``rb``."""
+    if name.startswith(prefix) and name.endswith(".attn.rb"):
+        index = relative_position_id(result.source.arch.window_size)
+        result.add(
+            name.removesuffix("rb") + "relative_id", index, "bookkeeping that the original expects"
+        )
+
+
+def _reorder_anchors(
+    named: Mapping[str, tuple[str, Tensor]], anchors: int, sizes: int | None, to: str
+) -> dict[str, tuple[str, Tensor]]:
+    """Detectron2 orders a position's anchors by size, then ratio; OpenMMLab by ratio, then size."""
+    if sizes is None and anchors != _PUBLISHED_ANCHORS:
+        raise UsageError(
+            f"its model has {anchors} anchors at each position, whose order differs between the "
+            "frameworks: say with --anchor-sizes how many sizes a pyramid level has"
+        )
+    sizes = sizes or 1
+    if sizes < 1 or anchors % sizes:
+        raise UsageError(
+            f"--anchor-sizes must divide the {anchors} anchors of a position, got {sizes}"
+        )
+    order = torch.arange(anchors)
+    shape = (anchors // sizes, sizes) if to == "detectron2" else (sizes, anchors // sizes)
+    order = order.reshape(shape).t().flatten()
+    changed = dict(named)
+    if not torch.equal(order, torch.arange(anchors)):
+        for layer in ("rpn_cls", "rpn_reg"):
+            for leaf in ("weight", "bias"):
+                name = f"rpn_head.{layer}.{leaf}"
+                old, tensor = named[name]
+                changed[name] = (old, tensor.unflatten(0, (anchors, -1))[order].flatten(0, 1))
+    return changed

@@ -1,0 +1,71 @@
+"""How much of a model a checkpoint has, by name and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from torch import nn
+
+from elsa_core import ELSASwin
+from elsa_core.runtime.errors import UsageError
+
+# A checkpoint with less of the attention's weights is of another backbone, though some vectors may
+# agree by chance. Stock Swin gives the small variant a quarter of them.
+LEAST_PART = 0.1
+
+
+def attention_names(model: nn.Module) -> set[str]:
+    """The parameters that no other backbone has: those of the ELSA-Swins' attention."""
+    inside = _backbones(model)
+    names = {name for name, _ in model.named_parameters() if ".attn." in name}
+    return {name for name in names if name.startswith(inside)} if inside else set()
+
+
+def has_names_of(model: nn.Module, names: Collection[str]) -> bool:
+    """Whether a checkpoint needs no conversion: it names all of the attention's parameters as the
+    model does, and some of those outside of ELSA-Swin, which frameworks may call otherwise."""
+    wanted, inside = {name for name, _ in model.named_parameters()}, _backbones(model)
+    outside = {name for name in wanted if not name.startswith(inside)} if inside else wanted
+    return attention_names(model) <= set(names) and not (outside and outside.isdisjoint(names))
+
+
+def _backbones(model: nn.Module) -> tuple[str, ...]:
+    """How the names of ELSA-Swins begin."""
+    named = model.named_modules()
+    return tuple(f"{name}." if name else "" for name, one in named if isinstance(one, ELSASwin))
+
+
+def check_names(names: Iterable[Any], path: str) -> None:
+    """Raises UsageError for a name with control characters among a file's tensors.
+
+    Frameworks print the names of tensors that a model has no place for, and a terminal obeys them.
+    """
+    for name in names:
+        if not str(name).isprintable():
+            shown = repr(str(name)[:80])
+            raise UsageError(
+                f"among the tensors of {path}, {shown} has control characters in its name"
+            )
+
+
+def coverage(model: nn.Module, given: Collection[str]) -> tuple[str, bool]:
+    """What part of a model's parameters a checkpoint has, in words, and whether that is enough.
+
+    It is not where no parameter has a value, or less than a tenth of the weights of ELSA-Swin's
+    attention.
+
+    Args:
+        given: the names that a checkpoint has in the model's shapes; others do not count.
+    """
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    found = sizes.keys() & set(given)
+    words = f"{len(found)} of the {len(sizes)} parameters of the model"
+    enough = bool(found) or not sizes
+    if attention := attention_names(model):
+        whole, part = (
+            sum(map(sizes.__getitem__, names)) for names in (attention, found & attention)
+        )
+        words += f" and {part / whole:.0%} of the weights of ELSA-Swin's attention"
+        enough &= part >= LEAST_PART * whole
+    return words, enough

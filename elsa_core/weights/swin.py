@@ -1,0 +1,154 @@
+"""ImageNet weights of stock Swin as a warm start for what ELSA-Swin shares with it.
+
+Public names are those of the Swin release and of timm, or OpenMMLab's own. Taken are the patch
+embedding, norms and MLPs of all blocks, the patch merging and the window attention of the last
+stage (reference: arXiv 2103.14030 and its code).
+"""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import Tensor
+
+from elsa_core.runtime.errors import UsageError
+from elsa_core.variants import VARIANTS, Arch
+
+from .source import CLASSIFIER, SWIN, Source
+
+_MM_NAMES = (
+    (r"patch_embed\.projection\.", "patch_embed.proj."),
+    (r"stages\.(\d{1,3})\.", r"layers.\1."),
+    (r"\.attn\.w_msa\.", ".attn."),
+    (r"\.ffn\.layers\.0\.0\.", ".mlp.fc1."),
+    (r"\.ffn\.layers\.1\.", ".mlp.fc2."),
+)
+_SHARED = re.compile(
+    r"patch_embed\.(proj|norm)\.\w+"
+    r"|layers\.\d{1,3}\.blocks\.\d{1,3}\.(norm[12]|mlp\.fc[12])\.\w+"
+    r"|layers\.\d{1,3}\.downsample\.(norm|reduction)\.\w+"
+)
+# The 2x2 neighbours in four slices, (0,0) (1,0) (0,1) (1,1), by their index in nn.Unfold's order.
+_SLICES = [0, 2, 1, 3]
+
+
+def recognise_swin(tensors: dict[str, Tensor]) -> Source:
+    """A `Source` whose tensors have ELSA-Swin's names and layouts already.
+
+    Raises UsageError for anything but the whole ImageNet classifier of a Swin (version 1).
+    """
+    tops = {name.split(".")[0] for name in tensors}
+    if tops & {"neck", "roi_head", "roi_heads", "decode_head", "sem_seg_head", "bbox_head"}:
+        raise UsageError(
+            "it holds a detector or segmentor with a stock Swin: of Swin, ImageNet checkpoints "
+            "alone can be used"
+        )
+    if any("logit_scale" in name or "cpb_mlp" in name for name in tensors):
+        raise UsageError("it holds a Swin V2, which shares too little with ELSA-Swin")
+    mm = any(".attn.w_msa." in name for name in tensors)
+    named = {_our_name(name, mm): (name, tensor) for name, tensor in tensors.items()}
+    named = _downsample_after_blocks(named)
+    arch = _arch({name: tensor for name, (_, tensor) in named.items()})
+    last = len(arch.depths) - 1
+    taken: dict[str, tuple[str, Tensor]] = {}
+    dropped: list[tuple[str, str]] = []
+    for name, (old, tensor) in named.items():
+        if _SHARED.fullmatch(name):
+            if mm and ".downsample." in name:
+                tensor = _four_slices(tensor)
+            taken[name] = (old, tensor)
+        elif name.startswith(f"layers.{last}.blocks.") and ".attn." in name:
+            _take_attention(name, old, tensor, taken, dropped)
+        else:
+            dropped.append((old, _reason(name)))
+    return Source(SWIN, CLASSIFIER, arch, taken, dropped)
+
+
+def _our_name(name: str, mm: bool) -> str:
+    name = name.removeprefix("backbone.")
+    for pattern, new in _MM_NAMES if mm else ():
+        name = re.sub(pattern, new, name)
+    return name
+
+
+def _downsample_after_blocks(
+    named: dict[str, tuple[str, Tensor]],
+) -> dict[str, tuple[str, Tensor]]:
+    """Newer timm has the merging at the start of stages 1..3 instead of the end of 0..2."""
+    if any(name.startswith("layers.0.downsample.") for name in named):
+        return named
+    return {
+        re.sub(
+            r"^layers\.(\d{1,3})\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", name
+        ): value
+        for name, value in named.items()
+    }
+
+
+def _arch(tensors: dict[str, Tensor]) -> Arch:
+    """Of the ELSA-Swin that shares these sizes; its group width is not Swin's to say."""
+    blocks: dict[int, set[int]] = {}
+    for name in tensors:
+        if match := re.match(r"layers\.(\d{1,3})\.blocks\.(\d{1,3})\.", name):
+            stage, block = map(int, match.groups())
+            blocks.setdefault(stage, set()).add(block)
+    depths = {stage: len(found) for stage, found in blocks.items()}
+    try:
+        heads = [
+            tensors[f"layers.{stage}.blocks.0.attn.relative_position_bias_table"].shape[1]
+            for stage in sorted(depths)
+        ]
+        table = tensors[f"layers.{max(depths)}.blocks.0.attn.relative_position_bias_table"]
+        embed_dim = tensors["patch_embed.proj.weight"].shape[0]
+        sizes = (embed_dim, tuple(depths[stage] for stage in sorted(depths)), tuple(heads))
+        for known in VARIANTS.values():
+            if sizes == (known.embed_dim, known.depths, known.num_heads):
+                group_width = known.group_width
+                break
+        else:
+            group_width = 8
+        window = (round(table.shape[0] ** 0.5) + 1) // 2
+        return Arch(*sizes, group_width=group_width, window_size=window)
+    except (IndexError, KeyError, ValueError) as error:
+        raise UsageError(f"it looks like a Swin, but {error} is missing or malformed") from error
+
+
+def _take_attention(
+    name: str,
+    old: str,
+    tensor: Tensor,
+    taken: dict[str, tuple[str, Tensor]],
+    dropped: list[tuple[str, str]],
+) -> None:
+    """Window attention of the last stage; [query, key, value] becomes [value, query, key]."""
+    stem, _, part = name.partition(".attn.")
+    kind, _, leaf = part.partition(".")
+    if kind == "qkv":
+        if not tensor.dim() or len(tensor) % 3:
+            shape = list(tensor.shape)
+            raise UsageError(f"{old} must have three parts of one size, got the shape {shape}")
+        query, key, value = tensor.chunk(3)
+        taken[f"{stem}.attn.pre_proj.{leaf}"] = (old, torch.cat([value, query, key]))
+    elif kind == "proj":
+        taken[f"{stem}.attn.post_proj.{leaf}"] = (old, tensor)
+    elif kind == "relative_position_bias_table":
+        taken[f"{stem}.attn.rb"] = (old, tensor.t().flip(1).contiguous())
+    else:
+        dropped.append((old, _reason(name)))
+
+
+def _four_slices(tensor: Tensor) -> Tensor:
+    """From the channel order of nn.Unfold, [..., C * 4], to that of four slices, [..., 4 * C]."""
+    unfolded = tensor.unflatten(-1, (-1, 4))
+    return unfolded.transpose(-1, -2)[..., _SLICES, :].flatten(-2).contiguous()
+
+
+def _reason(name: str) -> str:
+    if name.endswith(("relative_position_index", "attn_mask")):
+        return "bookkeeping of Swin, follows from the window size"
+    if ".attn." in name:
+        return "ELSA replaces the window attention of this stage"
+    if re.match(r"(norm\d*|head|fc)\.", name):
+        return "part of the classifier, not of the backbone"
+    raise UsageError(f"it looks like a Swin, but {name} is no part of one")

@@ -1,4 +1,0 @@
-"""Checks and links COCO, ADE20K, Cityscapes and ImageNet, and validates COCO-style annotations.
-
-Needs neither torch nor a framework, and changes no file that it has not made itself.
-"""

@@ -1,9 +1,0 @@
-"""Trained models at work: pictures and results for people, ONNX files for other programs.
-
-Neither framework is imported before a config says which one is needed.
-"""
-
-from .models import Predictor, load_predictor
-from .results import Instances, Segmentation
-
-__all__ = ["Instances", "Predictor", "Segmentation", "load_predictor"]

@@ -1,0 +1,26 @@
+"""The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+
+def datasets_in(node: Any) -> Iterator[dict]:
+    """The configs of the data sets inside wrappers."""
+    if isinstance(node, (list, tuple)):
+        for child in node:
+            yield from datasets_in(child)
+    elif isinstance(node, dict) and ("dataset" in node or "datasets" in node):
+        yield from datasets_in(node.get("dataset"))
+        yield from datasets_in(node.get("datasets"))
+    elif isinstance(node, dict):
+        yield node
+
+
+def leaves(dataset: Any) -> Iterator[Any]:
+    """A data set and, in a wrapper, those inside."""
+    yield dataset
+    for child in [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or [])]:
+        if child is not None:
+            yield from leaves(child)

@@ -1,0 +1,69 @@
+"""Validates a file in COCO's format, once, before a training that takes days."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tqdm import tqdm
+
+from elsa_core.data.coco import missing_files
+from elsa_core.data.coco_rules import TOLERANCE, problems
+from elsa_core.data.problems import ERROR, named
+
+from .report import EXAMPLES, Finding
+
+
+class Findings:
+    """Counts what is wrong, by rule, with the first few examples of each."""
+
+    def __init__(self, where: str) -> None:
+        self.where = where
+        self.found: dict[str, Finding] = {}
+
+    def add(self, level: str, rule: str, text: str, example: str) -> None:
+        finding = self.found.setdefault(rule, Finding(level, rule, self.where, text, 0))
+        finding.count += 1
+        if len(finding.examples) < EXAMPLES:
+            finding.examples.append(example)
+
+    def list(self) -> list[Finding]:
+        for finding in self.found.values():
+            finding.text = finding.text.replace("{n}", f"{finding.count:,}")
+        return list(self.found.values())
+
+
+def validate(
+    path: str,
+    coco: dict[str, Any],
+    *,
+    categories: int | None = None,
+    tolerance: float = TOLERANCE,
+    progress: bool = False,
+) -> list[Finding]:
+    """What is wrong with the content of a file; image files are not looked at.
+
+    Args:
+        path: the file's, for the findings.
+        coco: what `coco.read_coco` gave.
+        categories: how many there must be.
+        tolerance: pixels that a box may reach over the edge of its image.
+    """
+    findings = Findings(path)
+    if categories is not None and len(coco["categories"]) != categories:
+        text = f"has {len(coco['categories'])} categories instead of {categories}"
+        names = ", ".join(str(named(entry.get("name"))) for entry in coco["categories"][:EXAMPLES])
+        findings.add(ERROR, "number-of-categories", text, names)
+    shown = tqdm(coco["annotations"], "annotations", disable=None if progress else True)
+    for one in problems(coco, annotations=shown, tolerance=tolerance, deep=True):
+        findings.add(one.level, one.rule, one.many, one.example)
+    return findings.list()
+
+
+def missing_images(path: str, coco: dict[str, Any], folder: str) -> list[Finding]:
+    """Whether each image has a file; reads each folder once."""
+    names = [str(one["file_name"]) for one in coco["images"] if "file_name" in one]
+    findings = Findings(path)
+    for name in missing_files(folder, names):
+        text = f"{{n}} of {len(names):,} images have no file in {folder}"
+        findings.add(ERROR, "missing-image-file", text, named(name))
+    return findings.list()

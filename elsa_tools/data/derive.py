@@ -1,0 +1,278 @@
+"""Makes the files that the frameworks read and the downloads do not have.
+
+Each file is written beside its place and then renamed, so that an interrupted run leaves whole
+files only; files that are there already stay as they are.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Iterable
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import pycocotools.mask
+from PIL import Image
+from tqdm import tqdm
+
+from elsa_core.data.coco import read_json
+from elsa_core.data.images import LONGEST_SIDE, MOST_PIXELS, open_image
+from elsa_core.data.problems import FARTHEST, are_numbers, shown
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.files import replacing, sweep
+
+SPLITS = ("train", "val")
+
+
+def derive(name: str, folder: str, *, jobs: int = 1, progress: bool = False) -> dict[str, int]:
+    """Makes what is missing in a data set.
+
+    Args:
+        name: "ade20k" or "cityscapes".
+        folder: of the data set.
+        jobs: processes.
+
+    Returns how many files of each kind were made. Raises UsageError, which names the file, for what
+    is missing or damaged.
+    """
+    if not os.path.isdir(folder):
+        raise UsageError(f"the folder {folder} does not exist")
+    return {"ade20k": _ade20k, "cityscapes": _cityscapes}[name](folder, jobs, progress)
+
+
+def _ade20k(folder: str, jobs: int, progress: bool) -> dict[str, int]:
+    """annotations_detectron2: the labels less one, 255 for none."""
+    made = 0
+    for split in ("training", "validation"):
+        source = os.path.join(folder, "annotations", split)
+        target = os.path.join(folder, "annotations_detectron2", split)
+        names = [name for name in _files(source) if name.endswith(".png")]
+        pairs = [(os.path.join(source, name), os.path.join(target, name)) for name in names]
+        made += _each(_reduce_labels, pairs, f"annotations_detectron2/{split}", jobs, progress)
+    return {"annotations_detectron2": made}
+
+
+def _cityscapes(folder: str, jobs: int, progress: bool) -> dict[str, int]:
+    """labelTrainIds.png from the polygons; COCO's format for the instances of each split."""
+    _need_cityscapesscripts()
+    ending = "_gtFine_polygons.json"
+    pairs = []
+    for split in SPLITS:
+        for city in _folders(os.path.join(folder, "gtFine", split)):
+            polygons = [name for name in _files(city) if name.endswith(ending)]
+            for name in polygons:
+                path = os.path.join(city, name)
+                pairs.append((path, path[: -len(ending)] + "_gtFine_labelTrainIds.png"))
+    made = {"labelTrainIds": _each(_draw_train_ids, pairs, "labelTrainIds", jobs, progress)}
+    made["instancesonly"] = 0
+    for split in SPLITS:
+        name = f"instancesonly_filtered_gtFine_{split}.json"
+        target = os.path.join(folder, "annotations", name)
+        if not os.path.exists(target):
+            coco = _instances(folder, split, jobs, progress)
+            _make_folder(os.path.dirname(target))
+            with replacing(target) as file:
+                file.write(json.dumps(coco).encode())
+            made["instancesonly"] += 1
+    return made
+
+
+def _reduce_labels(pair: tuple[str, str]) -> None:
+    source, target = pair
+    labels = _read(source)
+    if labels.dtype != np.uint8 or labels.ndim != 2:
+        raise UsageError(f"{source} is no label map of one byte a pixel")
+    # uint8: 0, no class, becomes 255.
+    image = Image.fromarray(labels - np.uint8(1))
+    with replacing(target, sweeping=False) as file:
+        image.save(file, format="PNG")
+
+
+def _draw_train_ids(pair: tuple[str, str]) -> None:
+    from cityscapesscripts.helpers.annotation import Annotation
+    from cityscapesscripts.preparation.json2labelImg import createLabelImage
+
+    source, target = pair
+    annotation = Annotation()
+    _check_polygons(source)
+    try:
+        annotation.fromJsonFile(source)
+        image = createLabelImage(annotation, "trainIds")
+    except (Exception, SystemExit) as error:  # it ends the process on a label that it does not know
+        raise UsageError(f"{source} cannot be used: {_one_line(error)}") from error
+    with replacing(target, sweeping=False) as file:
+        image.save(file, format="PNG")
+
+
+def _check_polygons(path: str) -> None:
+    """So that nothing is drawn that takes more than an image's memory.
+
+    Raises UsageError, which names the file.
+    """
+    content = read_json(path)
+    sides = [content.get(key) for key in ("imgWidth", "imgHeight")] if type(content) is dict else []
+    if not sides or not all(type(side) is int and 0 < side <= LONGEST_SIDE for side in sides):
+        found = f", got {shown(sides)}" if sides else ""
+        raise UsageError(
+            f"{path} must have an imgWidth and imgHeight of 1 to {LONGEST_SIDE}{found}"
+        )
+    if math.prod(sides) > MOST_PIXELS:
+        raise UsageError(f"{path} must be of at most {MOST_PIXELS:,} pixels, got {sides}")
+    far = FARTHEST * max(sides)
+    objects = content.get("objects")
+    for one in objects if isinstance(objects, list) else []:
+        polygon = one.get("polygon") if isinstance(one, dict) else None
+        points = polygon if isinstance(polygon, list) else [None]
+        for point in points:
+            numbers = isinstance(point, list) and len(point) == 2 and are_numbers(point)
+            if not numbers or max(map(abs, point)) > far:
+                raise UsageError(
+                    f"{path} must have polygons of points [x, y] within {FARTHEST} times its "
+                    f"{sides[0]}x{sides[1]} pixels, got {shown(point)}"
+                )
+
+
+def _instances(folder: str, split: str, jobs: int, progress: bool) -> dict[str, Any]:
+    """All instances of a split, as MMDetection's CityscapesDataset reads them.
+
+    Cities and images are in alphabetical order, ids count from 0.
+    """
+    images_folder = os.path.join(folder, "leftImg8bit", split)
+    triples = []
+    for city in _folders(images_folder):
+        for name in _files(city):
+            if not name.endswith("_leftImg8bit.png"):
+                continue
+            stem = os.path.join(os.path.basename(city), name.removesuffix("_leftImg8bit.png"))
+            ids = os.path.join(folder, "gtFine", split, f"{stem}_gtFine_instanceIds.png")
+            triples.append((f"{stem}_leftImg8bit.png", f"{stem}_gtFine_labelIds.png", ids))
+    if not triples:
+        raise UsageError(f"{images_folder} has no images */*_leftImg8bit.png")
+    images, annotations = [], []
+    found = _run(_instances_of_image, triples, f"instancesonly {split}", jobs, progress)
+    for number, ((file_name, segm_file, _), (size, instances)) in enumerate(
+        zip(triples, found, strict=True)
+    ):
+        height, width = size
+        images.append(
+            {
+                "id": number,
+                "file_name": file_name,
+                "height": height,
+                "width": width,
+                "segm_file": os.path.join(os.path.dirname(file_name), os.path.basename(segm_file)),
+            }
+        )
+        for instance in instances:
+            annotations.append({**instance, "image_id": number, "id": len(annotations) + 1})
+    categories = [{"id": label.id, "name": label.name} for label in _instance_labels()]
+    return {"images": images, "categories": categories, "annotations": annotations}
+
+
+def _instances_of_image(names: tuple[str, str, str]) -> tuple[tuple[int, int], list[dict]]:
+    """Size of an instanceIds map, and its instances: ids are 1000 times the label plus a number,
+    the label alone stands for a group."""
+    ids = _read(names[2])
+    if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
+        raise UsageError(f"{names[2]} is no map of instance ids")
+    evaluated = {label.id for label in _instance_labels()}
+    instances = []
+    for one in np.unique(ids).tolist():
+        label = one // 1000 if one >= 1000 else one
+        if label not in evaluated:
+            continue
+        mask = pycocotools.mask.encode(np.asfortranarray(ids == one, dtype=np.uint8))
+        instances.append(
+            {
+                "iscrowd": int(one < 1000),
+                "category_id": label,
+                "bbox": pycocotools.mask.toBbox(mask).tolist(),
+                "area": int(pycocotools.mask.area(mask)),
+                "segmentation": {"size": mask["size"], "counts": mask["counts"].decode()},
+            }
+        )
+    return ids.shape, instances
+
+
+def _instance_labels() -> list[Any]:
+    """The 8 labels whose instances are evaluated."""
+    from cityscapesscripts.helpers.labels import labels
+
+    return [label for label in labels if label.hasInstances and not label.ignoreInEval]
+
+
+def _need_cityscapesscripts() -> None:
+    try:
+        import cityscapesscripts.helpers.labels  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UsageError(
+            "this needs the Python package cityscapesscripts: pip install cityscapesscripts"
+        ) from error
+
+
+def _each(
+    make: Callable[[tuple[str, str]], None],
+    pairs: list[tuple[str, str]],
+    what: str,
+    jobs: int,
+    progress: bool,
+) -> int:
+    """Makes the targets that are not there; returns how many."""
+    if not pairs:
+        raise UsageError(f"there is nothing to make {what} from")
+    missing = [pair for pair in pairs if not os.path.exists(pair[1])]
+    for target in {os.path.dirname(target) for _, target in missing}:
+        _make_folder(target)
+        sweep(target)
+    _run(make, missing, what, jobs, progress)
+    return len(missing)
+
+
+def _run(
+    function: Callable[[Any], Any], items: list, what: str, jobs: int, progress: bool
+) -> list[Any]:
+    """Results in the order of the items."""
+
+    def shown(results: Iterable[Any]) -> list[Any]:
+        return list(tqdm(results, what, len(items), disable=None if progress else True))
+
+    if jobs == 1 or len(items) < 2:
+        return shown(map(function, items))
+    with get_context("spawn").Pool(jobs) as pool:
+        return shown(pool.imap(function, items, chunksize=4))
+
+
+def _read(path: str) -> np.ndarray:
+    try:
+        with open_image(path) as image:
+            return np.array(image)
+    except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
+        raise UsageError(f"{path} cannot be read: {_one_line(error)}") from error
+
+
+def _make_folder(path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"{path} cannot be made: {error.strerror}") from error
+
+
+def _folders(path: str) -> list[str]:
+    try:
+        return sorted(entry.path for entry in os.scandir(path) if entry.is_dir())
+    except OSError as error:
+        raise UsageError(f"the folder {path} cannot be read: {error.strerror}") from error
+
+
+def _files(path: str) -> list[str]:
+    try:
+        return sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
+    except OSError as error:
+        raise UsageError(f"the folder {path} cannot be read: {error.strerror}") from error
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,145 @@
+"""Where the frameworks look for a data set, and links that make it be there."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from elsa_core.runtime.errors import UsageError
+
+from .layout import BOTH, DETECTRON2, OPENMMLAB, Layout
+
+MADE, THERE, IN_THE_WAY = "made", "there already", "in the way"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder, and the frameworks that look for the data set there."""
+
+    folder: str
+    frameworks: tuple[str, ...]
+
+
+def roots(root: str | None = None) -> dict[str, str]:
+    """Framework -> the folder that it looks for data sets in.
+
+    Args:
+        root: one folder for both, instead of their own.
+    """
+    if root is not None:
+        return dict.fromkeys(BOTH, root)
+    detectron2 = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS") or "datasets")
+    return {DETECTRON2: detectron2, OPENMMLAB: "data"}
+
+
+def places(
+    layout: Layout, root: str | None = None, frameworks: Sequence[str] = BOTH
+) -> list[Place]:
+    """Where the frameworks look, each path once."""
+    found: dict[str, Place] = {}
+    for framework, base in roots(root).items():
+        if framework in frameworks and framework in layout.places:
+            folder = os.path.join(base, layout.places[framework])
+            known = found.get(os.path.abspath(folder), Place(folder, ()))
+            both = Place(known.folder, (*known.frameworks, framework))
+            found[os.path.abspath(folder)] = both
+    return list(found.values())
+
+
+def merged(found: Sequence[Place]) -> list[Place]:
+    """Each folder once, also where several paths lead to it."""
+    known: dict[str, Place] = {}
+    for place in found:
+        real = os.path.realpath(place.folder)
+        before = known.get(real, Place(place.folder, ()))
+        known[real] = Place(before.folder, before.frameworks + place.frameworks)
+    return list(known.values())
+
+
+@dataclass(frozen=True)
+class Link:
+    """What became of a link, or what would: "made", "there already", "in the way"."""
+
+    path: str
+    target: str
+    status: str
+    what: str = ""
+
+    def __str__(self) -> str:
+        if self.status == IN_THE_WAY:
+            return f"{self.path} is {self.what}, which stays as it is: no link to {self.target}"
+        return f"{self.path} -> {self.target} ({self.status})"
+
+
+def link(
+    layout: Layout,
+    source: str,
+    root: str | None = None,
+    frameworks: Sequence[str] = BOTH,
+    *,
+    dry_run: bool = False,
+) -> list[Link]:
+    """Makes symbolic links to a data set where the frameworks look for it.
+
+    Makes all of them or, where something else is in the way of one, none. Never changes what is
+    there.
+
+    Args:
+        source: the data set's folder.
+        dry_run: only says what it would do.
+
+    Raises UsageError if `source` has none of the data set's folders, for a link inside of it, and
+    where a link cannot be made.
+    """
+    source = os.path.abspath(os.path.expanduser(source))
+    _check_source(layout, source)
+    wanted = [place.folder for place in places(layout, root, frameworks)]
+    for path in wanted:
+        folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+        if f"{folder}/".startswith(f"{os.path.realpath(source)}/"):
+            raise UsageError(
+                f"{path} would be a link inside of the data set to itself: give another --root"
+            )
+    links = [_plan(path, source) for path in wanted]
+    if dry_run or any(one.status == IN_THE_WAY for one in links):
+        return links
+    for one in links:
+        if one.status == MADE:
+            try:
+                os.makedirs(os.path.dirname(one.path) or ".", exist_ok=True)
+                os.symlink(source, one.path, target_is_directory=True)
+            except OSError as error:
+                raise UsageError(f"{one.path} cannot be made: {error.strerror}") from error
+    return links
+
+
+def _check_source(layout: Layout, source: str) -> None:
+    if not os.path.isdir(source):
+        raise UsageError(f"--from {source} is no folder")
+    expected = dict.fromkeys(part.folder.split("/")[0] for part in layout.parts)
+    if any(os.path.isdir(os.path.join(source, name)) for name in expected):
+        return
+    hint = ""
+    for name in layout.places.values():
+        inner = os.path.join(source, name)
+        if any(os.path.isdir(os.path.join(inner, folder)) for folder in expected):
+            hint = f"; is it {inner}?"
+    raise UsageError(
+        f"--from {source} must be the folder of {layout.title}, but has none of "
+        f"{', '.join(expected)}{hint}"
+    )
+
+
+def _plan(path: str, source: str) -> Link:
+    if not os.path.lexists(path):
+        return Link(path, source, MADE)
+    if os.path.exists(path) and os.path.samefile(path, source):
+        return Link(path, source, THERE)
+    if os.path.islink(path):
+        what = f"a link to {os.readlink(path)}"
+        if not os.path.exists(path):
+            what += ", which does not exist"
+    else:
+        what = "a folder" if os.path.isdir(path) else "a file"
+    return Link(path, source, IN_THE_WAY, what)

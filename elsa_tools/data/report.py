@@ -1,0 +1,139 @@
+"""What was found, for people and for programs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from elsa_core.data.problems import ERROR
+
+from .layout import Annotations, Layout
+
+EXAMPLES = 3
+# Of one kind in the text; programs get all.
+LINES = 20
+
+
+@dataclass
+class Finding:
+    """Something that is wrong.
+
+    Args:
+        level: "error": a training fails, or learns from something else than it should; "warning":
+            the frameworks leave it out or cut it to size, and official data sets have some.
+        rule: its name for programs.
+        where: the file or folder.
+        text: the sentence about it, after the place.
+        count: how often.
+        examples: the first few.
+    """
+
+    level: str
+    rule: str
+    where: str
+    text: str
+    count: int = 1
+    examples: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        examples = f" (first: {', '.join(self.examples)})" if self.examples else ""
+        return f"{self.level}: {self.where}: {self.text}{examples}"
+
+    def record(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass
+class Row:
+    """A line of the table: what, how many there are and should be, and the verdict."""
+
+    what: str
+    found: int | None
+    expected: int | None
+    status: str
+
+    def record(self) -> dict[str, Any]:
+        return dict(vars(self))
+
+
+@dataclass
+class Report:
+    """Of one folder."""
+
+    folder: str
+    frameworks: tuple[str, ...] = ()
+    rows: list[Row] = field(default_factory=list)
+    findings: list[Finding] = field(default_factory=list)
+    opened: int = 0
+
+    @property
+    def errors(self) -> list[Finding]:
+        return [finding for finding in self.findings if finding.level == ERROR]
+
+    def record(self) -> dict[str, Any]:
+        """For `--json`."""
+        return {
+            "folder": self.folder,
+            "frameworks": list(self.frameworks),
+            "complete": not self.errors,
+            "parts": [row.record() for row in self.rows],
+            "findings": [finding.record() for finding in self.findings],
+            "opened": self.opened,
+        }
+
+    def text(self) -> str:
+        lines = [self.folder + (f" ({' and '.join(self.frameworks)})" if self.frameworks else "")]
+        lines += table(self.rows)
+        if self.opened:
+            lines.append(f"  opened {number(self.opened)} files")
+        shown: Counter[str] = Counter()
+        for finding in sorted(self.findings, key=lambda finding: finding.level):
+            shown[finding.rule] += 1
+            if shown[finding.rule] <= LINES:
+                lines.append(f"  {finding}")
+        lines += [
+            f"  and {number(count - LINES)} more of the kind {rule}"
+            for rule, count in shown.items()
+            if count > LINES
+        ]
+        return "\n".join(lines)
+
+
+def table(rows: Sequence[Row]) -> list[str]:
+    cells = [("what", "found", "expected", "status")]
+    cells += [(r.what, number(r.found), number(r.expected), r.status) for r in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return [
+        f"  {a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip()
+        for a, b, c, d in (cells if rows else [])
+    ]
+
+
+def tree(layout: Layout, frameworks: tuple[str, ...]) -> str:
+    """The folders and files that a data set must have, and what each comes from."""
+    lines = []
+    for item in layout.items(frameworks):
+        source = item.archive or f"made by: prepare_data.py derive {item.derive}"
+        unit = "images in one file" if isinstance(item, Annotations) else "files"
+        lines.append((item.pattern, f"{number(item.count)} {unit}", source))
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    head = [f"{layout.title}: the expected tree"]
+    return "\n".join(head + [f"  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in lines])
+
+
+def sources(layout: Layout) -> str:
+    """Where to get a data set."""
+    lines = [f"where to get it: {layout.page}"]
+    lines += [f"  {name}: {where}" for name, where in layout.archives.items()]
+    return "\n".join(lines + [f"  note: {note}" for note in layout.notes])
+
+
+def number(value: int | None) -> str:
+    return "-" if value is None else f"{value:,}"
+
+
+def first(names: Iterable[str]) -> list[str]:
+    """The first few in alphabetical order."""
+    return sorted(names)[:EXAMPLES]

@@ -1,0 +1,162 @@
+"""Checkpoints, photographs and what ELSA attends to in them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from elsa_core import ELSASwin
+from elsa_core.data.images import read_image
+from elsa_core.filters import Filters, neighbourhood_filters
+from elsa_core.runtime.errors import UsageError, one_line
+from elsa_core.variants import Arch
+from elsa_core.weights.convert import convert
+from elsa_core.weights.files import in_file, read_source
+
+from .models import describe_arch
+
+# ImageNet's, RGB, which all ELSA-Swin models take.
+MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
+
+
+@dataclass
+class View:
+    """What a block attends to in a photograph, ready to be drawn.
+
+    ``photo``: [H, W, 3] of uint8, what the network has seen. ``pixels``: (x, y) in it.
+    ``attention`` and ``effective``: [n, K, K] means of a head or of all; ``ghosts``: {"added" or
+    "multiplied": [K, K]}. ``of``: which head or channel, in words; ``title``: model, stage, block.
+    """
+
+    photo: np.ndarray
+    pixels: list[tuple[int, int]]
+    stride: int
+    attention: np.ndarray
+    ghosts: dict[str, np.ndarray]
+    effective: np.ndarray
+    of: str
+    title: str
+
+
+def untrained_backbone(arch: Arch) -> tuple[ELSASwin, str]:
+    """With random weights, the same each time, and what to call it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        backbone = ELSASwin(arch, out_indices=range(len(arch.depths)))
+    return backbone.eval(), f"{describe_arch(arch)}, untrained random weights"
+
+
+def trained_backbone(path: str) -> tuple[ELSASwin, str]:
+    """Of any checkpoint that `elsa_core.weights` knows, and what to call it.
+
+    Raises UsageError for a file that cannot be read or has no trained ELSA attention.
+    """
+    source = read_source(path)
+    conversion = in_file(path, lambda: convert(source, "backbone"))
+    if any(".attn." in name for name, _ in conversion.absent):
+        raise UsageError(f"{path} holds {source}, which has no ELSA attention to look at")
+    backbone = ELSASwin(source.arch, out_indices=range(len(source.arch.depths)))
+    backbone.load_state_dict(conversion.tensors, strict=False)
+    return backbone.eval(), f"{describe_arch(source.arch)} of {os.path.basename(path)}"
+
+
+def read_photo(path: str, longest: int) -> tuple[np.ndarray, float]:
+    """RGB [H, W, 3] of uint8 with sides of at most ``longest`` pixels, and its scale of the file.
+
+    Raises UsageError, which names the file, for what is no whole image.
+    """
+    try:
+        image = Image.fromarray(read_image(path))
+    except UsageError as error:
+        raise UsageError(f"the image {path} cannot be read: {error}") from error
+    scale = min(1.0, longest / max(image.size))
+    if scale < 1:
+        width, height = (max(1, round(side * scale)) for side in image.size)
+        image = image.resize((width, height), Image.Resampling.BILINEAR)
+    return np.asarray(image), scale
+
+
+def to_input(photo: np.ndarray) -> Tensor:
+    """[H, W, 3] of uint8 -> [1, 3, H, W], normalised."""
+    scaled = (photo.astype(np.float32) - np.float32(MEAN)) / np.float32(STD)
+    return torch.from_numpy(scaled).permute(2, 0, 1).unsqueeze(0)
+
+
+def default_pixels(photo: np.ndarray) -> list[tuple[int, int]]:
+    """A grid of 3 columns and 2 rows."""
+    height, width = photo.shape[:2]
+    return [(width * x // 6, height * y // 4) for y in (1, 3) for x in (1, 3, 5)]
+
+
+def look(
+    backbone: ELSASwin,
+    name: str,
+    photo: np.ndarray,
+    pixels: Sequence[tuple[int, int]],
+    stage: int,
+    block: int | None = None,
+    head: int | None = None,
+    channel: int | None = None,
+) -> View:
+    """What a block attends to at ``pixels`` of ``photo``; stages, blocks, heads, channels from 1.
+
+    Args:
+        block: None for the last one of the stage.
+        head: whose filters; None for the mean of all heads.
+        channel: of all the stage's channels, whose filters and whose head's attention; None for
+            the mean of the channels.
+
+    Raises UsageError for one that is not there.
+    """
+    depths, heads = backbone.arch.depths, backbone.arch.num_heads
+    _check("--stage", stage, len(depths) - 1)
+    block = depths[stage - 1] if block is None else block
+    _check("--block", block, depths[stage - 1])
+    channels = backbone.num_features[stage - 1]
+    if head is not None and channel is not None:
+        raise UsageError("--head and --channel exclude each other: a channel has one head")
+    if head is not None:
+        _check("--head", head, heads[stage - 1])
+    if channel is not None:
+        _check("--channel", channel, channels)
+    try:
+        filters = neighbourhood_filters(backbone, to_input(photo), stage - 1, block - 1, pixels)
+    except ValueError as error:
+        raise UsageError(f"--pixel: {one_line(error)}") from error
+    share = channels // heads[stage - 1]
+    if channel is not None:
+        rows, chosen_heads = slice(channel - 1, channel), [(channel - 1) // share]
+        of = f"channel {channel} of {channels}, in head {(channel - 1) // share + 1}"
+    elif head is not None:
+        rows, chosen_heads = slice((head - 1) * share, head * share), [head - 1]
+        of = f"head {head} of {heads[stage - 1]}, mean of its channels"
+    else:
+        rows, chosen_heads = slice(None), list(range(heads[stage - 1]))
+        count = heads[stage - 1]
+        of = f"mean of all {count} heads" if count > 1 else "mean of the channels of its one head"
+    return View(
+        photo,
+        list(pixels),
+        filters.stride,
+        filters.attention[:, chosen_heads].mean(1).numpy(),
+        _ghosts(filters, rows),
+        filters.effective[:, rows].mean(1).numpy(),
+        of,
+        f"{name}: stage {stage}, block {block}",
+    )
+
+
+def _ghosts(filters: Filters, rows: slice) -> dict[str, np.ndarray]:
+    both = {"multiplied": filters.ghost_mul, "added": filters.ghost_add}
+    return {name: ghost[rows].mean(0).numpy() for name, ghost in both.items() if ghost is not None}
+
+
+def _check(option: str, value: int, last: int) -> None:
+    if not 1 <= value <= last:
+        raise UsageError(f"{option} must be one of 1..{last} in this model, got {value}")

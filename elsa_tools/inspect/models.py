@@ -1,0 +1,171 @@
+"""Models to look at, without memory for their parameters: a bare backbone or one from a config."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from elsa_core import ELSASwin
+from elsa_core.runtime.errors import UsageError, one_line
+from elsa_core.variants import VARIANTS, Arch
+
+# Height and width in pixels, as published tables have them.
+DETECTION, SEGMENTATION, CLASSIFICATION = (800, 1280), (512, 2048), (224, 224)
+# As MMDetection counts: all proposals through the box heads, those shown through the mask heads.
+PROPOSALS, DETECTIONS = 1000, 100
+
+
+@dataclass
+class Subject:
+    """``module`` on fake tensors; ``run`` takes one image [1, 3, H, W] through it, as in testing.
+
+    ``size`` is what (H, W) is where nobody says otherwise.
+    """
+
+    name: str
+    module: nn.Module
+    run: Callable[[Tensor], Any]
+    size: tuple[int, int]
+
+
+def read_arch(text: str) -> Arch:
+    """A variant's name, or a dict as Python or JSON writes it.
+
+    Raises UsageError for anything else, and for a dict that describes no ELSA-Swin.
+    """
+    spec: Any = text
+    if text not in VARIANTS:
+        try:
+            spec = ast.literal_eval(text)
+        except (SyntaxError, ValueError):
+            spec = None
+        if not isinstance(spec, Mapping):
+            raise UsageError(
+                f"--arch must be one of {', '.join(VARIANTS)} or a dict such as "
+                f"'{{\"embed_dim\": 32, ...}}', got {text}"
+            )
+    try:
+        return Arch.from_spec(spec)
+    except ValueError as error:
+        raise UsageError(f"--arch: {one_line(error)}") from error
+
+
+def describe_arch(arch: Arch) -> str:
+    """ "ELSA-Swin tiny", or "ELSA-Swin 32 channels, blocks 1-1-2-1"."""
+    for name, known in VARIANTS.items():
+        if known == arch:
+            return f"ELSA-Swin {name}"
+    return f"ELSA-Swin {arch.embed_dim} channels, blocks {'-'.join(map(str, arch.depths))}"
+
+
+def bare_backbone(arch: Arch) -> Subject:
+    """With all its outputs and their norms, as detectors and segmentors use it."""
+    with FakeTensorMode():
+        module = ELSASwin(arch, out_indices=range(len(arch.depths))).eval()
+    return Subject(describe_arch(arch), module, module, CLASSIFICATION)
+
+
+def from_config(path: str) -> Subject:
+    """The model of a config of Detectron2 (.yaml) or OpenMMLab (.py).
+
+    Raises UsageError for a file that is not there or not such a config.
+    """
+    if not os.path.isfile(path):
+        raise UsageError(f"the config file {path} does not exist")
+    if path.endswith((".yaml", ".yml")):
+        return _from_detectron2(path)
+    if path.endswith(".py"):
+        return _from_openmmlab(path)
+    raise UsageError(f"a config is a .yaml file of Detectron2 or a .py file of OpenMMLab: {path}")
+
+
+def _from_detectron2(path: str) -> Subject:
+    from detectron2.modeling import META_ARCH_REGISTRY
+
+    import elsa_d2
+
+    cfg = elsa_d2.load_config(path, ["MODEL.DEVICE", "cpu"])
+    name = cfg.MODEL.META_ARCHITECTURE
+    try:
+        with FakeTensorMode():
+            module = META_ARCH_REGISTRY.get(name)(cfg).eval()
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise UsageError(f"the config {path} cannot be used: {one_line(error)}") from error
+    if hasattr(module, "sem_seg_head") and hasattr(module.sem_seg_head, "logits"):
+        return Subject(
+            path, module, lambda x: module.sem_seg_head.logits(module.backbone(x)), SEGMENTATION
+        )
+    if not hasattr(module, "roi_heads") or not hasattr(module, "proposal_generator"):
+        raise UsageError(f"{path}: MODEL.META_ARCHITECTURE {name} cannot be counted")
+
+    def run(image: Tensor) -> None:
+        rpn, heads = module.proposal_generator, module.roi_heads
+        features = module.backbone(image)
+        rpn.rpn_head([features[level] for level in rpn.in_features])
+        channels = features[heads.box_in_features[0]].shape[1]
+        side = heads.box_pooler.output_size
+        for head, predictor in zip(
+            _stages(heads.box_head), _stages(heads.box_predictor), strict=True
+        ):
+            predictor(head(image.new_empty(PROPOSALS, channels, *side)))
+        if heads.mask_on:
+            side = heads.mask_pooler.output_size
+            for head in _stages(heads.mask_head):
+                head.layers(image.new_empty(DETECTIONS, channels, *side))
+
+    return Subject(path, module, run, DETECTION)
+
+
+def _from_openmmlab(path: str) -> Subject:
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, DefaultScope
+
+    try:
+        cfg = Config.fromfile(path)
+        scope = cfg.default_scope
+        with DefaultScope.overwrite_default_scope(scope), FakeTensorMode():
+            _register(scope)
+            module = MODELS.build(cfg.model).eval()
+    except ModuleNotFoundError:
+        raise
+    except Exception as error:  # a config is a program, and can fail in any way
+        raise UsageError(f"the config {path} cannot be used: {one_line(error)}") from error
+    if hasattr(module, "decode_head"):
+        size, run = SEGMENTATION, lambda x: module.decode_head(module.extract_feat(x))
+    elif scope == "mmpretrain":
+        size, run = CLASSIFICATION, module
+    elif hasattr(module, "roi_head"):
+        size, run = DETECTION, lambda x: _run_two_stages(module, x)
+    else:
+        size, run = DETECTION, module
+    return Subject(path, module, run, size)
+
+
+def _register(scope: str) -> None:
+    """Puts what the toolbox of this scope has into MMEngine's registries."""
+    utils = importlib.import_module(f"{scope}.utils")
+    utils.register_all_modules(init_default_scope=False)
+
+
+def _run_two_stages(model: nn.Module, image: Tensor) -> None:
+    head: Any = model.roi_head
+    features = model.extract_feat(image)
+    model.rpn_head(features)
+    parts = [(head.bbox_head, head.bbox_roi_extractor, PROPOSALS)]
+    if head.with_mask:
+        parts.append((head.mask_head, head.mask_roi_extractor, DETECTIONS))
+    for part, extractor, samples in parts:
+        for stage, stage_extractor in zip(_stages(part), _stages(extractor), strict=True):
+            side = stage_extractor.roi_layers[0].output_size
+            stage(image.new_empty(samples, stage_extractor.out_channels, *side))
+
+
+def _stages(part: nn.Module) -> list[nn.Module]:
+    return list(part) if isinstance(part, nn.ModuleList) else [part]

@@ -1,0 +1,142 @@
+"""Parameters and operations of a model, part by part."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from elsa_core import ELSASwin
+from elsa_core.operations import operations_by_module
+from elsa_core.runtime.errors import UsageError, one_line
+
+from .models import Subject
+
+_BLOCK = re.compile(r"layers\.(\d+)\.blocks\.\d+\.(.+)")
+_MERGING = re.compile(r"layers\.(\d+)\.downsample\b")
+OPERATOR, WINDOWS = "ELSA operator, ghost filters", "window attention"
+_PARTS_OF_A_BLOCK = (
+    ("attn.pre_proj", "projections"),
+    ("attn.post_proj", "projections"),
+    ("attn.attn.0", "grouped convolution"),
+    ("attn.attn.2", "logits convolution"),
+    ("attn", ""),  # OPERATOR or WINDOWS
+    ("mlp", "MLPs"),
+    ("norm", "norms"),
+)
+_ORDER = [*(part or OPERATOR for _, part in _PARTS_OF_A_BLOCK), WINDOWS, "patch merging"]
+
+
+@dataclass(frozen=True)
+class Part:
+    """``group``: the stage or the module of the model that ``name`` is a part of."""
+
+    group: str
+    name: str
+    parameters: int
+    operations: int
+
+
+def count_parts(subject: Subject, size: tuple[int, int] | None = None) -> list[Part]:
+    """Of one image of ``size``, (H, W) in pixels, in the order of the model's modules.
+
+    Raises UsageError for a model that an image of this size cannot pass.
+    """
+    model = subject.module
+    try:
+        done = operations_by_module(model, subject.run, size or subject.size)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise UsageError(f"{subject.name} cannot be counted: {one_line(error)[:300]}") from error
+    prefix, stages = _backbone(model)
+    totals: dict[tuple[str, str], list[int]] = defaultdict(lambda: [0, 0])
+    for name, module in model.named_modules():
+        own = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        if own or name in done:
+            total = totals[_place(name, prefix, stages)]
+            total[0] += own
+            total[1] += done.get(name, 0)
+    parts = [Part(*place, *total) for place, total in totals.items()]
+    groups = list(dict.fromkeys(part.group for part in parts))
+    # The backbone before a pyramid that holds it, the parts of a block in the order of the data.
+    groups.sort(key=lambda group: not group.startswith(("patch", "stage", "output")))
+    return sorted(
+        parts,
+        key=lambda p: (groups.index(p.group), _ORDER.index(p.name) if p.name else 0),
+    )
+
+
+def _backbone(model: nn.Module) -> tuple[str | None, int]:
+    """The prefix of the ELSA-Swin's names, and its number of stages; None where there is none."""
+    for name, module in model.named_modules():
+        if isinstance(module, ELSASwin):
+            return f"{name}." if name else "", len(module.arch.depths)
+    return None, 0
+
+
+def _place(name: str, prefix: str | None, stages: int) -> tuple[str, str]:
+    """Group and name of the part that a module's own parameters and operations belong to."""
+    if prefix is None or not name.startswith(prefix):
+        names = name.split(".")
+        depth = 2 if names[0] in ("roi_head", "roi_heads") else 1
+        if names[0] == "backbone":  # what Detectron2 has around a backbone
+            return "backbone.fpn", ""
+        return ".".join(names[:depth]) or "model", ""
+    name = name.removeprefix(prefix)
+    if match := _BLOCK.fullmatch(name):
+        stage, rest = int(match[1]), match[2]
+        part = next(part for start, part in _PARTS_OF_A_BLOCK if rest.startswith(start))
+        return f"stage {stage + 1}", part or (WINDOWS if stage == stages - 1 else OPERATOR)
+    if match := _MERGING.match(name):
+        return f"stage {int(match[1]) + 1}", "patch merging"
+    return ("patch embedding" if name.startswith("patch_embed") else "output norms"), ""
+
+
+def table(subject: Subject, parts: list[Part], size: tuple[int, int]) -> str:
+    """The parts under their groups, with their shares of the whole."""
+    parameters = sum(part.parameters for part in parts)
+    operations = sum(part.operations for part in parts)
+
+    def row(name: str, own: int, done: int) -> tuple[str, ...]:
+        return (
+            name,
+            f"{own:,}",
+            f"{100 * own / parameters:.1f} %",
+            f"{done / 1e9:.3f} G",
+            f"{100 * done / operations:.1f} %",
+        )
+
+    groups: dict[str, list[Part]] = defaultdict(list)
+    for part in parts:
+        groups[part.group].append(part)
+    rows: list[tuple[str, ...]] = [("part", "parameters", "", "multiply-adds", "")]
+    for group, members in groups.items():
+        rows.append(
+            row(group, sum(m.parameters for m in members), sum(m.operations for m in members))
+        )
+        rows += [row(f"  {m.name}", m.parameters, m.operations) for m in members if m.name]
+    rows.append(row("total", parameters, operations))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index == 0 else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+        for cells in rows
+    ]
+    rule = "-" * max(map(len, lines))
+    heading = f"{subject.name}, one image of {size[0]}x{size[1]} pixels (height x width)"
+    return "\n".join([heading, "", lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def record(subject: Subject, parts: list[Part], size: tuple[int, int]) -> dict[str, Any]:
+    """The same for machines; operations are multiply-adds."""
+    return {
+        "model": subject.name,
+        "size": list(size),
+        "parameters": sum(part.parameters for part in parts),
+        "operations": sum(part.operations for part in parts),
+        "parts": [vars(part) for part in parts],
+    }

@@ -1,0 +1,204 @@
+"""Predictions of MMDetection and MMSegmentation models."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.config import Config, DictAction
+from mmengine.dataset import Compose
+from mmengine.model.utils import revert_sync_batchnorm
+from mmengine.registry import DATASETS, MODELS, DefaultScope, init_default_scope
+from mmengine.structures import InstanceData, PixelData
+from torch import Tensor
+
+import elsa_core.weights
+import elsa_mm  # noqa: F401  registers the backbone
+from elsa_core.runtime.errors import UsageError, one_line
+from elsa_core.runtime.nonfinite import check_finite
+from elsa_mm import preflight
+
+from .predictor import Predictor
+from .results import Instances, Result, Segmentation
+
+TASKS = {"mmdet": "detection", "mmseg": "segmentation"}
+
+
+class OpenMMLabPredictor(Predictor):
+    """See `elsa_tools.predict.load_predictor`."""
+
+    def __init__(
+        self, config: str, weights: str | None, device: str, options: Sequence[str]
+    ) -> None:
+        cfg = self.cfg = _read_config(config, options)
+        self.framework = cfg.get("default_scope", "")
+        if self.framework not in TASKS:
+            raise UsageError(
+                f"the config must be of {' or '.join(TASKS)} (default_scope), got {config} of "
+                f"{self.framework or 'no toolbox'}"
+            )
+        self.task = TASKS[self.framework]
+        init_default_scope(self.framework)
+        preflight.check_config(cfg)
+        for node in preflight.walk(cfg.model):
+            node.pop("init_cfg", None)  # the checkpoint brings all weights
+        cfg.model.pop("pretrained", None)
+        cfg.model.train_cfg = None
+        self.model = revert_sync_batchnorm(MODELS.build(cfg.model))
+        names = colours = None
+        if weights is not None:
+            content = elsa_core.weights.read_checkpoint(weights)
+            _load(self.model, content, weights, self.framework)
+            names, colours = elsa_core.weights.class_names(content)
+        self.model.cfg = cfg
+        self.model.to(device).eval()
+        configured, palette = _names_in(cfg)
+        self.name_classes(
+            _number_of_classes(self.model), names, configured, palette if names is None else colours
+        )
+        self.pipeline = _pipeline(cfg)
+        self.painter: Any = None
+
+    def predict(self, image: np.ndarray) -> Result:
+        with DefaultScope.overwrite_default_scope(self.framework), torch.no_grad():
+            data = self.pipeline(dict(img=image, img_id=0))
+            batch = {key: [value] for key, value in data.items()}
+            (found,) = self.model.test_step(batch)
+        if self.task == "segmentation":
+            return Segmentation(found.pred_sem_seg.data[0].cpu().numpy())
+        instances = found.pred_instances.cpu()
+        masks = None
+        if "masks" in instances:
+            masks = np.asarray(instances.masks).astype(bool).reshape(-1, *image.shape[:2])
+        return Instances(
+            instances.labels.numpy(), instances.scores.numpy(), instances.bboxes.numpy(), masks
+        )
+
+    def draw(self, image: np.ndarray, result: Result) -> np.ndarray:
+        with DefaultScope.overwrite_default_scope(self.framework):
+            return self._draw(np.ascontiguousarray(image[..., ::-1]), result)
+
+    def _draw(self, image: np.ndarray, result: Result) -> np.ndarray:
+        painter = self._painter()
+        if isinstance(result, Segmentation):
+            from mmseg.structures import SegDataSample
+
+            labels = torch.from_numpy(self.painted_labels(result))
+            sample = SegDataSample(pred_sem_seg=PixelData(data=labels[None]))
+            painter.add_datasample("demo", image, sample, draw_gt=False, show=False)
+            return np.ascontiguousarray(painter.get_image()[..., ::-1])
+        from mmdet.structures import DetDataSample
+
+        found = InstanceData(
+            labels=torch.from_numpy(result.labels),
+            scores=torch.from_numpy(result.scores),
+            bboxes=torch.from_numpy(result.boxes),
+        )
+        if result.masks is not None:
+            found.masks = result.masks
+        sample = DetDataSample(pred_instances=found)
+        painter.add_datasample("demo", image, sample, draw_gt=False, show=False, pred_score_thr=0)
+        return np.ascontiguousarray(painter.get_image()[..., ::-1])
+
+    def _painter(self) -> Any:
+        if self.painter is None:
+            if self.task == "segmentation":
+                from mmseg.visualization import SegLocalVisualizer as Visualizer
+
+                names = self.classes  # which OpenCV writes
+            else:
+                from mmdet.visualization import DetLocalVisualizer as Visualizer
+
+                names = self.names_for_matplotlib
+            self.painter = Visualizer(name="elsa_tools", alpha=0.5)
+            self.painter.dataset_meta = dict(classes=names, palette=self.colours)
+        return self.painter
+
+    def normalisation(self) -> tuple[list[float], list[float]]:
+        node = self.cfg.model.get("data_preprocessor") or self.cfg.get("preprocess_cfg") or {}
+        if not node.get("bgr_to_rgb"):
+            raise UsageError("model.data_preprocessor.bgr_to_rgb must be True, for an RGB model")
+        return list(node["mean"]), list(node["std"])
+
+
+def _read_config(path: str, options: Sequence[str]) -> Config:
+    changes = {}
+    for option in options:
+        key, separator, value = option.partition("=")
+        if not separator:
+            raise UsageError(f"--cfg-options must be KEY=VALUE, got {option}")
+        changes[key] = DictAction._parse_iterable(value)
+    try:
+        cfg = Config.fromfile(path)
+        cfg.merge_from_dict(changes)
+    except (ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
+        raise UsageError(f"the config {path} cannot be used: {one_line(error)}") from error
+    return cfg
+
+
+def _load(model: torch.nn.Module, content: Any, path: str, framework: str) -> None:
+    """All of the model's parameters, converted where the file is of another framework.
+
+    Raises UsageError where one is missing or has another shape; then nothing was loaded.
+    """
+    wanted = dict(model.named_parameters())
+    stored = content.get("state_dict", content) if isinstance(content, dict) else {}
+    tensors = {
+        re.sub(r"^module\.", "", name): tensor
+        for name, tensor in stored.items()
+        if isinstance(tensor, Tensor)
+    }
+    if not set(wanted) <= set(tensors) and not set(wanted) & set(tensors):
+        source = elsa_core.weights.recognise(content)
+        tensors = elsa_core.weights.convert(source, framework).tensors
+    if missing := [name for name in wanted if name not in tensors]:
+        raise UsageError(
+            f"the checkpoint {path} does not fit the model: it lacks {len(missing)} of the "
+            f"{len(wanted)} parameters, {missing[0]} for one"
+        )
+    for name, parameter in wanted.items():
+        if tensors[name].shape != parameter.shape:
+            raise UsageError(
+                f"the checkpoint {path} does not fit the model, is it of another number of classes "
+                f"or another backbone: {name} has the shape {tuple(tensors[name].shape)} instead "
+                f"of {tuple(parameter.shape)}"
+            )
+    check_finite({name: tensors[name] for name in wanted}, f"the checkpoint {path}")
+    model.load_state_dict(tensors, strict=False)
+
+
+def _number_of_classes(model: torch.nn.Module) -> int:
+    if hasattr(model, "decode_head"):
+        return int(model.decode_head.num_classes)
+    head = getattr(getattr(model, "roi_head", model), "bbox_head", None)
+    head = head[0] if isinstance(head, torch.nn.ModuleList) else head
+    if not hasattr(head, "num_classes"):
+        raise UsageError(f"{type(model).__name__} has no bbox_head and no decode_head with classes")
+    return int(head.num_classes)
+
+
+def _names_in(cfg: Config) -> tuple[Any, Any]:
+    """Names and colours of the test data's classes."""
+    dataset = (cfg.get("test_dataloader") or {}).get("dataset") or {}
+    meta = dict(dataset.get("metainfo") or {})
+    if "classes" not in meta and dataset.get("type"):
+        meta = dict(getattr(DATASETS.get(dataset["type"]), "METAINFO", {}))
+    return meta.get("classes"), meta.get("palette")
+
+
+def _pipeline(cfg: Config) -> Compose:
+    """The test pipeline for an image in memory, which has no annotations.
+
+    Raises UsageError for a config without one that begins with reading a file.
+    """
+    dataset = (cfg.get("test_dataloader") or {}).get("dataset") or {}
+    if not str((dataset.get("pipeline") or [{}])[0].get("type")).endswith("LoadImageFromFile"):
+        raise UsageError("test_dataloader.dataset.pipeline must begin with LoadImageFromFile")
+    steps = [dict(step) for step in dataset.pipeline]
+    steps = [step for step in steps if "LoadAnnotations" not in step["type"]]
+    steps[0]["type"] = "LoadImageFromNDArray"
+    steps[0].pop("backend_args", None)
+    return Compose(steps)

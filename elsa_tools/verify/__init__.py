@@ -1,0 +1,86 @@
+"""Runs one image through Detectron2 and OpenMMLab with the same weights and compares all stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from elsa_core.runtime.errors import UsageError
+from elsa_core.weights.convert import MODELS, Conversion, convert
+from elsa_core.weights.files import read_source
+from elsa_core.weights.names import UPERNET
+from elsa_core.weights.source import DETECTRON2, Source
+
+from .compare import Differences, Outcome, compare
+from .image import normalised, read_image
+
+
+def verify(
+    conversion: Conversion, destination: str, image: str | None = None, configs: Sequence[str] = ()
+) -> Differences:
+    """The largest differences between both frameworks, one with SRC's tensors, one with DST's.
+
+    DST is read back from its file; each model must take its tensors without a missing or an unknown
+    one.
+
+    Args:
+        image: a file; None: a drawn image of 640x480 pixels.
+        configs: .yaml for Detectron2, .py for OpenMMLab, taken as they are; for a framework without
+            one, ours of the same method with the sizes that the tensors have.
+
+    Raises:
+        UsageError: an image or config that cannot be used, or a checkpoint that does not fit one.
+    """
+    yaml = _only(configs, ".yaml", ".yml")
+    python = _only(configs, ".py")
+    if unknown := [name for name in configs if name not in (yaml, python)]:
+        raise UsageError(f"--config must end in .yaml or .py, got {unknown[0]}")
+    picture = read_image(image)
+    source, copy = conversion.source, read_source(destination)
+    if source.kind not in MODELS or conversion.to == "backbone":
+        return _verify_backbone(conversion, destination, picture)
+    from . import d2, mm
+
+    # SRC runs in its own framework, DST in the other one.
+    first, second = (source, copy) if source.family == DETECTRON2 else (copy, source)
+    assert conversion.sizes is not None
+    return compare(
+        d2.run(conversion, _as_detectron2(first, conversion.anchor_sizes), picture, yaml),
+        mm.run(conversion, _as_openmmlab(second, conversion.anchor_sizes), picture, python),
+    )
+
+
+def _only(configs: Sequence[str], *suffixes: str) -> str | None:
+    found = [name for name in configs if name.endswith(suffixes)]
+    if len(found) > 1:
+        raise UsageError(f"--config must name one {suffixes[0]} file, got {' and '.join(found)}")
+    return found[0] if found else None
+
+
+def _as_detectron2(source: Source, anchor_sizes: int | None) -> dict[str, Tensor]:
+    if source.family == DETECTRON2:
+        return dict(source.tensors.values())
+    return convert(source, "detectron2", anchor_sizes=anchor_sizes).tensors
+
+
+def _as_openmmlab(source: Source, anchor_sizes: int | None) -> dict[str, Tensor]:
+    if source.family != DETECTRON2:
+        return {name: tensor for name, (_, tensor) in source.tensors.items()}
+    to = "mmseg" if source.kind == UPERNET else "mmdet"
+    return convert(source, to, anchor_sizes=anchor_sizes).tensors
+
+
+def _verify_backbone(conversion: Conversion, destination: str, image: Tensor) -> Differences:
+    from . import d2, mm
+
+    wanted = convert(conversion.source, "backbone").tensors
+    got = convert(read_source(destination), "backbone").tensors
+    if wanted.keys() != got.keys():
+        raise UsageError(f"{destination} has other tensors than its source")
+    arch = conversion.source.arch
+    pixels = normalised(image)
+    return compare(
+        Outcome(features=d2.backbone_features(arch, got, pixels)),
+        Outcome(features=mm.backbone_features(arch, wanted, pixels)),
+    )

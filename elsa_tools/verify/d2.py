@@ -1,0 +1,104 @@
+"""A converted model in Detectron2."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import elsa_d2
+from elsa_core.variants import Arch
+from elsa_core.weights.convert import Conversion
+from elsa_core.weights.names import CASCADE, UPERNET
+from elsa_core.weights.shapes import Sizes, arch_name
+
+from . import configs
+from .compare import Outcome
+
+
+def run(
+    conversion: Conversion,
+    tensors: Mapping[str, Tensor],
+    image: Tensor,
+    config: str | None = None,
+) -> Outcome:
+    """The whole test pipeline of Detectron2 on a CPU, from the image file on.
+
+    Raises UsageError for a config, tensors or an image that do not fit.
+    """
+    source = conversion.source
+    cfg = elsa_d2.load_config(config or _our_config(source.kind))
+    if config is None:
+        assert conversion.sizes is not None
+        cfg.merge_from_list(overrides(source.arch, conversion.sizes, source.kind))
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", "cpu"
+    predictor = elsa_d2.Predictor(cfg)
+    configs.load_strictly(predictor.model, tensors)
+    seen: dict[str, Any] = {}
+    model = predictor.model
+    model.backbone.register_forward_hook(lambda _, __, out: seen.update(features=out))
+    if source.kind != UPERNET:
+        model.proposal_generator.register_forward_hook(
+            lambda _, __, out: seen.update(proposals=out[0][0].proposal_boxes.tensor)
+        )
+    result = predictor(image.numpy())
+    outcome = Outcome({name: value[0] for name, value in seen["features"].items()})
+    if source.kind == UPERNET:
+        outcome.logits = result["sem_seg"]
+        return outcome
+    found = result["instances"]
+    outcome.proposals = seen["proposals"]
+    outcome.boxes, outcome.scores = found.pred_boxes.tensor, found.scores
+    outcome.labels, outcome.masks = found.pred_classes, found.pred_masks
+    return outcome
+
+
+def backbone_features(
+    arch: Arch, tensors: Mapping[str, Tensor], image: Tensor
+) -> dict[str, Tensor]:
+    """Maps of the backbone alone; what ``tensors`` lack keeps its initialisation of seed 0."""
+    torch.manual_seed(0)
+    backbone = elsa_d2.ELSASwin(arch).eval()
+    backbone.load_state_dict(tensors, strict=False)
+    with torch.no_grad():
+        return {name: value[0] for name, value in backbone(image).items()}
+
+
+def overrides(arch: Arch, sizes: Sizes, kind: str) -> list[Any]:
+    """Config keys that give our configs the sizes of a checkpoint."""
+    configs.check_sizes(sizes, kind)
+    keys: dict[str, Any] = {"MODEL.ELSA_SWIN.ARCH": arch_name(arch)}
+    if arch_name(arch) == "free":
+        for name, value in asdict(arch).items():
+            keys[f"MODEL.ELSA_SWIN.FREE_ARCH.{name.upper()}"] = value
+    if kind == UPERNET:
+        keys["MODEL.SEM_SEG_HEAD.NUM_CLASSES"] = sizes.num_classes
+        keys["MODEL.SEM_SEG_HEAD.CONVS_DIM"] = sizes.channels
+        stage = sizes.aux_stage
+        keys["MODEL.SEM_SEG_HEAD.AUX_FEATURE"] = "" if stage is None else f"res{stage + 2}"
+        if sizes.aux_channels is not None:
+            keys["MODEL.SEM_SEG_HEAD.AUX_CONVS_DIM"] = sizes.aux_channels
+    else:
+        keys["MODEL.ROI_HEADS.NUM_CLASSES"] = sizes.num_classes
+        keys["MODEL.FPN.OUT_CHANNELS"] = sizes.channels
+        keys["MODEL.FPN.NORM"] = {"": "", "gn": "GN", "bn": "BN"}[sizes.neck_norm]
+        keys["MODEL.ROI_BOX_HEAD.NUM_FC"] = sizes.box_fcs
+        keys["MODEL.ROI_BOX_HEAD.FC_DIM"] = sizes.fc_dim
+        keys["MODEL.ROI_BOX_HEAD.NUM_CONV"] = sizes.box_convs
+        if kind == CASCADE and sizes.box_conv_dim is not None:
+            keys["MODEL.ROI_BOX_HEAD.CONV_DIM"] = sizes.box_conv_dim
+        keys["MODEL.ROI_MASK_HEAD.NUM_CONV"] = sizes.mask_convs
+        keys["MODEL.ROI_MASK_HEAD.CONV_DIM"] = sizes.mask_dim
+    return [part for pair in keys.items() for part in pair]
+
+
+def _our_config(kind: str) -> str:
+    name = configs.DETECTRON2[kind]
+    return configs.find_config(
+        Path(__file__).parents[2] / "configs/detectron2" / name,
+        Path(elsa_d2.__file__).parent / "configs" / name,
+    )

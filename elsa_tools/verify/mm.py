@@ -1,0 +1,150 @@
+"""A converted model in MMDetection or MMSegmentation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from mmengine.config import Config, ConfigDict
+from mmengine.model.utils import revert_sync_batchnorm
+from mmengine.registry import MODELS, DefaultScope
+from torch import Tensor
+
+import elsa_mm
+from elsa_core.runtime.errors import UsageError, one_line
+from elsa_core.variants import Arch
+from elsa_core.weights.convert import Conversion
+from elsa_core.weights.names import UPERNET
+from elsa_core.weights.shapes import Sizes, arch_name
+
+from . import configs
+from .compare import Outcome
+
+
+def run(
+    conversion: Conversion,
+    tensors: Mapping[str, Tensor],
+    image: Tensor,
+    config: str | None = None,
+) -> Outcome:
+    """The whole test pipeline of MMDetection or MMSegmentation on a CPU, from the image file on.
+
+    Raises UsageError for a config, tensors or an image that do not fit.
+    """
+    kind = conversion.source.kind
+    cfg = _load(config or _our_config(kind))
+    if config is None:
+        assert conversion.sizes is not None
+        set_sizes(cfg.model, conversion.source.arch, conversion.sizes, kind)
+    scope = "mmseg" if kind == UPERNET else "mmdet"
+    with DefaultScope.overwrite_default_scope(scope):
+        return _run(cfg, kind, tensors, image)
+
+
+def _run(cfg: Config, kind: str, tensors: Mapping[str, Tensor], image: Tensor) -> Outcome:
+    model = revert_sync_batchnorm(MODELS.build(cfg.model)).eval()
+    configs.load_strictly(model, tensors)
+    model.cfg = cfg
+    seen: dict[str, Any] = {}
+    last = model.neck if kind != UPERNET else model.backbone
+    last.register_forward_hook(lambda _, __, out: seen.update(features=out))
+    if kind == UPERNET:
+        from mmseg.apis import inference_model
+
+        result = inference_model(model, image.numpy())
+        names = [f"res{stage + 2}" for stage in range(len(seen["features"]))]
+        features = {n: m[0] for n, m in zip(names, seen["features"], strict=True)}
+        return Outcome(features, logits=result.seg_logits.data)
+    from mmdet.apis import inference_detector
+
+    predict = model.rpn_head.predict
+
+    def remember(*args: Any, **named: Any) -> Any:
+        seen["proposals"] = predict(*args, **named)
+        return seen["proposals"]
+
+    model.rpn_head.predict = remember
+    found = inference_detector(model, image.numpy()).pred_instances
+    names = [f"p{level + 2}" for level in range(len(seen["features"]))]
+    return Outcome(
+        {n: m[0] for n, m in zip(names, seen["features"], strict=True)},
+        proposals=seen["proposals"][0].bboxes,
+        boxes=found.bboxes,
+        scores=found.scores,
+        labels=found.labels,
+        masks=found.masks,
+    )
+
+
+def backbone_features(
+    arch: Arch, tensors: Mapping[str, Tensor], image: Tensor
+) -> dict[str, Tensor]:
+    """Maps of the backbone alone; what ``tensors`` lack keeps its initialisation of seed 0."""
+    torch.manual_seed(0)
+    backbone = elsa_mm.ELSASwin(arch).eval()
+    backbone.load_state_dict(tensors, strict=False)
+    with torch.no_grad():
+        return {f"res{i + 2}": value[0] for i, value in enumerate(backbone(image))}
+
+
+def set_sizes(model: ConfigDict, arch: Arch, sizes: Sizes, kind: str) -> None:
+    """Gives our configs the sizes of a checkpoint, in place."""
+    configs.check_sizes(sizes, kind)
+    name = arch_name(arch)
+    model.backbone.arch = asdict(arch) if name == "free" else name
+    if kind == UPERNET:
+        classes = dict(num_classes=sizes.num_classes)
+        model.decode_head.update(classes, in_channels=arch.num_features, channels=sizes.channels)
+        if sizes.aux_stage is None:
+            model.auxiliary_head = None
+        else:
+            model.auxiliary_head.update(
+                classes,
+                in_channels=arch.num_features[sizes.aux_stage],
+                in_index=sizes.aux_stage,
+                channels=sizes.aux_channels,
+            )
+        return
+    channels = sizes.channels
+    norms = {"": None, "gn": dict(type="GN", num_groups=32), "bn": dict(type="BN")}
+    model.neck.update(
+        in_channels=arch.num_features, out_channels=channels, norm_cfg=norms[sizes.neck_norm]
+    )
+    model.rpn_head.update(in_channels=channels, feat_channels=channels)
+    head = model.roi_head
+    for extractor in (head.bbox_roi_extractor, head.mask_roi_extractor):
+        extractor.out_channels = channels
+    for box_head in [head.bbox_head] if isinstance(head.bbox_head, dict) else head.bbox_head:
+        box_head.update(
+            in_channels=channels, fc_out_channels=sizes.fc_dim, num_classes=sizes.num_classes
+        )
+        if sizes.box_convs:
+            box_head.update(
+                conv_out_channels=sizes.box_conv_dim,
+                num_shared_convs=sizes.box_convs,
+                num_shared_fcs=sizes.box_fcs,
+            )
+    head.mask_head.update(
+        in_channels=channels,
+        conv_out_channels=sizes.mask_dim,
+        num_convs=sizes.mask_convs,
+        num_classes=sizes.num_classes,
+    )
+
+
+def _load(path: str) -> Config:
+    try:
+        return Config.fromfile(path)
+    except (ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
+        raise UsageError(f"the config {path} cannot be used: {one_line(error)}") from error
+
+
+def _our_config(kind: str) -> str:
+    name = configs.OPENMMLAB[kind]
+    return configs.find_config(
+        Path(__file__).parents[2] / "configs" / name,
+        Path(elsa_mm.__file__).parent / ".mim/configs" / name,
+    )
