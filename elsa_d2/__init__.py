@@ -3,24 +3,26 @@
 from elsa_core.runtime.errors import UsageError
 
 from . import flops as _flops  # noqa: F401 (registers handles)
-from .backbone import ELSASwin, build_elsa_swin_backbone, build_elsa_swin_fpn_backbone
-from .boxes import MMDetAnchorGenerator
-from .cascade import ClassSpecificCascadeROIHeads
 from .checkpoint import AtomicCheckpointer
-from .cityscapes import register_cityscapes_datasets
-from .config import add_elsa_swin_config, load_config
-from .data import register_coco_datasets
-from .heads import Float32ROIAlign, MMDetBoxHead, MMDetMaskHead, MMDetROIHeads
-from .mapper import DetectionMapper, Predictor
-from .optimizer import build_optimizer
-from .proposals import MMDetRPN
-from .schedule import build_lr_scheduler
-from .semantic import SegmentorWithTTA, SemanticMapper, build_sem_seg_evaluator
-from .semantic_data import register_sem_seg_datasets
-from .trainer import Trainer
-from .tta import DetectionMapperTTA
-from .upernet import UPerNetHead, WholeImageSegmentor
-from .zoo import get_config_file
+from .config import add_elsa_swin_config, get_config_file, load_config
+from .data.cityscapes import register_cityscapes_datasets
+from .data.coco import register_coco_datasets
+from .data.mapper import DetectionMapper
+from .data.sem_seg import register_sem_seg_datasets
+from .data.sem_seg_mapper import SemanticMapper
+from .engine.trainer import Trainer
+from .evaluation.sem_seg import build_sem_seg_evaluator
+from .modeling.backbone import ELSASwin, build_elsa_swin_backbone, build_elsa_swin_fpn_backbone
+from .modeling.boxes import MMDetAnchorGenerator
+from .modeling.cascade import ClassSpecificCascadeROIHeads
+from .modeling.heads import Float32ROIAlign, MMDetBoxHead, MMDetMaskHead, MMDetROIHeads
+from .modeling.proposals import MMDetRPN
+from .modeling.sem_seg_tta import SegmentorWithTTA
+from .modeling.tta import DetectionMapperTTA
+from .modeling.upernet import UPerNetHead, WholeImageSegmentor
+from .predictor import Predictor
+from .solver.lr_scheduler import build_lr_scheduler
+from .solver.optimizer import build_optimizer
 
 __all__ = [
     "AtomicCheckpointer",

@@ -4,16 +4,16 @@ A config imports it with `custom_imports = dict(imports=['elsa_mm'])`.
 """
 
 from . import flops as _flops  # noqa: F401 (registers handles)
-from .amp import CPUAmpOptimWrapper
 from .backbone import ELSASwin
 from .checkpoint import AtomicLocalBackend
+from .checkpoint_hook import StoppableCheckpointHook
+from .configs import get_config_file
 from .evaluation import AugmentedValLoop
 from .loading import WeightsHook
+from .optim_wrapper import CPUAmpOptimWrapper
 from .schedule import WarmupCosineLR
 from .sizes import EqualSizesHook
-from .stop import StoppableCheckpointHook
 from .strategy import ELSAFSDPStrategy
-from .zoo import get_config_file
 
 __all__ = [
     "AtomicLocalBackend",

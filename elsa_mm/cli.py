@@ -26,9 +26,9 @@ from elsa_core.weights.resume import notes_on, refuse_if_none_is_whole
 
 from . import classes, fit, preflight
 from .checkpoint import ATOMIC_PREFIX, find_last_checkpoint, read_checked_files
+from .cpu import agree, join_processes, use_cpu_where_needed
 from .evaluators import use_coco_metric
-from .machine import agree, join_processes, use_cpu_where_needed
-from .reading import that_reads
+from .safe_loading import that_reads
 
 EXIT_STATUS = (
     "exit status: 0 done, 1 a run that failed, 2 a run that was refused or met a damaged file (one "

@@ -15,10 +15,11 @@ from parity import mmdet_name
 from recipes import LETTERS
 
 from elsa_d2 import Trainer, load_config
-from elsa_d2.augmentation import OpenCVResizeShortestEdge
-from elsa_d2.mapper import DetectionMapper
-from elsa_d2.semantic import SegmentorWithTTA, SemanticMapper, at_test_ratios
-from elsa_d2.semantic_augmentation import CategoryCrop, Fit, PhotometricDistortion
+from elsa_d2.data.augmentation import OpenCVResizeShortestEdge
+from elsa_d2.data.mapper import DetectionMapper
+from elsa_d2.data.sem_seg_augmentation import CategoryCrop, Fit, PhotometricDistortion
+from elsa_d2.data.sem_seg_mapper import SemanticMapper
+from elsa_d2.modeling.sem_seg_tta import SegmentorWithTTA, at_test_ratios
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/detectron2"
 

@@ -14,8 +14,8 @@ from d2_tiny import TOOL
 from detectron2.engine import SimpleTrainer
 from killing import fill_disk, fork, note_loss, run_in, statuses_of
 
-import elsa_d2.preflight  # noqa: F401  what the tool imports late
-import elsa_d2.trainer  # noqa: F401
+import elsa_d2.engine.preflight  # noqa: F401  what the tool imports late
+import elsa_d2.engine.trainer  # noqa: F401
 from elsa_d2 import AtomicCheckpointer
 
 start_processes = torch.multiprocessing.start_processes

@@ -29,9 +29,9 @@ from detectron2.structures import Instances
 
 from elsa_core.runtime.preemption import StopSignals
 from elsa_d2 import Trainer, UsageError, load_config, register_cityscapes_datasets
-from elsa_d2 import cityscapes as cityscapes_data
-from elsa_d2.cityscapes import check_cityscapes_dataset
-from elsa_d2.preflight import check_run
+from elsa_d2.data import cityscapes as cityscapes_data
+from elsa_d2.data.cityscapes import check_cityscapes_dataset
+from elsa_d2.engine.preflight import check_run
 
 CONFIGS = REPOSITORY / "configs/detectron2/Cityscapes"
 DETECTOR, SEGMENTOR = "mask_rcnn_elsa_swin_{}_fpn", "upernet_elsa_swin_{}_80k"

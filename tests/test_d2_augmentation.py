@@ -17,9 +17,9 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from elsa_d2 import DetectionMapper, DetectionMapperTTA, Predictor, UsageError, load_config
-from elsa_d2.augmentation import OpenCVResizeShortestEdge, OpenCVResizeTransform, configure
-from elsa_d2.data import register_coco_datasets
-from elsa_d2.mapper import training_dicts
+from elsa_d2.data.augmentation import OpenCVResizeShortestEdge, OpenCVResizeTransform, configure
+from elsa_d2.data.coco import register_coco_datasets
+from elsa_d2.data.mapper import training_dicts
 
 RANDOM = np.random.default_rng(0)
 IMAGE = RANDOM.integers(0, 256, (61, 83, 3), np.uint8)

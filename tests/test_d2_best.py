@@ -12,7 +12,7 @@ from detectron2.engine import TrainerBase, hooks
 from elsa_core.runtime.finite import FiniteWatch
 from elsa_core.runtime.preemption import Ended
 from elsa_d2 import AtomicCheckpointer
-from elsa_d2.best import BestCheckpointHook
+from elsa_d2.engine.best_checkpoint import BestCheckpointHook
 
 METRIC = "sem_seg/mIoU"
 

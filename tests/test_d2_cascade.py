@@ -16,10 +16,10 @@ from killing_d2 import in_two_processes
 from torch import nn
 
 from elsa_d2 import ClassSpecificCascadeROIHeads, UsageError, load_config
-from elsa_d2.boxes import MMDetBoxTransform
-from elsa_d2.cascade import StageMaskHeads
-from elsa_d2.norm import SyncBatchNorm, resolve_norm
-from elsa_d2.tta import with_test_time_augmentation
+from elsa_d2.modeling.boxes import MMDetBoxTransform
+from elsa_d2.modeling.cascade import StageMaskHeads
+from elsa_d2.modeling.norm import SyncBatchNorm, resolve_norm
+from elsa_d2.modeling.tta import with_test_time_augmentation
 
 LEAF = "configs/detectron2/COCO-InstanceSegmentation/cascade_mask_rcnn_elsa_swin_t_fpn_1x.yaml"
 CLASSES = 3

@@ -12,7 +12,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
 
 from elsa_d2 import UsageError, load_config, register_coco_datasets
-from elsa_d2.data import check_dataset
+from elsa_d2.data.coco import check_dataset
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from mmengine.registry import MODELS, DefaultScope
 
 import elsa_d2
 from elsa_core.runtime.errors import UsageError
-from elsa_d2.proposal_files import check_proposals
+from elsa_d2.data.proposal_files import check_proposals
 
 SIZES = [(90, 120), (96, 128)]
 STRIDES = (4, 8, 16, 32, 64)

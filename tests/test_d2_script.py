@@ -65,7 +65,13 @@ def test_a_script_and_its_processes_have_our_keys_and_data_sets(digits, tmp_path
     images = len(
         json.loads((digits / "annotations/instances_validation.json").read_text())["images"]
     )
-    assert found == [str(script), str(script), "beside", "elsa_d2.backbone", ["free", images]]
+    assert found == [
+        str(script),
+        str(script),
+        "beside",
+        "elsa_d2.modeling.backbone",
+        ["free", images],
+    ]
 
 
 def test_errors_are_one_sentence(tmp_path, capsys, monkeypatch):

@@ -22,9 +22,9 @@ from elsa_d2 import (
     load_config,
     register_sem_seg_datasets,
 )
-from elsa_d2.reading import read_image, read_labels
-from elsa_d2.semantic_augmentation import CategoryCrop, Fit, PhotometricDistortion
-from elsa_d2.semantic_data import check_sem_seg_dataset
+from elsa_d2.data.safe_loading import read_image, read_labels
+from elsa_d2.data.sem_seg import check_sem_seg_dataset
+from elsa_d2.data.sem_seg_augmentation import CategoryCrop, Fit, PhotometricDistortion
 
 pytestmark = pytest.mark.usefixtures("clean_catalog")
 

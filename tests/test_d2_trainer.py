@@ -14,7 +14,7 @@ from detectron2.utils.events import EventStorage
 from killing_d2 import in_two_processes
 
 from elsa_d2 import Trainer, UsageError, load_config, register_coco_datasets
-from elsa_d2.amp import amp_dtype
+from elsa_d2.engine.train_loop import amp_dtype
 
 
 def make_trainer(data, output, **changes):

@@ -13,9 +13,9 @@ from fvcore.common.param_scheduler import ParamScheduler
 
 from elsa_core.blocks import DropPath
 from elsa_d2 import UPerNetHead, UsageError, build_lr_scheduler, build_optimizer, load_config
-from elsa_d2.norm import SyncBatchNorm
-from elsa_d2.preflight import check_run
-from elsa_d2.schedule import WarmupPoly
+from elsa_d2.engine.preflight import check_run
+from elsa_d2.modeling.norm import SyncBatchNorm
+from elsa_d2.solver.lr_scheduler import WarmupPoly
 
 CONFIGS = REPOSITORY / "configs/detectron2"
 LEAVES = {v: f"ADE20K-SemanticSegmentation/upernet_elsa_swin_{v}_160k.yaml" for v in "ts"}

@@ -17,7 +17,7 @@ from detectron2.utils import comm
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.preemption import Ended
 from elsa_d2 import Trainer, load_config, register_coco_datasets
-from elsa_d2.semantic_data import register_sem_seg_datasets
+from elsa_d2.data.sem_seg import register_sem_seg_datasets
 
 
 def train(cfg, part, bad):

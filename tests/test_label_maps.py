@@ -15,8 +15,8 @@ from elsa_core.data.images import ENDINGS
 from elsa_core.data.label_maps import only_none, pair_files
 from elsa_core.runtime.errors import DamagedFileError, UsageError
 from elsa_d2 import load_config, register_sem_seg_datasets
-from elsa_d2.reading import read_labels as read_in_detectron2
-from elsa_d2.semantic_data import check_sem_seg_dataset
+from elsa_d2.data.safe_loading import read_labels as read_in_detectron2
+from elsa_d2.data.sem_seg import check_sem_seg_dataset
 from elsa_mm.label_maps import LabelMapDataset
 
 pytestmark = pytest.mark.usefixtures("clean_catalog")

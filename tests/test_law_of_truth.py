@@ -26,7 +26,7 @@ from mmengine.logging import MMLogger
 from elsa_core.data.coco import read_coco
 from elsa_core.data.coco_rules import is_crowd
 from elsa_d2 import Trainer, load_config, register_coco_datasets
-from elsa_d2.data import check_dataset
+from elsa_d2.data.coco import check_dataset
 from elsa_mm.preflight import check_data
 from elsa_tools.data.annotations import validate
 

@@ -18,10 +18,10 @@ from PIL import Image
 
 from demo.digits import SEGMENTATION_CLASSES
 from elsa_d2 import Trainer, load_config
-from elsa_d2.preflight import check_run
-from elsa_d2.reading import read_labels
+from elsa_d2.data.safe_loading import read_labels
+from elsa_d2.engine.preflight import check_run
 from elsa_mm.label_maps import check_files, check_label_maps
-from elsa_mm.reading import that_reads
+from elsa_mm.safe_loading import that_reads
 
 pytestmark = pytest.mark.usefixtures("clean_catalog")
 MMSEG = REPOSITORY / "configs/mmseg/elsa_swin"

@@ -16,7 +16,7 @@ from PIL import Image
 
 from elsa_core.runtime.errors import DamagedFileError
 from elsa_mm import cli
-from elsa_mm.reading import LoadImage, Reading, replace_readers
+from elsa_mm.safe_loading import LoadImage, Reading, replace_readers
 
 SMALL = {"train_cfg__max_iters": 2, "train_cfg__val_interval": 2}
 

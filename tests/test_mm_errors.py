@@ -253,7 +253,7 @@ def test_options_of_train(refusal, digits, framework, arguments, more, sentence)
     ],
 )
 def test_launcher_without_a_gpu(refusal, digits, monkeypatch, launcher, sentence):
-    monkeypatch.setattr("elsa_mm.machine.get_device", lambda: "cpu")
+    monkeypatch.setattr("elsa_mm.cpu.get_device", lambda: "cpu")
     arguments = ["--launcher", launcher, *options("mmseg", digits)]
     assert refusal("train", CONFIGS["mmseg"], *arguments) == sentence
 

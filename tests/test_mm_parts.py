@@ -16,7 +16,8 @@ from mmseg.structures import SegDataSample
 from torch.utils.data import DataLoader
 
 from elsa_core.runtime.errors import UsageError
-from elsa_mm import AugmentedValLoop, machine
+from elsa_mm import AugmentedValLoop
+from elsa_mm import cpu as machine
 from elsa_mm.checkpoint import find_last_checkpoint
 
 BACKEND = dict(backend="atomic_local")

@@ -41,7 +41,7 @@ def test_detectron2_without_opencv(tmp_path):
         ["cv2"],
         f"""
 import contextlib, io, sys
-import elsa_d2, elsa_d2.preflight, torch
+import elsa_d2, elsa_d2.engine.preflight, torch
 from detectron2.modeling import build_backbone
 
 cfg = elsa_d2.load_config("configs/detectron2/digits/mask_rcnn_elsa_swin_digits.yaml")

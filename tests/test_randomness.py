@@ -68,7 +68,7 @@ def test_a_resumed_training_of_openmmlab_draws_the_same(kind, workers):
     pytest.importorskip("mmengine")
     from mmengine.dataset import InfiniteSampler
 
-    from elsa_mm.order import continue_order
+    from elsa_mm.resume_order import continue_order
 
     def training(done, workers):
         torch.manual_seed(done)  # whatever came before
@@ -97,7 +97,7 @@ def test_a_resumed_training_of_detectron2_draws_the_same(workers):
     from detectron2.data import build_detection_train_loader
     from detectron2.data.samplers import TrainingSampler
 
-    from elsa_d2.order import continue_order, torch_loader
+    from elsa_d2.data.sampler import continue_order, torch_loader
 
     def mapper(index):
         return Draws()[index]

@@ -18,7 +18,7 @@ from PIL import Image
 from elsa_core.data.images import image_problem, size_problem
 from elsa_core.runtime.errors import DamagedFileError
 from elsa_d2 import DetectionMapper, SemanticMapper, load_config
-from elsa_mm.reading import replace_readers
+from elsa_mm.safe_loading import replace_readers
 from elsa_tools.predict.inputs import Unreadable
 from elsa_tools.predict.inputs import read_image as read_in_demo
 

@@ -22,10 +22,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from elsa_core import ELSASwin
 from elsa_d2 import Trainer, UsageError, load_config, register_coco_datasets
-from elsa_d2.amp import AutocastTrainer
-from elsa_d2.order import ContinuedSampler, DataOrderHook
-from elsa_d2.preflight import check_run
-from elsa_d2.schedule import scale_lr
+from elsa_d2.data.sampler import ContinuedSampler, DataOrderHook
+from elsa_d2.engine.preflight import check_run
+from elsa_d2.engine.train_loop import AutocastTrainer
+from elsa_d2.solver.lr_scheduler import scale_lr
 
 
 class Model(nn.Module):

@@ -16,7 +16,8 @@ from mmengine.optim import OptimWrapper
 from torch import nn
 
 from elsa_core.runtime.errors import UsageError
-from elsa_mm import CPUAmpOptimWrapper, cli, machine
+from elsa_mm import CPUAmpOptimWrapper, cli
+from elsa_mm import cpu as machine
 from elsa_mm.checkpoint import find_last_checkpoint
 
 CONFIGS = REPOSITORY / "configs"

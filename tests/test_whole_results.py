@@ -19,7 +19,7 @@ from mmengine.config import Config
 
 import elsa_d2
 from elsa_core.runtime.errors import UsageError
-from elsa_d2.coco_evaluator import COCOEvaluator
+from elsa_d2.evaluation.coco import COCOEvaluator
 from elsa_mm.cli import _dump_metric
 from elsa_mm.coco_metric import CocoMetric
 

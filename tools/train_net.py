@@ -60,10 +60,10 @@ def train_or_evaluate(options: argparse.Namespace) -> dict | None:
     from elsa_core.runtime.preemption import Ended
     from elsa_core.weights import class_names
     from elsa_d2 import AtomicCheckpointer, Trainer, load_config, register_coco_datasets
-    from elsa_d2.cityscapes import register_cityscapes_datasets
-    from elsa_d2.classes import usable
-    from elsa_d2.semantic_data import register_sem_seg_datasets
-    from elsa_d2.trainer import share_cpu_cores, use_available_device
+    from elsa_d2.data.cityscapes import register_cityscapes_datasets
+    from elsa_d2.data.classes import usable
+    from elsa_d2.data.sem_seg import register_sem_seg_datasets
+    from elsa_d2.engine.trainer import share_cpu_cores, use_available_device
 
     cfg = load_config(options.config_file, options.opts)
     for name in ("elsa_d2", "elsa_core"):
@@ -107,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
             from elsa_core.runtime.errors import sentence_in
             from elsa_core.runtime.preemption import Ended, forwarding
             from elsa_d2 import UsageError, load_config
-            from elsa_d2.preflight import check_run
+            from elsa_d2.engine.preflight import check_run
     except ModuleNotFoundError as error:
         from elsa_core.runtime.packages import missing
 

@@ -13,9 +13,9 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 import elsa_d2
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.weights import forget_ahead
-from elsa_d2 import preflight
-from elsa_d2.classes import class_kind, class_names, number_of_classes
-from elsa_d2.semantic_config import is_semantic
+from elsa_d2.config import is_semantic
+from elsa_d2.data.classes import class_kind, class_names, number_of_classes
+from elsa_d2.engine import preflight
 
 from .predictor import Predictor
 from .results import Instances, Result, Segmentation

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -23,14 +22,6 @@ OPENMMLAB = {
     UPERNET: "mmseg/elsa_swin/"
     "elsa-swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
 }
-
-
-def find_config(*places: Path) -> str:
-    """The first of ``places`` that is a file; raises UsageError if none is."""
-    for place in places:
-        if place.is_file():
-            return str(place)
-    raise UsageError(f"our config {places[0].name} is not installed: name one with --config")
 
 
 def check_sizes(sizes: Sizes, kind: str) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,7 +30,7 @@ def run(
     Raises UsageError for a config, tensors or an image that do not fit.
     """
     source = conversion.source
-    cfg = elsa_d2.load_config(config or _our_config(source.kind))
+    cfg = elsa_d2.load_config(config or elsa_d2.get_config_file(configs.DETECTRON2[source.kind]))
     if config is None:
         assert conversion.sizes is not None
         cfg.merge_from_list(overrides(source.arch, conversion.sizes, source.kind))
@@ -94,11 +93,3 @@ def overrides(arch: Arch, sizes: Sizes, kind: str) -> list[Any]:
         keys["MODEL.ROI_MASK_HEAD.NUM_CONV"] = sizes.mask_convs
         keys["MODEL.ROI_MASK_HEAD.CONV_DIM"] = sizes.mask_dim
     return [part for pair in keys.items() for part in pair]
-
-
-def _our_config(kind: str) -> str:
-    name = configs.DETECTRON2[kind]
-    return configs.find_config(
-        Path(__file__).parents[2] / "configs/detectron2" / name,
-        Path(elsa_d2.__file__).parent / "configs" / name,
-    )

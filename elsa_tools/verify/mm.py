@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ def run(
     Raises UsageError for a config, tensors or an image that do not fit.
     """
     kind = conversion.source.kind
-    cfg = _load(config or _our_config(kind))
+    cfg = _load(config or elsa_mm.get_config_file(configs.OPENMMLAB[kind]))
     if config is None:
         assert conversion.sizes is not None
         set_sizes(cfg.model, conversion.source.arch, conversion.sizes, kind)
@@ -140,11 +139,3 @@ def _load(path: str) -> Config:
         return Config.fromfile(path)
     except (ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
         raise UsageError(f"the config {path} cannot be used: {one_line(error)}") from error
-
-
-def _our_config(kind: str) -> str:
-    name = configs.OPENMMLAB[kind]
-    return configs.find_config(
-        Path(__file__).parents[2] / "configs" / name,
-        Path(elsa_mm.__file__).parent / ".mim/configs" / name,
-    )

@@ -15,8 +15,8 @@ from detectron2.structures import Boxes, Instances
 
 from elsa_core.runtime.errors import UsageError
 from elsa_d2 import DetectionMapper, Trainer, load_config
-from elsa_d2.mapper import training_dicts
-from elsa_d2.preflight import check_run
+from elsa_d2.data.mapper import training_dicts
+from elsa_d2.engine.preflight import check_run
 
 NAMES = ("fuzz_training", "fuzz_validation")
 

@@ -19,7 +19,7 @@ from mmengine.registry import DefaultScope
 from elsa_core.runtime.errors import UsageError
 from elsa_mm import classes, preflight
 from elsa_mm.evaluators import use_coco_metric
-from elsa_mm.reading import replace_readers
+from elsa_mm.safe_loading import replace_readers
 
 CONFIG = Config.fromfile(CONFIGS["mmdet"])
 DefaultScope.get_instance("fuzz", scope_name="mmdet")

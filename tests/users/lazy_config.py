@@ -8,7 +8,7 @@ from detectron2.model_zoo import get_config
 from detectron2.modeling import FPN
 from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 
-from elsa_d2.backbone import ELSASwin
+from elsa_d2.modeling.backbone import ELSASwin
 
 for part in ("training", "validation"):
     register_coco_instances(

@@ -13,8 +13,7 @@ from detectron2.modeling import DatasetMapperTTA, GeneralizedRCNNWithTTA
 from torch import nn
 
 from elsa_core.runtime.errors import UsageError
-
-from .augmentation import resize_class
+from elsa_d2.data.augmentation import resize_class
 
 
 class DetectionMapperTTA(DatasetMapperTTA):

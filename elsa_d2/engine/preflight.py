@@ -26,13 +26,15 @@ from detectron2.modeling import (
 import elsa_core.weights
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.weights.resume import refuse_if_none_is_whole
-
-from . import backbone
-from .amp import amp_dtype
-from .augmentation import need_opencv, resize_class
-from .checkpoint import AtomicCheckpointer
-from .cityscapes import check_cityscapes_dataset, is_cityscapes, register_cityscapes_datasets
-from .classes import (
+from elsa_d2.checkpoint import AtomicCheckpointer
+from elsa_d2.config import is_semantic
+from elsa_d2.data.augmentation import need_opencv, resize_class
+from elsa_d2.data.cityscapes import (
+    check_cityscapes_dataset,
+    is_cityscapes,
+    register_cityscapes_datasets,
+)
+from elsa_d2.data.classes import (
     check_names,
     class_kind,
     class_names,
@@ -41,12 +43,14 @@ from .classes import (
     training_classes,
     usable,
 )
-from .data import CocoPart, check_dataset, register_coco_datasets
-from .optimizer import build_optimizer
-from .proposal_files import check_proposals
-from .schedule import build_lr_scheduler
-from .semantic_config import is_semantic
-from .semantic_data import check_sem_seg_dataset, register_sem_seg_datasets
+from elsa_d2.data.coco import CocoPart, check_dataset, register_coco_datasets
+from elsa_d2.data.proposal_files import check_proposals
+from elsa_d2.data.sem_seg import check_sem_seg_dataset, register_sem_seg_datasets
+from elsa_d2.modeling import backbone
+from elsa_d2.solver.lr_scheduler import build_lr_scheduler
+from elsa_d2.solver.optimizer import build_optimizer
+
+from .train_loop import amp_dtype
 
 # The heads of Detectron2's models whose IN_FEATURES name the backbone's; a subclass goes first.
 HEADS: dict[type, tuple[str, ...]] = {

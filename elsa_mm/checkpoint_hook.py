@@ -30,7 +30,7 @@ from elsa_core.runtime.preemption import (
     stopped,
 )
 
-from .order import continue_order, seed_iteration
+from .resume_order import continue_order, seed_iteration
 
 STOPPED = "stopped.pth"
 

@@ -1,4 +1,4 @@
-"""Cityscapes: registered from the config, checked before a run, judged by cityscapesscripts.
+"""Cityscapes: registered from the config, checked before a run.
 
 Images are in leftImg8bit/PART/CITY, annotations in gtFine/PART/CITY; Detectron2 itself registers
 those below cityscapes/ in the folder that the environment variable DETECTRON2_DATASETS names.
@@ -20,18 +20,13 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import cityscapes as reader
 from detectron2.data.datasets.builtin_meta import _get_builtin_metadata
-from detectron2.evaluation import (
-    CityscapesInstanceEvaluator,
-    CityscapesSemSegEvaluator,
-    DatasetEvaluator,
-)
 from detectron2.utils.comm import get_world_size
 
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.packages import is_missing, need
 
-from .reading import read_pair
-from .semantic_data import FILES_READ_BEFORE_A_RUN, IGNORE
+from .safe_loading import read_pair
+from .sem_seg import FILES_READ_BEFORE_A_RUN, IGNORE
 
 INSTANCES, SEMANTIC = "cityscapes_instance", "cityscapes_sem_seg"
 TASKS = {"instance_seg": INSTANCES, "sem_seg": SEMANTIC}
@@ -68,20 +63,6 @@ def provide_cityscapesscripts() -> None:
         module = importlib.import_module(f"cityscapesscripts{name}")
         sys.modules[f"{UNPUBLISHED}.cityscapesscripts{name}"] = module
     vars(sys.modules[UNPUBLISHED])["cityscapesscripts"] = sys.modules["cityscapesscripts"]
-
-
-class InstanceEvaluator(CityscapesInstanceEvaluator):
-    """Detectron2's, but predictions where nothing is judged score 0 and do not end it."""
-
-    def evaluate(self) -> dict[str, dict[str, float]] | None:
-        """AP and AP50 of masks in percent; None in processes other than the first."""
-        from elsa_core.data.cityscapes_eval import mended
-
-        with mended():
-            return super().evaluate()
-
-
-EVALUATORS = {INSTANCES: InstanceEvaluator, SEMANTIC: CityscapesSemSegEvaluator}
 
 
 def load_instances(image_dir: str, gt_dir: str) -> list[dict[str, Any]]:
@@ -157,15 +138,7 @@ def register_cityscapes_datasets(cfg: CfgNode) -> None:
 
 def is_cityscapes(name: str) -> bool:
     """Whether a registered data set is judged by cityscapesscripts."""
-    return MetadataCatalog.get(name).get("evaluator_type") in EVALUATORS
-
-
-def build_cityscapes_evaluator(name: str) -> DatasetEvaluator:
-    """Detectron2's: average precision of masks, or IoU of classes and categories; in percent."""
-    provide_cityscapesscripts()
-    import elsa_core.data.cityscapes_eval  # noqa: F401 (any NumPy does then)
-
-    return EVALUATORS[MetadataCatalog.get(name).evaluator_type](name)
+    return MetadataCatalog.get(name).get("evaluator_type") in TASKS.values()
 
 
 def check_cityscapes_dataset(

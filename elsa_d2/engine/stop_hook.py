@@ -21,8 +21,7 @@ from elsa_core.runtime.preemption import (
     resume_hint,
     stopped,
 )
-
-from .checkpoint import AtomicCheckpointer
+from elsa_d2.checkpoint import AtomicCheckpointer
 
 logger = logging.getLogger(__name__)
 CANNOT_SAVE = 1000

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 import elsa_core
 from elsa_core.variants import Arch
-
-from .config import elsa_swin_arch
+from elsa_d2.config import elsa_swin_arch
 
 
 class ELSASwin(elsa_core.ELSASwin, Backbone):

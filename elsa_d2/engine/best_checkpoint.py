@@ -14,8 +14,7 @@ from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.finite import FiniteWatch
 from elsa_core.runtime.preemption import FAILED, REFUSED, Ended, largest, resume_hint
 from elsa_core.weights import read_checkpoint
-
-from .checkpoint import AtomicCheckpointer
+from elsa_d2.checkpoint import AtomicCheckpointer
 
 logger = logging.getLogger(__name__)
 NAME = "model_best"

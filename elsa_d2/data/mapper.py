@@ -14,21 +14,18 @@ from detectron2.data import transforms as T
 from detectron2.data.detection_utils import (
     SizeMismatchError,
     annotations_to_instances,
-    build_augmentation,
     check_image_size,
     filter_empty_instances,
     transform_instance_annotations,
     transform_proposals,
 )
 from detectron2.data.transforms import TransformList
-from detectron2.engine import DefaultPredictor
 from detectron2.structures import BoxMode
 
 from elsa_core.runtime.errors import DamagedFileError, UsageError, one_line
 
 from .augmentation import configure
-from .checkpoint import AtomicCheckpointer
-from .reading import read_image, read_map, to_tensor
+from .safe_loading import read_image, read_map, to_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -121,21 +118,6 @@ def _has_area(annotation: dict[str, Any], size: tuple[int, int]) -> bool:
     left, top, right, bottom = box
     large = right - left >= 1 and bottom - top >= 1
     return large and right > 0 and bottom > 0 and left < size[1] and top < size[0]
-
-
-class Predictor(DefaultPredictor):
-    """DefaultPredictor with the resize of INPUT.RESIZE, for weights of every framework."""
-
-    def __init__(self, cfg: CfgNode) -> None:
-        weights = cfg.MODEL.WEIGHTS
-        cfg = cfg.clone()
-        cfg.defrost()
-        cfg.MODEL.WEIGHTS = ""
-        super().__init__(cfg)
-        if weights:
-            AtomicCheckpointer(self.model).load(weights)
-        self.cfg.MODEL.WEIGHTS = weights
-        (self.aug,) = configure(cfg, build_augmentation(cfg, False), False)
 
 
 def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:

@@ -10,8 +10,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from elsa_core.data.classes import difference, ordered_names
 from elsa_core.data.coco import read_json
 from elsa_core.runtime.errors import UsageError
-
-from .semantic_config import is_semantic
+from elsa_d2.config import is_semantic
 
 
 def class_kind(cfg: CfgNode) -> str:

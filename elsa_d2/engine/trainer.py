@@ -20,25 +20,24 @@ from torch import nn
 from elsa_core.runtime.finite import FiniteWatch
 from elsa_core.runtime.lock import TrainingLock
 from elsa_core.runtime.preemption import FAILED, Ended, spare_workers
+from elsa_d2.checkpoint import AtomicCheckpointer
+from elsa_d2.config import is_semantic
+from elsa_d2.data.cityscapes import is_cityscapes, register_cityscapes_datasets
+from elsa_d2.data.classes import training_classes
+from elsa_d2.data.mapper import DetectionMapper, training_dicts
+from elsa_d2.data.sampler import continue_order, torch_loader
+from elsa_d2.data.sem_seg_mapper import SemanticMapper
+from elsa_d2.evaluation.cityscapes import build_cityscapes_evaluator
+from elsa_d2.evaluation.coco import COCOEvaluator
+from elsa_d2.evaluation.sem_seg import build_sem_seg_evaluator
+from elsa_d2.modeling.sem_seg_tta import SegmentorWithTTA, at_test_ratios
+from elsa_d2.modeling.tta import with_test_time_augmentation
+from elsa_d2.solver.lr_scheduler import build_lr_scheduler, scale_lr
+from elsa_d2.solver.optimizer import build_optimizer
 
-from .amp import AutocastTrainer, amp_dtype
-from .best import BestCheckpointHook
-from .checkpoint import AtomicCheckpointer
-from .cityscapes import (
-    build_cityscapes_evaluator,
-    is_cityscapes,
-    register_cityscapes_datasets,
-)
-from .classes import training_classes
-from .coco_evaluator import COCOEvaluator
-from .mapper import DetectionMapper, training_dicts
-from .optimizer import build_optimizer
-from .order import continue_order, torch_loader
-from .schedule import build_lr_scheduler, scale_lr
-from .semantic import SegmentorWithTTA, SemanticMapper, at_test_ratios, build_sem_seg_evaluator
-from .semantic_config import is_semantic
-from .stop import CarefulCheckpointer, FinalEvalHook, StopHook
-from .tta import with_test_time_augmentation
+from .best_checkpoint import BestCheckpointHook
+from .stop_hook import CarefulCheckpointer, FinalEvalHook, StopHook
+from .train_loop import AutocastTrainer, amp_dtype
 
 logger = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ from elsa_core.data.images import ENDINGS
 from elsa_core.data.label_maps import IGNORE, only_none, pair_files
 from elsa_core.runtime.errors import UsageError
 
-from .reading import read_pair
+from .safe_loading import read_pair
 
 FILES_READ_BEFORE_A_RUN = 32
 FORM = "[name, image folder, label map folder, class names or their file, reduce_zero_label]"

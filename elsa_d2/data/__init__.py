@@ -1,0 +1,1 @@
+"""Data sets, and images on their way to a model."""

@@ -1,0 +1,1 @@
+"""Evaluators, whose files are whole or not there."""

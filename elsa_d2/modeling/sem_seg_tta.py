@@ -1,0 +1,73 @@
+"""Segmentors at several scales, and with mirrored images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.config import CfgNode
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from elsa_d2.config import is_semantic
+from elsa_d2.data.safe_loading import read_image, to_tensor
+from elsa_d2.data.sem_seg_augmentation import Fit
+
+
+class SegmentorWithTTA(nn.Module):
+    """Mean of the class probabilities at several scales, and of mirrored images too.
+
+    Each image is resized to multiples of INPUT.SEM_SEG.SCALE. The logits are resized to the image's
+    own size before they become probabilities, as in MMSegmentation's SegTTAModel.
+
+    Args:
+        cfg: its TEST.AUG, INPUT.SEM_SEG and INPUT.FORMAT.
+        model: a `SemanticSegmentor`.
+        ratios: the multiples; None: TEST.AUG.RATIOS.
+        flip: whether images are mirrored too; None: TEST.AUG.FLIP.
+    """
+
+    def __init__(
+        self,
+        cfg: CfgNode,
+        model: nn.Module,
+        ratios: Sequence[float] | None = None,
+        flip: bool | None = None,
+    ) -> None:
+        super().__init__()
+        self.model = model.module if isinstance(model, DistributedDataParallel) else model
+        self.training = model.training  # which an evaluation restores
+        self.image_format = cfg.INPUT.FORMAT
+        ratios = cfg.TEST.AUG.RATIOS if ratios is None else ratios
+        self.resizes = [Fit(cfg.INPUT.SEM_SEG.SCALE, (ratio, ratio)) for ratio in ratios]
+        mirrored = cfg.TEST.AUG.FLIP if flip is None else flip
+        self.flips = (False, True) if mirrored else (False,)
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
+        """As the model's, but reads the images from "file_name", and gives probabilities."""
+        return [{"sem_seg": self._mean(x)} for x in batched_inputs]
+
+    def _mean(self, entry: dict[str, Any]) -> Tensor:
+        image = read_image(entry["file_name"], self.image_format)
+        height, width = image.shape[:2]
+        total: Tensor | int = 0
+        for resize in self.resizes:
+            resized = to_tensor(resize.get_transform(image).apply_image(image))
+            for flip in self.flips:
+                one = {
+                    **entry,
+                    "image": resized.flip(-1) if flip else resized,
+                    "height": height,
+                    "width": width,
+                }
+                probabilities = self.model([one])[0]["sem_seg"].softmax(dim=0)
+                total = total + (probabilities.flip(-1) if flip else probabilities)
+        return total / (len(self.resizes) * len(self.flips))
+
+
+def at_test_ratios(cfg: CfgNode, model: nn.Module) -> nn.Module:
+    """What TEST.SEM_SEG_RATIOS makes of a `SemanticSegmentor`; every other model as it is."""
+    ratios = list(cfg.TEST.SEM_SEG_RATIOS)
+    if not is_semantic(cfg) or isinstance(model, SegmentorWithTTA) or ratios == [1.0]:
+        return model
+    return SegmentorWithTTA(cfg, model, ratios, flip=False)
