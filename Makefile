@@ -57,7 +57,7 @@ pins:
 	mv requirements.new requirements.txt
 
 demo: setup
-	$(VENV)/python -m demo.run $(DEMO_ARGS)
+	$(VENV)/python -m examples.digits.demo $(DEMO_ARGS)
 
 test: setup
 	$(VENV)/python -m pytest -q $(TWO_FILES) $(TEST_ARGS)
@@ -77,7 +77,7 @@ test-asan: setup
 	cd $(ASAN) && ASAN_OPTIONS=detect_leaks=0 \
 		LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libstdc++.so)" \
 		$(CURDIR)/$(VENV)/python -m pytest -q -p no:cacheprovider -c $(CURDIR)/pyproject.toml \
-		$(or $(addprefix $(CURDIR)/,$(TEST_ARGS)),$(wildcard $(CURDIR)/tests/test_operator*.py))
+		$(or $(addprefix $(CURDIR)/,$(TEST_ARGS)),$(wildcard $(CURDIR)/tests/core/test_operator*.py))
 
 wheel:
 	$(WHEEL_PYTHON) tools/build_wheel.py $(WHEEL_ARGS)

@@ -16,7 +16,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-STAND_INS = str(REPOSITORY / "tests/stand_ins")
+STAND_INS = str(REPOSITORY / "tests/helpers/stand_ins")
 sys.path.insert(0, STAND_INS)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [STAND_INS, os.getenv("PYTHONPATH")]))
 RUNS = itertools.count()
@@ -117,7 +117,7 @@ def refusal(
 @pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root of a tiny digits data set: 16 training and 8 validation images of 96x96 pixels."""
-    from demo.digits import make_dataset
+    from examples.digits.dataset import make_dataset
 
     root = tmp_path_factory.mktemp("data") / "digits"
     make_dataset(root, train=16, val=8, size=96, seed=0, progress=False)
@@ -127,7 +127,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cityscapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same images as Cityscapes is laid out: 8 and 4 of 192x96 pixels."""
-    from demo.layouts import make_layout
+    from examples.digits.layouts import make_layout
 
     root = tmp_path_factory.mktemp("data") / "cityscapes"
     make_layout("cityscapes", root, train=16, val=8, size=96, seed=0, progress=False)

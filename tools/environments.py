@@ -1,8 +1,8 @@
 """The environments that tools/test_environments.py makes, as data: who the users are.
 
 Commands are run by bash, in a copy of the source tree, with the environment's `bin` first on the
-PATH. They are those of README.md and the guides, which tests/test_environments.py looks up, with
-short options behind them. Variables in them:
+PATH. They are those of README.md and the guides, which tests/repo/test_environments.py looks up,
+with short options behind them. Variables in them:
 
     $SITE        the environment's site-packages
     $DETECTRON2  a copy of the checkout that DETECTRON2 names
@@ -79,9 +79,11 @@ DOCTOR = Step("doctor", "python -m elsa_core.doctor", says="operator and gradien
 
 
 def core(name: str, python: str, torch: str, *first: Step, **more: tuple) -> Environment:
-    modules = ("backbone", "blocks", "checkpoint", "variants", "weights_attack")
-    tests = " ".join(f"tests/test_{module}.py" for module in modules)
-    operator = "-k 'agrees_with_reference and compiled-float32 or gradcheck'"
+    modules = ("core/test_backbone", "core/test_blocks", "core/test_checkpoint")
+    modules += ("core/test_variants", "weights/test_weights_attack")
+    tests = " ".join(f"tests/{module}.py" for module in modules)
+    chosen = "-k 'agrees_with_reference and compiled-float32 or gradcheck'"
+    operator = f"tests/core/test_operator.py {chosen}"
     return Environment(
         name,
         python,
@@ -92,7 +94,7 @@ def core(name: str, python: str, torch: str, *first: Step, **more: tuple) -> Env
             Step("install", "pip install --no-build-isolation ."),
             DOCTOR,
             Step("tests", PYTEST + tests, says=r"\d+ passed"),
-            Step("operator", f"{PYTEST} tests/test_operator.py {operator}", says=r"\d+ passed"),
+            Step("operator", PYTEST + operator, says=r"\d+ passed"),
             Step("README", block=("README.md", "elsa_attention(value")),
             Step("train", "python tests/users/train_backbone.py", says="the loss fell"),
         ),

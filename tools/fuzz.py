@@ -154,7 +154,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in ("cases", "jobs", "memory", "seconds"):
         if getattr(options, name) <= 0:
             parser.error(f"--{name} must be positive, got {getattr(options, name)}")
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(options.folder)]
+    sys.path[:0] = [str(ROOT), str(ROOT / "tests/helpers"), str(options.folder)]
     try:
         return max([fuzz(name, options) for name in options.targets or known], default=0)
     except KeyboardInterrupt:

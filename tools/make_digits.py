@@ -78,8 +78,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     try:
-        from demo.digits import DigitsError
-        from demo.layouts import make_layout
+        from examples.digits.dataset import DigitsError
+        from examples.digits.layouts import make_layout
     except ModuleNotFoundError as error:
         from elsa_core.runtime.packages import missing
 

@@ -6,7 +6,7 @@ import warnings
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
 EXIT_STATUS = (
     "exit status: 0 done, 1 --check found another text, 2 a metafile or a model is wrong (one "
@@ -25,9 +25,10 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # the frameworks' own, about their dependencies
     try:
-        from elsa_core.runtime.files import replacing
-        from zoo.models import ZooError
+        from zoo.metafiles import ZooError
         from zoo.page import PAGE, make_page
+
+        from elsa_core.runtime.files import replacing
     except ModuleNotFoundError as error:
         from elsa_core.runtime.packages import missing
 

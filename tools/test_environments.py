@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path += [str(ROOT / "tools"), str(ROOT / "tests")]
+sys.path += [str(ROOT / "tools"), str(ROOT / "tests/helpers")]
 
 from docs_blocks import read_blocks  # noqa: E402
 from environments import ENVIRONMENTS, NEWEST, Environment, Step  # noqa: E402

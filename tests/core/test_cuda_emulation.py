@@ -1,0 +1,96 @@
+"""The CUDA kernels, compiled for the CPU by cuda_emulation/ and held to the tests of a GPU.
+
+Shared memory begins as NaN and ends where the launch says; the threads of a block run in three
+orders, one of which tells where a barrier is missing. It says nothing about speed, nor about how a
+GPU rounds its fast exponential.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.utils.cpp_extension import include_paths, library_paths
+
+from elsa_core._range import TORCH_WITH_EXTENSION as TARGET
+
+ROOT = Path(__file__).resolve().parents[2]
+EMULATION = ROOT / "tests/cuda_emulation"
+KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
+SOURCES = [EMULATION / "emulation.cpp", EMULATION / "attention.cpp", *KERNELS]
+COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
+# The standard that the headers of the newest PyTorch need.
+FLAGS = ["-O2", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
+FLAGS += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TARGET)]
+# longjmp to another stack is what the emulation does.
+FLAGS += ["-U_FORTIFY_SOURCE", f"-I{EMULATION / 'include'}"]
+# Instead of the header that has the same in the GPU's own language.
+FLAGS += ["-include", EMULATION / "include/instructions.cuh"]
+
+
+def compiled(*arguments):
+    done = subprocess.run([COMPILER, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.fixture(scope="module")
+def emulated(tmp_path_factory):
+    """A folder with an elsa_core whose kernels for the CPU are those for CUDA."""
+    folder = tmp_path_factory.mktemp("emulated")
+    shutil.copytree(ROOT / "elsa_core", folder / "elsa_core", ignore=shutil.ignore_patterns("*.so"))
+    headers = [f"-isystem{path}" for path in include_paths()]
+    objects = [folder / f"{source.name}.o" for source in SOURCES]
+    for source, target in zip(SOURCES, objects, strict=True):
+        compiled(*FLAGS, *headers, "-xc++", "-c", source, "-o", target)
+    torch = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
+    # Its own stand-ins for LibTorch's functions come first.
+    libraries = ["-Wl,-Bsymbolic", "-Wl,--no-as-needed", "-ltorch"]
+    compiled("-shared", "-o", folder / "elsa_core/_C.so", *objects, *torch, *libraries)
+    return folder
+
+
+# ELSA_EMULATION_ALL=1 leaves nothing out, and takes minutes.
+ALL = "ELSA_EMULATION_ALL" in os.environ
+LOW = "low and (tile and 7 or ghost or extreme)"
+FEW = "published and tile or agrees and odd and both and float32 and not 13"
+SOME = f"{FEW} or {LOW} or published and not mul and not both or low and 7 or strided and 8 or nan"
+SOME += " or nothing or refuses"
+
+
+def passed(emulated, tests, wanted, order="0", shared="232448", capability="9.0"):
+    """How many of a file's tests passed, which must be all."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ELSA_EMULATION": "1"}
+    environment |= {"ELSA_EMULATION_ORDER": order, "ELSA_EMULATION_SHARED": shared}
+    environment["ELSA_EMULATION_CAPABILITY"] = capability
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    command += ["-c", ROOT / "pyproject.toml", ROOT / "tests/core" / tests, "-k", wanted]
+    done = subprocess.run(command, cwd=emulated, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+@pytest.mark.parametrize(
+    "order, shared, capability, wanted, least",
+    [
+        ("0", "232448", "9.0", SOME, 90),
+        ("1", "232448", "9.0", f"{FEW} or {LOW}", 28),  # from the last thread to the first
+        ("2", "232448", "9.0", LOW, 14),  # shuffled
+        ("2", "49152", "9.0", FEW, 14),  # on a device with little shared memory
+        ("3", "65536", "7.5", f"{LOW} or nan", 14),  # on one without these tensor cores
+    ],
+    ids=["in order", "in reverse", "shuffled", "little memory", "old"],
+)
+def test_kernels_pass_the_tests_of_a_gpu(emulated, order, shared, capability, wanted, least):
+    wanted = "test" if ALL else wanted
+    assert passed(emulated, "test_cuda_operator.py", wanted, order, shared, capability) > least
+
+
+@pytest.mark.parametrize(
+    "capability, wanted, least", [("9.0", "not narrower", 20), ("7.5", "published or extreme", 1)]
+)
+def test_kernels_have_the_operators_properties(emulated, capability, wanted, least):
+    properties = "test_operator_properties.py"
+    assert passed(emulated, properties, wanted, capability=capability) > least

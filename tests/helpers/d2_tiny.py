@@ -1,0 +1,83 @@
+"""A Detectron2 training that takes seconds on a CPU: the digits config with a tiny model."""
+
+import json
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIG = str(REPOSITORY / "configs/detectron2/digits/mask_rcnn_elsa_swin_digits.yaml")
+TOOL = str(REPOSITORY / "tools/train_net.py")
+TINY = {
+    "MODEL.ELSA_SWIN.FREE_ARCH.EMBED_DIM": 12,
+    "MODEL.ELSA_SWIN.FREE_ARCH.DEPTHS": [1, 1, 1, 2],
+    "MODEL.ELSA_SWIN.FREE_ARCH.NUM_HEADS": [1, 2, 3, 4],
+    "MODEL.ELSA_SWIN.FREE_ARCH.GROUP_WIDTH": 4,
+    "MODEL.ELSA_SWIN.FREE_ARCH.KERNEL_SIZE": 3,
+    "MODEL.ELSA_SWIN.FREE_ARCH.WINDOW_SIZE": 3,
+    "MODEL.FPN.OUT_CHANNELS": 8,
+    "MODEL.FPN.NORM": "",
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 8,
+    # So that a model that has hardly learnt detects something.
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+    "INPUT.MIN_SIZE_TRAIN": [96],
+    "INPUT.MIN_SIZE_TEST": 96,
+    "DATALOADER.NUM_WORKERS": 0,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.WARMUP_ITERS": 2,
+    "SOLVER.MAX_ITER": 4,
+}
+# Of the published configs: the widths of all parts, and nothing else.
+NARROW = {
+    "MODEL.ELSA_SWIN.ARCH": "free",
+    **{key: value for key, value in TINY.items() if "FREE_ARCH" in key},
+    "MODEL.ELSA_SWIN.FREE_ARCH.EMBED_DIM": 16,
+    "MODEL.ELSA_SWIN.FREE_ARCH.NUM_HEADS": [1, 2, 4, 8],
+    "MODEL.ELSA_SWIN.FREE_ARCH.GROUP_WIDTH": 8,
+    "MODEL.FPN.OUT_CHANNELS": 16,
+    "MODEL.ROI_BOX_HEAD.CONV_DIM": 16,
+    "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
+    "MODEL.ROI_MASK_HEAD.CONV_DIM": 16,
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 16,
+    "MODEL.SEM_SEG_HEAD.AUX_CONVS_DIM": 16,
+}
+
+
+def overrides(data: Path, **changes) -> list[str]:
+    """KEY VALUE pairs; ``changes`` have two underscores for each point of a key."""
+    keys = {**TINY, "DATASETS.REGISTER_COCO": datasets(data)}
+    keys |= {key.replace("__", "."): value for key, value in changes.items()}
+    return [str(part) for pair in keys.items() for part in pair]
+
+
+def datasets(data: Path) -> list[list[str]]:
+    return [
+        [name, f"{data}/annotations/instances_{part}.json", f"{data}/images/{part}"]
+        for part, name in (("training", "digits_training"), ("validation", "digits_validation"))
+    ]
+
+
+def arguments_of(data: Path, *flags: str, **changes) -> list[str]:
+    """Arguments of tools/train_net.py."""
+    return ["--config-file", CONFIG, *flags, *overrides(data, **changes)]
+
+
+def read_metrics(output: Path) -> list[dict]:
+    return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
+
+
+def note_checkpoints(monkeypatch) -> list[tuple[str, int, set[int]]]:
+    """From now on, trainings write no checkpoints, which may take a gigabyte.
+
+    Returns the list to which each one's name, iteration and numbers of the optimizer's steps go.
+    """
+    from elsa_d2 import AtomicCheckpointer
+
+    saved = []
+
+    def save(self, name, **extra):
+        state = self.checkpointables["trainer"].state_dict()["_trainer"]["optimizer"]["state"]
+        steps = {int(values["step"]) for values in state.values()}
+        saved.append((name, extra["iteration"], steps))
+
+    monkeypatch.setattr(AtomicCheckpointer, "save", save)
+    return saved

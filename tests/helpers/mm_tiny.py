@@ -1,0 +1,51 @@
+"""Configs of MMDetection and MMSegmentation, shrunk to seconds by --cfg-options."""
+
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+CONFIGS = {
+    "mmdet": REPOSITORY / "configs/mmdet/digits/mask-rcnn_elsa-swin_fpn_digits.py",
+    "mmseg": REPOSITORY / "configs/mmseg/digits/elsa-swin_upernet_digits.py",
+}
+ARCH = dict(embed_dim=16, depths=[1, 1, 1, 2], num_heads=[1, 2, 4, 8], group_width=8)
+ARCH |= dict(kernel_size=3, window_size=3)
+WIDTHS = ("in_channels", "out_channels", "feat_channels", "channels", "fc_out_channels")
+WIDTHS += ("conv_out_channels",)
+
+
+def narrow(model, prefix="model"):
+    """--cfg-options that make every part of a published detector or segmentor narrow."""
+    values = {f"{prefix}.backbone.arch.{name}": str(value) for name, value in ARCH.items()}
+    values[f"{prefix}.backbone.arch._delete_"] = True
+    return values | _widths({k: v for k, v in model.items() if k != "backbone"}, prefix)
+
+
+def _widths(node, prefix):
+    values = {}
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node):
+        name = f"{prefix}.{key}"
+        if key in WIDTHS and isinstance(value, (list, tuple)):  # of the backbone's stages
+            values[name] = str([ARCH["embed_dim"] * 2**stage for stage in range(len(value))])
+        elif key in WIDTHS and isinstance(value, int):  # 384: stage 3, for the auxiliary head
+            values[name] = 64 if value == 384 else 16
+        elif isinstance(value, (dict, list)):
+            values |= _widths(value, name)
+    return values
+
+
+def options(framework, digits, **more):
+    """--cfg-options and their values: the tests' data, 2 images a step, 4 to evaluate."""
+    values = {"default_hooks.logger.interval": 1}
+    for part in ("train", "val", "test"):
+        loader = f"{part}_dataloader"
+        values[f"{loader}.dataset.data_root"] = digits
+        values[f"{loader}.batch_size"] = 2
+        values[f"{loader}.num_workers"] = 0
+        values[f"{loader}.persistent_workers"] = False
+        if part != "train":
+            values[f"{loader}.dataset.indices"] = 4
+            if framework == "mmdet":
+                annotations = f"{digits}/annotations/instances_validation.json"
+                values[f"{part}_evaluator.ann_file"] = annotations
+    values.update({name.replace("__", "."): value for name, value in more.items()})
+    return ["--cfg-options", *(f"{name}={value}" for name, value in values.items())]

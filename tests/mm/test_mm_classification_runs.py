@@ -1,0 +1,339 @@
+"""Short trainings of the classification configs, with our tools and with MMPretrain's, and what a
+classifier's checkpoint is good for afterwards.
+
+Only sizes are reduced. The data are single digits in ImageNet's layout.
+"""
+
+import json
+import math
+import pickle
+import runpy
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("detectron2")
+pytest.importorskip("mmpretrain")
+
+from detectron2.modeling import build_model
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from mmpretrain.visualization import UniversalVisualizer
+
+import elsa_d2
+from elsa_core.weights import convert_file
+from elsa_mm import cli
+from elsa_tools.convert import main as convert_weights
+from examples.digits.imagenet_layout import write_layout
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+DIGITS = CONFIGS / "mmpretrain/digits/elsa-swin_digits.py"
+LEAVES = {
+    arch: CONFIGS / f"mmpretrain/elsa_swin/elsa-swin-{arch}_8xb128_in1k.py"
+    for arch in ("tiny", "small", "base")
+}
+TOOLS = Path(find_spec("mmpretrain").origin).parent / ".mim/tools"
+SMALL = {"embed_dim": 32, "depths": "[1,1,2,1]", "num_heads": "[1,2,4,8]", "group_width": 8}
+SMALL |= {"window_size": 5, "_delete_": True}  # that of the digits configs of all frameworks
+
+
+@pytest.fixture(scope="module")
+def imagenet(digits, tmp_path_factory):
+    """The digits as ImageNet: 1000 classes by its lists of files, of which the data shows 10."""
+    root = tmp_path_factory.mktemp("imagenet")
+    write_layout(digits, root, progress=False)
+    (root / "meta").mkdir()
+    for part in ("train", "val"):
+        files = sorted(path.relative_to(root / part) for path in (root / part).rglob("*.JPEG"))
+        lines = [f"{path} {path.parent}\n" for path in files]
+        (root / f"meta/{part}.txt").write_text("".join(lines))
+    return root
+
+
+@pytest.fixture(scope="module")
+def folders(digits, tmp_path_factory):
+    """The same with a folder for each of ten classes, which the digits config expects."""
+    root = tmp_path_factory.mktemp("folders")
+    write_layout(digits, root, progress=False)
+    return root
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """A work folder, and no visualizer of an earlier run."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    UniversalVisualizer._instance_dict.clear()
+
+
+def loaders(root, images=2):
+    values = {"default_hooks.logger.interval": 1}
+    for part in ("train", "val", "test"):
+        values |= {
+            f"{part}_dataloader.{name}": value
+            for name, value in {
+                "batch_size": 2,
+                "num_workers": 0,
+                "persistent_workers": False,
+                "dataset.data_root": root,
+                "dataset.indices": images if part == "train" else 4,
+            }.items()
+        }
+    return values
+
+
+def published(root, epochs):
+    """--cfg-options for epochs of one iteration on images of 64 pixels, an evaluation after two,
+    with the backbone of the digits configs."""
+    values = loaders(root) | {
+        "train_cfg.max_epochs": epochs,
+        "train_cfg.val_begin": 2,
+        **{f"train_dataloader.dataset.pipeline.1.transforms.{i}.0.scale": 64 for i in (0, 1)},
+    }
+    for part in ("val", "test"):
+        values[f"{part}_dataloader.dataset.pipeline.1.scale"] = 70
+        values[f"{part}_dataloader.dataset.pipeline.2.crop_size"] = 64
+    values |= {f"model.backbone.arch.{name}": value for name, value in SMALL.items()}
+    return values | {"model.head.in_channels": 256}
+
+
+def run(tool, *arguments, **options):
+    """The exit status of a tool of ours."""
+    options = {"log_level": "INFO", **options}
+    arguments = [*map(str, arguments), "--cfg-options"]
+    return getattr(cli, tool)([*arguments, *(f"{key}={value}" for key, value in options.items())])
+
+
+def last_state(folder="runs"):
+    path = Path(folder, "last_checkpoint").read_text()
+    return torch.load(path, weights_only=False, map_location="cpu")
+
+
+def scalars(folder="runs"):
+    logs = sorted(Path(folder).glob("*/vis_data/2*.json"))
+    return [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+
+
+def train_twice(arch, root):
+    """One epoch, then a resumed second one with an evaluation."""
+    for epochs in (1, 2):
+        options = published(root, epochs)
+        assert run("train", LEAVES[arch], "--work-dir", "runs", "--resume", **options) == 0
+        assert last_state()["meta"]["iter"] == epochs
+
+
+@pytest.mark.parametrize("arch", LEAVES)
+def test_short_training_evaluates_saves_and_resumes(imagenet, arch):
+    train_twice(arch, imagenet)
+    state = last_state()
+    assert ("ema_state_dict" in state) == (arch == "base")
+    assert {int(values["step"]) for values in state["optimizer"]["state"].values()} == {2}
+    lines = scalars()
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 2 and all(math.isfinite(loss) and loss > 1 for loss in losses)
+    assert {"accuracy/top1", "accuracy/top5"} <= set(lines[-1])
+    best = torch.load("runs/best_accuracy_top1_epoch_2.pth", weights_only=False)
+    assert equal(best["state_dict"], state["state_dict"])
+    assert state["meta"]["seed"] == 42
+    assert "mixed precision is bfloat16" in next(Path("runs").glob("2*/*.log")).read_text()
+
+
+@pytest.fixture(scope="module")
+def averaged(imagenet, tmp_path_factory):
+    """The checkpoint of a short training with averaged weights, of the digits models' size."""
+    folder = tmp_path_factory.mktemp("averaged")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train_twice("base", imagenet)
+        return folder / last_path()
+
+
+def last_path():
+    return Path("runs/last_checkpoint").read_text()
+
+
+def trained_weights(checkpoint):
+    """Those of the training itself, which MMEngine swaps with the averaged ones in the file."""
+    state = checkpoint["ema_state_dict"]
+    return {n.removeprefix("module."): t for n, t in state.items() if n.startswith("module.")}
+
+
+def test_averaged_weights_are_the_checkpoint(averaged, imagenet):
+    checkpoint = torch.load(averaged, weights_only=False)
+    mean, trained = checkpoint["state_dict"], trained_weights(checkpoint)
+    assert mean.keys() == trained.keys() and int(checkpoint["ema_state_dict"]["steps"]) == 2
+    name = "backbone.layers.0.blocks.0.mlp.fc1.weight"
+    assert not torch.equal(mean[name], trained[name])
+    (lines,) = [line for line in scalars(averaged.parent) if "accuracy/top1" in line]
+    options = published(imagenet, 1)
+    assert run("test", LEAVES["base"], averaged, "--work-dir", "evaluated", **options) == 0
+    (saved,) = Path("evaluated").glob("*/2*.json")
+    assert json.loads(saved.read_text())["accuracy/top5"] == lines["accuracy/top5"]
+
+
+def backbone_of(state, prefix="backbone."):
+    """Without output norms: detectors train their own."""
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix) and not name.startswith(f"{prefix}norm")
+    }
+
+
+def equal(left, right):
+    assert left.keys() == right.keys()
+    return all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(
+    "config",
+    ["mmdet/digits/mask-rcnn_elsa-swin_fpn_digits", "mmseg/digits/elsa-swin_upernet_digits"],
+)
+def test_checkpoint_initialises_models_of_openmmlab(averaged, config):
+    cfg = Config.fromfile(CONFIGS / f"{config}.py")
+    cfg.model.backbone.init_cfg = dict(type="Pretrained", checkpoint=str(averaged))
+    with DefaultScope.overwrite_default_scope(cfg.default_scope):
+        model = MODELS.build(cfg.model)
+        model.init_weights()
+    wanted = torch.load(averaged, weights_only=False)["state_dict"]
+    assert equal(backbone_of(model.state_dict()), backbone_of(wanted))
+    assert all(torch.equal(t, torch.ones_like(t)) for t in [model.backbone.norm3.weight])
+
+
+def test_checkpoint_initialises_a_model_of_detectron2(averaged):
+    config = CONFIGS / "detectron2/digits/mask_rcnn_elsa_swin_digits.yaml"
+    cfg = elsa_d2.load_config(str(config), ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(averaged)])
+    model = build_model(cfg)
+    elsa_d2.AtomicCheckpointer(model).resume_or_load(cfg.MODEL.WEIGHTS, resume=False)
+    wanted = torch.load(averaged, weights_only=False)["state_dict"]
+    prefix = "backbone.bottom_up."
+    assert equal(backbone_of(model.state_dict(), prefix), backbone_of(wanted))
+
+
+@pytest.mark.parametrize("option", [None, "--ema", "--no-ema"])
+def test_checkpoint_is_converted(averaged, capsys, option):
+    options = [option] if option else []
+    arguments = [str(averaged), "original.pth", "--to", "original", *options]
+    assert convert_weights(arguments) == 0
+    averages = option != "--no-ema"
+    assert ("MMPretrain, classifier" in (said := capsys.readouterr().out)) and (
+        ("EMA weights" in said) == averages
+    )
+    checkpoint = torch.load(averaged, weights_only=False)
+    wanted = checkpoint["state_dict"] if averages else trained_weights(checkpoint)
+    convert_file("original.pth", "back.pth", "mmpretrain")
+    assert equal(torch.load("back.pth")["state_dict"], dict(wanted))
+
+
+def test_test_tool_agrees_paints_and_keeps_predictions(folders):
+    options = loaders(folders, images=1000) | {"train_cfg.max_iters": 2}
+    options |= {"test_dataloader.batch_size": 3}
+    assert run("train", DIGITS, "--work-dir", "runs", **options) == 0
+    arguments = [DIGITS, last_path(), "--work-dir", "evaluated"]
+    more = ["--out", "predictions.pkl", "--show-dir", "painted"]
+    assert run("test", *arguments, *more, **options) == 0
+    (saved,) = Path("evaluated").glob("*/2*.json")
+    metrics = json.loads(saved.read_text())
+    (trained,) = [line for line in scalars() if "accuracy/top1" in line]
+    assert {name: trained[name] for name in ("accuracy/top1", "accuracy/top5")} == pytest.approx(
+        {name: metrics[name] for name in ("accuracy/top1", "accuracy/top5")}
+    )
+    predictions = pickle.loads(Path("predictions.pkl").read_bytes())
+    scores = torch.stack([sample["pred_score"] for sample in predictions])
+    assert scores.shape == (4, 10) and torch.allclose(scores.sum(1), torch.ones(4))
+    right = [int(sample["pred_label"] == sample["gt_label"]) for sample in predictions]
+    assert 100 * sum(right) / 4 == pytest.approx(metrics["accuracy/top1"])
+    assert len(list(Path("painted").glob("*.png"))) == 4
+
+
+def test_mirrored_images_are_averaged(imagenet):
+    options = published(imagenet, 1)
+    options |= {"tta_pipeline.1.scale": 70, "tta_pipeline.2.crop_size": 64}
+    assert run("train", LEAVES["small"], "--work-dir", "runs", "--auto-scale-lr", **options) == 0
+    (line,) = [line for line in scalars() if "loss" in line]
+    assert line["lr"] == pytest.approx(1e-6)  # of the first epoch
+    (highest,) = {group["initial_lr"] for group in last_state()["optimizer"]["param_groups"]}
+    assert highest == pytest.approx(1e-3 * 2 / 1024)
+    arguments = [LEAVES["small"], last_path(), "--work-dir", "evaluated"]
+    scores = {}
+    for name, flags in (("plain", []), ("augmented", ["--tta"])):
+        assert run("test", *arguments, "--out", f"{name}.pkl", *flags, **options) == 0
+        found = pickle.loads(Path(f"{name}.pkl").read_bytes())
+        scores[name] = torch.stack([sample["pred_score"] for sample in found])
+    assert scores["plain"].shape == scores["augmented"].shape == (4, 1000)
+    assert not torch.equal(scores["plain"], scores["augmented"])
+    assert torch.allclose(scores["augmented"].sum(1), torch.ones(4))
+
+
+def test_mixed_precision_without_a_gpu(folders, caplog):
+    options = loaders(folders, images=4) | {"train_cfg.max_iters": 2}
+    assert run("train", DIGITS, "--work-dir", "runs", "--amp", **options) == 0
+    losses = [line["loss"] for line in scalars() if "loss" in line]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    assert "mixed precision is bfloat16" in next(Path("runs").glob("2*/*.log")).read_text()
+
+
+def test_mmpretrains_own_tools_run_the_configs(imagenet, monkeypatch):
+    options = published(imagenet, 2) | {"optim_wrapper.type": "OptimWrapper"}  # no GPU, no AMP
+    options = [f"{key}={value}" for key, value in options.items()]
+
+    def run_tool(name, *arguments):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments), "--cfg-options", *options])
+        runpy.run_path(str(TOOLS / name), run_name="__main__")
+
+    run_tool("train.py", LEAVES["small"], "--work-dir", "runs")
+    assert last_state()["meta"]["iter"] == 2
+    run_tool("test.py", LEAVES["small"], last_path(), "--work-dir", "evaluated", "--out", "a.pkl")
+    assert len(pickle.loads(Path("a.pkl").read_bytes())) == 4
+
+
+def refusal(capfd, tool, *arguments, **options):
+    capfd.readouterr()
+    assert run(tool, *arguments, **options) == 2
+    return capfd.readouterr().err.strip().splitlines()[-1].removeprefix(f"{tool}: ")
+
+
+def test_refusals_before_anything_is_built(capfd, tmp_path):
+    assert refusal(capfd, "train", DIGITS) == (
+        f"the train data's folder {tmp_path}/data/digits_imagenet/train (split) does not exist"
+    )
+    options = {"model.head.in_channels": 64}
+    assert refusal(capfd, "train", DIGITS, **options) == (
+        "model.head.in_channels must be the backbone's 256, got 64"
+    )
+
+
+@pytest.mark.parametrize(
+    "setting, place", [("model.head", "model.head"), ("data_preprocessor", "data_preprocessor")]
+)
+def test_another_number_of_classes_than_the_data(capfd, folders, setting, place):
+    options = loaders(folders) | {f"{setting}.num_classes": 7}
+    assert refusal(capfd, "train", DIGITS, **options) == (
+        f"{place}.num_classes must be the 10 classes of the train data, got 7"
+    )
+
+
+def test_less_data_than_a_batch(capfd, imagenet):
+    options = published(imagenet, 1) | {"train_dataloader.dataset.indices": 1}
+    assert refusal(capfd, "train", LEAVES["small"], **options) == (
+        "the train data must fill a batch in each process where train_dataloader.drop_last is set, "
+        "got 1 images"
+    )
+
+
+def test_data_of_other_class_folders(capfd, folders, tmp_path):
+    assert refusal(capfd, "train", LEAVES["small"], **published(folders, 1)) == (
+        "the train data must have a folder for each of the data set's 1000 classes, it has 10 "
+        "folders"
+    )
+    for part in ("train", "val"):
+        for name in range(10):
+            (tmp_path / f"empty/{part}/{name}").mkdir(parents=True)
+    assert refusal(capfd, "train", DIGITS, **loaders(tmp_path / "empty")) == (
+        "the train data set is empty: no image, or none with objects of the classes"
+    )

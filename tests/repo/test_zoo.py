@@ -1,0 +1,266 @@
+"""The model zoo: nothing without an origin, counts that can be trusted, commands that work."""
+
+import shlex
+import shutil
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import load_tool
+
+pytest.importorskip("detectron2")
+pytest.importorskip("mmdet")
+
+from mmengine.config import Config
+from mmengine.registry import MODELS, DefaultScope
+from torch import nn
+
+import elsa_core
+import elsa_d2
+from elsa_mm import cli
+
+make_zoo = load_tool("make_zoo")
+
+from zoo import counts, page  # noqa: E402
+from zoo.metafiles import ORIGINS, ZooError, read_models  # noqa: E402
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "MODEL_ZOO.md").read_text()
+
+
+@pytest.fixture
+def root(tmp_path):
+    """A copy of what the zoo is made from."""
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    for name in ("model-index.yml", "MODEL_ZOO.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    return tmp_path
+
+
+@pytest.fixture
+def fast_counts(monkeypatch):
+    """Counting is tested by itself and takes most of the time."""
+    monkeypatch.setattr(page, "_Measure", lambda root: lambda model: (48_647_226, 269_000_000_000))
+
+
+@pytest.fixture
+def edit(root):
+    """Changes the first model of a metafile."""
+
+    def change(function, framework="mmdet"):
+        path = root / f"configs/{framework}/elsa_swin/metafile.yml"
+        content = yaml.safe_load(path.read_text())
+        function(content["Models"][0])
+        path.write_text(yaml.safe_dump(content, sort_keys=False))
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "arch, millions, giga", [("tiny", 29, 4.8), ("small", 53, 9.6), ("base", 93, 16.7)]
+)
+def test_classification_counts(arch, millions, giga):
+    name = f"elsa-swin-{arch}_8xb128_in1k.py"
+    model = counts.openmmlab_model(ROOT / "configs/mmpretrain/elsa_swin" / name)
+    assert round(counts.parameters(model) / 1e6) == millions
+    assert round(counts.classifier_operations(model, (224, 224)) / 1e9, 1) == giga
+
+
+def test_operations_of_elsa_by_hand():
+    arch = dict(embed_dim=12, depths=[1, 1], num_heads=[2, 3], group_width=4, window_size=3)
+    model = elsa_core.ELSASwin(arch, out_indices=(1,)).eval()
+    positions, channels, taps = 12 * 12, 12, 49
+    patches = positions * channels * 3 * 16
+    # dim_qk is 8: projection, grouped convolution, logits, neighbourhood, ghost filters, output.
+    elsa = positions * (channels * 28 + 8 * 4 * taps + 8 * 2 * taps + 2 * channels * taps)
+    elsa += positions * channels**2
+    mlp = positions * 2 * channels * 4 * channels
+    merging = positions // 4 * 48 * 24
+    window = 36 * (24 * 72 + 24 * 24) + 2 * 36 * 9 * 24
+    mlp += 36 * 2 * 24 * 4 * 24
+    expected = patches + elsa + mlp + merging + window
+    assert counts.operations(model, (48, 48)) == expected
+
+
+@pytest.mark.parametrize(
+    "framework, config, dataset, giga",
+    [
+        # As the Swin Transformer's paper (arXiv 2103.14030) and its detection code state them.
+        ("mmdet", "swin/mask-rcnn_swin-t-p4-w7_fpn_1x_coco.py", "COCO", 267),
+        (
+            "mmseg",
+            "swin/swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
+            "ADE20K",
+            945,
+        ),
+    ],
+)
+def test_counting_agrees_with_published_figures_of_stock_swin(framework, config, dataset, giga):
+    folder = Path(find_spec(framework).origin).parent / ".mim/configs"
+    cfg = Config.fromfile(folder / config)
+    with DefaultScope.overwrite_default_scope(framework):
+        model = MODELS.build(cfg.model).eval()
+    counted = counts.OPERATIONS[framework](model, counts.SIZES[dataset]) / 1e9
+    assert counted == pytest.approx(giga, rel=2e-3)
+
+
+def test_operator_without_a_formula_is_refused():
+    class Model(nn.Module):
+        def forward(self, x):
+            return torch.ops.elsa.attention_backward(x, x, x, None, None, 1, 1)
+
+    with pytest.raises(NotImplementedError, match="no formula for elsa.attention_backward"):
+        counts.operations(lambda x: Model()(x.new_empty(1, 2, 2, 3)), (4, 4))
+
+
+def test_every_figure_in_the_zoo_has_an_origin_and_a_source():
+    models = read_models(ROOT)
+    figures = [f for row in models for f in row.figures]
+    assert len(models) == 8 + 2 + 4 + 3 and len(figures) == 8 * 2 + 2 * 4 + 2 + 3
+    assert all(figure.origin in ORIGINS and figure.source for figure in figures)
+    # All are the authors' so far, and none of their checkpoints has been converted.
+    assert {figure.origin for figure in figures} == {"published by the authors"}
+    for figure in figures:
+        assert f"| {figure.value} |" in PAGE
+
+
+def test_gpus_make_the_batch_that_the_configs_are_for():
+    batches = {"COCO": 16, "ADE20K": 16, "Cityscapes": 8, "ImageNet-1K": 1024}
+    # One of each: the bases are common.
+    for model in {(m.framework, m.dataset): m for m in read_models(ROOT)}.values():
+        cfg = Config.fromfile(ROOT / model.config)
+        images = cfg.train_dataloader.batch_size * model.gpus
+        assert images == batches[model.dataset] == cfg.auto_scale_lr.base_batch_size
+        if model.detectron2_config:
+            other = elsa_d2.load_config(str(ROOT / model.detectron2_config))
+            assert other.SOLVER.IMS_PER_BATCH == images
+
+
+def test_models_without_figures_are_said_to_have_none():
+    models = read_models(ROOT)
+    assert {m.dataset for m in models if not m.figures} == {"Cityscapes"}
+    sections = dict(part.split("\n", 1) for part in PAGE.split("\n## ")[1:])
+    for dataset in counts.SIZES:
+        without = f"The authors publish no figures for {dataset}" in sections[dataset]
+        assert without == (dataset == "Cityscapes")
+        rows = [line for line in sections[dataset].splitlines() if line.startswith("| ELSA-Swin-")]
+        assert len(rows) == sum(model.dataset == dataset for model in models)
+
+
+def test_metafiles_are_read_by_openmim():
+    """Through the package that it reads them with."""
+    modelindex = pytest.importorskip("modelindex.load_model_index")
+    index = modelindex.load(str(ROOT / "model-index.yml"))
+    index.build_models_with_collections()
+    models = read_models(ROOT)
+    assert {m.name: m.config for m in index.models} == {m.name: m.config for m in models}
+    for read, model in zip(index.models, models, strict=True):
+        metrics = {k: v for result in read.results or [] for k, v in result.metrics.items()}
+        assert metrics == {figure.metric: figure.value for figure in model.figures}
+
+
+def test_page_is_made_from_what_the_metafiles_say(root, edit, fast_counts):
+    def measure(model):
+        model["Weights"] = "https://example.org/model.pth"
+        model["Metadata"] |= {
+            "SHA256": "0" * 64,
+            "Training Memory (GB)": 7.5,
+            "Measured On": "a GPU, 2026-01-01",
+        }
+        model["Results"].append(
+            {
+                "Task": "Object Detection",
+                "Dataset": "COCO",
+                "Metrics": {"box AP": 45.6},
+                "Origin": "trained here",
+                "Source": "log.json",
+            }
+        )
+
+    assert "Training Memory" not in page.make_page(root)
+    edit(measure)
+    (row,) = (line for line in page.make_page(root).splitlines() if "| 45.7, 45.6 |" in line)
+    assert "*published by the authors* (1); *trained here* (2)" in row
+    assert "[weights](https://example.org/model.pth), SHA-256 `0000" in row
+    assert "7.5 (a GPU, 2026-01-01)" in row
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (lambda m: m["Results"][0].pop("Origin"), "Origin must be one of published by the authors"),
+        (lambda m: m["Results"][0].update(Origin="guessed"), "got guessed"),
+        (lambda m: m["Results"][0].pop("Source"), "a figure needs its Source"),
+        (lambda m: m.update(Weights="https://example.org/a.pth"), "Weights need their SHA256"),
+        (lambda m: m["Metadata"].update({"Training Memory (GB)": 1}), "needs Measured On"),
+        (lambda m: m.update(Name="other"), "the config must have the model's name"),
+        (lambda m: m["Metadata"].update({"Detectron2 Config": "a.yaml"}), "a.yaml does not exist"),
+        (lambda m: m.pop("Results"), "Results is missing"),
+        (lambda m: m.update({"In Collection": "other"}), "the collection other is not there"),
+        (
+            lambda m: m["Metadata"].update({"Training Resources": "a GPU"}),
+            "Training Resources must be like '8 GPUs with 2 images each', got a GPU",
+        ),
+    ],
+)
+def test_wrong_metafile(root, edit, capsys, change, sentence):
+    edit(change)
+    assert make_zoo.main(["--root", str(root)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("make_zoo: configs/mmdet/elsa_swin/metafile.yml, ")
+    assert sentence in error and error.count("\n") == 1
+    assert (root / "MODEL_ZOO.md").read_text() == PAGE
+
+
+def test_frameworks_with_other_numbers_of_parameters(root):
+    name = "upernet_elsa_swin_t_160k.yaml"
+    leaf = root / "configs/detectron2/ADE20K-SemanticSegmentation" / name
+    leaf.write_text(leaf.read_text() + "  SEM_SEG_HEAD:\n    CONVS_DIM: 256\n")
+    model = next(model for model in read_models(root) if leaf.name in model.detectron2_config)
+    with pytest.raises(ZooError, match=f"has 60,794,486 parameters, .*{name} has 3"):
+        page._Measure(root)(model)
+
+
+def test_check_finds_a_stale_page(root, fast_counts, capsys):
+    tool = make_zoo
+    arguments = ["--root", str(root)]
+    assert tool.main(arguments) == 0 and tool.main([*arguments, "--check"]) == 0
+    with (root / "MODEL_ZOO.md").open("a") as file:
+        file.write("by hand\n")
+    assert tool.main([*arguments, "--check"]) == 1
+    assert capsys.readouterr().err == (
+        "make_zoo: MODEL_ZOO.md is not what the metafiles and the models say: run make zoo\n"
+    )
+
+
+def test_commands_of_the_page_are_understood(tmp_path, monkeypatch):
+    """By the parsers of the tools, with files that exist."""
+    commands = [line for line in PAGE.splitlines() if " tools/" in line and line[0] in "tp"]
+    models = {model.config: model for model in read_models(ROOT)}
+    by_detectron2 = {model.detectron2_config: model for model in models.values()}
+    assert len(commands) == 4 * 14 + 2 * 3
+    options = load_tool("train_net")
+    for line in commands:
+        words = shlex.split(line)
+        place = next(i for i, word in enumerate(words) if word.startswith("tools/"))
+        tool, arguments = words[place], words[place + 1 :]
+        assert (ROOT / tool).is_file()
+        if tool == "tools/train_net.py":
+            parsed = options.parse_arguments(arguments)
+            config = parsed.config_file
+            assert parsed.num_gpus == by_detectron2[config].gpus
+            assert "MODEL.WEIGHTS" in parsed.opts
+        else:
+            config = arguments[0]
+            assert words[:3] == ["torchrun", "--nproc-per-node", str(models[config].gpus)]
+            assert "--launcher" in arguments
+            assert ("CHECKPOINT" in arguments) == (tool == "tools/test.py")
+        assert (ROOT / config).is_file()
+    # One of each for OpenMMLab, up to the files that are not there.
+    monkeypatch.chdir(tmp_path)
+    for line in [*commands[:2], *commands[-2:]]:
+        words = shlex.split(line)
+        arguments = [word for word in words[4:] if word not in ("--launcher", "pytorch")]
+        assert getattr(cli, Path(words[3]).stem)([str(ROOT / arguments[0]), *arguments[1:]]) == 2

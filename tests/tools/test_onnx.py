@@ -1,0 +1,196 @@
+"""ONNX files compared with PyTorch: the backbone and UPerNet of both frameworks, at any size."""
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import torch
+
+from elsa_core import ELSASwin
+from elsa_core.runtime.errors import UsageError
+from elsa_tools.export import graph as onnx_graph
+from elsa_tools.export import onnx as onnx_export
+from elsa_tools.export.cli import main
+from elsa_tools.export.onnx import SIZES, TOLERANCE, Backbone, compare, export, wrap
+from elsa_tools.predict import load_predictor
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+SEG = {
+    "detectron2": str(CONFIGS / "detectron2/digits/upernet_elsa_swin_digits.yaml"),
+    "mmseg": str(CONFIGS / "mmseg/digits/elsa-swin_upernet_digits.py"),
+}
+DET = str(CONFIGS / "mmdet/digits/mask-rcnn_elsa-swin_fpn_digits.py")
+SMALL = dict(
+    embed_dim=12,
+    depths=[1, 1, 1, 2],
+    num_heads=[1, 2, 3, 4],
+    group_width=4,
+    kernel_size=3,
+    window_size=3,
+)
+
+
+def randomised(backbone, seed=0):
+    """Every parameter away from its start, so that none is left out unnoticed."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in backbone.parameters():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return backbone.eval()
+
+
+def outputs(path, image):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return session.run(None, {"image": image.numpy()})
+
+
+@pytest.mark.parametrize(
+    "changes, always_shift",
+    [
+        ({}, True),
+        ({"kernel_size": 5, "lam": 1}, False),
+        ({"lam": 2, "gamma": 0, "window_size": 4}, True),
+    ],
+    ids=str,
+)
+def test_the_backbone_is_the_same(changes, always_shift, tmp_path):
+    backbone = randomised(ELSASwin({**SMALL, **changes}, always_shift=always_shift))
+    path = str(tmp_path / "backbone.onnx")
+    found = export(Backbone(backbone, None), path)
+    assert [difference.shape[2:] for difference in found] == list(SIZES)
+    assert all(difference.value <= TOLERANCE for difference in found)
+    # Sizes that the export has not seen: smaller than a window, far from square.
+    for shape in ((1, 3, 4, 4), (3, 3, 33, 190)):
+        image = torch.randn(shape)
+        with torch.no_grad():
+            wanted = backbone(image)
+        for a, b in zip(outputs(path, image), wanted, strict=True):
+            assert np.abs(a - b.numpy()).max() <= TOLERANCE
+
+
+def test_some_outputs_only(tmp_path):
+    backbone = randomised(ELSASwin(SMALL, out_indices=(1, 2)))
+    path = str(tmp_path / "two.onnx")
+    export(Backbone(backbone, None), path, sizes=[(40, 50)])
+    model = onnx.load(path)
+    assert [output.name for output in model.graph.output] == ["res3", "res4"]
+    sides = [d.dim_param or d.dim_value for d in model.graph.output[0].type.tensor_type.shape.dim]
+    assert sides == ["batch", 24, "ceil(height/8)", "ceil(width/8)"]
+
+
+def test_the_tiny_variant_is_the_same(tmp_path, capsys):
+    path = tmp_path / "tiny.onnx"
+    assert main(["--arch", "tiny", "--out", str(path)]) == 0
+    printed = capsys.readouterr()
+    assert printed.out.count("onnxruntime and PyTorch differ by") == 3
+    assert "random" in printed.err
+    model = onnx.load(path)
+    assert {(o.domain, o.version) for o in model.opset_import} == {("", 20)}
+    assert {node.domain for node in model.graph.node} == {""} and not model.functions
+    assert {p.key: p.value for p in model.metadata_props}["input"] == "RGB, normalised"
+
+
+@pytest.mark.parametrize("framework", SEG)
+def test_upernet_is_the_same(framework, tmp_path):
+    torch.manual_seed(0)
+    predictor = load_predictor(SEG[framework], None, device="cpu")
+    randomised(predictor.model)
+    path = str(tmp_path / "upernet.onnx")
+    found = export(wrap(predictor, "auto"), path)
+    assert all(difference.value <= TOLERANCE for difference in found)
+    # Against the framework's own way to logits, normalisation included.
+    image = torch.randint(0, 256, (1, 3, 75, 110)).float()
+    (logits,) = outputs(path, image)
+    with torch.no_grad():
+        if framework == "detectron2":
+            wanted = predictor.model([{"image": image[0]}])[0]["sem_seg"][None]
+        else:
+            data = predictor.model.data_preprocessor({"inputs": [image[0].flip(0).byte()]})
+            wanted = predictor.model.whole_inference(
+                data["inputs"], [dict(ori_shape=(75, 110), img_shape=(75, 110))]
+            )
+    assert logits.shape == (1, 11, 75, 110)
+    assert np.abs(logits - wanted.numpy()).max() <= TOLERANCE * wanted.abs().max()
+    props = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
+    assert props["mean"] == "123.675,116.28,103.53" and props["input"] == "RGB, 0..255"
+
+
+def test_a_detector_gives_its_backbone(tmp_path):
+    predictor = load_predictor(DET, None, device="cpu")
+    module = wrap(predictor, "auto")
+    assert type(module) is Backbone and module.names == ["res2", "res3", "res4", "res5"]
+    with pytest.raises(UsageError, match="UPerNet alone"):
+        wrap(predictor, "model")
+
+
+def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
+    backbone = randomised(ELSASwin(SMALL))
+    path = tmp_path / "wrong.onnx"
+    path.write_text("as before")
+    monkeypatch.setattr(onnx_graph, "_roll", lambda x, shift, back=False: x)
+    with pytest.raises(UsageError, match="must agree to 0.0001, they differ by"):
+        export(Backbone(backbone, None), str(path))
+    assert path.read_text() == "as before"
+    assert [file.name for file in tmp_path.iterdir()] == ["wrong.onnx"]
+
+
+def test_the_comparison_sees_a_difference(tmp_path):
+    path = str(tmp_path / "one.onnx")
+    export(Backbone(randomised(ELSASwin(SMALL)), None), path, sizes=[(32, 32)])
+    other = Backbone(randomised(ELSASwin(SMALL), seed=1), None)
+    assert compare(other, path, [(32, 32)])[0].value > 0.01
+
+
+class Pools(torch.nn.Module):
+    cells = (1, 2, 3, 6)
+
+    def forward(self, x):
+        return tuple(torch.nn.functional.adaptive_avg_pool2d(x, cells) for cells in self.cells)
+
+
+def test_adaptive_pooling(tmp_path):
+    path = str(tmp_path / "pools.onnx")
+    dynamic = torch.export.Dim.DYNAMIC
+    torch.onnx.export(
+        Pools(),
+        (torch.zeros(2, 3, 7, 9),),
+        path,
+        dynamo=True,
+        opset_version=onnx_export.OPSET,
+        input_names=["image"],
+        dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
+        custom_translation_table=onnx_export.TRANSLATIONS,
+        verbose=False,
+    )
+    for size in ((1, 1), (5, 7), (6, 6), (13, 4), (3, 40)):
+        x = torch.rand(2, 3, *size)
+        for got, wanted in zip(outputs(path, x), Pools()(x), strict=True):
+            assert np.allclose(got, wanted.numpy(), atol=1e-6), size
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--arch", "tiny", "--out", "m.pt"], "--out must end in .onnx"),
+        (["--arch", "tiny", "--out", "no/m.onnx"], "the folder no of --out does not exist"),
+        (["--arch", "tiny", "--out", "m.onnx", "--part", "backbone"], "belong to --config"),
+        (["--config", "no.py", "--out", "m.onnx"], "the config no.py does not exist"),
+        (["--config", SEG["mmseg"], "--weights", "no.pth", "--out", "m.onnx"], "does not exist"),
+    ],
+)
+def test_bad_use_is_one_sentence(arguments, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
+    def missing(*_, **__):
+        raise ModuleNotFoundError("No module named 'onnxscript'", name="onnxscript")
+
+    monkeypatch.setattr(onnx_export, "export", missing)
+    assert main(["--arch", "tiny", "--out", str(tmp_path / "m.onnx")]) == 2
+    assert "the Python package onnxscript is missing" in capsys.readouterr().err

@@ -1,0 +1,176 @@
+"""MODEL_ZOO.md, from the metafiles and from the models themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from . import counts
+from .metafiles import MEASURED, Figure, Model, ZooError, read_models
+
+PAGE = "MODEL_ZOO.md"
+INTRODUCTION = """\
+# Model zoo
+
+<!-- Made by `make zoo` from model-index.yml, its metafiles and the models themselves. -->
+
+Each row is one model, as a config of OpenMMLab and, classifiers apart, as one of Detectron2 with
+the same parameters.
+
+- Every figure names its origin: *published by the authors* (not measured here), *converted* (their
+  weights, converted and evaluated here) or *trained here*, and the number of its source.
+- Parameters and operations are counted here, from the models that the configs build. An operation
+  is a multiply-add ("FLOPs" in papers), for one image, which is
+  {sizes};
+  detectors have {proposals} proposals and {detections} masks.
+- Peak memory and speed have a column where they were measured, a checkpoint where there is one.
+"""
+NO_FIGURES = """\
+The authors publish no figures for {dataset}, and none have been measured here yet. These configs
+are the frameworks' own recipes for it, with ELSA-Swin and its optimiser.
+"""
+COMMANDS = """\
+## Commands
+
+Trainings are for as many GPUs as their commands name. `BACKBONE.pth` is a checkpoint of
+ImageNet-1K, `CHECKPOINT` what a training has left or a checkpoint from above. The configs of
+OpenMMLab expect COCO in `data/coco`, ADE20K in `data/ade/ADEChallengeData2016`, Cityscapes in
+`data/cityscapes` and ImageNet in `data/imagenet`, those of Detectron2 all of them where
+`DETECTRON2_DATASETS` points to. Interrupted trainings go on with `--resume`. The `tools/train.py`
+and `tools/test.py` of MMDetection, MMSegmentation and MMPretrain take the same arguments.
+"""
+
+
+def make_page(root: Path) -> str:
+    """The text of MODEL_ZOO.md; raises ZooError for what does not agree."""
+    models = read_models(root)
+    measure = _Measure(root)
+    sizes = [f"{_pixels(size)} of {dataset}" for dataset, size in counts.SIZES.items()]
+    sections = [
+        INTRODUCTION.format(
+            sizes=", ".join(sizes), proposals=counts.PROPOSALS, detections=counts.DETECTIONS
+        )
+    ]
+    if unknown := {model.dataset for model in models} - counts.SIZES.keys():
+        raise ZooError(f"the data set {min(unknown)} needs a size in tools/zoo/counts.py")
+    sources: list[str] = []
+    for dataset in counts.SIZES:
+        rows = [model for model in models if model.dataset == dataset]
+        note = "" if any(row.figures for row in rows) else NO_FIGURES.format(dataset=dataset) + "\n"
+        sections.append(f"## {dataset}\n\n{note}{_model_table(rows, measure, sources)}")
+    listed = "".join(f"{number}. {source}\n" for number, source in enumerate(sources, 1))
+    sections.append(f"## Sources\n\n{listed}")
+    sections.append(COMMANDS)
+    sections += [_commands(model) for model in models]
+    return "\n".join(sections)
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    height, width = size
+    return f"{width}x{height}"
+
+
+class _Measure:
+    """Parameters and operations of models; configs that build the same model count once."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.known: dict[tuple[str, ...], tuple[int, int]] = {}
+
+    def __call__(self, model: Model) -> tuple[int, int]:
+        built = counts.openmmlab_model(self.root / model.config)
+        size = counts.parameters(built)
+        if model.detectron2_config:
+            other = counts.parameters(counts.detectron2_model(self.root / model.detectron2_config))
+            if size != other:
+                raise ZooError(
+                    f"{model.config} has {size:,} parameters, {model.detectron2_config} has "
+                    f"{other:,}"
+                )
+        key = (model.method, model.backbone, model.dataset)
+        if key not in self.known:
+            count = counts.OPERATIONS[model.framework]
+            self.known[key] = size, count(built, counts.SIZES[model.dataset])
+        if self.known[key][0] != size:
+            raise ZooError(f"{model.config} has another number of parameters than its like")
+        return self.known[key]
+
+
+def _model_table(
+    models: Sequence[Model], measure: Callable[[Model], tuple[int, int]], sources: list[str]
+) -> str:
+    metrics = sorted({figure.metric for model in models for figure in model.figures})
+    measured = [key for key in MEASURED if any(key in model.measured for model in models)]
+    names = ["backbone", "method", "schedule", *metrics]
+    names += ["origin of the figures"] if metrics else []
+    names += ["parameters", "operations", *measured, "checkpoint", "configs"]
+    rows = []
+    for model in models:
+        parameters, operations = measure(model)
+        rows.append(
+            [
+                model.backbone,
+                model.method,
+                model.schedule,
+                *(_values(model.figures, metric) for metric in metrics),
+                *([_origins(model.figures, sources)] if metrics else []),
+                *_sizes(parameters, operations),
+                *(model.measured.get(key, "-") for key in measured),
+                _checkpoint(model),
+                _configs(model),
+            ]
+        )
+    return _table(names, rows)
+
+
+def _configs(model: Model) -> str:
+    links = f"[OpenMMLab]({model.config})"
+    other = model.detectron2_config
+    return f"{links}, [Detectron2]({other})" if other else links
+
+
+def _values(figures: Sequence[Figure], metric: str) -> str:
+    return ", ".join(str(figure.value) for figure in figures if figure.metric == metric) or "-"
+
+
+def _origins(figures: Sequence[Figure], sources: list[str]) -> str:
+    """The figures' origins with the numbers of their sources, which are added to ``sources``."""
+    sources += [s for s in dict.fromkeys(f.source for f in figures) if s not in sources]
+    return "; ".join(
+        dict.fromkeys(f"*{f.origin}* ({sources.index(f.source) + 1})" for f in figures)
+    )
+
+
+def _sizes(parameters: int, operations: int) -> tuple[str, str]:
+    digits = 1 if operations < 100e9 else 0
+    return f"{parameters / 1e6:.1f} M", f"{operations / 1e9:.{digits}f} G"
+
+
+def _checkpoint(model: Model) -> str:
+    return f"[weights]({model.weights}), SHA-256 `{model.sha256}`" if model.weights else "none yet"
+
+
+def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _commands(model: Model) -> str:
+    launch = f"torchrun --nproc-per-node {model.gpus}"
+    tta = model.framework == "mmseg"
+    train = f"{launch} tools/train.py {model.config} --launcher pytorch"
+    test = f"{launch} tools/test.py {model.config} CHECKPOINT --launcher pytorch"
+    if model.framework != "mmpretrain":
+        train += " --cfg-options model.backbone.init_cfg.type=Pretrained"
+        train += " model.backbone.init_cfg.checkpoint=BACKBONE.pth"
+    lines = ["# OpenMMLab", train, test + (" --tta" if tta else "")]
+    if model.detectron2_config:
+        detectron2 = f"python tools/train_net.py --config-file {model.detectron2_config}"
+        lines += [
+            "# Detectron2",
+            f"{detectron2} --num-gpus {model.gpus} MODEL.WEIGHTS BACKBONE.pth",
+            f"{detectron2} --num-gpus {model.gpus} --eval-only MODEL.WEIGHTS CHECKPOINT"
+            + (" TEST.AUG.ENABLED True" if tta else ""),
+        ]
+    title = f"### {model.method}, {model.backbone}, {model.dataset}, {model.schedule}"
+    return "\n".join([title, "", "```sh", *lines, "```", ""])
