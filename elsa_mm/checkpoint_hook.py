@@ -22,12 +22,12 @@ from elsa_core.runtime.lock import TrainingLock
 from elsa_core.runtime.preemption import (
     FAILED,
     REFUSED,
-    Ended,
     StopSignals,
-    largest,
+    TrainingEnded,
+    ended_by_signal,
+    max_over_ranks,
     resume_hint,
-    spare_workers,
-    stopped,
+    shield_workers,
 )
 
 from .resume_order import continue_order, seed_iteration
@@ -40,10 +40,10 @@ class StoppableCheckpointHook(CheckpointHook):
     """MMEngine's checkpoints, and one more when SIGTERM or SIGUSR1 ends the training.
 
     The signal, which one process may have received, ends all of them at the next iteration that
-    the optimizer has stepped in, with `elsa_core.runtime.preemption.Ended`; validations are broken
-    off. The state goes into the regular checkpoint of that iteration, or into ``stopped.pth``
-    where those are counted in epochs. A resumed training takes up the seed and the order of the
-    data where it was left, in the middle of an epoch too.
+    the optimizer has stepped in, with `elsa_core.runtime.preemption.TrainingEnded`; validations
+    are broken off. The state goes into the regular checkpoint of that iteration, or into
+    ``stopped.pth`` where those are counted in epochs. A resumed training takes up the seed and the
+    order of the data where it was left, in the middle of an epoch too.
 
     Every file appears complete or not at all, and where one cannot be written, the training ends
     in all processes. It also ends when losses or gradients are not finite
@@ -78,12 +78,12 @@ class StoppableCheckpointHook(CheckpointHook):
         try:
             self.lock.acquire()
         except UsageError as error:
-            _fail(runner, Ended(REFUSED, str(error)))
+            _fail(runner, TrainingEnded(REFUSED, str(error)))
         self._watch(runner)
         continue_order(runner)
-        spare_workers(runner.train_dataloader)
+        shield_workers(runner.train_dataloader)
         if runner.val_loop is not None:
-            spare_workers(runner.val_dataloader)
+            shield_workers(runner.val_dataloader)
         self.saved = runner.iter
         self.signals = StopSignals()
         self.signals.listen()
@@ -98,8 +98,8 @@ class StoppableCheckpointHook(CheckpointHook):
         good = (resumed if isinstance(resumed, str) else source) if resumed else None
         self.good = os.path.abspath(good) if good and os.path.exists(good) else good
         name = _spoilt(runner)
-        if largest(bool(name)):
-            raise Ended(
+        if max_over_ranks(bool(name)):
+            raise TrainingEnded(
                 REFUSED,
                 f"{source or 'the model'} cannot be trained: "
                 f"{name or 'a part of another process'} holds NaN or infinity",
@@ -122,14 +122,14 @@ class StoppableCheckpointHook(CheckpointHook):
         """Takes note of losses that are not finite, and ends the training after too many."""
         # As in BaseModel.parse_losses: the others are for the log.
         bad = not_finite({name: value for name, value in outputs.items() if "loss" in name})
-        done, anywhere = runner.iter + 1, bool(largest(bool(bad)))
+        done, anywhere = runner.iter + 1, bool(max_over_ranks(bool(bad)))
         if problem := self.watch.count(bad, anywhere, _has_stepped(runner)):
             runner.logger.warning(f"iteration {done}: {problem}")
         if self.watch.at_limit or self.watch.bad and self.is_last_train_iter(runner):
             _fail(runner, self.watch.ended(done, self.good))
         if self.watch.recovered:
             name = _spoilt(runner)
-            if largest(bool(name)):
+            if max_over_ranks(bool(name)):
                 _fail(runner, spoilt(name, done, self.good))
 
     def after_train_epoch(self, runner: Any) -> None:
@@ -169,7 +169,7 @@ class StoppableCheckpointHook(CheckpointHook):
         # What is not finite is not saved: the signal waits for the end of that.
         if self.signals is None or self.watch.bad or not _has_stepped(runner):
             return
-        if not (number := self.signals.agreed()):
+        if not (number := self.signals.any_rank_got()):
             return
         if done == runner.iter and isinstance(runner, FlexibleRunner):
             return  # which saves the number of the next iteration only
@@ -180,7 +180,7 @@ class StoppableCheckpointHook(CheckpointHook):
             else:
                 with self._as_stopped():
                     self._save_checkpoint_with_step(runner, done, meta)
-        end = stopped(number, str(self.last_ckpt))
+        end = ended_by_signal(number, str(self.last_ckpt))
         runner.logger.warning(end.sentence)
         runner.visualizer.close()  # what it has not written yet
         raise end
@@ -255,20 +255,20 @@ def _ending_together(runner: Any, path: str, last: str | None) -> Iterator[None]
     name = _spoilt(runner)
     failure = f"{path} is not written: {name} holds NaN or infinity" if name else ""
     # Before anything is removed or written.
-    if not largest(bool(failure)):
+    if not max_over_ranks(bool(failure)):
         try:
             yield
         except UsageError as error:
             failure = str(error)
         except OSError as error:
             failure = f"{error.filename or runner.work_dir} cannot be written: {error.strerror}"
-        if not largest(bool(failure)):
+        if not max_over_ranks(bool(failure)):
             return
     reason = f"the checkpoint {failure or 'of another process'}"
-    _fail(runner, Ended(FAILED, reason + resume_hint(last)))
+    _fail(runner, TrainingEnded(FAILED, reason + resume_hint(last)))
 
 
-def _fail(runner: Any, end: Ended) -> NoReturn:
+def _fail(runner: Any, end: TrainingEnded) -> NoReturn:
     runner.logger.error(end.sentence)
     runner.visualizer.close()  # what it has not written yet
     raise end

@@ -19,7 +19,7 @@ from torch import distributed
 from elsa_core.runtime.command_line import keep_inputs
 from elsa_core.runtime.errors import DamagedFileError, UsageError, one_line
 from elsa_core.runtime.lock import TrainingLock
-from elsa_core.runtime.preemption import Ended
+from elsa_core.runtime.preemption import TrainingEnded
 from elsa_core.runtime.quiet import HarmlessRecords, quiet_frameworks
 from elsa_core.weights import class_names
 from elsa_core.weights.resume import notes_on, refuse_if_none_is_whole
@@ -113,7 +113,7 @@ def _run(tool: str, main: Callable[[argparse.Namespace], None], options: argpars
         if os.environ.get("RANK", "0") == "0" or isinstance(error, DamagedFileError):
             print(f"{tool}: {error}", file=sys.stderr)
         return 2
-    except Ended as end:
+    except TrainingEnded as end:
         if os.environ.get("RANK", "0") == "0":
             print(f"{tool}: {end.sentence}", file=sys.stderr)
         return end.code

@@ -57,7 +57,7 @@ def train_or_evaluate(options: argparse.Namespace) -> dict | None:
     from detectron2.utils import comm
     from detectron2.utils.logger import setup_logger
 
-    from elsa_core.runtime.preemption import Ended
+    from elsa_core.runtime.preemption import TrainingEnded
     from elsa_core.weights import class_names
     from elsa_d2 import AtomicCheckpointer, Trainer, load_config, register_coco_datasets
     from elsa_d2.data.cityscapes import register_cityscapes_datasets
@@ -89,7 +89,7 @@ def train_or_evaluate(options: argparse.Namespace) -> dict | None:
     trainer.resume_or_load(resume=options.resume)
     try:
         return trainer.train()
-    except Ended as end:
+    except TrainingEnded as end:
         if comm.is_main_process():
             report(end.sentence)
         raise
@@ -105,7 +105,7 @@ def main(arguments: list[str] | None = None) -> int:
             from torch.multiprocessing.spawn import ProcessExitedException, ProcessRaisedException
 
             from elsa_core.runtime.errors import sentence_in
-            from elsa_core.runtime.preemption import Ended, forwarding
+            from elsa_core.runtime.preemption import TrainingEnded, forward_to_children
             from elsa_d2 import UsageError, load_config
             from elsa_d2.engine.preflight import check_run
     except ModuleNotFoundError as error:
@@ -122,7 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
                 machines=options.num_machines,
             )
         alone = options.num_gpus * options.num_machines == 1
-        with nullcontext() if alone else forwarding():
+        with nullcontext() if alone else forward_to_children():
             launch(
                 run,
                 options.num_gpus,
@@ -137,7 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         if sentence := sentence_in(str(error)):
             return fail(sentence)
         raise
-    except Ended as end:
+    except TrainingEnded as end:
         return end.code
     except ProcessExitedException as error:  # the sentence is that of its main process
         if error.exit_code < 0:

@@ -24,7 +24,7 @@ from torch.optim import Optimizer
 
 from .errors import UsageError
 from .nonfinite import all_finite
-from .preemption import FAILED, Ended, largest
+from .preemption import FAILED, TrainingEnded, max_over_ranks
 
 MAX_NONFINITE = 10
 _STATISTICS = re.compile(r"(.*\.)?running_(mean|var)")
@@ -80,7 +80,7 @@ class FiniteWatch:
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         # With FSDP, each process has a part of them.
-        if largest(not all_finite(gradients)):
+        if max_over_ranks(not all_finite(gradients)):
             self._stepped = False
             for parameter in parameters:
                 parameter.grad = None  # which optimizers pass over
@@ -117,7 +117,7 @@ class FiniteWatch:
                 return None if 1 <= self._scale < before else False
         return taken
 
-    def ended(self, done: int, checkpoint: str | None) -> Ended:
+    def ended(self, done: int, checkpoint: str | None) -> TrainingEnded:
         """The end of the training.
 
         Args:
@@ -132,16 +132,16 @@ class FiniteWatch:
         return _ended(done, reason, checkpoint)
 
 
-def spoilt(name: str, done: int, checkpoint: str | None) -> Ended:
+def spoilt(name: str, done: int, checkpoint: str | None) -> TrainingEnded:
     """The end of a training that has NaN or infinity in ``name``, "" in another process."""
     return _ended(
         done, f"because {name or 'a buffer of another process'} is not finite", checkpoint
     )
 
 
-def _ended(done: int, reason: str, checkpoint: str | None) -> Ended:
+def _ended(done: int, reason: str, checkpoint: str | None) -> TrainingEnded:
     good = f"the last finite checkpoint is {checkpoint}" if checkpoint else "no checkpoint is good"
-    return Ended(FAILED, f"training ended at iteration {done} {reason}; {good}")
+    return TrainingEnded(FAILED, f"training ended at iteration {done} {reason}; {good}")
 
 
 def _times(number: int, unit: str) -> str:

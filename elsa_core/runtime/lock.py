@@ -16,7 +16,7 @@ from torch import distributed
 
 from . import files
 from .errors import UsageError
-from .preemption import largest
+from .preemption import max_over_ranks
 
 NAME = ".training.lock"
 _OWNER = re.compile(r"process [0-9]+ on [\w.-]+ since [0-9: -]+")
@@ -59,7 +59,7 @@ class TrainingLock:
                 self._acquire()
             except OSError as error:
                 problem = error
-        if not largest(problem is not None):
+        if not max_over_ranks(problem is not None):
             return
         if problem is not None and not isinstance(problem, BlockingIOError):
             reason = problem.strerror or problem

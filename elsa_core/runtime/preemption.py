@@ -22,7 +22,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 FAILED, REFUSED = 1, 2
 
 
-class Ended(SystemExit):
+class TrainingEnded(SystemExit):
     """Ends a run with an exit status and a sentence that says why.
 
     No Exception, so that no framework logs a trace of what is no mistake in a program.
@@ -38,14 +38,14 @@ def resume_hint(checkpoint: str | None) -> str:
     return f"; --resume goes on from {checkpoint}" if checkpoint else ""
 
 
-def stopped(number: int, checkpoint: str) -> Ended:
+def ended_by_signal(number: int, checkpoint: str) -> TrainingEnded:
     """The end of a run after the signal of this number, with the state saved in ``checkpoint``.
 
     Its status is the one that a shell reports of a process which the signal has ended: 143 for
     SIGTERM, 138 for SIGUSR1.
     """
     name = signal.Signals(number).name
-    return Ended(128 + number, f"stopped by {name}{resume_hint(checkpoint)}")
+    return TrainingEnded(128 + number, f"stopped by {name}{resume_hint(checkpoint)}")
 
 
 class StopSignals:
@@ -71,19 +71,19 @@ class StopSignals:
             signal.signal(number, handler)
         self._before.clear()
 
-    def agreed(self) -> int:
+    def any_rank_got(self) -> int:
         """A signal that any process of the run has received, the same in all of them, or 0.
 
         A collective: each process calls it equally often.
         """
-        return largest(self.received)
+        return max_over_ranks(self.received)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
 
 
 @contextmanager
-def forwarding() -> Iterator[None]:
+def forward_to_children() -> Iterator[None]:
     """The process passes SIGTERM and SIGUSR1 on to those that it has started for a distributed run.
 
     Before it has, the signals do to this one what they did before.
@@ -108,7 +108,7 @@ def forwarding() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def largest(number: int) -> int:
+def max_over_ranks(number: int) -> int:
     """The largest of the numbers that the processes of a run call this with, in all of them."""
     if not distributed.is_available() or not distributed.is_initialized():
         return number
@@ -118,7 +118,7 @@ def largest(number: int) -> int:
     return int(tensor)
 
 
-def spare_workers(loader: DataLoader[Any]) -> None:
+def shield_workers(loader: DataLoader[Any]) -> None:
     """Lets a loader's worker processes ignore the signals, which schedulers send to all processes.
 
     Without, the training would fail for want of its workers before it can save. Takes effect when

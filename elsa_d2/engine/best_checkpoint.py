@@ -12,7 +12,7 @@ from detectron2.utils import comm
 
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.finite import FiniteWatch
-from elsa_core.runtime.preemption import FAILED, REFUSED, Ended, largest, resume_hint
+from elsa_core.runtime.preemption import FAILED, REFUSED, TrainingEnded, max_over_ranks, resume_hint
 from elsa_core.weights import read_checkpoint
 from elsa_d2.checkpoint import AtomicCheckpointer
 
@@ -66,20 +66,20 @@ class BestCheckpointHook(HookBase):
 
     def _compare(self, iteration: int) -> None:
         end = self._save(iteration) if comm.is_main_process() else None
-        if status := largest(end.code if end else 0):
-            end = end or Ended(status, f"{NAME}.pth cannot be written by the main process")
+        if status := max_over_ranks(end.code if end else 0):
+            end = end or TrainingEnded(status, f"{NAME}.pth cannot be written by the main process")
             if comm.is_main_process():
                 logger.error(end.sentence)
             raise end
 
-    def _save(self, iteration: int) -> Ended | None:
+    def _save(self, iteration: int) -> TrainingEnded | None:
         hint = resume_hint(self.checkpointer.last)
         latest = {name: value for name, (value, _) in self.trainer.storage.latest().items()}
         if self.metric not in latest:
             task = self.metric.split("/")[:-1]
             names = ", ".join(name for name in latest if name.split("/")[:-1] == task)
             sentence = f"TEST.BEST_METRIC must be one of {names}, got {self.metric}"
-            return Ended(REFUSED, sentence + hint)
+            return TrainingEnded(REFUSED, sentence + hint)
         score = float(latest[self.metric])
         if not math.isfinite(score) or self.watch.bad:
             logger.warning(f"{self.metric} {score} of iteration {iteration + 1} does not count")
@@ -88,7 +88,7 @@ class BestCheckpointHook(HookBase):
             try:
                 path = self.checkpointer.write(NAME, iteration=iteration, **extra)
             except UsageError as error:
-                return Ended(FAILED, f"the checkpoint {error}{hint}")
+                return TrainingEnded(FAILED, f"the checkpoint {error}{hint}")
             logger.info(f"{path} is the best up to now: {self.metric} {score:.4f}")
             self.best = score
         return None

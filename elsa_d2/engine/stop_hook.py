@@ -15,11 +15,11 @@ from elsa_core.runtime.finite import FiniteWatch, first_nonfinite, spoilt
 from elsa_core.runtime.preemption import (
     FAILED,
     REFUSED,
-    Ended,
     StopSignals,
-    largest,
+    TrainingEnded,
+    ended_by_signal,
+    max_over_ranks,
     resume_hint,
-    stopped,
 )
 from elsa_d2.checkpoint import AtomicCheckpointer
 
@@ -85,7 +85,9 @@ class StopHook(HookBase):
     def before_train(self) -> None:
         if name := first_nonfinite(self.checkpointer.model):
             source = self.checkpointer.last or self.trainer.cfg.MODEL.WEIGHTS or "the model"
-            raise Ended(REFUSED, f"{source} cannot be trained: {name} holds NaN or infinity")
+            raise TrainingEnded(
+                REFUSED, f"{source} cannot be trained: {name} holds NaN or infinity"
+            )
         self.signals.listen()
         if comm.get_world_size() == 1:
             self.trainer.model.register_forward_pre_hook(self._in_evaluation)
@@ -93,7 +95,7 @@ class StopHook(HookBase):
     def after_step(self) -> None:
         failure = self.periodic.failure if self.periodic else ""
         # One reduction for both; there is no signal of this number.
-        state = largest(CANNOT_SAVE if failure else self.signals.received)
+        state = max_over_ranks(CANNOT_SAVE if failure else self.signals.received)
         if state == CANNOT_SAVE:
             self._fail(self._cannot_save(failure))
         done, last = self.trainer.iter + 1, self.trainer.iter + 1 >= self.trainer.max_iter
@@ -101,7 +103,7 @@ class StopHook(HookBase):
             self._fail(self.watch.ended(done, self.checkpointer.last))
         if self.watch.recovered:
             name = first_nonfinite(self.checkpointer.model)
-            if largest(bool(name)):
+            if max_over_ranks(bool(name)):
                 self._fail(spoilt(name, done, self.checkpointer.last))
         # What is not finite is not saved: the signal waits for the end of that.
         if state and not last and not self.watch.bad:
@@ -110,8 +112,8 @@ class StopHook(HookBase):
     def after_train(self) -> None:
         self.signals.close()
         finished = self.trainer.iter >= self.trainer.max_iter
-        if finished and (number := self.signals.agreed()):  # only the evaluation is left to do
-            raise stopped(number, self.checkpointer.last)
+        if finished and (number := self.signals.any_rank_got()):  # the evaluation is left
+            raise ended_by_signal(number, self.checkpointer.last)
 
     def _in_evaluation(self, model: nn.Module, inputs: Any) -> None:
         if self.signals.received and not model.training and not self.watch.bad:
@@ -128,17 +130,17 @@ class StopHook(HookBase):
                 self.checkpointer.save(name, iteration=self.trainer.iter)
             except UsageError as error:
                 failure = str(error)
-        if largest(bool(failure)):
+        if max_over_ranks(bool(failure)):
             self._fail(self._cannot_save(failure))
-        end = stopped(number, path)
+        end = ended_by_signal(number, path)
         logger.warning(end.sentence)
         raise end
 
-    def _cannot_save(self, failure: str) -> Ended:
+    def _cannot_save(self, failure: str) -> TrainingEnded:
         hint = resume_hint(self.checkpointer.last)
-        return Ended(FAILED, f"the checkpoint {failure or 'of the main process'}{hint}")
+        return TrainingEnded(FAILED, f"the checkpoint {failure or 'of the main process'}{hint}")
 
-    def _fail(self, end: Ended) -> NoReturn:
+    def _fail(self, end: TrainingEnded) -> NoReturn:
         if comm.is_main_process():
             logger.error(end.sentence)
         raise end

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.finite import FiniteWatch, not_finite
-from elsa_core.runtime.preemption import largest
+from elsa_core.runtime.preemption import max_over_ranks
 
 logger = logging.getLogger(__name__)
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -65,7 +65,7 @@ class AutocastTrainer(SimpleTrainer):
                 means[name] = means.get(name, 0) + loss / self.parts
         self.after_backward()
         bad = not_finite(means)
-        anywhere = bool(largest(bool(bad)))
+        anywhere = bool(max_over_ranks(bool(bad)))
         if not anywhere:
             self._write_metrics(means, data_time)
         self.grad_scaler.step(self.optimizer)

@@ -19,7 +19,7 @@ from torch import nn
 
 from elsa_core.runtime.finite import FiniteWatch
 from elsa_core.runtime.lock import TrainingLock
-from elsa_core.runtime.preemption import FAILED, Ended, spare_workers
+from elsa_core.runtime.preemption import FAILED, TrainingEnded, shield_workers
 from elsa_d2.checkpoint import AtomicCheckpointer
 from elsa_d2.config import is_semantic
 from elsa_d2.data.cityscapes import is_cityscapes, register_cityscapes_datasets
@@ -47,8 +47,8 @@ class Trainer(DefaultTrainer):
 
     On a CPU, several processes share the work through gloo, and SOLVER.AMP means bfloat16 unless
     told otherwise. SIGTERM and SIGUSR1 end a training at the next iteration, whose state is saved:
-    `train` then raises `elsa_core.runtime.preemption.Ended`, as it does where a checkpoint cannot
-    be written and where losses or gradients are not finite (SOLVER.MAX_NONFINITE).
+    `train` then raises `elsa_core.runtime.preemption.TrainingEnded`, as it does where a checkpoint
+    cannot be written and where losses or gradients are not finite (SOLVER.MAX_NONFINITE).
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -96,14 +96,14 @@ class Trainer(DefaultTrainer):
         try:
             with TrainingLock(self.cfg.OUTPUT_DIR):
                 return super().train()
-        except Ended:
+        except TrainingEnded:
             comm.synchronize()  # the first process to exit takes the others with it
             raise
         except OSError as error:  # of the log or the metrics, on a disk that has become full
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             file = error.filename or f"a file in {self.cfg.OUTPUT_DIR}"
-            raise Ended(FAILED, f"{file} cannot be written: {error.strerror}") from error
+            raise TrainingEnded(FAILED, f"{file} cannot be written: {error.strerror}") from error
 
     def build_hooks(self) -> list[hooks.HookBase]:
         """DefaultTrainer's; one that stops the training and one that keeps the order of the data;
@@ -143,14 +143,14 @@ class Trainer(DefaultTrainer):
         else:
             mapper, dataset = DetectionMapper(cfg, True), training_dicts(cfg)
             loader = build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
-        spare_workers(torch_loader(loader))
+        shield_workers(torch_loader(loader))
         return loader
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
         mapper = (SemanticMapper if is_semantic(cfg) else DetectionMapper)(cfg, False)
         loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        spare_workers(loader)
+        shield_workers(loader)
         return loader
 
     @classmethod

@@ -16,10 +16,10 @@ from elsa_core.runtime.files import replacing
 from elsa_core.runtime.preemption import (
     SIGNALS,
     StopSignals,
-    forwarding,
-    largest,
-    spare_workers,
-    stopped,
+    ended_by_signal,
+    forward_to_children,
+    max_over_ranks,
+    shield_workers,
 )
 
 REPOSITORY = str(Path(__file__).resolve().parents[2])
@@ -30,9 +30,9 @@ def test_signals_are_noted_while_listening():
     signals = StopSignals()
     signals.listen()
     try:
-        assert signals.agreed() == 0
+        assert signals.any_rank_got() == 0
         os.kill(os.getpid(), signal.SIGUSR1)
-        assert signals.agreed() == signals.received == signal.SIGUSR1
+        assert signals.any_rank_got() == signals.received == signal.SIGUSR1
     finally:
         signals.close()
     assert [signal.getsignal(number) for number in SIGNALS] == before
@@ -40,20 +40,20 @@ def test_signals_are_noted_while_listening():
 
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_status_and_sentence(number, status):
-    end = stopped(number, "out/a.pth")
+    end = ended_by_signal(number, "out/a.pth")
     assert end.code == status and not isinstance(end, Exception)
     assert end.sentence == f"stopped by {number.name}; --resume goes on from out/a.pth"
 
 
 def test_a_process_alone_agrees_with_itself():
-    assert largest(0) == 0 and largest(15) == 15
+    assert max_over_ranks(0) == 0 and max_over_ranks(15) == 15
 
 
 def test_without_children_a_forwarded_signal_ends_the_process():
     code = (
         "import os, signal\n"
-        "from elsa_core.runtime.preemption import forwarding\n"
-        "with forwarding():\n"
+        "from elsa_core.runtime.preemption import forward_to_children\n"
+        "with forward_to_children():\n"
         "    os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print('still there')\n"
     )
@@ -63,14 +63,14 @@ def test_without_children_a_forwarded_signal_ends_the_process():
 
 def test_forwarding_leaves_the_signals_as_they_were():
     before = [signal.getsignal(number) for number in SIGNALS]
-    with forwarding():
+    with forward_to_children():
         assert [signal.getsignal(number) for number in SIGNALS] != before
     assert [signal.getsignal(number) for number in SIGNALS] == before
 
 
 def test_workers_survive_a_scheduler():
     loader = DataLoader(range(8), batch_size=2, num_workers=1)
-    spare_workers(loader)
+    shield_workers(loader)
     batches = iter(loader)
     first = next(batches)
     (worker,) = batches._workers
@@ -84,10 +84,10 @@ def test_workers_end_with_their_process(tmp_path, kind):
     (tmp_path / "script.py").write_text(
         "import builtins, multiprocessing, sys\n"
         "from torch.utils.data import DataLoader\n"
-        "from elsa_core.runtime.preemption import spare_workers\n"
+        "from elsa_core.runtime.preemption import shield_workers\n"
         "def main():\n"
         "    loader = DataLoader(range(800), num_workers=1)\n"
-        "    spare_workers(loader)\n"
+        "    shield_workers(loader)\n"
         "    builtins.kept = iter(loader)\n"
         "    next(builtins.kept)\n"
         "if __name__ == '__main__':\n"

@@ -10,7 +10,7 @@ import torch
 from detectron2.engine import TrainerBase, hooks
 
 from elsa_core.runtime.finite import FiniteWatch
-from elsa_core.runtime.preemption import Ended
+from elsa_core.runtime.preemption import TrainingEnded
 from elsa_d2 import AtomicCheckpointer
 from elsa_d2.engine.best_checkpoint import BestCheckpointHook
 
@@ -97,7 +97,7 @@ def test_failures_end_the_training_in_a_sentence(tmp_path, case):
         (tmp_path / "model_best.pth").mkdir()
         expected = 1, "model_best.pth cannot be written"
     training.checkpointer.last = "model_0000001.pth"
-    with pytest.raises(Ended) as caught:
+    with pytest.raises(TrainingEnded) as caught:
         training.train(0, 4)
     assert caught.value.code == expected[0]
     assert expected[1] in caught.value.sentence

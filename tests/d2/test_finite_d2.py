@@ -15,7 +15,7 @@ from d2_tiny import CONFIG, overrides
 from detectron2.utils import comm
 
 from elsa_core.runtime.errors import UsageError
-from elsa_core.runtime.preemption import Ended
+from elsa_core.runtime.preemption import TrainingEnded
 from elsa_d2 import Trainer, load_config, register_coco_datasets
 from elsa_d2.data.sem_seg import register_sem_seg_datasets
 
@@ -72,7 +72,7 @@ def config(digits, output, task, **changes):
 def test_nan_ends_a_training_in_one_sentence(digits, tmp_path, task, part, dtype):
     keys = dict(SOLVER__AMP__ENABLED=dtype != "float32")
     keys |= dict(SOLVER__AMP__DTYPE=dtype) if dtype != "float32" else {}
-    with pytest.raises(Ended) as end:
+    with pytest.raises(TrainingEnded) as end:
         train(config(digits, tmp_path, task, **keys), part, range(4, 99))
     assert end.value.code == 1
     last = f"{tmp_path}/model_0000001.pth"
@@ -90,7 +90,7 @@ def test_nan_ends_a_training_in_one_sentence(digits, tmp_path, task, part, dtype
 
 def train_with_nan_in_the_second_process(cfg, output):
     bad = range(4, 99) if comm.get_rank() == 1 else ()
-    with pytest.raises(Ended) as end:
+    with pytest.raises(TrainingEnded) as end:
         train(cfg, "sem_seg_head.predictor", bad)
     (output / f"end{comm.get_rank()}").write_text(f"{end.value.code} {end.value.sentence}")
 
@@ -111,7 +111,7 @@ def test_nan_in_one_of_two_processes_ends_both(digits, tmp_path):
 
 def test_what_bad_iterations_leave_behind(digits, tmp_path):
     """NaN in the maps of one iteration stays in the statistics of batch norm."""
-    with pytest.raises(Ended) as end:
+    with pytest.raises(TrainingEnded) as end:
         train(config(digits, tmp_path, "semantic"), "backbone", [4])
     assert re.fullmatch(
         r"training ended at iteration 5 because sem_seg_head.*running_mean is not finite; "
@@ -121,7 +121,7 @@ def test_what_bad_iterations_leave_behind(digits, tmp_path):
 
 
 def test_a_training_that_ends_with_nan_has_failed(digits, tmp_path):
-    with pytest.raises(Ended) as end:
+    with pytest.raises(TrainingEnded) as end:
         train(config(digits, tmp_path, "detection", SOLVER__MAX_ITER=3), "backbone", [3])
     assert "at iteration 3 after one iteration with losses that" in end.value.sentence
     assert end.value.code == 1
@@ -138,7 +138,7 @@ def test_weights_with_nan_are_refused(digits, tmp_path):
     with pytest.raises(UsageError, match=rf"nan\.pth holds NaN or infinity in {name}"):
         trainer.resume_or_load(False)
     trainer.model.load_state_dict(model.state_dict())
-    with pytest.raises(Ended) as end:
+    with pytest.raises(TrainingEnded) as end:
         trainer.train()
     assert end.value.code == 2 and end.value.sentence == (
         f"{tmp_path}/nan.pth cannot be trained: {name} holds NaN or infinity"

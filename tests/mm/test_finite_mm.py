@@ -14,7 +14,7 @@ from mmengine.config import Config
 from mmengine.runner import Runner
 
 from elsa_core.runtime.errors import UsageError
-from elsa_core.runtime.preemption import Ended
+from elsa_core.runtime.preemption import TrainingEnded
 from elsa_mm import cli
 from elsa_mm.checkpoint import find_last_checkpoint
 from examples.digits.imagenet_layout import write_layout
@@ -89,7 +89,7 @@ def test_nan_ends_a_training_in_one_sentence(
 
 def test_nan_ends_a_training_of_mmdetections_own_tool(digits, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(Ended) as end:
+    with pytest.raises(TrainingEnded) as end:
         of_mmdetections_own_tool(digits).train()
     assert end.value.code == 1 and find_last_checkpoint("out") == Path("out/iter_2.pth")
     assert end.value.sentence.startswith("training ended at iteration 5 after 2 iterations in a ")
