@@ -1,60 +1,102 @@
-"""Multiply-adds and activations of what our models compute with and counters do not know.
+"""FLOPs of models as papers on backbones count them, without memory or arithmetic.
 
-`elsa_core.operations` has them for PyTorch's counter. Those of fvcore and MMEngine look at a traced
-graph and take the handles in `MULTIPLY_ADDS` and `ACTIVATIONS`.
+One is a multiply-add in a convolution, a linear layer or a matrix product; normalisation,
+activations and resizing are left out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from math import prod
-from types import ModuleType
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-Shape = Sequence[int]
-Handle = Callable[[list[Any], list[Any]], int]
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from . import operator as _registers_the_operator  # noqa: F401
+from .flop_handles import attention
 
 
-def attention(value: Shape, kernel_size: int, ghosts: bool) -> int:
-    """Of `elsa::attention`: one a tap for the value, and one for the ghost filters."""
-    return prod(value) * kernel_size**2 * (1 + ghosts)
+def count_flops(run: Callable[[Tensor], Any], size: tuple[int, int]) -> int:
+    """Multiply-adds of ``run`` with one image [1, 3, H, W].
+
+    Args:
+        size: (H, W) in pixels.
+
+    Raises NotImplementedError for an operator of ours that has no formula.
+    """
+    with _counting() as counter:
+        run(torch.empty(1, 3, *size))
+    return counter.get_total_flops() // 2
 
 
-def scaled_dot_product_attention(query: Shape, key: Shape, value: Shape) -> int:
-    """Of [..., L, E], [..., S, E] and [..., S, C]: both matrix products."""
-    return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
+def count_flops_by_module(
+    model: nn.Module, run: Callable[[Tensor], Any], size: tuple[int, int]
+) -> dict[str, int]:
+    """As `count_flops`, for each module of ``model`` by its name.
+
+    A module's number is its own: those of its children are theirs. The name "" stands for ``model``
+    itself and for what happens outside of all its modules.
+    """
+
+    class Root(nn.Module):  # the counter's names begin at the outermost module that is called
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, image: Tensor) -> None:
+            run(image)
+
+    with _counting() as counter:
+        Root()(torch.empty(1, 3, *size))
+    counts = counter.get_flop_counts()
+    totals = {name: sum(counts[name].values()) for name in counts if name != "Global"}
+    own: Counter[str] = Counter()
+    for name, total in totals.items():
+        own[_in_model(name)] += total
+        while name := name.rpartition(".")[0]:
+            if name in totals:  # the nearest that was called has counted it, too
+                own[_in_model(name)] -= total
+                break
+    return {name: twice // 2 for name, twice in own.items() if twice}
 
 
-def _traced_attention(inputs: list[Any], outputs: list[Any]) -> int:
-    value, _, ghost_add, ghost_mul, kernel_size = inputs[:5]
-    ghosts = any(_shape(ghost) is not None for ghost in (ghost_add, ghost_mul))
-    return attention(_shape(value), kernel_size.toIValue(), ghosts)
+def _in_model(name: str) -> str:
+    return name.removeprefix("Root").removeprefix(".model").removeprefix(".")
 
 
-def _traced_dot_product(inputs: list[Any], outputs: list[Any]) -> int:
-    return scaled_dot_product_attention(*map(_shape, inputs[:3]))
+def _counted_attention(
+    value: torch.Size,
+    logits: torch.Size,
+    ghost_add: torch.Size | None,
+    ghost_mul: torch.Size | None,
+    kernel_size: int,
+    dilation: int,
+    **_: Any,
+) -> int:
+    """Twice the multiply-adds, as PyTorch counts."""
+    return 2 * attention(value, kernel_size, ghost_add is not None or ghost_mul is not None)
 
 
-def _size_of_output(inputs: list[Any], outputs: list[Any]) -> int:
-    return prod(_shape(outputs[0]))
+_FORMULAS = {torch.ops.elsa.attention: _counted_attention}
 
 
-def _shape(value: Any) -> Any:
-    """Of a tensor in a traced graph; None for a None."""
-    return value.type().sizes() if value.isCompleteTensor() else None
+class _RefuseUnknown(TorchDispatchMode):
+    """No operator of ours is left out unnoticed."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "elsa" and func.overloadpacket not in _FORMULAS:
+            raise NotImplementedError(f"elsa_core/flops.py has no formula for {func}")
+        return func(*args, **(kwargs or {}))
 
 
-# By the operator's name in a traced graph.
-MULTIPLY_ADDS: dict[str, Handle] = {
-    "elsa::attention": _traced_attention,
-    "aten::scaled_dot_product_attention": _traced_dot_product,
-}
-ACTIVATIONS: dict[str, Handle] = dict.fromkeys(MULTIPLY_ADDS, _size_of_output)
-
-
-def register_handles(module: ModuleType, **tables: dict[str, Handle]) -> None:
-    """Adds handles to tables in a counter's module, by their names, and replaces none."""
-    for name, handles in tables.items():
-        known: dict[str, Any] = getattr(module, name, {})
-        for operator, handle in handles.items():
-            known.setdefault(operator, handle)
+@contextmanager
+def _counting() -> Iterator[FlopCounterMode]:
+    counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
+    # Of models on real tensors too, so that any model can be counted.
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter, _RefuseUnknown():
+        yield counter

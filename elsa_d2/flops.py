@@ -2,7 +2,7 @@
 
 import importlib
 
-from elsa_core.flops import ACTIVATIONS, MULTIPLY_ADDS, register_handles
+from elsa_core.flop_handles import ACTIVATIONS, MULTIPLY_ADDS, register_handles
 
 # By their names: fvcore.nn has functions that are called as these modules are.
 for _name, _handles in {"flop_count": MULTIPLY_ADDS, "activation_count": ACTIVATIONS}.items():

@@ -2,7 +2,7 @@
 
 from mmengine.analysis import complexity_analysis
 
-from elsa_core.flops import ACTIVATIONS, MULTIPLY_ADDS, register_handles
+from elsa_core.flop_handles import ACTIVATIONS, MULTIPLY_ADDS, register_handles
 
 register_handles(
     complexity_analysis,

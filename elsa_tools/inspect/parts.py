@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from elsa_core import ELSASwin
-from elsa_core.operations import operations_by_module
+from elsa_core.flops import count_flops_by_module
 from elsa_core.runtime.errors import UsageError, one_line
 
 from .models import Subject
@@ -47,7 +47,7 @@ def count_parts(subject: Subject, size: tuple[int, int] | None = None) -> list[P
     """
     model = subject.module
     try:
-        done = operations_by_module(model, subject.run, size or subject.size)
+        done = count_flops_by_module(model, subject.run, size or subject.size)
     except (RuntimeError, TypeError, ValueError) as error:
         raise UsageError(f"{subject.name} cannot be counted: {one_line(error)[:300]}") from error
     prefix, stages = _backbone(model)

@@ -81,7 +81,7 @@ def test_operations_of_elsa_by_hand():
     window = 36 * (24 * 72 + 24 * 24) + 2 * 36 * 9 * 24
     mlp += 36 * 2 * 24 * 4 * 24
     expected = patches + elsa + mlp + merging + window
-    assert counts.operations(model, (48, 48)) == expected
+    assert counts.count_flops(model, (48, 48)) == expected
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_operator_without_a_formula_is_refused():
             return torch.ops.elsa.attention_backward(x, x, x, None, None, 1, 1)
 
     with pytest.raises(NotImplementedError, match="no formula for elsa.attention_backward"):
-        counts.operations(lambda x: Model()(x.new_empty(1, 2, 2, 3)), (4, 4))
+        counts.count_flops(lambda x: Model()(x.new_empty(1, 2, 2, 3)), (4, 4))
 
 
 def test_every_figure_in_the_zoo_has_an_origin_and_a_source():

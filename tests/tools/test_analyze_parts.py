@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from elsa_core.operations import operations, operations_by_module
+from elsa_core.flops import count_flops, count_flops_by_module
 from elsa_tools.inspect import cli
 from elsa_tools.inspect.models import Subject, bare_backbone, from_config, read_arch
 from elsa_tools.inspect.parts import count_parts
@@ -100,8 +100,8 @@ def test_both_frameworks_have_the_same_parts(method):
 
 def test_modules_own_what_their_children_do_not():
     model = bare_backbone(read_arch("tiny")).module
-    own = operations_by_module(model, model, (32, 32))
-    assert sum(own.values()) == operations(model, (32, 32))
+    own = count_flops_by_module(model, model, (32, 32))
+    assert sum(own.values()) == count_flops(model, (32, 32))
     assert own["layers.0.blocks.0.attn"] == 2 * 8 * 8 * 96 * 49
     assert not any(module._forward_hooks for module in model.modules())
 

@@ -1,6 +1,6 @@
 """Parameters and operations of models, counted on fake tensors: without memory or arithmetic.
 
-What counts as an operation is in `elsa_core.operations`.
+What counts as an operation is in `elsa_core.flops`.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import elsa_d2
 import elsa_mm  # noqa: F401  registers the backbone
-from elsa_core.operations import operations
+from elsa_core.flops import count_flops
 
 # Height and width of an image as it is tested, of each data set.
 SIZES = {
@@ -72,17 +72,17 @@ def detector_operations(model: nn.Module, size: tuple[int, int]) -> int:
                 side = stage_extractor.roi_layers[0].output_size
                 stage(image.new_empty(samples, stage_extractor.out_channels, *side))
 
-    return operations(run, size)
+    return count_flops(run, size)
 
 
 def segmentor_operations(model: nn.Module, size: tuple[int, int]) -> int:
     """Of one image of ``size`` through a segmentor of MMSegmentation, as it is tested."""
-    return operations(lambda image: model.decode_head(model.extract_feat(image)), size)
+    return count_flops(lambda image: model.decode_head(model.extract_feat(image)), size)
 
 
 def classifier_operations(model: nn.Module, size: tuple[int, int]) -> int:
     """Of one image of ``size`` through a classifier of MMPretrain."""
-    return operations(model, size)
+    return count_flops(model, size)
 
 
 def _stages(part: nn.Module) -> list[nn.Module]:
