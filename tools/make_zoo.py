@@ -8,6 +8,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
+from elsa_core.runtime.command_line import exit_status, say  # noqa: E402
+from elsa_core.runtime.files import replacing  # noqa: E402
+
 EXIT_STATUS = (
     "exit status: 0 done, 1 --check found another text, 2 a metafile or a model is wrong (one "
     "sentence on standard error)"
@@ -24,31 +27,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     warnings.simplefilter("ignore")  # the frameworks' own, about their dependencies
-    try:
-        from zoo.metafiles import ZooError
-        from zoo.page import PAGE, make_page
+    return exit_status("make_zoo", lambda: run(options), packages=["tabulate"])
 
-        from elsa_core.runtime.files import replacing
-    except ModuleNotFoundError as error:
-        from elsa_core.runtime.packages import missing
 
-        return fail(missing([error.name], ["tabulate"]), 2)
-    try:
-        text = make_page(options.root)
-    except ZooError as error:
-        return fail(str(error), 2)
+def run(options: argparse.Namespace) -> int:
+    from zoo.page import PAGE, make_page
+
+    text = make_page(options.root)
     path = options.root / PAGE
     if not options.check:
         with replacing(path) as file:
             file.write(text.encode())
     elif not path.is_file() or path.read_text(encoding="utf-8") != text:
-        return fail(f"{PAGE} is not what the metafiles and the models say: run make zoo", 1)
+        say("make_zoo", f"{PAGE} is not what the metafiles and the models say: run make zoo")
+        return 1
     return 0
-
-
-def fail(sentence: str, status: int) -> int:
-    print(f"make_zoo: {sentence}", file=sys.stderr)
-    return status
 
 
 if __name__ == "__main__":

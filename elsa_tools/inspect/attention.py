@@ -19,7 +19,7 @@ from elsa_core.variants import Arch
 from elsa_core.weights.convert import convert
 from elsa_core.weights.files import in_file, read_source
 
-from .models import describe_arch
+from .counting import describe_arch
 
 # ImageNet's, RGB, which all ELSA-Swin models take.
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)

@@ -120,7 +120,7 @@ def _pixel(text: str) -> tuple[int, int]:
 
 
 def _parts(options: argparse.Namespace) -> int:
-    from .models import bare_backbone, from_config, read_arch
+    from .counting import bare_backbone, from_config, read_arch
     from .parts import count_parts, record, table
 
     _check_one(options.config, options.arch, "CONFIG")
@@ -143,7 +143,7 @@ def _parts(options: argparse.Namespace) -> int:
 
 def _filters(options: argparse.Namespace) -> int:
     from .attention import default_pixels, look, read_photo, trained_backbone, untrained_backbone
-    from .models import read_arch
+    from .counting import read_arch
     from .picture import draw, to_png
 
     _check_one(options.checkpoint, options.arch, "CHECKPOINT")

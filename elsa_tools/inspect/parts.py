@@ -13,7 +13,7 @@ from elsa_core import ELSASwin
 from elsa_core.flops import count_flops_by_module
 from elsa_core.runtime.errors import UsageError, one_line
 
-from .models import Subject
+from .counting import Subject
 
 _BLOCK = re.compile(r"layers\.(\d+)\.blocks\.\d+\.(.+)")
 _MERGING = re.compile(r"layers\.(\d+)\.downsample\b")

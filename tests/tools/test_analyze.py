@@ -16,7 +16,7 @@ from elsa_core.filters import neighbourhood_filters
 from elsa_core.runtime.errors import UsageError
 from elsa_core.weights import convert_file
 from elsa_tools.inspect import attention, cli, picture
-from elsa_tools.inspect.models import read_arch
+from elsa_tools.inspect.counting import read_arch
 
 COFFEE = PHOTOGRAPHS / "coffee.png"
 # Height 50 and width 70: maps of 13x18 and 7x9, of which pixels are in corners, at borders, inside.

@@ -9,13 +9,11 @@ from typing import Any
 
 import yaml
 
+from elsa_core.runtime.errors import UsageError
+
 ORIGINS = ("published by the authors", "converted", "trained here")
 MEASURED = ("Training Memory (GB)", "Inference Time (ms/im)")
 RESOURCES = re.compile(r"(\d+) GPUs with (\d+) images? each")
-
-
-class ZooError(Exception):
-    """What is wrong with a metafile or a model, in one sentence."""
 
 
 @dataclass(frozen=True)
@@ -64,14 +62,16 @@ def read_models(root: Path) -> list[Model]:
         for entry in metafile["Models"]:
             where = f"{path}, {entry.get('Name')}"
             if entry.get("In Collection") not in collections:
-                raise ZooError(f"{where}: the collection {entry.get('In Collection')} is not there")
+                raise UsageError(
+                    f"{where}: the collection {entry.get('In Collection')} is not there"
+                )
             try:
                 model = _model(entry, collections[entry["In Collection"]], where)
             except KeyError as error:
-                raise ZooError(f"{where}: {error.args[0]} is missing") from error
+                raise UsageError(f"{where}: {error.args[0]} is missing") from error
             for config in (model.config, model.detectron2_config):
                 if config and not (root / config).is_file():
-                    raise ZooError(f"{where}: the config {config} does not exist")
+                    raise UsageError(f"{where}: the config {config} does not exist")
             models.append(model)
     return models
 
@@ -85,7 +85,7 @@ def _model(entry: dict[str, Any], collection: dict[str, Any], where: str) -> Mod
     metadata = {**collection, **entry["Metadata"]}
     name, config = entry["Name"], entry["Config"]
     if Path(config).stem != name:
-        raise ZooError(f"{where}: the config must have the model's name, got {config}")
+        raise UsageError(f"{where}: the config must have the model's name, got {config}")
     figures = [
         _figure(metric, value, result, where)
         for result in entry["Results"]
@@ -93,14 +93,14 @@ def _model(entry: dict[str, Any], collection: dict[str, Any], where: str) -> Mod
     ]
     measured = {key: str(metadata[key]) for key in MEASURED if key in metadata}
     if measured and not metadata.get("Measured On"):
-        raise ZooError(f"{where}: {', '.join(measured)} needs Measured On, the machine and date")
+        raise UsageError(f"{where}: {', '.join(measured)} needs Measured On, the machine and date")
     sha256 = metadata.get("SHA256")
     if entry.get("Weights") and not sha256:
-        raise ZooError(f"{where}: Weights need their SHA256")
+        raise UsageError(f"{where}: Weights need their SHA256")
     epochs = metadata.get("Epochs")
     resources = RESOURCES.fullmatch(metadata["Training Resources"])
     if not resources:
-        raise ZooError(
+        raise UsageError(
             f"{where}: Training Resources must be like '8 GPUs with 2 images each', "
             f"got {metadata['Training Resources']}"
         )
@@ -124,7 +124,7 @@ def _model(entry: dict[str, Any], collection: dict[str, Any], where: str) -> Mod
 def _figure(metric: str, value: float, entry: dict[str, Any], where: str) -> Figure:
     origin, source = entry.get("Origin"), entry.get("Source")
     if origin not in ORIGINS:
-        raise ZooError(f"{where}: Origin must be one of {', '.join(ORIGINS)}, got {origin}")
+        raise UsageError(f"{where}: Origin must be one of {', '.join(ORIGINS)}, got {origin}")
     if not source:
-        raise ZooError(f"{where}: a figure needs its Source")
+        raise UsageError(f"{where}: a figure needs its Source")
     return Figure(metric, value, origin, source)

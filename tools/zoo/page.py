@@ -5,9 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from . import counts
-from .metafiles import MEASURED, Figure, Model, ZooError, read_models
+from torch import nn
 
+from elsa_core.flops import count_flops
+from elsa_core.runtime.errors import UsageError
+from elsa_tools.inspect.counting import (
+    CLASSIFICATION,
+    DETECTION,
+    DETECTIONS,
+    PROPOSALS,
+    SEGMENTATION,
+    from_config,
+)
+
+from .metafiles import MEASURED, Figure, Model, read_models
+
+# Height and width of a test image of each data set.
+SIZES = {
+    "COCO": DETECTION,
+    "ADE20K": SEGMENTATION,
+    "Cityscapes": (1024, 2048),
+    "ImageNet-1K": CLASSIFICATION,
+}
 PAGE = "MODEL_ZOO.md"
 INTRODUCTION = """\
 # Model zoo
@@ -42,19 +61,17 @@ and `tools/test.py` of MMDetection, MMSegmentation and MMPretrain take the same 
 
 
 def make_page(root: Path) -> str:
-    """The text of MODEL_ZOO.md; raises ZooError for what does not agree."""
+    """The text of MODEL_ZOO.md; raises UsageError for what does not agree."""
     models = read_models(root)
     measure = _Measure(root)
-    sizes = [f"{_pixels(size)} of {dataset}" for dataset, size in counts.SIZES.items()]
+    sizes = [f"{_pixels(size)} of {dataset}" for dataset, size in SIZES.items()]
     sections = [
-        INTRODUCTION.format(
-            sizes=", ".join(sizes), proposals=counts.PROPOSALS, detections=counts.DETECTIONS
-        )
+        INTRODUCTION.format(sizes=", ".join(sizes), proposals=PROPOSALS, detections=DETECTIONS)
     ]
-    if unknown := {model.dataset for model in models} - counts.SIZES.keys():
-        raise ZooError(f"the data set {min(unknown)} needs a size in tools/zoo/counts.py")
+    if unknown := {model.dataset for model in models} - SIZES.keys():
+        raise UsageError(f"the data set {min(unknown)} needs a size in tools/zoo/page.py")
     sources: list[str] = []
-    for dataset in counts.SIZES:
+    for dataset in SIZES:
         rows = [model for model in models if model.dataset == dataset]
         note = "" if any(row.figures for row in rows) else NO_FIGURES.format(dataset=dataset) + "\n"
         sections.append(f"## {dataset}\n\n{note}{_model_table(rows, measure, sources)}")
@@ -78,22 +95,24 @@ class _Measure:
         self.known: dict[tuple[str, ...], tuple[int, int]] = {}
 
     def __call__(self, model: Model) -> tuple[int, int]:
-        built = counts.openmmlab_model(self.root / model.config)
-        size = counts.parameters(built)
+        subject = from_config(str(self.root / model.config))
+        size = _parameters(subject.module)
         if model.detectron2_config:
-            other = counts.parameters(counts.detectron2_model(self.root / model.detectron2_config))
-            if size != other:
-                raise ZooError(
-                    f"{model.config} has {size:,} parameters, {model.detectron2_config} has "
-                    f"{other:,}"
+            other = from_config(str(self.root / model.detectron2_config))
+            if size != (own := _parameters(other.module)):
+                raise UsageError(
+                    f"{model.config} has {size:,} parameters, {model.detectron2_config} has {own:,}"
                 )
         key = (model.method, model.backbone, model.dataset)
         if key not in self.known:
-            count = counts.OPERATIONS[model.framework]
-            self.known[key] = size, count(built, counts.SIZES[model.dataset])
+            self.known[key] = size, count_flops(subject.run, SIZES[model.dataset])
         if self.known[key][0] != size:
-            raise ZooError(f"{model.config} has another number of parameters than its like")
+            raise UsageError(f"{model.config} has another number of parameters than its like")
         return self.known[key]
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _model_table(

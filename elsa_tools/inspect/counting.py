@@ -130,6 +130,8 @@ def _from_openmmlab(path: str) -> Subject:
     try:
         cfg = Config.fromfile(path)
         scope = cfg.default_scope
+        if scope == "mmpretrain":
+            cfg.model.train_cfg = None  # mixes images, and says so
         with DefaultScope.overwrite_default_scope(scope), FakeTensorMode():
             _register(scope)
             module = MODELS.build(cfg.model).eval()
@@ -137,6 +139,11 @@ def _from_openmmlab(path: str) -> Subject:
         raise
     except Exception as error:  # a config is a program, and can fail in any way
         raise UsageError(f"the config {path} cannot be used: {one_line(error)}") from error
+    return openmmlab_subject(path, module, scope)
+
+
+def openmmlab_subject(name: str, module: nn.Module, scope: str) -> Subject:
+    """A model of MMDetection, MMSegmentation or MMPretrain, which ``scope`` is the name of."""
     if hasattr(module, "decode_head"):
         size, run = SEGMENTATION, lambda x: module.decode_head(module.extract_feat(x))
     elif scope == "mmpretrain":
@@ -145,7 +152,7 @@ def _from_openmmlab(path: str) -> Subject:
         size, run = DETECTION, lambda x: _run_two_stages(module, x)
     else:
         size, run = DETECTION, module
-    return Subject(path, module, run, size)
+    return Subject(name, module, run, size)
 
 
 def _register(scope: str) -> None:
