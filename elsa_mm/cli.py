@@ -10,8 +10,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from mmengine.config import Config, ConfigDict, DictAction
-from mmengine.fileio import dump
-from mmengine.logging import MMLogger
 from mmengine.registry import RUNNERS
 from mmengine.runner import Runner
 from torch import distributed
@@ -28,7 +26,7 @@ from . import classes, fit, preflight
 from .checkpoint import ATOMIC_PREFIX, find_last_checkpoint, read_checked_files
 from .cpu import agree, join_processes, use_cpu_where_needed
 from .evaluators import use_coco_metric
-from .safe_loading import that_reads
+from .safe_loading import SAFE_RUNNERS, SafeLoading
 
 EXIT_STATUS = (
     "exit status: 0 done, 1 a run that failed, 2 a run that was refused or met a damaged file (one "
@@ -226,7 +224,13 @@ def _build_runner(cfg: Config, notes: list[str]) -> Runner:
     kind = RUNNERS.get(cfg.get("runner_type", "Runner"))
     if kind is None:
         raise UsageError(f"runner_type {cfg.runner_type} is not registered")
-    runner = that_reads(kind).from_cfg(cfg)
+    kind = SAFE_RUNNERS.get(kind, kind)
+    if not issubclass(kind, SafeLoading):
+        notes.append(
+            f"runner_type {cfg.runner_type} reads damaged images as its toolbox does: derive it "
+            "from elsa_mm.safe_loading.SafeLoading first"
+        )
+    runner = kind.from_cfg(cfg)
     runner.logger.addFilter(HarmlessRecords())
     for note in notes:
         runner.logger.warning(note)
@@ -332,18 +336,9 @@ def _check_out(cfg: Config, out: str) -> None:
         evaluator.update(output_dir=out, keep_results=True)
 
 
-def _dump_metric(cfg: Config, out: str):
+def _dump_metric(cfg: Config, out: str) -> Any:
     if cfg.get("default_scope") == "mmdet":
         from mmdet.evaluation import DumpDetResults as Dump
     else:
         from mmengine.evaluator import DumpResults as Dump
-
-    class DumpWhole(Dump):
-        """The file appears whole or not at all."""
-
-        def compute_metrics(self, results: list) -> dict[str, float]:
-            dump(results, ATOMIC_PREFIX + out)
-            MMLogger.get_current_instance().info(f"Results have been saved to {out}.")
-            return {}
-
-    return DumpWhole(out_file_path=out)
+    return Dump(out_file_path=ATOMIC_PREFIX + out)

@@ -15,7 +15,7 @@ from elsa_core.runtime.randomness import PlacedData, PlacedSampler, seed_all
 
 
 class RestOfEpoch:
-    """A batch sampler without its first batches.
+    """A batch sampler whose first pass leaves out the batches that are done; others are whole.
 
     Args:
         batches: the batch sampler.
@@ -23,11 +23,14 @@ class RestOfEpoch:
     """
 
     def __init__(self, batches: Any, done: int) -> None:
-        self.batches, self.done = batches, done
+        self.batches, self.done, self.begun = batches, done, False
         self.sampler = batches.sampler  # MMEngine tells it the epoch
         self.batch_size = getattr(batches, "batch_size", None)
 
     def __iter__(self) -> Iterator[list[int]]:
+        if self.begun:
+            self.done = 0
+        self.begun = True
         return itertools.islice(iter(self.batches), self.done, None)
 
     def __len__(self) -> int:
@@ -46,13 +49,14 @@ def continue_order(runner: Any) -> None:
         if hasattr(sampler, "seed") and getattr(runner, "seed", None) is not None:
             if not (runner.cfg.get("randomness") or {}).get("diff_rank_seed"):
                 sampler.seed = runner.seed
-    if not isinstance(loop.dataloader.dataset, IterableDataset):
-        loop.dataloader = _placed(loop.dataloader)
-        if hasattr(loop, "dataloader_iterator"):
-            loop.dataloader_iterator = type(loop.dataloader_iterator)(loop.dataloader)
-    done = loop.iter - loop.epoch * len(loop.dataloader)
-    if isinstance(loop, EpochBasedTrainLoop) and 0 < done < len(loop.dataloader):
-        _leave_out(loop, done)
+    if isinstance(loop.dataloader.dataset, IterableDataset):
+        return
+    done = 0
+    if isinstance(loop, EpochBasedTrainLoop):
+        done = loop.iter - loop.epoch * len(loop.dataloader)
+    loop.dataloader = _placed(loop.dataloader, done if done < len(loop.dataloader) else 0)
+    if hasattr(loop, "dataloader_iterator"):
+        loop.dataloader_iterator = type(loop.dataloader_iterator)(loop.dataloader)
 
 
 def seed_iteration(runner: Any) -> None:
@@ -64,44 +68,28 @@ def _samplers(loader: DataLoader) -> tuple[Any, Any]:
     return loader.sampler, getattr(loader.batch_sampler, "sampler", None)
 
 
-def _placed(loader: DataLoader) -> DataLoader:
-    """The same loader, but the augmentation of an image follows from its place in the order."""
+def _placed(loader: DataLoader, done: int) -> DataLoader:
+    """The same loader, but the augmentation of an image follows from its place in the order.
+
+    Args:
+        done: batches that the first epoch leaves out.
+    """
     batches: Any = loader.batch_sampler
     sampler = PlacedSampler(batches.sampler, str(get_rank()))
-    dataset = PlacedData(loader.dataset)
-    if type(batches) is BatchSampler:
+    if type(batches) is BatchSampler and done <= 0:
         kept = dict(batch_size=batches.batch_size, drop_last=batches.drop_last, sampler=sampler)
     else:
         batches = copy.copy(batches)
         batches.sampler = sampler
-        kept = dict(batch_sampler=batches)
-    return _rebuilt(loader, dataset, persistent_workers=loader.persistent_workers, **kept)
-
-
-def _rebuilt(loader: DataLoader, dataset: Any, **options: Any) -> DataLoader:
+        kept = dict(batch_sampler=RestOfEpoch(batches, done) if done > 0 else batches)
     return DataLoader(
-        dataset,
+        PlacedData(loader.dataset),
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,
         worker_init_fn=loader.worker_init_fn,
         timeout=loader.timeout,
         prefetch_factor=loader.prefetch_factor,
-        **options,
+        persistent_workers=loader.persistent_workers,
+        **kept,
     )
-
-
-def _leave_out(loop: EpochBasedTrainLoop, done: int) -> None:
-    """The next epoch of a loop begins after so many batches; the ones after it are whole."""
-    whole, run_epoch = loop.dataloader, loop.run_epoch
-
-    def run_rest() -> None:
-        del loop.run_epoch
-        rest = RestOfEpoch(whole.batch_sampler, done)
-        loop.dataloader = _rebuilt(whole, whole.dataset, batch_sampler=rest)
-        try:
-            run_epoch()
-        finally:
-            loop.dataloader = whole
-
-    loop.run_epoch = run_rest

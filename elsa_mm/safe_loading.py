@@ -1,6 +1,7 @@
 """Reads images by the rule of `elsa_core.data.images`, and names the file that cannot be read.
 
-A runner of ours does so for every pipeline; the configs stay as they are.
+The runners of tools/train.py and tools/test.py do so in every pipeline. A config keeps the names of
+its toolbox's transforms, which inferencers look for.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import mmcv
 import numpy as np
 from mmcv.transforms import BaseTransform, LoadImageFromFile
 from mmengine import fileio
-from mmengine.registry import TRANSFORMS
+from mmengine.registry import RUNNERS, TRANSFORMS
 from mmengine.runner import Runner
+from mmengine.runner._flexible_runner import FlexibleRunner
 from torch.utils.data import DataLoader
 
 from elsa_core.data.images import cut_off, read_image, reason
@@ -26,19 +28,29 @@ _LABEL_MAPS = "mmseg.datasets.transforms.loading"
 _OTHER = {"color_type": ("color",), "imdecode_backend": ("cv2", "pillow"), "file_client_args": ()}
 
 
-def that_reads(kind: type[Runner]) -> type[Runner]:
-    """A runner's class whose data sets read as this module does."""
+class SafeLoading:
+    """First base of a runner whose data sets read as this module does."""
 
-    class ReadingRunner(kind):  # type: ignore[misc, valid-type]
-        def build_dataloader(
-            self, dataloader: DataLoader | dict, *args: Any, **options: Any
-        ) -> DataLoader:
-            if isinstance(dataloader, dict):
-                dataloader = copy.deepcopy(dataloader)
-                replace_readers(dataloader)
-            return super().build_dataloader(dataloader, *args, **options)
+    def build_dataloader(
+        self, dataloader: DataLoader | dict, *args: Any, **options: Any
+    ) -> DataLoader:
+        if isinstance(dataloader, dict):
+            dataloader = copy.deepcopy(dataloader)
+            replace_readers(dataloader)
+        return super().build_dataloader(dataloader, *args, **options)  # type: ignore[misc]
 
-    return ReadingRunner
+
+@RUNNERS.register_module()
+class SafeRunner(SafeLoading, Runner):
+    """MMEngine's Runner with `SafeLoading`."""
+
+
+@RUNNERS.register_module()
+class SafeFlexibleRunner(SafeLoading, FlexibleRunner):
+    """MMEngine's FlexibleRunner, which FSDP and DeepSpeed need, with `SafeLoading`."""
+
+
+SAFE_RUNNERS = {Runner: SafeRunner, FlexibleRunner: SafeFlexibleRunner}
 
 
 def replace_readers(node: Any, dataset: dict | None = None) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 from contextlib import nullcontext
 from typing import Any
-from unittest import mock
 
 import torch
-from mmengine._strategy import DeepSpeedStrategy, FSDPStrategy
+from mmengine._strategy import BaseStrategy, DeepSpeedStrategy, FSDPStrategy
 from mmengine.device import get_device
 from mmengine.dist import is_distributed, is_main_process
 from mmengine.model import is_model_wrapper
@@ -19,8 +18,11 @@ from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 from elsa_core.blocks import Block
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.files import replacing_by_name
+from elsa_core.runtime.packages import need
 
 _BASE = "base_param_settings"  # whose learning rate the log shows
+_OF_EVERY_STRATEGY = ("work_dir", "experiment_name", "env_kwargs", "log_kwargs", "auto_scale_lr")
+_DEEPSPEED_DEFAULTS = {"gradient_accumulation_steps": 1, "steps_per_print": 10**13}  # prints never
 
 
 @FUNCTIONS.register_module()
@@ -80,13 +82,25 @@ class ELSADeepSpeedStrategy(DeepSpeedStrategy):
     What DeepSpeed does itself moves from ``optim_wrapper`` to its own settings: mixed precision
     becomes ``torch_autocast``, ``accumulative_counts`` ``gradient_accumulation_steps`` and
     ``clip_grad.max_norm`` ``gradient_clipping``. Works on CPUs too. Takes `DeepSpeedStrategy`'s
-    arguments.
+    arguments, and any other setting of DeepSpeed's.
     """
 
-    def __init__(self, **kwargs: Any) -> None:
-        # MMEngine imports optimizers that newer versions of DeepSpeed no longer have.
-        with mock.patch("mmengine._strategy.deepspeed.register_deepspeed_optimizers"):
-            super().__init__(**kwargs)
+    def __init__(
+        self,
+        *,
+        config: str | dict | None = None,
+        inputs_to_half: list[int | str] | None = None,
+        exclude_frozen_parameters: bool | None = None,
+        **settings: Any,
+    ) -> None:
+        need("deepspeed", type(self).__name__)
+        # Not DeepSpeedStrategy's, which imports optimizers that newer versions of DeepSpeed lack.
+        names = [name for name in _OF_EVERY_STRATEGY if name in settings]
+        BaseStrategy.__init__(self, **{name: settings.pop(name) for name in names})
+        given = {name: value for name, value in settings.items() if value is not None}
+        self.config = {**_DEEPSPEED_DEFAULTS, **self._parse_config(config), **given}
+        self._inputs_to_half = inputs_to_half
+        self.exclude_frozen_parameters = exclude_frozen_parameters
 
     def prepare(self, model: Any, *, dispatch_kwargs: dict | None = None, **kwargs: Any) -> Any:
         size = (dispatch_kwargs or {}).get("train_micro_batch_size_per_gpu", 1)

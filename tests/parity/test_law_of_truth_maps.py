@@ -12,7 +12,6 @@ from mm_tiny import CONFIGS
 from mmengine.config import Config
 from mmengine.model import BaseModel
 from mmengine.registry import DefaultScope
-from mmengine.runner import Runner
 from mmengine.structures import InstanceData, PixelData
 from PIL import Image
 
@@ -20,7 +19,7 @@ from elsa_d2 import Trainer, load_config
 from elsa_d2.data.safe_loading import read_labels
 from elsa_d2.engine.preflight import check_run
 from elsa_mm.label_maps import check_files, check_label_maps
-from elsa_mm.safe_loading import that_reads
+from elsa_mm.safe_loading import SafeRunner
 from examples.digits.dataset import SEGMENTATION_CLASSES
 
 pytestmark = pytest.mark.usefixtures("clean_catalog")
@@ -221,7 +220,7 @@ def openmmlab_scores(path, tmp_path, change):
     change(cfg)
     cfg.model = dict(type=TruthInOpenMMLab)
     with DefaultScope.overwrite_default_scope(scope):
-        runner = that_reads(Runner).from_cfg(cfg)
+        runner = SafeRunner.from_cfg(cfg)
         runner.model.classes = runner.test_loop.dataloader.dataset.metainfo["classes"]
         if scope == "mmseg":
             check_files(cfg.test_dataloader.dataset, "test")
