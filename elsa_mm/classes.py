@@ -14,7 +14,7 @@ from elsa_core.data.classes import difference, labels_by_name
 from elsa_core.data.coco import read_json
 from elsa_core.runtime.errors import UsageError
 
-from .wrappers import datasets_in, leaves
+from .nested import datasets_in, leaves
 
 # MMDetection's data sets that number categories in the order of the file, and ours.
 BY_NAME = {name: f"elsa_mm.coco.{name}" for name in ("CocoDataset", "CityscapesDataset")}

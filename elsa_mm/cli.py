@@ -139,7 +139,7 @@ def _train(options: argparse.Namespace) -> None:
     parts = ["train", "val"] if cfg.get("val_dataloader") else ["train"]
     notes = classes.settle(cfg, parts)
     join_processes(cfg)
-    agree(lambda: preflight.check_data(cfg, parts), first_only=True)
+    agree(lambda: preflight.check_data(cfg, parts), once_a_node=True)
     agree(lambda: preflight.check_work_dir(cfg.work_dir))
     with TrainingLock(cfg.work_dir):
         _train_alone(cfg, options, parts, notes)
@@ -179,7 +179,7 @@ def _test(options: argparse.Namespace) -> None:
     if stored is None:
         notes.append("the checkpoint names no classes: those of the config are taken for its own")
     join_processes(cfg)
-    agree(lambda: preflight.check_data(cfg, ["test"]), first_only=True)
+    agree(lambda: preflight.check_data(cfg, ["test"]), once_a_node=True)
     agree(lambda: preflight.check_work_dir(cfg.work_dir))
     runner = _build_runner(cfg, notes)
     if content is not None:

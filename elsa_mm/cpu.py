@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Callable
 from datetime import timedelta
 
 from mmengine.config import Config
 from mmengine.device import get_device
-from mmengine.dist import all_gather_object, init_dist, is_main_process
+from mmengine.dist import all_gather_object, init_dist
 from mmengine.utils.dl_utils import set_multi_processing
 from torch import distributed
 
 from elsa_core.runtime.errors import UsageError, one_line
 
-from .preflight import walk
-
-_SLURM = {"RANK": "SLURM_PROCID", "WORLD_SIZE": "SLURM_NTASKS", "LOCAL_RANK": "SLURM_LOCALID"}
+from .nested import walk
 
 
 def use_cpu_where_needed(cfg: Config) -> list[str]:
@@ -39,8 +36,8 @@ def use_cpu_where_needed(cfg: Config) -> list[str]:
 def join_processes(cfg: Config) -> None:
     """Joins the other processes of a distributed run, before MMEngine's runner would.
 
-    So can MMEngine on GPUs only: on CPUs, it asks for a CUDA device first. Raises UsageError where
-    there is no GPU and the launcher is neither torchrun nor Slurm.
+    MMEngine asks for a CUDA device first, on CPUs too. Raises UsageError where there is no GPU and
+    the launcher is not torchrun.
     """
     launcher = cfg.get("launcher", "none")
     if launcher == "none" or distributed.is_initialized():
@@ -50,10 +47,8 @@ def join_processes(cfg: Config) -> None:
         set_multi_processing(**settings.get("mp_cfg", {}), distributed=True)
         init_dist(launcher, **settings.get("dist_cfg", {}))
         return
-    if launcher == "slurm":
-        _read_slurm()
-    elif launcher != "pytorch":
-        raise UsageError(f"without a GPU --launcher must be none, pytorch or slurm, got {launcher}")
+    if launcher != "pytorch":
+        raise UsageError(f"without a GPU --launcher must be none or pytorch, got {launcher}")
     if missing := [
         name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ
     ]:
@@ -66,11 +61,16 @@ def join_processes(cfg: Config) -> None:
     distributed.init_process_group("gloo", timeout=timeout)
 
 
-def agree(check: Callable[[], None], *, first_only: bool = False) -> None:
+def is_first_of_node() -> bool:
+    """Whether this is the first process of the run on this machine."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def agree(check: Callable[[], None], *, once_a_node: bool = False) -> None:
     """Calls a check, whose error in any process of the run ends all of them.
 
     Args:
-        first_only: the first process checks for all, as what they would read is the same.
+        once_a_node: the first process of each machine checks, and the others wait for it.
 
     Raises UsageError with the sentence of the first process that has one; another error of its own
     as it is.
@@ -79,7 +79,7 @@ def agree(check: Callable[[], None], *, first_only: bool = False) -> None:
         check()
         return
     failure: Exception | None = None
-    if not first_only or is_main_process():
+    if not once_a_node or is_first_of_node():
         try:
             check()
         except Exception as error:
@@ -89,21 +89,6 @@ def agree(check: Callable[[], None], *, first_only: bool = False) -> None:
         raise failure
     if said := [sentence for sentence in sentences if sentence is not None]:
         raise UsageError(said[0]) from failure
-
-
-def _read_slurm() -> None:
-    """Sets the variables of torchrun from those of srun, as MMEngine does on GPUs."""
-    for name, source in _SLURM.items():
-        if source not in os.environ:
-            raise UsageError(
-                "--launcher slurm is for processes that srun has started, "
-                f"the environment variable {source} is not set"
-            )
-        os.environ[name] = os.environ[source]
-    if "MASTER_ADDR" not in os.environ:
-        hosts = ["scontrol", "show", "hostnames", os.environ["SLURM_NODELIST"]]
-        os.environ["MASTER_ADDR"] = subprocess.check_output(hosts, text=True).split()[0]
-    os.environ.setdefault("MASTER_PORT", "29500")
 
 
 def _use_bfloat16(cfg: Config) -> None:

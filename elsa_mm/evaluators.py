@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from mmengine.config import Config
+
+from .nested import walk
 
 COCO_METRIC = "elsa_mm.coco_metric.CocoMetric"
 
@@ -15,7 +16,7 @@ def use_coco_metric(cfg: Config) -> None:
     the model's limit of detections of an image, where they do not say it themselves."""
     limit = detection_limit(cfg.get("model") or {})
     for part in ("val", "test"):
-        for node in _dicts(cfg.get(f"{part}_evaluator")):
+        for node in walk(cfg.get(f"{part}_evaluator")):
             if node.get("type") in ("CocoMetric", "mmdet.CocoMetric", COCO_METRIC):
                 node["type"] = COCO_METRIC
                 if limit is not None:
@@ -30,10 +31,3 @@ def detection_limit(model: dict[str, Any]) -> int | None:
             if isinstance(limit, int):
                 return limit
     return None
-
-
-def _dicts(node: Any) -> Iterator[dict[str, Any]]:
-    if isinstance(node, dict):
-        yield node
-    for child in node if isinstance(node, (list, tuple)) else ():
-        yield from _dicts(child)

@@ -23,7 +23,7 @@ from elsa_core.data.images import ENDINGS, reason
 from elsa_core.data.label_maps import IGNORE, only_none, pair_files, read_labels
 from elsa_core.runtime.errors import DamagedFileError, UsageError
 
-from .wrappers import leaves
+from .nested import leaves
 
 
 @DATASETS.register_module()

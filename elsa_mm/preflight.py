@@ -6,12 +6,11 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from mmengine.config import Config
-from mmengine.dist import is_main_process
 from mmengine.registry import MODELS
 from mmengine.runner import EpochBasedTrainLoop, Runner
 
@@ -20,7 +19,8 @@ from elsa_core.data.coco import first_problem, missing_files, read_json
 from elsa_core.runtime.errors import UsageError, one_line
 
 from .checkpoint import is_local
-from .wrappers import datasets_in
+from .cpu import is_first_of_node
+from .nested import datasets_in, walk
 
 BACKBONE = "ELSASwin"
 IMPORT_LINE = "custom_imports = dict(imports=['elsa_mm'])"
@@ -137,12 +137,12 @@ def check_data(cfg: Config, parts: Sequence[str]) -> None:
 
 
 def build_data(runner: Runner, parts: Sequence[str]) -> None:
-    """Loads the data sets before the run begins; the first process looks at label maps.
+    """Loads the data sets before the run begins; the first process of a node checks label maps.
 
     Raises UsageError for a data set without images or, in MMSegmentation, for one that would leave
     out images, that lacks label maps, or whose label maps hold no class.
     """
-    segments = runner.cfg.get("default_scope") == "mmseg" and is_main_process()
+    segments = runner.cfg.get("default_scope") == "mmseg" and is_first_of_node()
     if segments:
         from . import label_maps
     for part in parts:
@@ -189,17 +189,6 @@ def keep_images(runner: Runner, folder: str) -> None:
             raise UsageError(
                 f"--show-dir must be another folder than that of the images, got {folder}"
             )
-
-
-def walk(node: Any) -> Iterator[dict]:
-    """All dicts in nested dicts, lists and tuples."""
-    if isinstance(node, dict):
-        yield node
-        node = node.values()
-    elif not isinstance(node, (list, tuple)):
-        return
-    for child in node:
-        yield from walk(child)
 
 
 def _is_remote(node: dict) -> bool:

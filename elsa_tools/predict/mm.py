@@ -20,6 +20,7 @@ import elsa_mm  # noqa: F401  registers the backbone
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.nonfinite import check_finite
 from elsa_mm import preflight
+from elsa_mm.nested import walk
 
 from .predictor import Predictor
 from .results import Instances, Result, Segmentation
@@ -43,7 +44,7 @@ class OpenMMLabPredictor(Predictor):
         self.task = TASKS[self.framework]
         init_default_scope(self.framework)
         preflight.check_config(cfg)
-        for node in preflight.walk(cfg.model):
+        for node in walk(cfg.model):
             node.pop("init_cfg", None)  # the checkpoint brings all weights
         cfg.model.pop("pretrained", None)
         cfg.model.train_cfg = None

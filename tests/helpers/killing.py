@@ -100,11 +100,12 @@ def free_port():
         return str(found.getsockname()[1])
 
 
-def two_ranks(names=("RANK", "WORLD_SIZE", "LOCAL_RANK"), **values):
-    """Environments of the two processes of a distributed run."""
-    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **values}
+def two_ranks(nodes=1):
+    """Environments of the two processes of a distributed run, on one machine or one on each."""
+    address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2"}
     return [
-        {**address, **dict(zip(names, (str(rank), "2", str(rank)), strict=True))} for rank in (0, 1)
+        {**address, "RANK": str(rank), "LOCAL_RANK": str(rank if nodes == 1 else 0)}
+        for rank in (0, 1)
     ]
 
 

@@ -94,7 +94,7 @@ def train_with(folder, environment, arguments, more, bases=()):
     os.environ.update(environment, CUDA_VISIBLE_DEVICES="")
     run_in(folder)
     # Each process its own: one may read while another writes.
-    name = f"config{os.environ.get('RANK', os.environ.get('SLURM_PROCID', ''))}.py"
+    name = f"config{os.environ.get('RANK', '')}.py"
     Path(name).write_text(config_text(folder, more, bases))
     sys.exit(cli.train([name, "--work-dir", "out", *arguments]))
 

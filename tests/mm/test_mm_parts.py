@@ -224,13 +224,13 @@ def test_processes_on_gpus_join_as_mmengine_lets_them(monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("rank, first_only, checks", [(0, True, 1), (1, True, 0), (1, False, 1)])
+@pytest.mark.parametrize("rank, once_a_node, checks", [(0, True, 1), (1, True, 0), (1, False, 1)])
 @pytest.mark.parametrize("kind", [None, UsageError, OSError])
-def test_processes_agree(monkeypatch, rank, first_only, checks, kind):
+def test_processes_agree(monkeypatch, rank, once_a_node, checks, kind):
     """Of two, the other one fails, unless this one does; what it says is what the first says."""
     said, called = [], []
     monkeypatch.setattr(machine.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(machine, "is_main_process", lambda: rank == 0)
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
     monkeypatch.setattr(machine, "all_gather_object", lambda own: said.append(own) or [own, "b"])
 
     def check():
@@ -240,5 +240,5 @@ def test_processes_agree(monkeypatch, rank, first_only, checks, kind):
 
     own = kind if checks else None
     with pytest.raises(own or UsageError, match="a" if own else "b"):
-        machine.agree(check, first_only=first_only)
+        machine.agree(check, once_a_node=once_a_node)
     assert len(called) == checks and said == ["a" if own else None]

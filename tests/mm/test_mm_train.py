@@ -156,7 +156,8 @@ def test_two_processes_in_mixed_precision(digits, tmp_path, framework):
     assert not [name for name in state["state_dict"] if name.startswith("module.")]
 
 
-def test_the_first_process_checks_the_data_for_all(digits, tmp_path):
+@pytest.mark.parametrize("nodes, readers", [(1, {"0"}), (2, {"0", "1"})])
+def test_the_first_process_of_a_node_checks_the_data_for_all(digits, tmp_path, nodes, readers):
     content = json.loads((digits / "annotations/instances_training.json").read_text())
     content["images"].append({**content["images"][0], "id": 99, "file_name": "gone.jpg"})
     file = tmp_path / "training.json"
@@ -166,9 +167,9 @@ def test_the_first_process_checks_the_data_for_all(digits, tmp_path):
     tool, log = REPOSITORY / "tools/train.py", tmp_path / "log.txt"
     processes = [
         fork(run_tool_noting_reads, str(file), tool, arguments, tmp_path, log, environment)
-        for environment in two_ranks()
+        for environment in two_ranks(nodes)
     ]
     assert statuses_of(processes) == [2, 2], log.read_text()[-3000:]
     assert log.read_text().count("lacks 1 of the 17 images") == 1
     assert "Traceback" not in log.read_text()
-    assert set((tmp_path / "reads.txt").read_text()) == {"0"}
+    assert set((tmp_path / "reads.txt").read_text()) == readers

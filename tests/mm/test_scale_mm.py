@@ -15,9 +15,7 @@ from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from torch import nn
 
-from elsa_core.runtime.errors import UsageError
 from elsa_mm import CPUAmpOptimWrapper, cli
-from elsa_mm import cpu as machine
 from elsa_mm.checkpoint import find_last_checkpoint
 
 CONFIGS = REPOSITORY / "configs"
@@ -144,32 +142,6 @@ def test_strategies_train_as_two_plain_processes_do(folder, name):
             assert torch.allclose(value, second[key], rtol=1e-3, atol=1e-4), key
 
 
-def test_slurm_tells_the_processes_who_they_are(folder):
-    names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID")
-    environments = two_ranks(names, SLURM_NODELIST="node[1-2]")
-    config = SHORT.format(2)
-    log = train_in_two(folder, environments, "--launcher", "slurm", config=config)
-    assert "GPU number: 2" in log
-    assert [number for number, _ in sorted(read_losses(folder))] == [1, 1, 2, 2]
-
-
-def test_slurm_without_an_address_asks_for_the_first_host(monkeypatch, tmp_path):
-    (tmp_path / "scontrol").write_text(
-        '#!/bin/sh\n[ "$*" = "show hostnames n[3-4]" ]; echo n3 n4\n'
-    )
-    (tmp_path / "scontrol").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")
-        monkeypatch.delenv(name)
-    values = dict(SLURM_PROCID="5", SLURM_NTASKS="8", SLURM_LOCALID="1", SLURM_NODELIST="n[3-4]")
-    for name, value in values.items():
-        monkeypatch.setenv(name, value)
-    machine._read_slurm()
-    expected = dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", MASTER_ADDR="n3", MASTER_PORT="29500")
-    assert {name: os.environ[name] for name in expected} == expected
-
-
 def test_one_signal_stops_all_processes_at_a_whole_step(folder):
     config = SHORT.format(10000) + "optim_wrapper = dict(accumulative_counts=3)\n"
     environments = two_ranks()
@@ -227,9 +199,3 @@ def test_tensorboard(folder):
     events = EventAccumulator(str(file))
     events.Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3]
-
-
-def test_a_run_that_slurm_did_not_start_is_refused(monkeypatch):
-    monkeypatch.delenv("SLURM_PROCID", raising=False)
-    with pytest.raises(UsageError, match="the environment variable SLURM_PROCID is not set"):
-        machine._read_slurm()

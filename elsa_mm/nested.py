@@ -1,9 +1,20 @@
-"""The data sets inside wrappers such as RepeatDataset and ConcatDataset."""
+"""What is inside nested configs, and inside wrappers such as RepeatDataset and ConcatDataset."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+
+
+def walk(node: Any) -> Iterator[dict]:
+    """All dicts in nested dicts, lists and tuples."""
+    if isinstance(node, dict):
+        yield node
+        node = node.values()
+    elif not isinstance(node, (list, tuple)):
+        return
+    for child in node:
+        yield from walk(child)
 
 
 def datasets_in(node: Any) -> Iterator[dict]:
