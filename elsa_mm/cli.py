@@ -22,10 +22,11 @@ from elsa_core.runtime.quiet import HarmlessRecords, quiet_frameworks
 from elsa_core.weights import class_names
 from elsa_core.weights.resume import notes_on, refuse_if_none_is_whole
 
-from . import classes, fit, preflight
+from . import classes, preflight
 from .checkpoint import ATOMIC_PREFIX, find_last_checkpoint, read_checked_files
 from .cpu import agree, join_processes, use_cpu_where_needed
 from .evaluators import use_coco_metric
+from .loading import check_weights, model_of
 from .safe_loading import SAFE_RUNNERS, SafeLoading
 
 EXIT_STATUS = (
@@ -151,12 +152,12 @@ def _train_alone(
     content = _set_resume(cfg, options.resume, notes)
     _make_stoppable(cfg)
     runner = _build_runner(cfg, notes)
-    fit.check_batch(cfg)
+    preflight.check_batch(cfg)
     if content is not None and cfg.get("resume"):
-        fit.check_weights(fit.model_of(runner), cfg.load_from, content, resumes=True)
+        check_weights(model_of(runner), cfg.load_from, content, resumes=True)
     agree(lambda: preflight.build_data(runner, parts))
-    agree(lambda: fit.check_last_batch(runner))
-    fit.check_classes(runner, parts)
+    agree(lambda: preflight.check_last_batch(runner))
+    preflight.check_classes(runner, parts)
     resumed = (cfg.get("load_from") or "") if cfg.get("resume") else ""
     classes.check(runner, parts, class_names(content)[0] if resumed else None, resumed)
     del content
@@ -183,12 +184,12 @@ def _test(options: argparse.Namespace) -> None:
     agree(lambda: preflight.check_work_dir(cfg.work_dir))
     runner = _build_runner(cfg, notes)
     if content is not None:
-        fit.check_weights(fit.model_of(runner), options.checkpoint, content)
+        check_weights(model_of(runner), options.checkpoint, content)
         del content
     agree(lambda: preflight.build_data(runner, ["test"]))
     if options.show_dir:
         preflight.keep_images(runner, options.show_dir)
-    fit.check_classes(runner, ["test"])
+    preflight.check_classes(runner, ["test"])
     classes.check(runner, ["test"], stored, options.checkpoint)
     if options.out and not _is_mmseg(cfg):
         runner.test_evaluator.metrics.append(_dump_metric(cfg, options.out))

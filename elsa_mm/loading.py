@@ -11,7 +11,7 @@ import torch
 from mmengine.hooks import Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS, MODELS
-from mmengine.runner import BaseLoop
+from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
@@ -20,6 +20,7 @@ from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.nonfinite import check_finite
 from elsa_core.weights import (
     attention_names,
+    check_complete,
     check_names,
     checkpoint_for,
     class_names,
@@ -86,6 +87,36 @@ def unbuilt_model(config: dict) -> nn.Module:
         return MODELS.build(copy.deepcopy(config))
 
 
+def model_of(runner: Runner) -> nn.Module:
+    """The runner's model; where it is built later (FlexibleRunner), one without memory."""
+    return runner.model if isinstance(runner.model, nn.Module) else unbuilt_model(runner.model)
+
+
+def check_weights(model: nn.Module, path: str, content: Any, *, resumes: bool = False) -> None:
+    """Raises UsageError unless a checkpoint holds every parameter of a model in its shape.
+
+    MMEngine would go on with random values for the others.
+
+    Args:
+        content: of the file, which gets the names of the model.
+        resumes: whether a training goes on from it.
+    """
+    model = plain_model(model)
+    adopt(model, content, path, resumes=resumes)
+    check_complete(
+        {name: parameter.shape for name, parameter in model.named_parameters()},
+        {name: one.shape for name, one in plain_state(content).items() if isinstance(one, Tensor)},
+        path,
+    )
+    if resumes:
+        check_progress(content, path)
+
+
+def plain_state(content: Any) -> dict[str, Any]:
+    """What a checkpoint has for a model, under the names that MMEngine loads it by."""
+    return {re.sub("^module\\.", "", str(name)): one for name, one in _state(content).items()}
+
+
 def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -> str:
     """Puts a checkpoint's tensors, under the names of a model, into its ``state_dict``, in place.
 
@@ -101,8 +132,7 @@ def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -
         raise UsageError(f"the checkpoint {path} holds no state dict, got {type(state).__name__}")
     check_names(state, f"the checkpoint {path}")
     wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
-    # As MMEngine names them.
-    plain = {re.sub("^module\\.", "", str(name)): value for name, value in state.items()}
+    plain = plain_state(content)
     found, reason = plain, None
     if attention_names(model) and not has_names_of(model, plain):
         try:

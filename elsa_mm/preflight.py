@@ -11,8 +11,11 @@ from typing import Any
 
 import torch
 from mmengine.config import Config
+from mmengine.dataset import InfiniteSampler
 from mmengine.registry import MODELS
 from mmengine.runner import EpochBasedTrainLoop, Runner
+from torch import distributed
+from torch.utils.data import BatchSampler
 
 import elsa_core.weights
 from elsa_core.data.coco import first_problem, missing_files, read_json
@@ -20,10 +23,16 @@ from elsa_core.runtime.errors import UsageError, one_line
 
 from .checkpoint import is_local
 from .cpu import is_first_of_node
+from .loading import model_of
 from .nested import datasets_in, walk
 
 BACKBONE = "ELSASwin"
 IMPORT_LINE = "custom_imports = dict(imports=['elsa_mm'])"
+# What has one output or label for each class of the data; an RPN has not.
+_HEADS = re.compile(
+    r"(module\.)*(data_preprocessor|head)|"
+    r"(.+\.)?(bbox_head|mask_head|decode_head|auxiliary_head)(\.\d+)?"
+)
 # What MMEngine and MMPretrain say of data sets without images, and of one with other classes.
 _NO_IMAGES = ("need at least one array to concatenate", "Found 0 files in subfolders of")
 _CLASS_FOLDERS = re.compile(r"number of subfolders \((\d+)\).*\((\d+)\)")
@@ -175,6 +184,88 @@ def build_data(runner: Runner, parts: Sequence[str]) -> None:
             )
         if loop is not None and segments:
             label_maps.check_label_maps(loop.dataloader.dataset, part)
+
+
+def check_classes(runner: Runner, parts: Sequence[str]) -> None:
+    """Raises UsageError if the heads have another number of classes than the data.
+
+    Args:
+        parts: "train", "val", "test": the loaders that the run uses.
+    """
+    heads = {
+        name: module.num_classes
+        for name, module in model_of(runner).named_modules()
+        if _HEADS.fullmatch(name) and isinstance(getattr(module, "num_classes", None), int)
+    }
+    for part in parts:
+        loop = getattr(runner, f"{part}_loop")
+        dataset = None if loop is None else loop.dataloader.dataset
+        classes = (getattr(dataset, "metainfo", None) or {}).get("classes")
+        if classes is None:
+            continue
+        for name, number in heads.items():
+            if number != len(classes):
+                place = name if name == "data_preprocessor" else f"model.{name}"
+                raise UsageError(
+                    f"{place}.num_classes must be the {len(classes)} classes of the {part} "
+                    f"data, got {number}"
+                )
+        found = getattr(dataset, "cat_ids", None)
+        if found is not None and len(found) != len(classes):
+            raise UsageError(
+                f"the {part} data's annotation file must have all {len(classes)} classes of the "
+                f"data set, it has {len(found)} of them"
+            )
+
+
+def check_batch(cfg: Config) -> None:
+    """Raises UsageError for a training batch that is empty or too small for batch normalisation."""
+    size = cfg.train_dataloader.get("batch_size")
+    if size is None:  # a batch sampler of its own
+        return
+    if not isinstance(size, int) or size < 1:
+        raise UsageError(
+            f"train_dataloader.batch_size must be an integer of at least 1, got {size}"
+        )
+    name, norm, least = _over_batch(cfg)
+    if size < least:
+        raise UsageError(
+            f"train_dataloader.batch_size must be at least 2: {name} normalises maps of one "
+            f"position over the batch ({norm}), got {size}"
+        )
+
+
+def check_last_batch(runner: Runner) -> None:
+    """Raises UsageError if an epoch ends with a batch of this process that is too small for batch
+    normalisation; the data is loaded."""
+    loop = runner.train_loop
+    batches = loop.dataloader.batch_sampler
+    sampler = getattr(batches, "sampler", None)
+    name, norm, least = _over_batch(runner.cfg)
+    if type(batches) is not BatchSampler or isinstance(sampler, InfiniteSampler):
+        return
+    images, size = len(sampler), batches.batch_size
+    ends = isinstance(loop, EpochBasedTrainLoop) or loop.max_iters >= len(batches)
+    if ends and not batches.drop_last and 0 < images % size < least:
+        raise UsageError(
+            f"the last training batch of an epoch has 1 of the {images} images, in batches of "
+            f"{size}, and {name} normalises maps of one position over the batch ({norm}): set "
+            f"train_dataloader.drop_last=True or another batch_size"
+        )
+
+
+def _over_batch(cfg: Config) -> tuple[str, str, int]:
+    """A head that normalises maps of one position over the images of a batch, its norm, and how
+    many of these a process needs: 1 where that is no such head."""
+    head = cfg.model.get("decode_head")
+    if not isinstance(head, dict):
+        return "", "", 1
+    name, norm = str(head.get("type")), str((head.get("norm_cfg") or {}).get("type"))
+    pools = name in ("UPerHead", "PSPHead") and 1 in head.get("pool_scales", (1, 2, 3, 6))
+    pools |= name in ("ASPPHead", "DepthwiseSeparableASPPHead")  # the image's mean
+    together = distributed.get_world_size() if distributed.is_initialized() else 1
+    alone = norm == "BN" or norm == "SyncBN" and together == 1
+    return name, norm, 2 if pools and alone else 1
 
 
 def keep_images(runner: Runner, folder: str) -> None:

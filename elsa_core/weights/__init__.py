@@ -5,7 +5,7 @@ torch is the only dependency.
 
 from .convert import TARGETS, Conversion, convert
 from .files import checkpoint_for, convert_file, load_backbone
-from .fit import attention_names, check_names, coverage, has_names_of
+from .fit import attention_names, check_complete, check_names, coverage, has_names_of
 from .read import forget_ahead, read_ahead, read_checkpoint
 from .recognise import recognise
 from .source import Source
@@ -16,6 +16,7 @@ __all__ = [
     "Conversion",
     "Source",
     "attention_names",
+    "check_complete",
     "check_names",
     "checkpoint_for",
     "class_names",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -69,3 +69,26 @@ def coverage(model: nn.Module, given: Collection[str]) -> tuple[str, bool]:
         words += f" and {part / whole:.0%} of the weights of ELSA-Swin's attention"
         enough &= part >= LEAST_PART * whole
     return words, enough
+
+
+def check_complete(
+    wanted: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]], path: str
+) -> None:
+    """Raises UsageError unless a checkpoint has all parameters of a model in their shapes.
+
+    Args:
+        wanted: the shapes of the model's parameters by name.
+        given: the shapes of the checkpoint's tensors by name.
+    """
+    for name, shape in wanted.items():
+        if tuple(given.get(name, shape)) != tuple(shape):
+            raise UsageError(
+                f"the checkpoint {path} does not match the model, is it of another number of "
+                f"classes or another backbone: {name} has the shape {tuple(given[name])} instead "
+                f"of {tuple(shape)}"
+            )
+    if missing := [name for name in wanted if name not in given]:
+        raise UsageError(
+            f"the checkpoint {path} does not match the model: it lacks {len(missing)} of the "
+            f"{len(wanted)} parameters, {missing[0]} for one"
+        )

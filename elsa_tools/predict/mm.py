@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,13 +12,12 @@ from mmengine.dataset import Compose
 from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.registry import DATASETS, MODELS, DefaultScope, init_default_scope
 from mmengine.structures import InstanceData, PixelData
-from torch import Tensor
 
 import elsa_core.weights
 import elsa_mm  # noqa: F401  registers the backbone
 from elsa_core.runtime.errors import UsageError, one_line
-from elsa_core.runtime.nonfinite import check_finite
 from elsa_mm import preflight
+from elsa_mm.loading import check_weights, plain_state
 from elsa_mm.nested import walk
 
 from .predictor import Predictor
@@ -52,8 +50,9 @@ class OpenMMLabPredictor(Predictor):
         names = colours = None
         if weights is not None:
             content = elsa_core.weights.read_checkpoint(weights)
-            _load(self.model, content, weights, self.framework)
             names, colours = elsa_core.weights.class_names(content)
+            check_weights(self.model, weights, content)
+            self.model.load_state_dict(plain_state(content), strict=False)
         self.model.cfg = cfg
         self.model.to(device).eval()
         configured, palette = _names_in(cfg)
@@ -138,37 +137,6 @@ def _read_config(path: str, options: Sequence[str]) -> Config:
     except (ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
         raise UsageError(f"the config {path} cannot be used: {one_line(error)}") from error
     return cfg
-
-
-def _load(model: torch.nn.Module, content: Any, path: str, framework: str) -> None:
-    """All of the model's parameters, converted where the file is of another framework.
-
-    Raises UsageError where one is missing or has another shape; then nothing was loaded.
-    """
-    wanted = dict(model.named_parameters())
-    stored = content.get("state_dict", content) if isinstance(content, dict) else {}
-    tensors = {
-        re.sub(r"^module\.", "", name): tensor
-        for name, tensor in stored.items()
-        if isinstance(tensor, Tensor)
-    }
-    if not set(wanted) <= set(tensors) and not set(wanted) & set(tensors):
-        source = elsa_core.weights.recognise(content)
-        tensors = elsa_core.weights.convert(source, framework).tensors
-    if missing := [name for name in wanted if name not in tensors]:
-        raise UsageError(
-            f"the checkpoint {path} does not fit the model: it lacks {len(missing)} of the "
-            f"{len(wanted)} parameters, {missing[0]} for one"
-        )
-    for name, parameter in wanted.items():
-        if tensors[name].shape != parameter.shape:
-            raise UsageError(
-                f"the checkpoint {path} does not fit the model, is it of another number of classes "
-                f"or another backbone: {name} has the shape {tuple(tensors[name].shape)} instead "
-                f"of {tuple(parameter.shape)}"
-            )
-    check_finite({name: tensors[name] for name in wanted}, f"the checkpoint {path}")
-    model.load_state_dict(tensors, strict=False)
 
 
 def _number_of_classes(model: torch.nn.Module) -> int:

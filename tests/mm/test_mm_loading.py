@@ -17,9 +17,10 @@ from mmengine.runner import CheckpointLoader, IterBasedTrainLoop, get_priority
 
 from elsa_core.runtime.errors import UsageError
 from elsa_core.weights import convert, read_checkpoint, recognise, safetensors
-from elsa_mm import WeightsHook, fit
+from elsa_mm import WeightsHook
 from elsa_mm.checkpoint import read_checked_files
 from elsa_mm.history import from_plain, to_plain
+from elsa_mm.loading import check_weights
 
 ARCH = dict(embed_dim=8, depths=[1, 1, 1, 1], num_heads=[1, 1, 2, 2])
 TINY = {
@@ -218,7 +219,7 @@ def test_files_that_are_not_of_torch(models, tmp_path, suffix):
     else:
         with open(path, "wb") as file:
             safetensors.save(file, state, {})
-    fit.check_weights(models["mmdet"], path, read_checkpoint(path))
+    check_weights(models["mmdet"], path, read_checkpoint(path))
     loaded, _ = load(models["mmdet"], CheckpointLoader.load_checkpoint(path))
     wanted = models["mmdet"].state_dict()
     assert all(torch.equal(loaded[name], wanted[name]) for name in wanted)
@@ -229,10 +230,10 @@ def test_evaluated_checkpoints_take_every_form(models, form, tmp_path):
     path = str(tmp_path / "a.pth")
     state = FORMS[form](models["mmdet"].state_dict())
     torch.save({"model" if form == "detectron2" else "state_dict": state}, path)
-    fit.check_weights(models["mmdet"], path, read_checkpoint(path))
+    check_weights(models["mmdet"], path, read_checkpoint(path))
     torch.save({"state_dict": dict(list(state.items())[:-1])}, path)
-    with pytest.raises(UsageError, match="a.pth (does not fit the model: it lacks 1|.*missing)"):
-        fit.check_weights(models["mmdet"], path, read_checkpoint(path))
+    with pytest.raises(UsageError, match="a.pth (does not match the model: it lacks 1|.*missing)"):
+        check_weights(models["mmdet"], path, read_checkpoint(path))
 
 
 def test_load_from_is_refused_by_the_tool(refusal, digits, tmp_path):

@@ -310,7 +310,7 @@ def refused(arguments, capsys):
         ({"--score-threshold": "2"}, "must be in [0, 1], got 2.0"),
         ({"--device": "toaster"}, "--device toaster is no device"),
         ({"--opts": "model"}, "must be KEY=VALUE, got model"),
-        ({"--weights": "detection"}, "does not fit the model"),
+        ({"--weights": "detection"}, "does not match the model"),
     ],
 )
 def test_bad_use_is_one_sentence(change, sentence, weights, images, tmp_path, capsys, monkeypatch):

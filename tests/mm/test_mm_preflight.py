@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from elsa_core.runtime.errors import UsageError
-from elsa_mm import fit, preflight
+from elsa_mm import preflight
+from elsa_mm.loading import check_weights
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +68,7 @@ def test_checkpoint_of_another_number_of_classes(refusal, digits, checkpoint, to
     path = checkpoint("mmseg")
     arguments = [path] if tool == "test" else ["--resume", path]
     assert refusal(tool, CONFIGS["mmseg"], *arguments, *options("mmseg", digits, **more)) == (
-        f"the checkpoint {path} does not fit the model, is it of another number of classes or "
+        f"the checkpoint {path} does not match the model, is it of another number of classes or "
         "another backbone: decode_head.conv_seg.weight has the shape (11, 48, 1, 1) instead of "
         "(7, 48, 1, 1)"
     )
@@ -76,7 +77,7 @@ def test_checkpoint_of_another_number_of_classes(refusal, digits, checkpoint, to
 def test_checkpoint_of_another_model(refusal, digits, checkpoint):
     path = checkpoint("mmseg")
     sentence = refusal("test", CONFIGS["mmdet"], path, *options("mmdet", digits))
-    assert sentence.startswith(f"the checkpoint {path} does not fit the model: it lacks ")
+    assert sentence.startswith(f"the checkpoint {path} does not match the model: it lacks ")
     assert sentence.endswith(" parameters, neck.lateral_convs.0.conv.weight for one")
 
 
@@ -85,7 +86,7 @@ def test_checkpoint_without_weights(tmp_path, content):
     torch.save(content, tmp_path / "a.pth")
     path = str(tmp_path / "a.pth")
     with pytest.raises(UsageError, match="a.pth holds no state dict, got "):
-        fit.check_weights(nn.Linear(1, 1), path, preflight.read_local(path))
+        check_weights(nn.Linear(1, 1), path, preflight.read_local(path))
 
 
 @pytest.mark.parametrize("zip_file", [True, False])
@@ -97,10 +98,10 @@ def test_checkpoint_that_fits(tmp_path, zip_file, prefix):
     path = str(tmp_path / "a.pth")
     torch.save({"state_dict": state}, path, _use_new_zipfile_serialization=zip_file)
     content = preflight.read_local(path)
-    fit.check_weights(model, path, content)
-    fit.check_weights(nn.DataParallel(model), path, content)
+    check_weights(model, path, content)
+    check_weights(nn.DataParallel(model), path, content)
     model.test_step = None  # what a model under test-time augmentation must have
-    fit.check_weights(SegTTAModel(model), path, content)
+    check_weights(SegTTAModel(model), path, content)
     assert preflight.read_local("https://example.org/a.pth") is None
 
 
@@ -175,9 +176,9 @@ def test_last_batch(monkeypatch, images, world, change, refused):
     runner = SimpleNamespace(cfg=Config(dict(model=dict(decode_head=head))), train_loop=loop)
     if refused:
         with pytest.raises(UsageError, match="has 1 of the 12 images, in batches of 11"):
-            fit.check_last_batch(runner)
+            preflight.check_last_batch(runner)
     else:
-        fit.check_last_batch(runner)
+        preflight.check_last_batch(runner)
 
 
 def test_auxiliary_head_that_does_not_fit(refusal, digits):
