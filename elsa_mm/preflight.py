@@ -70,7 +70,7 @@ def _check_shift(model: dict) -> None:
 
 def _check_channels(model: dict, features: list[int]) -> None:
     """Whether the parts that take the backbone's maps expect their channels."""
-    for name in _takers(model):
+    for name in _parts_fed_by_backbone(model):
         part = model.get(name)
         if not isinstance(part, dict) or "in_channels" not in part:
             continue
@@ -90,7 +90,7 @@ def _check_channels(model: dict, features: list[int]) -> None:
             raise UsageError(f"model.{name}.in_channels must be the backbone's {wanted}, got {got}")
 
 
-def _takers(model: dict) -> list[str]:
+def _parts_fed_by_backbone(model: dict) -> list[str]:
     """The parts that take the backbone's maps, or what has their channels."""
     neck = model.get("neck")
     if not neck:
