@@ -1,7 +1,7 @@
 _base_ = [
     "../_base_/models/elsa-swin_small.py",
     "../_base_/datasets/digits.py",
-    "../_base_/schedules/digits.py",
+    "../../mmseg/_base_/schedules/digits.py",
     "../_base_/iteration_runtime.py",
 ]
 

@@ -15,3 +15,4 @@ model = dict(
     decode_head=dict(num_classes=11, loss_decode=loss_decode),
     auxiliary_head=dict(num_classes=11, loss_decode=loss_decode),
 )
+randomness = dict(seed=0)

@@ -1,20 +1,10 @@
-# One cycle of AdamW, counted in iterations.
-max_iters = 2000
-max_lr = 2e-3
+# The cycle of own_data.py at twice its length.
+_base_ = ["own_data.py"]
 
-optim_wrapper = dict(
-    type="OptimWrapper",
-    optimizer=dict(type="AdamW", lr=max_lr, betas=(0.9, 0.99), weight_decay=0.05),
-    paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
-)
+max_iters = 2000
 warmup_iters = max_iters // 10
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=warmup_iters),
     dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=warmup_iters, end=max_iters),
 ]
-
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=max_iters, val_interval=500)
-val_cfg = dict(type="ValLoop")
-test_cfg = dict(type="TestLoop")
-
-randomness = dict(seed=0)
+train_cfg = dict(max_iters=max_iters)
