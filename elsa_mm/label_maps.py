@@ -83,18 +83,14 @@ class LoadLabelMap(LoadAnnotations):
         number = len(label_map) if label_map else self.num_classes or IGNORE
         try:
             content = BytesIO(fileio.get(path, backend_args=self.backend_args))
-            labels = read_labels(content, path, number, reduce, self.ignore)
+            size = results.get("ori_shape")
+            size = None if size is None else tuple(size)
+            labels = read_labels(content, path, number, reduce, self.ignore, size)
         except UsageError as error:
             raise DamagedFileError(str(error)) from error
         except OSError as error:
             why = reason(error, path)
             raise DamagedFileError(f"label map {path} cannot be read: {why}") from error
-        size = results.get("ori_shape")
-        if size is not None and tuple(size) != labels.shape:
-            raise DamagedFileError(
-                f"a label map must be as large as its image, got {path} of {labels.shape} pixels "
-                f"for {tuple(size)}"
-            )
         if label_map:
             table = np.arange(256, dtype=np.uint8)
             table[list(label_map)] = list(label_map.values())

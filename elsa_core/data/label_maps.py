@@ -109,6 +109,7 @@ def read_labels(
     num_classes: int,
     reduce_zero_label: bool = False,
     ignore: int = IGNORE,
+    size: tuple[int, int] | None = None,
 ) -> np.ndarray:
     """A label map [H, W], uint8: 0..num_classes - 1, or `ignore` for no class.
 
@@ -118,8 +119,10 @@ def read_labels(
         num_classes: at most 255.
         reduce_zero_label: in the file, 0 and 255 stand for no class and the classes begin at 1.
         ignore: stands for no class; with `reduce_zero_label` it must be 255.
+        size: height and width of the image; None: not checked.
 
-    Raises UsageError, which names the file, for one that is no such image, and for other labels.
+    Raises UsageError, which names the file, for one that is no such image, for other labels, and
+    for another size.
     """
     if num_classes > IGNORE:
         raise UsageError(f"label maps are for at most {IGNORE} classes, got {num_classes}")
@@ -131,6 +134,11 @@ def read_labels(
         raise UsageError(
             f"labels must be {low}..{high} for {num_classes} classes, or {'0 or ' * first}{ignore} "
             f"for none, got {wrong.max()} in {name}"
+        )
+    if size not in (None, values.shape):
+        raise UsageError(
+            f"a label map must be as large as its image, got {name} of {values.shape} pixels for "
+            f"{size}"
         )
     if reduce_zero_label:
         values = np.where((values == 0) | (values == IGNORE), IGNORE, values.astype(np.int64) - 1)

@@ -15,6 +15,7 @@ from torch import Tensor
 import elsa_core.data.images
 import elsa_core.data.label_maps
 from elsa_core.data.images import reason
+from elsa_core.data.label_maps import IGNORE
 from elsa_core.runtime.errors import DamagedFileError, UsageError
 
 
@@ -37,13 +38,18 @@ def read_map(path: str) -> np.ndarray:
     return _read(path, elsa_core.data.label_maps.read_map)
 
 
-def read_labels(path: str, num_classes: int, reduce_zero_label: bool = False) -> np.ndarray:
-    """A label map [H, W]: 0..num_classes - 1, or 255 for no class; see `elsa_core.data.label_maps`.
+def read_labels(
+    path: str,
+    num_classes: int,
+    reduce_zero_label: bool = False,
+    size: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """A label map [H, W] as `elsa_core.data.label_maps.read_labels` returns it, with 255 for none.
 
-    Raises DamagedFileError, which names the file, for one that is no such image, and for other
-    labels.
+    Raises DamagedFileError, which names the file, where that raises UsageError.
     """
-    return _read(path, elsa_core.data.label_maps.read_labels, num_classes, reduce_zero_label)
+    read = elsa_core.data.label_maps.read_labels
+    return _read(path, read, num_classes, reduce_zero_label, IGNORE, size)
 
 
 def _read(path: str, read: Callable[..., np.ndarray], *options: Any) -> np.ndarray:
@@ -63,13 +69,8 @@ def read_pair(
     """Image [H, W, 3] and label map [H, W] of a record. Raises DamagedFileError for broken ones."""
     image = read_image(record["file_name"], image_format)
     path = record["sem_seg_file_name"]
-    labels = read_labels(path, num_classes, record.get("reduce_zero_label", False))
-    if image.shape[:2] != labels.shape:
-        raise DamagedFileError(
-            f"a label map must be as large as its image, got {path} of {labels.shape} pixels for "
-            f"{image.shape[:2]}"
-        )
-    return image, labels
+    reduce = record.get("reduce_zero_label", False)
+    return image, read_labels(path, num_classes, reduce, image.shape[:2])
 
 
 def to_tensor(image: np.ndarray) -> Tensor:
