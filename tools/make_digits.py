@@ -9,6 +9,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from elsa_core.runtime.command_line import exit_status  # noqa: E402
+from elsa_core.runtime.errors import UsageError  # noqa: E402
+
 DETAILS = """\
 written to OUT, with --layout standard:
   images/{training,validation}/NNNNNN.jpg            square RGB images, JPEG quality 95
@@ -77,28 +80,19 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    try:
-        from examples.digits.dataset import DigitsError
-        from examples.digits.layouts import make_layout
-    except ModuleNotFoundError as error:
-        from elsa_core.runtime.packages import missing
+    interrupted = f"interrupted, {options.out} is as it was before"
+    return exit_status("make_digits", lambda: run(options), interrupted, PACKAGES)
 
-        return fail(missing([error.name], PACKAGES))
+
+def run(options: argparse.Namespace) -> int:
+    from examples.digits.layouts import make_layout
+
     try:
         summary = make_layout(**vars(options))
-    except ModuleNotFoundError as error:
-        return fail(
-            f"--layout {options.layout} needs the Python package {error.name}"
-            f": pip install {error.name}"
-        )
-    except DigitsError as error:
-        return fail(str(error))
     except OSError as error:
         place = f" ({error.filename})" if error.filename else ""
-        return fail(f"cannot make {options.out}: {error.strerror or error}{place}")
-    except KeyboardInterrupt:
-        fail(f"interrupted, {options.out} is as it was before")
-        return 130
+        reason = error.strerror or error
+        raise UsageError(f"cannot make {options.out}: {reason}{place}") from error
     counts = ", ".join(
         f"{summary.images[part]} {part} images with {summary.objects[part]} digits"
         for part in summary.images
@@ -106,11 +100,6 @@ def main(arguments: list[str] | None = None) -> int:
     layout = "" if options.layout == "standard" else f", as {options.layout} is laid out"
     print(f"{summary.path}: {'wrote' if summary.made else 'already holds'} {counts}{layout}")
     return 0
-
-
-def fail(sentence: str) -> int:
-    print(f"make_digits: {sentence}", file=sys.stderr)
-    return 2
 
 
 if __name__ == "__main__":

@@ -77,14 +77,14 @@ def run(options: argparse.Namespace) -> int:
             load_backbone(backbone, options.weights)
         module = Backbone(backbone, None)
     else:
-        from elsa_tools.predict.load import load_predictor
+        from elsa_tools.predict.load import load_inferencer
 
-        predictor = load_predictor(
+        inferencer = load_inferencer(
             options.config, options.weights, device="cpu", options=options.options
         )
-        module = wrap(predictor, options.part)
+        module = wrap(inferencer, options.part)
         if "logits" in module.names:
-            metadata["classes"] = ",".join(predictor.classes)
+            metadata["classes"] = ",".join(inferencer.classes)
     if not options.weights:
         print("export_onnx: without --weights the weights are random", file=sys.stderr)
     _say("exporting ...")

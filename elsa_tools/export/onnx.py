@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from elsa_core import ELSASwin
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.files import replacing_by_name
-from elsa_tools.predict.predictor import Predictor
+from elsa_tools.predict.inferencer import Inferencer
 
 from . import graph as onnx_graph
 
@@ -91,11 +91,11 @@ class Backbone(nn.Module):
 class Segmentor(Backbone):
     """Images [B, 3, H, W] -> logits [B, K, H, W], for Detectron2's and MMSegmentation's UPerNet."""
 
-    def __init__(self, predictor: Predictor) -> None:
-        model = predictor.model
-        super().__init__(model.backbone, predictor.normalisation())
+    def __init__(self, inferencer: Inferencer) -> None:
+        model = inferencer.model
+        super().__init__(model.backbone, inferencer.normalisation())
         self.names = ["logits"]
-        self.detectron2 = predictor.framework == "detectron2"
+        self.detectron2 = inferencer.framework == "detectron2"
         self.head = model.sem_seg_head if self.detectron2 else model.decode_head
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -120,24 +120,24 @@ class Difference:
     value: float
 
 
-def wrap(predictor: Predictor, part: str) -> Backbone:
+def wrap(inferencer: Inferencer, part: str) -> Backbone:
     """What to export of a model: "backbone", "model", or "auto": the model where it is a UPerNet.
 
     Raises UsageError for a backbone that is not ours and for a model that is no UPerNet.
     """
-    model = predictor.model
+    model = inferencer.model
     backbone = getattr(model.backbone, "bottom_up", model.backbone)
     if not isinstance(backbone, ELSASwin):
         raise UsageError(f"the backbone must be an ELSA-Swin, got {type(backbone).__name__}")
-    if part == "backbone" or (part == "auto" and predictor.task != "segmentation"):
-        return Backbone(backbone, predictor.normalisation())
+    if part == "backbone" or (part == "auto" and inferencer.task != "segmentation"):
+        return Backbone(backbone, inferencer.normalisation())
     head = getattr(model, "sem_seg_head", getattr(model, "decode_head", None))
     if type(head).__name__ not in ("UPerNetHead", "UPerHead"):
         raise UsageError(
             f"of whole models UPerNet alone is exported, got {type(model).__name__}: "
             "--part backbone exports its backbone"
         )
-    return Segmentor(predictor)
+    return Segmentor(inferencer)
 
 
 def export(

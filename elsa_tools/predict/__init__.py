@@ -3,8 +3,8 @@
 Neither framework is imported before a config says which one is needed.
 """
 
-from .load import load_predictor
-from .predictor import Predictor
-from .results import Instances, Segmentation
+from .inferencer import Inferencer
+from .load import load_inferencer
+from .results import Detections, Segmentation
 
-__all__ = ["Instances", "Predictor", "Segmentation", "load_predictor"]
+__all__ = ["Detections", "Inferencer", "Segmentation", "load_inferencer"]

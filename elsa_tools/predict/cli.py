@@ -69,36 +69,36 @@ def run(options: argparse.Namespace) -> int:
         raise UsageError(f"--score-threshold must be in [0, 1], got {options.score_threshold}")
     from .coco import CocoResults
     from .inputs import find_inputs
-    from .load import load_predictor
+    from .load import load_inferencer
     from .outputs import check_folder, make_folder, write_json
     from .runs import Demo
 
     files = find_inputs(options.inputs)
     check_folder(options.out, [*files, *filter(None, [options.coco])])
     make_folder(options.out)
-    predictor = load_predictor(
+    inferencer = load_inferencer(
         options.config, options.weights, device=options.device, options=options.options
     )
-    if predictor.note:
-        say("demo", predictor.note)
+    if inferencer.note:
+        say("demo", inferencer.note)
     coco = None
     if options.coco is not None:
-        if predictor.task != "detection":
-            raise UsageError(f"--coco needs a detector, got a model for {predictor.task}")
-        coco = CocoResults(options.coco, predictor.classes)
+        if inferencer.task != "detection":
+            raise UsageError(f"--coco needs a detector, got a model for {inferencer.task}")
+        coco = CocoResults(options.coco, inferencer.classes)
         for file in files:
             coco.image_id(file)  # before anything is written
-    demo = Demo(predictor, options.out, options.score_threshold, coco)
+    demo = Demo(inferencer, options.out, options.score_threshold, coco)
     for file in _progress(files):
         demo.process(file)
     record = {
         "schema": 1,
-        "framework": predictor.framework,
-        "task": predictor.task,
+        "framework": inferencer.framework,
+        "task": inferencer.task,
         "config": options.config,
         "weights": options.weights,
-        "classes": predictor.classes,
-        "score_threshold": options.score_threshold if predictor.task == "detection" else None,
+        "classes": inferencer.classes,
+        "score_threshold": options.score_threshold if inferencer.task == "detection" else None,
         "images": demo.images,
         "videos": demo.videos,
         "failed": demo.failed,

@@ -9,7 +9,7 @@ from typing import Any
 import elsa_core.data.coco
 from elsa_core.runtime.errors import UsageError
 
-from .results import Instances
+from .results import Detections
 
 
 class CocoResults:
@@ -42,5 +42,5 @@ class CocoResults:
                 return self.images[name]
         raise UsageError(f"{self.annotations} has no image of the name of {path}")
 
-    def add(self, path: str, found: Instances) -> None:
+    def add(self, path: str, found: Detections) -> None:
         self.entries += found.to_coco(self.image_id(path), self.category_ids)

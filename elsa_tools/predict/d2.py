@@ -17,12 +17,12 @@ from elsa_d2.config import is_semantic
 from elsa_d2.data.classes import class_kind, class_names, number_of_classes
 from elsa_d2.engine import preflight
 
-from .predictor import Predictor
-from .results import Instances, Result, Segmentation
+from .inferencer import Inferencer
+from .results import Detections, Result, Segmentation
 
 
-class Detectron2Predictor(Predictor):
-    """See `elsa_tools.predict.load_predictor`."""
+class Detectron2Inferencer(Inferencer):
+    """See `elsa_tools.predict.load_inferencer`."""
 
     framework = "detectron2"
 
@@ -61,7 +61,7 @@ class Detectron2Predictor(Predictor):
             return Segmentation(found["sem_seg"].argmax(0).cpu().numpy())
         instances = found["instances"].to("cpu")
         masks = instances.pred_masks.numpy() if instances.has("pred_masks") else None
-        return Instances(
+        return Detections(
             instances.pred_classes.numpy(),
             instances.scores.numpy(),
             instances.pred_boxes.tensor.numpy(),

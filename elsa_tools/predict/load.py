@@ -10,18 +10,18 @@ import torch
 import elsa_core.weights
 from elsa_core.runtime.errors import UsageError
 
-from .predictor import Predictor
+from .inferencer import Inferencer
 
 YAML, PYTHON = (".yaml", ".yml"), (".py",)
 
 
-def load_predictor(
+def load_inferencer(
     config: str,
     weights: str | None,
     *,
     device: str | None = None,
     options: Sequence[str] = (),
-) -> Predictor:
+) -> Inferencer:
     """The model of a config with the weights of a checkpoint of either framework.
 
     Args:
@@ -40,12 +40,12 @@ def load_predictor(
         elsa_core.weights.read_ahead(weights)
     place = _device(device)
     if path.endswith(YAML):
-        from .d2 import Detectron2Predictor
+        from .d2 import Detectron2Inferencer
 
-        return Detectron2Predictor(path, weights, place, options)
-    from .mm import OpenMMLabPredictor
+        return Detectron2Inferencer(path, weights, place, options)
+    from .mm import OpenMMLabInferencer
 
-    return OpenMMLabPredictor(path, weights, place, options)
+    return OpenMMLabInferencer(path, weights, place, options)
 
 
 def find_config(config: str) -> str:

@@ -20,14 +20,14 @@ from elsa_mm import preflight
 from elsa_mm.loading import check_weights, plain_state
 from elsa_mm.nested import walk
 
-from .predictor import Predictor
-from .results import Instances, Result, Segmentation
+from .inferencer import Inferencer
+from .results import Detections, Result, Segmentation
 
 TASKS = {"mmdet": "detection", "mmseg": "segmentation"}
 
 
-class OpenMMLabPredictor(Predictor):
-    """See `elsa_tools.predict.load_predictor`."""
+class OpenMMLabInferencer(Inferencer):
+    """See `elsa_tools.predict.load_inferencer`."""
 
     def __init__(
         self, config: str, weights: str | None, device: str, options: Sequence[str]
@@ -73,7 +73,7 @@ class OpenMMLabPredictor(Predictor):
         masks = None
         if "masks" in instances:
             masks = np.asarray(instances.masks).astype(bool).reshape(-1, *image.shape[:2])
-        return Instances(
+        return Detections(
             instances.labels.numpy(), instances.scores.numpy(), instances.bboxes.numpy(), masks
         )
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Instances:
+class Detections:
     """Objects, best first.
 
     ``labels`` [N], ``scores`` [N], ``boxes`` [N, 4] in pixels (x1, y1, x2, y2), ``masks``
@@ -27,24 +27,24 @@ class Instances:
     masks: np.ndarray | None = None
     size: tuple[int, int] | None = None
 
-    def above(self, score: float) -> Instances:
+    def above(self, score: float) -> Detections:
         """Those with at least this score, best first."""
         order = np.argsort(-self.scores, kind="stable")
         keep = order[self.scores[order] >= score]
         masks = None if self.masks is None else self.masks[keep]
-        return Instances(self.labels[keep], self.scores[keep], self.boxes[keep], masks)
+        return Detections(self.labels[keep], self.scores[keep], self.boxes[keep], masks)
 
-    def enlarged(self, factor: int) -> Instances:
+    def enlarged(self, factor: int) -> Detections:
         masks = self.masks
         if masks is not None:
             masks = masks.repeat(factor, axis=1).repeat(factor, axis=2)
-        return Instances(self.labels, self.scores, self.boxes * factor, masks)
+        return Detections(self.labels, self.scores, self.boxes * factor, masks)
 
-    def scaled(self, image: np.ndarray, size: tuple[int, int]) -> Instances:
+    def scaled(self, image: np.ndarray, size: tuple[int, int]) -> Detections:
         """Of ``image`` [H, W, 3], for one of ``size`` (height, width) that it was made of."""
         factors = np.array([size[1] / image.shape[1], size[0] / image.shape[0]] * 2)
         boxes = (self.boxes * factors).astype(self.boxes.dtype)
-        return Instances(self.labels, self.scores, boxes, self.masks, size)
+        return Detections(self.labels, self.scores, boxes, self.masks, size)
 
     def record(self, classes: Sequence[str]) -> dict[str, Any]:
         """{"instances": [...]}; masks are COCO's run-length encoding."""
@@ -136,7 +136,7 @@ class Segmentation:
         return self.labels.astype(np.uint16 if wide else np.uint8)
 
 
-Result = Instances | Segmentation
+Result = Detections | Segmentation
 
 
 def enlarge(

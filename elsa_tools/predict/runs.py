@@ -14,10 +14,10 @@ from elsa_core.runtime.errors import UsageError, one_line, printable
 from elsa_core.runtime.files import replacing_by_name
 
 from .coco import CocoResults
+from .inferencer import Inferencer
 from .inputs import Unreadable, is_video, open_video, read_image
 from .outputs import Names, VideoFile, image_ending, write_image
-from .predictor import Predictor
-from .results import Instances, Result, Segmentation, enlarge, reduce
+from .results import Detections, Result, Segmentation, enlarge, reduce
 
 
 class Demo:
@@ -28,9 +28,9 @@ class Demo:
     """
 
     def __init__(
-        self, predictor: Predictor, folder: str, score: float, coco: CocoResults | None = None
+        self, inferencer: Inferencer, folder: str, score: float, coco: CocoResults | None = None
     ) -> None:
-        self.predictor, self.folder, self.score, self.coco = predictor, folder, score, coco
+        self.inferencer, self.folder, self.score, self.coco = inferencer, folder, score, coco
         self.names = Names()
         self.images: list[dict[str, Any]] = []
         self.videos: list[dict[str, Any]] = []
@@ -98,21 +98,21 @@ class Demo:
 
     def _found(self, image: np.ndarray) -> tuple[Result, np.ndarray]:
         """The result for an image [H, W, 3], and the painted image, which may be smaller."""
-        small = reduce(image, self.predictor.most_pixels)
+        small = reduce(image, self.inferencer.most_pixels)
         result = self._predict(small)
         picture = self._draw(small, result)
         return result if small is image else result.scaled(small, image.shape[:2]), picture
 
     def _predict(self, image: np.ndarray) -> Result:
-        result = self.predictor.predict(image)
-        return result.above(self.score) if isinstance(result, Instances) else result
+        result = self.inferencer.predict(image)
+        return result.above(self.score) if isinstance(result, Detections) else result
 
     def _draw(self, image: np.ndarray, result: Result) -> np.ndarray:
-        return self.predictor.draw(*enlarge(image, result))
+        return self.inferencer.draw(*enlarge(image, result))
 
     def _record(self, image: np.ndarray, result: Result) -> dict[str, Any]:
         height, width = image.shape[:2]
-        return {"width": width, "height": height, **result.record(self.predictor.classes)}
+        return {"width": width, "height": height, **result.record(self.inferencer.classes)}
 
 
 def _why(error: Exception, image: np.ndarray | None) -> str:

@@ -13,19 +13,19 @@ from sahi.utils.cv import get_coco_segmentation_from_bool_mask
 
 from elsa_core.runtime.errors import UsageError
 
-from .load import load_predictor
-from .predictor import Predictor
+from .inferencer import Inferencer
+from .load import load_inferencer
 
 
 class ElsaDetectionModel(DetectionModel):
     """A detector of Detectron2 or MMDetection for SAHI's functions.
 
-    It predicts in each slice what `load_predictor` predicts in an image, and takes the same files.
+    It predicts in each slice what `load_inferencer` predicts in an image, and takes the same files.
     As in SAHI's own models, the box of an object with a mask becomes the mask's box, and a mask of
     too few pixels for a polygon is left out.
 
     Args:
-        config, weights: see `elsa_tools.predict.load_predictor`.
+        config, weights: see `elsa_tools.predict.load_inferencer`.
         options: config settings, see there; among them the size to which slices are resized.
         arguments: SAHI's own, such as ``device``, ``confidence_threshold`` or ``load_at_init``.
 
@@ -48,12 +48,12 @@ class ElsaDetectionModel(DetectionModel):
     def load_model(self) -> None:
         assert self.config_path is not None
         self.set_model(
-            load_predictor(
+            load_inferencer(
                 self.config_path, self.model_path, device=str(self.device), options=self.options
             )
         )
 
-    def set_model(self, model: Predictor, **_: Any) -> None:
+    def set_model(self, model: Inferencer, **_: Any) -> None:
         if model.task != "detection":
             raise UsageError(f"SAHI needs a detector, got a model for {model.task}")
         self.model = model

@@ -14,6 +14,8 @@ import numpy as np
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from elsa_core.runtime.errors import UsageError
+
 from .painter import PARTS, Painter, Sample
 from .whole_folder import publish, workspace
 
@@ -29,10 +31,6 @@ SEGMENTATION_CLASSES = ("background", *CLASSES)
 SEGMENTATION_PALETTE = ((0, 0, 0), *PALETTE)
 JPEG_QUALITY = 95
 MIN_SIZE, MAX_SIZE = 64, 2048
-
-
-class DigitsError(Exception):
-    """Something that the caller can put right, in one sentence."""
 
 
 class Options(NamedTuple):
@@ -72,7 +70,7 @@ def make_dataset(
     scikit-learn's table, and images `photograph`.
 
     A whole data set with the same options is left as it is. One with other options, or a damaged
-    one, is replaced only with `force`, a folder with other files never. Raises DigitsError for
+    one, is replaced only with `force`, a folder with other files never. Raises UsageError for
     options out of range and for such folders, OSError where the folder cannot be written.
     """
     options = checked(Options(train, val, size, seed))
@@ -106,31 +104,31 @@ def make_whole(
 
 
 def checked(options: Options) -> Options:
-    """The options; raises DigitsError for those out of range."""
+    """The options; raises UsageError for those out of range."""
     for name, count in (("train", options.train), ("val", options.val)):
         if count < 1:
-            raise DigitsError(f"{name} must be at least 1 image, got {name}={count}")
+            raise UsageError(f"{name} must be at least 1 image, got {name}={count}")
     if not MIN_SIZE <= options.size <= MAX_SIZE:
-        raise DigitsError(f"size must be {MIN_SIZE}..{MAX_SIZE} pixels, got size={options.size}")
+        raise UsageError(f"size must be {MIN_SIZE}..{MAX_SIZE} pixels, got size={options.size}")
     if options.seed < 0:
-        raise DigitsError(f"seed must not be negative, got seed={options.seed}")
+        raise UsageError(f"seed must not be negative, got seed={options.seed}")
     return options
 
 
 def existing(out: Path, options: Options, force: bool, layout: str = STANDARD) -> Summary | None:
     """The data set at `out` if it is the wanted one, None if the place may be written.
 
-    Raises DigitsError, as `make_dataset`, for a place that holds something else.
+    Raises UsageError, as `make_dataset`, for a place that holds something else.
     """
     if not out.exists():
         return None
     if not out.is_dir():
-        raise DigitsError(f"{out} is a file, the data set needs a folder")
+        raise UsageError(f"{out} is a file, the data set needs a folder")
     if not any(out.iterdir()):
         return None
     meta = _read_meta(out)
     if meta is None:
-        raise DigitsError(f"{out} holds other files and no digits data set, name another folder")
+        raise UsageError(f"{out} holds other files and no digits data set, name another folder")
     found = meta.get("layout", STANDARD)
     if (meta["version"], meta["options"], found) == (VERSION, options._asdict(), layout):
         if _is_whole(out, meta):
@@ -141,10 +139,10 @@ def existing(out: Path, options: Options, force: bool, layout: str = STANDARD) -
         made_with += "" if found == layout else f" layout={found}"
         problem = f"was made with {made_with} (generator version {meta['version']})"
     if not force:
-        raise DigitsError(f"{out} {problem}, --force replaces it")
+        raise UsageError(f"{out} {problem}, --force replaces it")
     foreign = sorted(file_names(out) - {*_files(meta), "meta.json"})
     if foreign:
-        raise DigitsError(
+        raise UsageError(
             f"{out} also holds files of others ({foreign[0]}), move them or name another folder"
         )
     return None

@@ -5,8 +5,11 @@ import shutil
 import sys
 from pathlib import Path
 
-from .dataset import DigitsError, make_dataset
-from .runs import DemoError, Run, fingerprint
+from elsa_core.runtime.command_line import exit_status
+from elsa_core.runtime.errors import UsageError
+
+from .dataset import make_dataset
+from .runs import Run, fingerprint
 from .trainings import REPOSITORY, TRAININGS
 
 
@@ -34,36 +37,31 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    args = parse_args(arguments)
-    from elsa_core.runtime.quiet import quiet_frameworks
+    options = parse_args(arguments)
+    interrupted = "interrupted; the same command goes on from here"
+    return exit_status("demo", lambda: run(options), interrupted)
 
-    out, data = args.out.resolve(), REPOSITORY / "data" / "digits"
+
+def run(options: argparse.Namespace) -> int:
+    out, data = options.out.resolve(), REPOSITORY / "data" / "digits"
     try:
-        with quiet_frameworks():
-            make_dataset(data)
-            mark = fingerprint(data)
-            runs = [
-                Run(training, out, mark)
-                for training in TRAININGS
-                if not args.only or training.name in args.only
-            ]
-            for run in runs:
-                if args.fresh and (run.out / "demo_state.json").is_file():
-                    shutil.rmtree(run.out)
-                run()
-            print("Drawing predictions and curves", flush=True)
-            from .report import write_report
+        make_dataset(data)
+        mark = fingerprint(data)
+        runs = [
+            Run(training, out, mark)
+            for training in TRAININGS
+            if not options.only or training.name in options.only
+        ]
+        for one in runs:
+            if options.fresh and (one.out / "demo_state.json").is_file():
+                shutil.rmtree(one.out)
+            one()
+        print("Drawing predictions and curves", flush=True)
+        from .report import write_report
 
-            print(write_report(runs, data, out))
-    except (DemoError, DigitsError) as error:
-        print(f"demo: {error}", file=sys.stderr)
-        return 1
+        print(write_report(runs, data, out))
     except OSError as error:
-        print(f"demo: cannot write the results: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ndemo: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        raise UsageError(f"cannot write the results: {error}") from error
     return 0
 
 

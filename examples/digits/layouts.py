@@ -3,9 +3,10 @@
 import importlib
 from pathlib import Path
 
+from elsa_core.runtime.errors import UsageError
+
 from .dataset import (
     STANDARD,
-    DigitsError,
     Options,
     Summary,
     checked,
@@ -39,13 +40,13 @@ def make_layout(
     """Writes the images that `make_dataset` makes of the same options, in another layout.
 
     All as there: whole or not at all, left as it is where it is there already, `meta.json`. The
-    summary counts the images and digits that the layout was made of. Raises DigitsError, too, for
+    summary counts the images and digits that the layout was made of. Raises UsageError, too, for
     an unknown layout, and ModuleNotFoundError where a package is missing that it is written with.
     """
     if layout == STANDARD:
         return make_dataset(out, train, val, size, seed, force=force, progress=progress)
     if layout not in MODULES:
-        raise DigitsError(f"layout must be one of {', '.join(LAYOUTS)}, got layout={layout}")
+        raise UsageError(f"layout must be one of {', '.join(LAYOUTS)}, got layout={layout}")
     options = checked(Options(train, val, size, seed))
     write = importlib.import_module(MODULES[layout]).write_layout
 

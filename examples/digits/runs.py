@@ -12,21 +12,18 @@ from typing import Any
 
 from tqdm import tqdm
 
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.files import replacing
+
 from .trainings import REPOSITORY, Training
 
 POLL_SECONDS = 1.0
 LOG_LINES = 15
 
 
-class DemoError(Exception):
-    """What failed and what to do about it, for a person to read."""
-
-
 def write_json(path: Path, content: Any) -> None:
-    """Writes the file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(content, indent=2) + "\n")
-    temporary.replace(path)
+    with replacing(path) as file:
+        file.write(json.dumps(content, indent=2).encode() + b"\n")
 
 
 def fingerprint(data: Path) -> str:
@@ -59,7 +56,7 @@ class Run:
         """Empties a folder with results of other configs or data; refuses one that is not ours."""
         if self.out.is_dir() and any(self.out.iterdir()):
             if not self._state_path.is_file():
-                raise DemoError(
+                raise UsageError(
                     f"{self.out} holds files that the demo did not write: move them, or name "
                     "another folder with DEMO_ARGS='--out FOLDER'"
                 )
@@ -100,15 +97,15 @@ class Run:
             write_json(self._state_path, state)
         if process.returncode:
             with log.open(errors="replace") as stream:
-                tail = "".join(deque(stream, LOG_LINES))
-            raise DemoError(
-                f"{title} failed with exit status {process.returncode}. The end of {log}:\n\n"
-                f"{tail}\nMend what it names and run the command again: it goes on from the last "
-                "checkpoint."
+                print(*deque(stream, LOG_LINES), sep="", file=sys.stderr)
+            raise UsageError(
+                f"{title} failed with exit status {process.returncode}, the end of {log} is above: "
+                "mend what it names and run the command again, which goes on from the last "
+                "checkpoint"
             )
         missing = set(self.training.metric_names.values()) - set(self.final_metrics())
         if missing:
-            raise DemoError(f"{title} ended without its {', '.join(sorted(missing))}: see {log}")
+            raise UsageError(f"{title} ended without its {', '.join(sorted(missing))}: see {log}")
         state["finished"] = True
         write_json(self._state_path, state)
 

@@ -186,10 +186,10 @@ def test_data_sets_that_number_as_mmdetection_does_have_to_agree(copy):
 
 @pytest.mark.parametrize("framework", CONFIGS)
 def test_a_checkpoint_of_other_classes_is_refused(refusal, digits, tmp_path, framework):
-    from elsa_tools.predict import load_predictor
+    from elsa_tools.predict import load_inferencer
 
     names = DIGITS if framework == "mmdet" else ["background", *DIGITS]
-    state = load_predictor(str(CONFIGS[framework]), None, device="cpu").model.state_dict()
+    state = load_inferencer(str(CONFIGS[framework]), None, device="cpu").model.state_dict()
     meta = {"dataset_meta": {"classes": [*names[:-2], "a", "b"]}}
     torch.save({"meta": meta, "state_dict": state}, tmp_path / "other.pth")
     arguments = [CONFIGS[framework], tmp_path / "other.pth", *options(framework, digits)]

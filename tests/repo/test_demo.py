@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import cv2
-import numpy as np
 import pytest
 
+from elsa_core.runtime.errors import UsageError
+from elsa_tools.predict import load_inferencer
 from examples.digits import predictions, report
-from examples.digits.demo import DemoError, Run, fingerprint, main
+from examples.digits.demo import Run, fingerprint, main
 from examples.digits.trainings import TRAININGS, Detectron2Training, MMDetectionTraining, Training
 
 PROGRAM = """
@@ -65,11 +66,12 @@ def test_finished_training_is_not_repeated(training, tmp_path, capsys):
     assert "Quick, Counting: done before" in capsys.readouterr().out
 
 
-def test_failed_training_is_explained_and_resumed(training, tmp_path):
+def test_failed_training_is_explained_and_resumed(training, tmp_path, capsys):
     training.status = 3
     run = Run(training, tmp_path, "mark")
-    with pytest.raises(DemoError, match=r"(?s)exit status 3.*the last words.*last checkpoint"):
+    with pytest.raises(UsageError, match="exit status 3, the end of .*last checkpoint"):
         run()
+    assert capsys.readouterr().err.endswith("the last words\n\n")
     spent = run.state()["seconds"]
     training.status = 0
     run()
@@ -79,7 +81,7 @@ def test_failed_training_is_explained_and_resumed(training, tmp_path):
 
 def test_training_without_its_metrics_has_failed(training, tmp_path):
     training.metric_names = training.metric_names | {"segm/AP": "mask AP"}
-    with pytest.raises(DemoError, match="without its mask AP"):
+    with pytest.raises(UsageError, match="without its mask AP"):
         Run(training, tmp_path, "mark")()
 
 
@@ -94,7 +96,7 @@ def test_results_of_other_configs_are_stale(training, tmp_path):
 def test_folder_of_others_is_refused(training, tmp_path):
     (tmp_path / "quick").mkdir()
     (tmp_path / "quick" / "thesis.tex").write_text("precious")
-    with pytest.raises(DemoError, match="holds files that the demo did not write"):
+    with pytest.raises(UsageError, match="holds files that the demo did not write"):
         Run(training, tmp_path, "mark")()
     assert (tmp_path / "quick" / "thesis.tex").read_text() == "precious"
 
@@ -147,20 +149,26 @@ def test_table_has_a_row_a_framework():
     assert lines[3].split() == ["B", "u", "-", "-", "-", "-", "61.0", "100", "3.00", "M"]
 
 
-def test_pictures_show_what_was_found(digits, tmp_path):
-    names = sorted((digits / "images" / "validation").glob("*.jpg"))[:2]
-    images = [cv2.imread(str(name)) for name in names]
-    for image, instances in zip(images, predictions._instance_truth(digits, names), strict=True):
-        drawn = predictions._draw_instances(image, instances)
-        plain = predictions._to_bgr(predictions._enlarge(image))
-        changed = (drawn != plain).any(-1)
-        inside = (
-            instances.masks.any(0).repeat(predictions.ENLARGE, 0).repeat(predictions.ENLARGE, 1)
-        )
-        assert changed[inside].mean() > 0.9
+def test_pictures_show_truth_and_predictions(digits, tmp_path, monkeypatch):
+    """Of an untrained model, which sees next to nothing."""
+    (tmp_path / "last_checkpoint").write_text("iter_1.pth")
+    untrained = []
+
+    def load(config, weights, **options):
+        untrained.append(load_inferencer(config, None, **options))
+        return untrained[0]
+
+    monkeypatch.setattr(predictions, "load_inferencer", load)
+    path = tmp_path / "a.png"
+    parameters = predictions.draw_predictions(MMDetectionTraining(), tmp_path, digits, path)
+    assert parameters == 2_748_788
+    assert min(cv2.imread(str(path)).shape[:2]) > 500
+    files = sorted((digits / "images" / "validation").glob("*.jpg"))[:2]
+    for file, truth in zip(files, predictions.true_detections(digits, files), strict=True):
+        image = cv2.imread(str(file))
+        changed = (untrained[0].draw(image, truth) != image).any(-1)
+        assert changed[truth.masks.any(0)].mean() > 0.9
         assert changed.mean() < 0.9
-    nothing = predictions.Instances(np.zeros(0, int), np.zeros((0, 96, 96), bool), np.zeros((0, 4)))
-    assert (predictions._draw_instances(images[-1], nothing) == plain).all()
 
 
 @pytest.mark.parametrize("arguments", [["--only", "caffe"], ["--unknown"]])

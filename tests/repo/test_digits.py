@@ -14,9 +14,10 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from sklearn.datasets import load_digits
 
+from elsa_core.runtime.errors import UsageError
 from examples.digits import dataset as digits
 from examples.digits import painter as digit_painter
-from examples.digits.dataset import CLASSES, DigitsError, make_dataset
+from examples.digits.dataset import CLASSES, make_dataset
 from examples.digits.painter import PARTS, PHOTOGRAPHS, Painter, split_digits
 
 SMALL = {"train": 6, "val": 4, "size": 64, "progress": False}
@@ -180,7 +181,7 @@ def test_other_options_need_force(tmp_path):
     out = tmp_path / "data"
     make_dataset(out, **SMALL)
     before = contents(out)
-    with pytest.raises(DigitsError, match=r"train=6 val=4 size=64 seed=0 .*--force"):
+    with pytest.raises(UsageError, match=r"train=6 val=4 size=64 seed=0 .*--force"):
         make_dataset(out, **{**SMALL, "train": 5})
     assert contents(out) == before
     assert make_dataset(out, **{**SMALL, "train": 5}, force=True).images["training"] == 5
@@ -193,7 +194,7 @@ def test_other_generator_version_needs_force(tmp_path, monkeypatch):
     make_dataset(out, **SMALL)
     monkeypatch.setattr(digits, "VERSION", digits.VERSION + 1)
     before = digits.VERSION - 1
-    with pytest.raises(DigitsError, match=rf"generator version {before}\).*--force"):
+    with pytest.raises(UsageError, match=rf"generator version {before}\).*--force"):
         make_dataset(out, **SMALL)
     assert make_dataset(out, **SMALL, force=True).made
 
@@ -208,7 +209,7 @@ def test_damaged_data_set_is_noticed_and_replaced_only_with_force(tmp_path, dama
         victim.unlink()
     else:
         victim.write_bytes(victim.read_bytes()[:-1])
-    with pytest.raises(DigitsError, match=r"changed or missing files.*--force"):
+    with pytest.raises(UsageError, match=r"changed or missing files.*--force"):
         make_dataset(out, **SMALL)
     assert make_dataset(out, **SMALL, force=True).made
     assert contents(out) == before
@@ -221,7 +222,7 @@ def test_a_folder_of_others_is_never_replaced(tmp_path, meta):
         (tmp_path / "meta.json").write_text(meta)
     before = contents(tmp_path)
     for force in (False, True):
-        with pytest.raises(DigitsError, match="holds other files"):
+        with pytest.raises(UsageError, match="holds other files"):
             make_dataset(tmp_path, **SMALL, force=force)
     assert contents(tmp_path) == before
 
@@ -231,7 +232,7 @@ def test_files_of_others_inside_a_data_set_survive_force(tmp_path):
     make_dataset(out, **SMALL)
     (out / "images" / "notes.txt").write_text("mine")
     assert not make_dataset(out, **SMALL).made
-    with pytest.raises(DigitsError, match="images/notes.txt"):
+    with pytest.raises(UsageError, match="images/notes.txt"):
         make_dataset(out, **{**SMALL, "train": 5}, force=True)
     assert (out / "images" / "notes.txt").read_text() == "mine"
 

@@ -36,7 +36,7 @@ def test_what_a_killed_run_left_is_removed(tmp_path):
     (home / "old").mkdir()
     (home / "lock").write_text("")
     (home / "new" / "images" / "1.jpg").write_text("half an ima")
-    (home / "link").symlink_to(tmp_path, target_is_directory=True)
+    (home / "new" / "link").symlink_to(tmp_path, target_is_directory=True)
     (tmp_path / "bystander").write_text("mine")
     with workspace(tmp_path / "data") as new:
         assert sorted(os.listdir(home)) == ["lock", "new"]

@@ -14,7 +14,7 @@ pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
 import elsa_tools.predict.cli
 from elsa_core.runtime.errors import UsageError
-from elsa_tools.predict import Instances, Segmentation, load_predictor
+from elsa_tools.predict import Detections, Segmentation, load_inferencer
 from elsa_tools.predict.inputs import read_image
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -26,14 +26,14 @@ UPERNET = str(CONFIGS / "mmseg/digits/elsa-swin_upernet_digits.py")
 
 
 @pytest.fixture(scope="module", params=DET)
-def predictor(request):
+def inferencer(request):
     """With scores far enough from 1 / 11 that some pass a threshold."""
     torch.manual_seed(3)
-    predictor = load_predictor(DET[request.param], None, device="cpu")
-    for name, parameter in predictor.model.named_parameters():
+    inferencer = load_inferencer(DET[request.param], None, device="cpu")
+    for name, parameter in inferencer.model.named_parameters():
         if name.endswith(("fc_cls.weight", "cls_score.weight")):
             torch.nn.init.normal_(parameter, std=0.3)
-    return predictor
+    return inferencer
 
 
 @pytest.fixture
@@ -41,12 +41,12 @@ def path(digits):
     return sorted((digits / "images/validation").glob("*.jpg"))[0]
 
 
-def own_results(predictor, path, found, folder):
+def own_results(inferencer, path, found, folder):
     """As the framework's own evaluator writes them."""
-    if predictor.framework == "detectron2":
+    if inferencer.framework == "detectron2":
         from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 
-        raw = predictor.predictor(read_image(str(path)))["instances"].to("cpu")
+        raw = inferencer.predictor(read_image(str(path)))["instances"].to("cpu")
         return instances_to_coco_json(raw[raw.scores >= 0.1], 7)
     from mmdet.evaluation import CocoMetric
 
@@ -59,10 +59,10 @@ def own_results(predictor, path, found, folder):
     return [{**box, **mask} for box, mask in zip(boxes, masks, strict=True)]
 
 
-def test_coco_results_are_the_frameworks_own(predictor, path, tmp_path):
-    found = predictor.predict(read_image(str(path))).above(0.1)
+def test_coco_results_are_the_frameworks_own(inferencer, path, tmp_path):
+    found = inferencer.predict(read_image(str(path))).above(0.1)
     entries = found.to_coco(7, range(10))
-    wanted = own_results(predictor, path, found, tmp_path)
+    wanted = own_results(inferencer, path, found, tmp_path)
     assert len(entries) == len(wanted) > 0
     for ours, theirs in zip(entries, wanted, strict=True):
         assert ours.pop("bbox") == pytest.approx(theirs.pop("bbox"), abs=1e-4)
@@ -70,16 +70,16 @@ def test_coco_results_are_the_frameworks_own(predictor, path, tmp_path):
         assert ours == theirs
 
 
-def test_demo_writes_coco_results(predictor, path, digits, tmp_path, monkeypatch, capsys):
+def test_demo_writes_coco_results(inferencer, path, digits, tmp_path, monkeypatch, capsys):
     content = json.loads((digits / "annotations/instances_validation.json").read_text())
     for category in content["categories"]:
         category["id"] = 90 - category["id"]
     for annotation in content["annotations"]:
         annotation["category_id"] = 90 - annotation["category_id"]
     (tmp_path / "annotations.json").write_text(json.dumps(content))
-    predictor.classes = [str(digit) for digit in range(10)]
-    monkeypatch.setattr("elsa_tools.predict.load.load_predictor", lambda *_, **__: predictor)
-    best = predictor.predict(read_image(str(path))).above(0)
+    inferencer.classes = [str(digit) for digit in range(10)]
+    monkeypatch.setattr("elsa_tools.predict.load.load_inferencer", lambda *_, **__: inferencer)
+    best = inferencer.predict(read_image(str(path))).above(0)
     threshold = (best.scores[4] + best.scores[5]) / 2
     arguments = [str(path), "--config", "x.py", "--weights", "x.pth"]
     arguments += ["--out", f"{tmp_path}/out", "--score-threshold", f"{threshold:.9f}", "--coco"]
@@ -109,18 +109,18 @@ def test_demo_writes_coco_results(predictor, path, digits, tmp_path, monkeypatch
     assert "must have the names of the model's classes, '3' is not" in capsys.readouterr().err
 
 
-def test_sahi_predicts_what_the_predictor_predicts(predictor, path):
+def test_sahi_predicts_what_the_inferencer_predicts(inferencer, path):
     predict = pytest.importorskip("sahi.predict", reason="SAHI is not installed")
     from elsa_tools.predict.sahi import ElsaDetectionModel
 
-    model = ElsaDetectionModel("", None, model=predictor, confidence_threshold=0.1, device="cpu")
+    model = ElsaDetectionModel("", None, model=inferencer, confidence_threshold=0.1, device="cpu")
     image = read_image(str(path))
     options = dict(verbose=0, postprocess_match_threshold=1.1, perform_standard_pred=False)
     whole = predict.get_prediction(str(path), model).object_prediction_list
-    found = predictor.predict(image).above(0.1)
+    found = inferencer.predict(image).above(0.1)
     assert [one.category.id for one in whole] == found.labels.tolist()
     assert [one.score.value for one in whole] == pytest.approx(found.scores.tolist())
-    assert [one.category.name for one in whole] == [predictor.classes[i] for i in found.labels]
+    assert [one.category.name for one in whole] == [inferencer.classes[i] for i in found.labels]
     bare = [index for index, one in enumerate(whole) if one.mask is None]
     assert np.allclose([whole[i].bbox.to_xyxy() for i in bare], found.boxes[bare], atol=0.01)
     masked = [(one, found.masks[i]) for i, one in enumerate(whole) if one.mask is not None]
@@ -133,7 +133,7 @@ def test_sahi_predicts_what_the_predictor_predicts(predictor, path):
         kept.append((one.mask.bool_mask & mask).sum() / mask.sum())
     assert np.median(kept) > 0.5
     sliced = predict.get_sliced_prediction(str(path), model, 64, 64, **options)
-    corner = predictor.predict(np.ascontiguousarray(image[-64:, -64:])).above(0.1)
+    corner = inferencer.predict(np.ascontiguousarray(image[-64:, -64:])).above(0.1)
     scores = {one.score.value: one for one in sliced.object_prediction_list}
     shifted = [scores.get(float(score)) for score in corner.scores]
     assert sum(one is not None for one in shifted) > 0
@@ -148,26 +148,26 @@ def test_sahi_refuses_what_it_cannot_use():
 
     with pytest.raises(UsageError, match="INPUT.MIN_SIZE_TEST 800, got image_size=512"):
         ElsaDetectionModel(DET["detectron2"], None, image_size=512)
-    segmentor = load_predictor(UPERNET, None, device="cpu")
+    segmentor = load_inferencer(UPERNET, None, device="cpu")
     with pytest.raises(UsageError, match="SAHI needs a detector, got a model for segmentation"):
         ElsaDetectionModel("", None, model=segmentor, device="cpu")
 
 
-def test_supervision_takes_instances_and_segmentations(predictor, path):
+def test_supervision_takes_instances_and_segmentations(inferencer, path):
     supervision = pytest.importorskip("supervision", reason="supervision is not installed")
     image = read_image(str(path))
-    found = predictor.predict(image).above(0.1)
-    detections = found.to_supervision(predictor.classes)
+    found = inferencer.predict(image).above(0.1)
+    detections = found.to_supervision(inferencer.classes)
     assert isinstance(detections, supervision.Detections) and len(detections) == len(found.labels)
     assert np.array_equal(detections.xyxy, found.boxes)
     assert np.array_equal(detections.confidence, found.scores)
     assert np.array_equal(detections.class_id, found.labels)
     assert np.array_equal(detections.mask, found.masks)
-    assert detections["class_name"].tolist() == [predictor.classes[i] for i in found.labels]
+    assert detections["class_name"].tolist() == [inferencer.classes[i] for i in found.labels]
     painted = supervision.MaskAnnotator().annotate(image.copy(), detections.with_nms(0.5))
     assert painted.shape == image.shape and not np.array_equal(painted, image)
-    none = Instances(*(array[:0] for array in (found.labels, found.scores, found.boxes)))
-    assert len(none.to_supervision(predictor.classes)) == 0
+    none = Detections(*(array[:0] for array in (found.labels, found.scores, found.boxes)))
+    assert len(none.to_supervision(inferencer.classes)) == 0
     labels = np.zeros((4, 6), np.int64)
     labels[1:3, 2:5] = 2
     regions = Segmentation(labels).to_supervision(["background", "a", "b"])

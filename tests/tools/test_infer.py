@@ -15,7 +15,7 @@ from pycocotools import mask as coco
 
 import elsa_core.weights
 from elsa_core.runtime.errors import UsageError
-from elsa_tools.predict import Instances, Segmentation, load_predictor
+from elsa_tools.predict import Detections, Segmentation, load_inferencer
 from elsa_tools.predict.cli import main
 from elsa_tools.predict.inputs import find_inputs, read_image
 from elsa_tools.predict.outputs import Names, image_ending
@@ -45,7 +45,7 @@ def weights(tmp_path_factory):
     paths = {}
     for task, config in (("detection", DET["mmdet"]), ("segmentation", SEG["mmseg"])):
         torch.manual_seed(3)
-        model = load_predictor(config, None, device="cpu").model
+        model = load_inferencer(config, None, device="cpu").model
         for name, parameter in model.named_parameters():
             if name.endswith(("fc_cls.weight", "conv_seg.weight")):
                 torch.nn.init.normal_(parameter, std=0.3)
@@ -99,8 +99,10 @@ def test_detections_are_drawn_and_recorded(framework, weights, images, tmp_path)
 def test_both_frameworks_find_the_same(weights, images):
     found = []
     for framework, config in DET.items():
-        predictor = load_predictor(config, weights[framework], device="cpu", options=LOW[framework])
-        found.append(predictor.predict(read_image(str(images[0]))).above(0.1))
+        inferencer = load_inferencer(
+            config, weights[framework], device="cpu", options=LOW[framework]
+        )
+        found.append(inferencer.predict(read_image(str(images[0]))).above(0.1))
     # The digits configs resize with PIL and with OpenCV, which leave an image of their size alone;
     # here both enlarge it, so that boxes agree to a pixel or so.
     number = min(len(one.scores) for one in found)
@@ -220,7 +222,7 @@ def test_an_odd_image_does_not_end_a_run(model, weights, images, tmp_path):
 
 @pytest.mark.parametrize("model", ["detectron2", "mmdet", "mmseg"])
 def test_large_images_take_bounded_memory(model, weights, images, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("elsa_tools.predict.predictor.MOST_PAINTED", 800 * 600)
+    monkeypatch.setattr("elsa_tools.predict.inferencer.MOST_PAINTED", 800 * 600)
     Image.open(images[0]).resize((1600, 1200)).save(tmp_path / "a.png")
     config, out = SEG["mmseg"] if model == "mmseg" else DET[model], tmp_path / "out"
     arguments = [str(tmp_path / "a.png"), "--config", config, "--out", str(out), "--device", "cpu"]
@@ -340,9 +342,9 @@ def test_unknown_class_names_are_numbers_and_said(weights, tmp_path):
     content = torch.load(weights["segmentation"], weights_only=True)
     content["meta"] = {"dataset_meta": {"classes": ["a", "b"]}}
     torch.save(content, tmp_path / "two.pth")
-    predictor = load_predictor(SEG["mmseg"], str(tmp_path / "two.pth"), device="cpu")
-    assert predictor.classes == [str(index) for index in range(11)]
-    assert "2 class names for 11 classes" in predictor.note
+    inferencer = load_inferencer(SEG["mmseg"], str(tmp_path / "two.pth"), device="cpu")
+    assert inferencer.classes == [str(index) for index in range(11)]
+    assert "2 class names for 11 classes" in inferencer.note
 
 
 @pytest.mark.parametrize("config", [DET["detectron2"], DET["mmdet"], SEG["detectron2"]])
@@ -351,15 +353,15 @@ def test_a_checkpoint_is_read_once(config, weights, monkeypatch):
     read, load = [], torch.load
     monkeypatch.setattr(torch, "load", lambda *a, **k: (read.append(1), load(*a, **k))[1])
     name = "segmentation" if config == SEG["detectron2"] else Path(config).parts[-3]
-    predictor = load_predictor(config, weights[name], device="cpu")
-    assert len(read) == 1 and len(predictor.classes) in (10, 11) and predictor.note is None
+    inferencer = load_inferencer(config, weights[name], device="cpu")
+    assert len(read) == 1 and len(inferencer.classes) in (10, 11) and inferencer.note is None
 
 
 def test_weights_of_detectron2_work_in_openmmlab(weights, images, tmp_path):
     elsa_core.weights.convert_file(weights["segmentation"], tmp_path / "d2.pth", "detectron2")
     image = read_image(str(images[0]))
-    first = load_predictor(SEG["mmseg"], weights["segmentation"], device="cpu").predict(image)
-    second = load_predictor(SEG["mmseg"], str(tmp_path / "d2.pth"), device="cpu").predict(image)
+    first = load_inferencer(SEG["mmseg"], weights["segmentation"], device="cpu").predict(image)
+    second = load_inferencer(SEG["mmseg"], str(tmp_path / "d2.pth"), device="cpu").predict(image)
     assert np.array_equal(first.labels, second.labels)
 
 
@@ -375,7 +377,7 @@ def test_inputs_come_once_and_in_order(tmp_path):
 def test_results_keep_order_threshold_and_size():
     masks = np.zeros((3, 2, 2), dtype=bool)
     masks[1, 0, 1] = True
-    found = Instances(
+    found = Detections(
         np.array([0, 1, 2]), np.array([0.2, 0.9, 0.5]), np.arange(12.0).reshape(3, 4), masks
     )
     best = found.above(0.5)

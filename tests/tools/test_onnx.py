@@ -14,7 +14,7 @@ from elsa_tools.export import graph as onnx_graph
 from elsa_tools.export import onnx as onnx_export
 from elsa_tools.export.cli import main
 from elsa_tools.export.onnx import SIZES, TOLERANCE, Backbone, compare, export, wrap
-from elsa_tools.predict import load_predictor
+from elsa_tools.predict import load_inferencer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 SEG = {
@@ -94,20 +94,20 @@ def test_the_tiny_variant_is_the_same(tmp_path, capsys):
 @pytest.mark.parametrize("framework", SEG)
 def test_upernet_is_the_same(framework, tmp_path):
     torch.manual_seed(0)
-    predictor = load_predictor(SEG[framework], None, device="cpu")
-    randomised(predictor.model)
+    inferencer = load_inferencer(SEG[framework], None, device="cpu")
+    randomised(inferencer.model)
     path = str(tmp_path / "upernet.onnx")
-    found = export(wrap(predictor, "auto"), path)
+    found = export(wrap(inferencer, "auto"), path)
     assert all(difference.value <= TOLERANCE for difference in found)
     # Against the framework's own way to logits, normalisation included.
     image = torch.randint(0, 256, (1, 3, 75, 110)).float()
     (logits,) = outputs(path, image)
     with torch.no_grad():
         if framework == "detectron2":
-            wanted = predictor.model([{"image": image[0]}])[0]["sem_seg"][None]
+            wanted = inferencer.model([{"image": image[0]}])[0]["sem_seg"][None]
         else:
-            data = predictor.model.data_preprocessor({"inputs": [image[0].flip(0).byte()]})
-            wanted = predictor.model.whole_inference(
+            data = inferencer.model.data_preprocessor({"inputs": [image[0].flip(0).byte()]})
+            wanted = inferencer.model.whole_inference(
                 data["inputs"], [dict(ori_shape=(75, 110), img_shape=(75, 110))]
             )
     assert logits.shape == (1, 11, 75, 110)
@@ -117,11 +117,11 @@ def test_upernet_is_the_same(framework, tmp_path):
 
 
 def test_a_detector_gives_its_backbone(tmp_path):
-    predictor = load_predictor(DET, None, device="cpu")
-    module = wrap(predictor, "auto")
+    inferencer = load_inferencer(DET, None, device="cpu")
+    module = wrap(inferencer, "auto")
     assert type(module) is Backbone and module.names == ["res2", "res3", "res4", "res5"]
     with pytest.raises(UsageError, match="UPerNet alone"):
-        wrap(predictor, "model")
+        wrap(inferencer, "model")
 
 
 def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):

@@ -18,7 +18,7 @@ from .results import Result, Segmentation, palette
 MEMORY, OF_MASKS, OF_CLASS, MOST_PAINTED = 4 * 10**9, 500, 8, 25_000_000
 
 
-class Predictor(ABC):
+class Inferencer(ABC):
     """A model with its test pipeline.
 
     Attributes:

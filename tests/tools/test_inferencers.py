@@ -13,7 +13,7 @@ from mmseg.apis import MMSegInferencer
 
 import elsa_core.weights
 import elsa_d2
-from elsa_tools.predict import Instances, load_predictor
+from elsa_tools.predict import Detections, load_inferencer
 from elsa_tools.predict.inputs import read_image
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -29,7 +29,7 @@ def image(digits):
 
 def make(config, path, names):
     torch.manual_seed(5)
-    model = load_predictor(config, None, device="cpu").model
+    model = load_inferencer(config, None, device="cpu").model
     for name, parameter in model.named_parameters():
         if name.endswith(("fc_cls.weight", "conv_seg.weight")):
             torch.nn.init.normal_(parameter, std=0.3)
@@ -51,7 +51,7 @@ def segmentor(tmp_path_factory):
 
 
 def test_det_inferencer_finds_what_the_test_pipeline_finds(detector, image):
-    ours = load_predictor(MMDET, detector, device="cpu").predict(cv2.imread(image)).above(0.05)
+    ours = load_inferencer(MMDET, detector, device="cpu").predict(cv2.imread(image)).above(0.05)
     with DefaultScope.overwrite_default_scope("mmdet"):
         inferencer = DetInferencer(MMDET, detector, device="cpu", show_progress=False)
         found = inferencer(image, no_save_vis=True, return_vis=False)["predictions"][0]
@@ -62,7 +62,7 @@ def test_det_inferencer_finds_what_the_test_pipeline_finds(detector, image):
 
 
 def test_inference_detector_finds_what_the_test_pipeline_finds(detector, image):
-    ours = load_predictor(MMDET, detector, device="cpu").predict(cv2.imread(image)).above(0)
+    ours = load_inferencer(MMDET, detector, device="cpu").predict(cv2.imread(image)).above(0)
     with DefaultScope.overwrite_default_scope("mmdet"):
         model = init_detector(MMDET, detector, device="cpu")
         found = inference_detector(model, image).pred_instances
@@ -72,7 +72,7 @@ def test_inference_detector_finds_what_the_test_pipeline_finds(detector, image):
 
 
 def test_mmseg_inferencer_finds_what_the_test_pipeline_finds(segmentor, image):
-    ours = load_predictor(MMSEG, segmentor, device="cpu").predict(cv2.imread(image))
+    ours = load_inferencer(MMSEG, segmentor, device="cpu").predict(cv2.imread(image))
     with DefaultScope.overwrite_default_scope("mmseg"):
         inferencer = MMSegInferencer(
             MMSEG, segmentor, device="cpu", classes=["background", *"0123456789"],
@@ -88,8 +88,8 @@ def test_default_predictor_reads_blue_first_as_its_users_expect(detector, image,
     overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(file), "INPUT.MIN_SIZE_TEST", "96"]
     cfg = elsa_d2.load_config(D2, overrides)
     found = DefaultPredictor(cfg)(cv2.imread(image))["instances"]
-    predictor = elsa_d2.Predictor(cfg)
-    again = predictor(read_image(image))["instances"]
+    inferencer = elsa_d2.Predictor(cfg)
+    again = inferencer(read_image(image))["instances"]
     # The same to a rounding of the JPEG decoders: an image of the test's size is not resized.
     assert len(found) == len(again) > 0
     assert torch.allclose(found.scores, again.scores, atol=0.02)
@@ -97,7 +97,7 @@ def test_default_predictor_reads_blue_first_as_its_users_expect(detector, image,
     mapper = elsa_d2.DetectionMapper(cfg, is_train=False)
     loaded = mapper({"file_name": image, "height": 96, "width": 96})
     with torch.no_grad():
-        tested = predictor.model([loaded])[0]["instances"]
+        tested = inferencer.model([loaded])[0]["instances"]
     assert torch.allclose(tested.scores, again.scores, atol=1e-5)
     assert torch.allclose(tested.pred_boxes.tensor, again.pred_boxes.tensor, atol=1e-3)
 
@@ -105,21 +105,21 @@ def test_default_predictor_reads_blue_first_as_its_users_expect(detector, image,
 def test_predictor_takes_weights_of_openmmlab(segmentor, image):
     config = str(CONFIGS / "detectron2/digits/upernet_elsa_swin_digits.yaml")
     cfg = elsa_d2.load_config(config, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", segmentor])
-    predictor = elsa_d2.Predictor(cfg)
-    assert predictor.cfg.MODEL.WEIGHTS == segmentor
-    found = predictor(read_image(image))["sem_seg"].argmax(0).numpy()
-    ours = load_predictor(MMSEG, segmentor, device="cpu").predict(read_image(image))
+    inferencer = elsa_d2.Predictor(cfg)
+    assert inferencer.cfg.MODEL.WEIGHTS == segmentor
+    found = inferencer(read_image(image))["sem_seg"].argmax(0).numpy()
+    ours = load_inferencer(MMSEG, segmentor, device="cpu").predict(read_image(image))
     # MMSegmentation stretches to 96x96, Detectron2 keeps the ratio: the same for a square.
     assert (found == ours.labels).mean() > 0.99
 
 
 @pytest.mark.parametrize("config", [D2, MMDET])
 def test_names_that_matplotlib_would_take_for_formulas_are_painted(config):
-    predictor = load_predictor(config, None, device="cpu")
+    inferencer = load_inferencer(config, None, device="cpu")
     image = np.zeros((200, 300, 3), np.uint8)
-    found = Instances(np.array([0]), np.array([0.9]), np.float32([[20, 90, 280, 190]]))
+    found = Detections(np.array([0]), np.array([0.9]), np.float32([[20, 90, 280, 190]]))
     pictures = []
     for name in ("$1_$", "1_"):
-        predictor.classes[0], predictor.painter = name, None
-        pictures.append(predictor.draw(image, found))
+        inferencer.classes[0], inferencer.painter = name, None
+        pictures.append(inferencer.draw(image, found))
     assert (pictures[0] != pictures[1]).any()  # by the two dollars
