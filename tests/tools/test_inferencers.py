@@ -88,8 +88,8 @@ def test_default_predictor_reads_blue_first_as_its_users_expect(detector, image,
     overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(file), "INPUT.MIN_SIZE_TEST", "96"]
     cfg = elsa_d2.load_config(D2, overrides)
     found = DefaultPredictor(cfg)(cv2.imread(image))["instances"]
-    inferencer = elsa_d2.Predictor(cfg)
-    again = inferencer(read_image(image))["instances"]
+    predictor = elsa_d2.Predictor(cfg)
+    again = predictor(read_image(image))["instances"]
     # The same to a rounding of the JPEG decoders: an image of the test's size is not resized.
     assert len(found) == len(again) > 0
     assert torch.allclose(found.scores, again.scores, atol=0.02)
@@ -97,7 +97,7 @@ def test_default_predictor_reads_blue_first_as_its_users_expect(detector, image,
     mapper = elsa_d2.DetectionMapper(cfg, is_train=False)
     loaded = mapper({"file_name": image, "height": 96, "width": 96})
     with torch.no_grad():
-        tested = inferencer.model([loaded])[0]["instances"]
+        tested = predictor.model([loaded])[0]["instances"]
     assert torch.allclose(tested.scores, again.scores, atol=1e-5)
     assert torch.allclose(tested.pred_boxes.tensor, again.pred_boxes.tensor, atol=1e-3)
 
@@ -105,9 +105,9 @@ def test_default_predictor_reads_blue_first_as_its_users_expect(detector, image,
 def test_predictor_takes_weights_of_openmmlab(segmentor, image):
     config = str(CONFIGS / "detectron2/digits/upernet_elsa_swin_digits.yaml")
     cfg = elsa_d2.load_config(config, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", segmentor])
-    inferencer = elsa_d2.Predictor(cfg)
-    assert inferencer.cfg.MODEL.WEIGHTS == segmentor
-    found = inferencer(read_image(image))["sem_seg"].argmax(0).numpy()
+    predictor = elsa_d2.Predictor(cfg)
+    assert predictor.cfg.MODEL.WEIGHTS == segmentor
+    found = predictor(read_image(image))["sem_seg"].argmax(0).numpy()
     ours = load_inferencer(MMSEG, segmentor, device="cpu").predict(read_image(image))
     # MMSegmentation stretches to 96x96, Detectron2 keeps the ratio: the same for a square.
     assert (found == ours.labels).mean() > 0.99
