@@ -24,6 +24,7 @@ DISTRIBUTIONS = {
     "onnxscript": "onnxscript",
     "pycocotools": "pycocotools",
     "regex": "regex",
+    "safetensors": "safetensors",
     "scipy": "scipy",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",

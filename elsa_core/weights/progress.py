@@ -1,55 +1,33 @@
-"""A line that says how far a long step is, and files that move it."""
+"""Progress bars of long reads and writes: on terminals, where tqdm is installed."""
 
 from __future__ import annotations
 
 import io
-import sys
-import time
 from typing import IO, Any
 
-# Bytes below which a step is over before anybody could read the line.
+# Bytes below which a step is over before anybody could read the bar.
 WORTH_SHOWING = 64 * 2**20
 
 
-class Progress:
-    """Prints "what: 40 % of 438 MB" over itself on a terminal; nothing where that makes no sense.
-
-    Args:
-        what: the step, e.g. "reading".
-        total: bytes in all.
-        show: None decides by ``total`` and by whether standard error is a terminal.
-    """
-
-    def __init__(self, what: str, total: int, show: bool | None = None) -> None:
-        self.what, self.total, self.done = what, total, 0
-        self.show = (total >= WORTH_SHOWING and sys.stderr.isatty()) if show is None else show
-        self.next = 0.0
-
-    def add(self, count: int) -> None:
-        self.done += count
-        now = time.monotonic()
-        if self.show and now >= self.next:
-            self.next = now + 0.1
-            share = min(1.0, self.done / max(1, self.total))
-            bar = "#" * int(24 * share)
-            text = f"\r{self.what:8} [{bar:24}] {share:4.0%} of {self.total / 1e6:.0f} MB"
-            print(text, end="", file=sys.stderr, flush=True)
-
-    def close(self) -> None:
-        if self.show and self.done:
-            self.done, self.next = self.total, 0.0
-            self.add(0)
-            print(file=sys.stderr)
+def progress_bar(what: str, size: int) -> Any:
+    """A bar of ``size`` bytes with tqdm's `update` and `close`."""
+    try:
+        from tqdm import tqdm
+    except ModuleNotFoundError:
+        return _NoBar()
+    disable = None if size >= WORTH_SHOWING else True  # None: where there is no terminal
+    return tqdm(desc=what, total=size, unit="B", unit_scale=True, disable=disable)
 
 
 class CountedFile(io.RawIOBase):
-    """A binary file that reports what is read or written.
+    """A binary file whose reads and writes move a bar.
 
-    It has no descriptor: `torch.load` reads through this object, not around it.
+    It has no descriptor: `torch.load` reads through this object, not around it. Closing it closes
+    the bar; the file stays open.
     """
 
-    def __init__(self, file: IO[bytes], progress: Progress) -> None:
-        self.file, self.progress = file, progress
+    def __init__(self, file: IO[bytes], what: str, size: int) -> None:
+        self.file, self.bar = file, progress_bar(what, size)
 
     def readable(self) -> bool:
         return self.file.readable()
@@ -61,8 +39,8 @@ class CountedFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count = self.file.readinto(buffer)  # type: ignore[attr-defined]
-        self.progress.add(count)
+        count: int = self.file.readinto(buffer)  # type: ignore[attr-defined]
+        self.bar.update(count)
         return count
 
     def seek(self, offset: int, whence: int = 0) -> int:
@@ -73,11 +51,17 @@ class CountedFile(io.RawIOBase):
 
     def write(self, data: Any) -> int:
         count = self.file.write(data)
-        self.progress.add(count)
+        self.bar.update(count)
         return count
 
     def close(self) -> None:
-        """Ends the line of the progress; the file stays open."""
-        if not self.closed:
-            self.progress.close()
+        self.bar.close()
         super().close()
+
+
+class _NoBar:
+    def update(self, count: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass

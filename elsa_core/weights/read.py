@@ -22,7 +22,7 @@ from elsa_core.runtime.errors import UsageError, one_line
 
 from . import safetensors
 from .opcodes import PickleLook
-from .progress import CountedFile, Progress
+from .progress import CountedFile, progress_bar
 from .unpickle import ClaimUnpickler, DataUnpickler, NeedsCode, safe_globals
 
 TRUST_FLAG = "--trust-pickle"
@@ -143,7 +143,8 @@ def _read(file: IO[bytes], path: str, trust: bool) -> Any:
     head = file.read(16)
     file.seek(0)
     if safetensors.is_safetensors(head[:9], size):
-        tensors, metadata = safetensors.load(file, size, path)
+        with _again(file, size, "reading") as source:
+            tensors, metadata = safetensors.load(source, path)
         return {"state_dict": tensors, "meta": metadata}
     if head[:4] == b"PK\x03\x04":
         known = _check_zip(file, path, size, trust)
@@ -174,9 +175,9 @@ def _read(file: IO[bytes], path: str, trust: bool) -> Any:
 
 
 def _again(file: IO[bytes], size: int, what: str) -> io.BufferedReader:
-    """The file from its beginning, read in large pieces, with a line of progress."""
+    """The file from its beginning, read in large pieces, with a progress bar."""
     file.seek(0)
-    return io.BufferedReader(CountedFile(file, Progress(what, size)), _BLOCK)
+    return io.BufferedReader(CountedFile(file, what, size), _BLOCK)
 
 
 def _check_zip(file: IO[bytes], path: str, size: int, trust: bool) -> dict[tuple[str, str], Any]:
@@ -255,19 +256,19 @@ def _check_end(file: IO[bytes], path: str, size: int) -> None:
 
 
 def _check_sums(archive: zipfile.ZipFile, path: str, size: int) -> None:
-    progress = Progress("checking", size)
+    bar = progress_bar("checking", size)
     try:
         for entry in archive.infolist():
             with archive.open(entry) as record:
                 while block := record.read(_BLOCK):
-                    progress.add(len(block))
+                    bar.update(len(block))
     except zipfile.BadZipFile as error:
         raise UsageError(
             f"{path} is damaged: {one_line(error)} (the environment variable {CRC_VARIABLE}=0 "
             "reads it all the same)"
         ) from error
     finally:
-        progress.close()
+        bar.close()
 
 
 def _check_legacy(file: IO[bytes], path: str, size: int) -> dict[tuple[str, str], Any]:

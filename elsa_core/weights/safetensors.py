@@ -1,84 +1,18 @@
-"""The safetensors format: a JSON header with names, types, shapes and offsets, then raw bytes.
-
-Source: the format's description at github.com/huggingface/safetensors.
-"""
+"""safetensors files, through the library of that name."""
 
 from __future__ import annotations
 
-import ctypes
 import json
-import math
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import IO
 
-import torch
 from torch import Tensor
 
 from elsa_core.runtime.errors import UsageError, one_line
+from elsa_core.runtime.packages import need
 
-from .progress import Progress
-
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# Of 80,000 tensors: JSON takes twenty times its size in memory.
+# Bytes, of 80,000 tensors: JSON takes twenty times its size in memory.
 MAX_HEADER = 8 * 10**6
-MAX_DIMENSIONS = 64
-_BLOCK = 2**20
-
-
-def load(file: IO[bytes], size: int, path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors, which share one buffer, and the metadata.
-
-    Args:
-        file: at its beginning, of ``size`` bytes.
-        path: of the file, for messages.
-
-    Raises UsageError for a file that is cut off or contradicts itself.
-    """
-    header, start = _read_header(file, size, path)
-    metadata = header.pop("__metadata__", {})
-    if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
-        raise _damaged(path, "its metadata is no JSON object of texts")
-    memory = bytearray(size - start)
-    progress = Progress("reading", size)
-    for begin in range(0, len(memory), _BLOCK):
-        block = memoryview(memory)[begin : begin + _BLOCK]
-        if file.readinto(block) != len(block):  # type: ignore[attr-defined]
-            raise _damaged(path, "it was cut off while it was read")
-        progress.add(len(block))
-    progress.close()
-    tensors, end = {}, 0
-    for name, entry in sorted(header.items(), key=lambda item: _begin(item, path)):
-        try:
-            dtype, shape = DTYPES[entry["dtype"]], entry["shape"]
-            begin, stop = entry["data_offsets"]
-            counts = len(shape) <= MAX_DIMENSIONS and all(type(n) is int and n >= 0 for n in shape)
-            count = math.prod(shape) if counts and max(shape, default=0) < 2**63 else -1
-            whole = stop - begin == count * dtype.itemsize
-        except (KeyError, TypeError, ValueError) as error:
-            raise _damaged(path, f"tensor {name} is not described as it should be") from error
-        if not whole or begin != end or start + stop > size:
-            raise _damaged(path, f"tensor {name} claims bytes that the file does not have")
-        end = stop
-        if count:
-            tensor = torch.frombuffer(memory, dtype=dtype, count=count, offset=begin)
-            tensors[name] = tensor.reshape(shape)
-        else:
-            tensors[name] = torch.empty(shape, dtype=dtype)
-    if start + end != size:
-        raise _damaged(path, f"{size - start - end} bytes belong to no tensor")
-    return {name: tensors[name] for name in header}, metadata
 
 
 def is_safetensors(head: bytes, size: int) -> bool:
@@ -86,57 +20,50 @@ def is_safetensors(head: bytes, size: int) -> bool:
     return len(head) == 9 and head[8:] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
 
 
-def save(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Writes contiguous tensors. Raises UsageError for an element type that the format lacks."""
-    header: dict[str, Any] = {"__metadata__": dict(metadata)}
-    offset = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in NAMES:
-            raise UsageError(f"safetensors has no elements of type {tensor.dtype} (tensor {name})")
-        end = offset + tensor.numel() * tensor.dtype.itemsize
-        header[name] = {
-            "dtype": NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    file.write(len(text).to_bytes(8, "little") + text)
-    for tensor in tensors.values():
-        if count := tensor.numel() * tensor.dtype.itemsize:
-            file.write(memoryview((ctypes.c_char * count).from_address(tensor.data_ptr())))
+def load(file: IO[bytes], path: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors and the metadata.
 
+    Args:
+        file: at its beginning; `is_safetensors` holds for it.
+        path: of the file, for messages.
 
-def _read_header(file: IO[bytes], size: int, path: str) -> tuple[dict[str, Any], int]:
-    length = int.from_bytes(file.read(8), "little")
-    if length > min(size - 8, MAX_HEADER):
-        raise _damaged(path, f"the header claims {length} bytes")
+    Raises UsageError for a damaged file, and without the library.
+    """
+    library = need("safetensors.torch", f"reading {path}")
+    head = file.read(8)
+    length = int.from_bytes(head, "little")
+    if length > MAX_HEADER:
+        raise _damaged(path, f"its header claims {length} bytes, at most {MAX_HEADER} are read")
+    header = file.read(length)
     try:
-        header = json.loads(file.read(length), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        tensors = library.load(head + header + file.read())
+    except Exception as error:  # the library's own, and what PyTorch makes of a wrong shape
         raise _damaged(path, one_line(error)) from error
-    if not isinstance(header, dict):
-        raise _damaged(path, "the header is no JSON object")
-    return header, 8 + length
+    return tensors, json.loads(header).get("__metadata__") or {}
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("the header has two entries of one name")
-    return found
+def save(file: IO[bytes], tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes contiguous tensors.
 
-
-def _begin(item: tuple[str, Any], path: str) -> tuple[int, int]:
+    Raises UsageError for an element type that the format lacks, and without the library.
+    """
+    library = need("safetensors.torch", "writing a safetensors file")
+    places: set[int] = set()
+    own: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():  # the library refuses two names for one memory
+        own[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+        places.add(tensor.data_ptr())
     try:
-        begin, end = item[1]["data_offsets"]
-        if type(begin) is not int or type(end) is not int:
-            raise TypeError
-        return begin, end
+        data = memoryview(library.save(own, dict(metadata)))
     except (KeyError, TypeError, ValueError) as error:
-        raise _damaged(path, f"tensor {item[0]} has no offsets") from error
+        raise UsageError(f"a tensor cannot be stored in safetensors: {one_line(error)}") from error
+    # The library writes the metadata in any order; the same tensors shall give the same bytes.
+    start = 8 + int.from_bytes(data[:8], "little")
+    header = json.dumps(json.loads(bytes(data[8:start])), sort_keys=True).encode()
+    header += b" " * (-len(header) % 8)
+    file.write(len(header).to_bytes(8, "little") + header)
+    file.write(data[start:])
 
 
 def _damaged(path: str, why: str) -> UsageError:
-    return UsageError(f"{path} is a damaged safetensors file: {' '.join(why.split())[:300]}")
+    return UsageError(f"{path} is a damaged safetensors file: {why[:300]}")

@@ -19,7 +19,7 @@ from elsa_core.runtime.files import replacing
 
 from . import safetensors
 from .convert import Conversion
-from .progress import CountedFile, Progress
+from .progress import CountedFile
 from .shapes import arch_name
 from .source import BACKBONE, CLASSIFIER, DETECTRON2, SWIN
 
@@ -45,7 +45,7 @@ def check_destination(source: str, destination: str) -> None:
 def sha256(path: str) -> str:
     digest = hashlib.sha256()
     size = os.path.getsize(path)
-    with open(path, "rb") as file, CountedFile(file, Progress("hashing", size)) as counted:
+    with open(path, "rb") as file, CountedFile(file, "hashing", size) as counted:
         while block := counted.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
@@ -126,8 +126,7 @@ def write_checkpoint(
         raise UsageError(
             f"DST {destination} needs {size / 1e6:.0f} MB, and its disk has {free / 1e6:.0f} MB"
         )
-    progress = Progress("writing", size)
-    with replacing(destination) as file, CountedFile(file, progress) as counted:
+    with replacing(destination) as file, CountedFile(file, "writing", size) as counted:
         if destination.endswith(".safetensors"):
             text = {key: json.dumps(value) for key, value in meta.items()}
             safetensors.save(counted, tensors, {"format": "pt", **text})  # type: ignore[arg-type]

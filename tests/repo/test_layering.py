@@ -23,6 +23,7 @@ CORE = {
     "timm.py": {"timm"},
     "torchvision.py": {"torchvision"},
     "transformers.py": {"transformers"},
+    "weights": {"tqdm"},
     "data": {"numpy", "PIL", "pycocotools", "cityscapesscripts"},
 }
 FORBIDDEN = {

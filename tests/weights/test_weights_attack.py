@@ -6,6 +6,7 @@ import resource
 import threading
 import time
 from collections import OrderedDict
+from importlib.util import find_spec
 from pathlib import Path
 
 import attack_files
@@ -20,8 +21,9 @@ from elsa_tools import convert as cli
 # Of one read, beside the interpreter and the file.
 MEMORY = 10**9
 SECONDS = 5
-
-
+with_safetensors = pytest.mark.skipif(
+    find_spec("safetensors") is None, reason="safetensors is no dependency of the core"
+)
 TINY = dict(embed_dim=12, depths=(1, 1, 1, 2), num_heads=(1, 2, 3, 4), group_width=4)
 TINY |= dict(kernel_size=3, window_size=3)
 
@@ -200,6 +202,7 @@ def test_names_shapes_and_values_are_bounded(
     assert not Path("b.pth").exists()
 
 
+@with_safetensors
 def test_deep_metadata_is_no_metadata(tmp_path):
     """JSON in a safetensors file's metadata, as deep as it likes."""
     model = ELSASwin(arch=TINY)
@@ -208,6 +211,7 @@ def test_deep_metadata_is_no_metadata(tmp_path):
     assert load_backbone(model, tmp_path / "a.safetensors").moved
 
 
+@with_safetensors
 def test_signs_that_are_still_to_be_taken_are_written(tmp_path):
     state = ELSASwin(arch=TINY).state_dict()
     save(tmp_path, {name: torch._neg_view(tensor) for name, tensor in state.items()})

@@ -356,8 +356,7 @@ def test_progress_is_shown_on_terminals_only(tmp_path, source, capsys, monkeypat
     assert run(source, tmp_path / "a.pth", "--to", "mmdet") == 0
     err = capsys.readouterr().err
     for step in ("reading", "hashing", "writing"):
-        assert f"\r{step}" in err
-    assert err.count("100% of") >= 3
+        assert f"\r{step}:" in err
 
 
 @pytest.mark.parametrize("kind", KINDS)

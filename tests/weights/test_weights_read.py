@@ -257,23 +257,17 @@ def write_safetensors(path, tensors, **metadata):
         safetensors.save(file, tensors, metadata)
 
 
-def test_safetensors_layout_and_back(tmp_path):
-    path = tmp_path / "a.safetensors"
+def test_safetensors_and_back(tmp_path):
+    path, tied = tmp_path / "a.safetensors", torch.rand(2)
     tensors = {
         "a": torch.rand(2, 3),
         "empty": torch.empty(0, 4),
         "scalar": torch.tensor(7),
         "half": torch.rand(3).bfloat16(),
+        "tied": tied,
+        "tied too": tied,
     }
     write_safetensors(path, tensors, format="pt")
-    content = path.read_bytes()
-    length = int.from_bytes(content[:8], "little")
-    header = json.loads(content[8 : 8 + length])
-    assert length % 8 == 0
-    assert header["__metadata__"] == {"format": "pt"}
-    assert header["a"] == {"dtype": "F32", "shape": [2, 3], "data_offsets": [0, 24]}
-    values = np.frombuffer(content, "<f4", 6, offset=8 + length)
-    assert values.tolist() == tensors["a"].flatten().tolist()
     read = read_checkpoint(path)
     assert same(read["state_dict"], tensors) and read["meta"] == {"format": "pt"}
 
