@@ -26,11 +26,7 @@ COMMANDS = {
     "demo": Command(
         "elsa_tools.predict.cli", "shows what a trained model finds in images", ("numpy",)
     ),
-    "data": Command(
-        "elsa_tools.data.cli",
-        "checks, links and derives data sets",
-        ("PIL", "numpy", "pycocotools", "tqdm"),
-    ),
+    "data": Command("elsa_tools.data.cli", "checks, links and derives data sets"),
     "export": Command("elsa_tools.export.cli", "exports a model to ONNX", ("numpy",)),
     "analyze": Command("elsa_tools.inspect.cli", "counts a model's parts and draws its attention"),
 }

@@ -16,7 +16,7 @@ from elsa_core.data.problems import ERROR, WARNING
 from elsa_core.runtime.errors import UsageError
 
 from .annotations import missing_images, validate
-from .layout import BOTH, Annotations, Layout, Part
+from .layout import FRAMEWORKS, Annotations, Layout, Part
 from .report import Finding, Report, Row, first
 
 MISSING, INCOMPLETE, DAMAGED, OK = "missing", "incomplete", "damaged", "ok"
@@ -25,7 +25,7 @@ MISSING, INCOMPLETE, DAMAGED, OK = "missing", "incomplete", "damaged", "ok"
 def check_folder(
     layout: Layout,
     folder: str,
-    frameworks: tuple[str, ...] = BOTH,
+    frameworks: tuple[str, ...] = FRAMEWORKS,
     *,
     sample: int | None = 200,
     seed: int = 0,

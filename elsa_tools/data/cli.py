@@ -11,11 +11,11 @@ from elsa_core.runtime.command_line import exit_status, show
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.files import replacing
 
-from .check import check_annotations, check_folder
-from .derive import derive
-from .layout import BOTH, LAYOUTS
-from .places import IN_THE_WAY, MADE, Place, link, merged, places
+from .layout import FRAMEWORKS, LAYOUTS
+from .places import IN_THE_WAY, MADE, Place, distinct, link, places
 from .report import Report, sources, tree
+
+PACKAGES = ("PIL", "numpy", "pycocotools", "tqdm")
 
 DETAILS = """\
 A data set is looked for where the frameworks look: in the folder that DETECTRON2_DATASETS names
@@ -45,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") 
     options = parse_arguments(arguments, prog)
     command = {"check": _check, "link": _link, "derive": _derive}[options.command]
     interrupted = "interrupted, every file is whole; the same command goes on"
-    return exit_status(prog.removesuffix(".py"), lambda: command(options), interrupted)
+    return exit_status(prog.removesuffix(".py"), lambda: command(options), interrupted, PACKAGES)
 
 
 def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
@@ -97,7 +97,7 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
     for one in (check, linking):
         one.add_argument(
             "--framework",
-            choices=[name.lower() for name in BOTH],
+            choices=[name.lower() for name in FRAMEWORKS],
             help="look at what this one needs only",
         )
     return parser.parse_args(arguments)
@@ -112,6 +112,8 @@ def _check(options: argparse.Namespace) -> int:
         if options.images is not None and not os.path.isdir(options.images):
             raise UsageError(f"--images {options.images} is no folder")
         _check_json(options.json, [options.annotations, options.images])
+        from .check import check_annotations
+
         reports = [
             check_annotations(
                 options.annotations,
@@ -149,6 +151,8 @@ def _check_dataset(options: argparse.Namespace) -> int:
     wanted = _places(options)
     _check_json(options.json, [place.folder for place in wanted])
     there = [place for place in wanted if os.path.isdir(place.folder)]
+    from .check import check_folder
+
     reports = [
         check_folder(
             layout,
@@ -226,6 +230,8 @@ def _derive(options: argparse.Namespace) -> int:
             f"{options.dataset} is in none of "
             f"{', '.join(place.folder for place in _places(options))}"
         )
+    from .derive import derive
+
     for place in there:
         made = derive(options.dataset, place.folder, jobs=options.jobs, progress=True)
         for kind, number in made.items():
@@ -244,14 +250,14 @@ def _places(options: argparse.Namespace) -> list[Place]:
         known = tuple(name for name in frameworks if name in layout.places)
         found = [Place(os.path.expanduser(options.source), known)] if known else []
     else:
-        found = merged(places(layout, options.root, frameworks))
+        found = distinct(places(layout, options.root, frameworks))
     if not found:
         raise UsageError(f"no config for {frameworks[0]} uses {layout.title}")
     return found
 
 
 def _frameworks(name: str | None) -> tuple[str, ...]:
-    return BOTH if name is None else tuple(one for one in BOTH if one.lower() == name)
+    return FRAMEWORKS if name is None else tuple(one for one in FRAMEWORKS if one.lower() == name)
 
 
 def _sample(text: str) -> int | None:

@@ -21,8 +21,9 @@ from tqdm import tqdm
 from elsa_core.data.coco import read_json
 from elsa_core.data.images import LONGEST_SIDE, MOST_PIXELS, open_image
 from elsa_core.data.problems import FARTHEST, are_numbers, shown
-from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.files import replacing, sweep
+from elsa_core.runtime.packages import need
 
 SPLITS = ("train", "val")
 
@@ -57,7 +58,7 @@ def _ade20k(folder: str, jobs: int, progress: bool) -> dict[str, int]:
 
 def _cityscapes(folder: str, jobs: int, progress: bool) -> dict[str, int]:
     """labelTrainIds.png from the polygons; COCO's format for the instances of each split."""
-    _need_cityscapesscripts()
+    need("cityscapesscripts.helpers.labels", "derive cityscapes")
     ending = "_gtFine_polygons.json"
     pairs = []
     for split in SPLITS:
@@ -102,7 +103,7 @@ def _draw_train_ids(pair: tuple[str, str]) -> None:
         annotation.fromJsonFile(source)
         image = createLabelImage(annotation, "trainIds")
     except (Exception, SystemExit) as error:  # it ends the process on a label that it does not know
-        raise UsageError(f"{source} cannot be used: {_one_line(error)}") from error
+        raise UsageError(f"{source} cannot be used: {_why(error)}") from error
     with replacing(target, sweeping=False) as file:
         image.save(file, format="PNG")
 
@@ -204,15 +205,6 @@ def _instance_labels() -> list[Any]:
     return [label for label in labels if label.hasInstances and not label.ignoreInEval]
 
 
-def _need_cityscapesscripts() -> None:
-    try:
-        import cityscapesscripts.helpers.labels  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UsageError(
-            "this needs the Python package cityscapesscripts: pip install cityscapesscripts"
-        ) from error
-
-
 def _each(
     make: Callable[[tuple[str, str]], None],
     pairs: list[tuple[str, str]],
@@ -250,7 +242,7 @@ def _read(path: str) -> np.ndarray:
         with open_image(path) as image:
             return np.array(image)
     except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
-        raise UsageError(f"{path} cannot be read: {_one_line(error)}") from error
+        raise UsageError(f"{path} cannot be read: {_why(error)}") from error
 
 
 def _make_folder(path: str) -> None:
@@ -261,18 +253,19 @@ def _make_folder(path: str) -> None:
 
 
 def _folders(path: str) -> list[str]:
-    try:
-        return sorted(entry.path for entry in os.scandir(path) if entry.is_dir())
-    except OSError as error:
-        raise UsageError(f"the folder {path} cannot be read: {error.strerror}") from error
+    return [entry.path for entry in _entries(path) if entry.is_dir()]
 
 
 def _files(path: str) -> list[str]:
+    return [entry.name for entry in _entries(path) if not entry.name.startswith(".")]
+
+
+def _entries(path: str) -> list[os.DirEntry[str]]:
     try:
-        return sorted(entry.name for entry in os.scandir(path) if not entry.name.startswith("."))
+        return sorted(os.scandir(path), key=lambda entry: entry.name)
     except OSError as error:
         raise UsageError(f"the folder {path} cannot be read: {error.strerror}") from error
 
 
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+def _why(error: BaseException) -> str:
+    return one_line(error) or type(error).__name__

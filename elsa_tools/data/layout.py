@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 DETECTRON2, OPENMMLAB = "Detectron2", "OpenMMLab"
-BOTH = (DETECTRON2, OPENMMLAB)
+FRAMEWORKS = (DETECTRON2, OPENMMLAB)
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Part:
     each: tuple[int, int] | None = None
     pair: str = ""
     derive: str = ""
-    frameworks: tuple[str, ...] = BOTH
+    frameworks: tuple[str, ...] = FRAMEWORKS
     purpose: str = ""
 
     @property
@@ -61,7 +61,7 @@ class Annotations:
     categories: int
     archive: str = ""
     derive: str = ""
-    frameworks: tuple[str, ...] = BOTH
+    frameworks: tuple[str, ...] = FRAMEWORKS
     purpose: str = ""
 
     @property
@@ -89,7 +89,7 @@ class Layout:
     annotations: tuple[Annotations, ...] = ()
     notes: tuple[str, ...] = field(default=())
 
-    def items(self, frameworks: tuple[str, ...] = BOTH) -> list[Part | Annotations]:
+    def items(self, frameworks: tuple[str, ...] = FRAMEWORKS) -> list[Part | Annotations]:
         """What at least one of the frameworks reads."""
         everything: list[Part | Annotations] = [*self.parts, *self.annotations]
         return [item for item in everything if set(item.frameworks) & set(frameworks)]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from elsa_core.runtime.errors import UsageError
 
-from .layout import BOTH, DETECTRON2, OPENMMLAB, Layout
+from .layout import DETECTRON2, FRAMEWORKS, OPENMMLAB, Layout
 
 MADE, THERE, IN_THE_WAY = "made", "there already", "in the way"
 
@@ -28,13 +28,13 @@ def roots(root: str | None = None) -> dict[str, str]:
         root: one folder for both, instead of their own.
     """
     if root is not None:
-        return dict.fromkeys(BOTH, root)
+        return dict.fromkeys(FRAMEWORKS, root)
     detectron2 = os.path.expanduser(os.environ.get("DETECTRON2_DATASETS") or "datasets")
     return {DETECTRON2: detectron2, OPENMMLAB: "data"}
 
 
 def places(
-    layout: Layout, root: str | None = None, frameworks: Sequence[str] = BOTH
+    layout: Layout, root: str | None = None, frameworks: Sequence[str] = FRAMEWORKS
 ) -> list[Place]:
     """Where the frameworks look, each path once."""
     found: dict[str, Place] = {}
@@ -47,7 +47,7 @@ def places(
     return list(found.values())
 
 
-def merged(found: Sequence[Place]) -> list[Place]:
+def distinct(found: Sequence[Place]) -> list[Place]:
     """Each folder once, also where several paths lead to it."""
     known: dict[str, Place] = {}
     for place in found:
@@ -76,7 +76,7 @@ def link(
     layout: Layout,
     source: str,
     root: str | None = None,
-    frameworks: Sequence[str] = BOTH,
+    frameworks: Sequence[str] = FRAMEWORKS,
     *,
     dry_run: bool = False,
 ) -> list[Link]:

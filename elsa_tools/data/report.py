@@ -9,6 +9,7 @@ from typing import Any
 
 from elsa_core.data.problems import ERROR
 
+from ..columns import aligned
 from .layout import Annotations, Layout
 
 EXAMPLES = 3
@@ -41,9 +42,6 @@ class Finding:
         examples = f" (first: {', '.join(self.examples)})" if self.examples else ""
         return f"{self.level}: {self.where}: {self.text}{examples}"
 
-    def record(self) -> dict[str, Any]:
-        return dict(vars(self))
-
 
 @dataclass
 class Row:
@@ -53,9 +51,6 @@ class Row:
     found: int | None
     expected: int | None
     status: str
-
-    def record(self) -> dict[str, Any]:
-        return dict(vars(self))
 
 
 @dataclass
@@ -78,8 +73,8 @@ class Report:
             "folder": self.folder,
             "frameworks": list(self.frameworks),
             "complete": not self.errors,
-            "parts": [row.record() for row in self.rows],
-            "findings": [finding.record() for finding in self.findings],
+            "parts": [vars(row) for row in self.rows],
+            "findings": [vars(finding) for finding in self.findings],
             "opened": self.opened,
         }
 
@@ -104,11 +99,7 @@ class Report:
 def table(rows: Sequence[Row]) -> list[str]:
     cells = [("what", "found", "expected", "status")]
     cells += [(r.what, number(r.found), number(r.expected), r.status) for r in rows]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    return [
-        f"  {a:{widths[0]}}  {b:>{widths[1]}}  {c:>{widths[2]}}  {d}".rstrip()
-        for a, b, c, d in (cells if rows else [])
-    ]
+    return [f"  {line}" for line in aligned(cells if rows else [], right=(1, 2))]
 
 
 def tree(layout: Layout, frameworks: tuple[str, ...]) -> str:
@@ -118,9 +109,8 @@ def tree(layout: Layout, frameworks: tuple[str, ...]) -> str:
         source = item.archive or f"made by: prepare_data.py derive {item.derive}"
         unit = "images in one file" if isinstance(item, Annotations) else "files"
         lines.append((item.pattern, f"{number(item.count)} {unit}", source))
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    head = [f"{layout.title}: the expected tree"]
-    return "\n".join(head + [f"  {a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in lines])
+    head = f"{layout.title}: the expected tree"
+    return "\n".join([head, *(f"  {line}" for line in aligned(lines))])
 
 
 def sources(layout: Layout) -> str:

@@ -13,6 +13,7 @@ from elsa_core import ELSASwin
 from elsa_core.flops import count_flops_by_module
 from elsa_core.runtime.errors import UsageError, one_line
 
+from ..columns import aligned
 from .counting import Subject
 
 _BLOCK = re.compile(r"layers\.(\d+)\.blocks\.\d+\.(.+)")
@@ -118,14 +119,7 @@ def table(subject: Subject, parts: list[Part], size: tuple[int, int]) -> str:
         )
         rows += [row(f"  {m.name}", m.parameters, m.operations) for m in members if m.name]
     rows.append(row("total", parameters, operations))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if index == 0 else cell.rjust(width)
-            for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ).rstrip()
-        for cells in rows
-    ]
+    lines = aligned(rows, right=range(1, 5))
     rule = "-" * max(map(len, lines))
     heading = f"{subject.name}, one image of {size[0]}x{size[1]} pixels (height x width)"
     return "\n".join([heading, "", lines[0], rule, *lines[1:-1], rule, lines[-1]])

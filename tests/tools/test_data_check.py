@@ -10,7 +10,7 @@ from PIL import Image
 
 from elsa_tools.data.check import check_folder
 from elsa_tools.data.derive import derive
-from elsa_tools.data.layout import BOTH, DETECTRON2, LAYOUTS, OPENMMLAB
+from elsa_tools.data.layout import DETECTRON2, FRAMEWORKS, LAYOUTS, OPENMMLAB
 from elsa_tools.data.report import sources, tree
 
 
@@ -34,7 +34,7 @@ def tree_of(whole, tmp_path):
     return copy
 
 
-def check(name, folder, frameworks=BOTH, **options):
+def check(name, folder, frameworks=FRAMEWORKS, **options):
     return check_folder(shrunk(name), str(folder), frameworks, **options)
 
 
@@ -74,7 +74,7 @@ def test_the_official_counts():
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_tree_and_sources_name_everything(name):
     layout = LAYOUTS[name]
-    text = tree(layout, BOTH) + sources(layout)
+    text = tree(layout, FRAMEWORKS) + sources(layout)
     for item in layout.items():
         assert item.pattern in text and f"{item.count:,}" in text
         assert (item.archive in layout.archives) != bool(item.derive)
@@ -313,7 +313,7 @@ def test_the_report_for_programs(tree_of):
     labels(folder / ADE, (200,))
     record = json.loads(json.dumps(check("ade20k", folder).record()))
     assert record["folder"] == str(folder) and record["complete"] is False
-    assert record["frameworks"] == list(BOTH) and record["opened"] == 12
+    assert record["frameworks"] == list(FRAMEWORKS) and record["opened"] == 12
     (finding,) = record["findings"]
     assert finding["rule"] == "damaged-file" and finding["where"].endswith(ADE)
     by_name = {part["what"]: part for part in record["parts"]}

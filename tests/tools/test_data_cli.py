@@ -158,7 +158,7 @@ def test_interruption(tmp_path, capfd, monkeypatch):
     def interrupted(*arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "derive", interrupted)
+    monkeypatch.setattr("elsa_tools.data.derive.derive", interrupted)
     Path("data/cityscapes").mkdir(parents=True)
     status, _, error = run(capfd, "derive", "cityscapes")
     assert status == 130 and error == (

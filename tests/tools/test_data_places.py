@@ -6,8 +6,8 @@ import pytest
 from data_trees import WRITERS, coco
 
 from elsa_core.runtime.errors import UsageError
-from elsa_tools.data.layout import BOTH, DETECTRON2, LAYOUTS, OPENMMLAB
-from elsa_tools.data.places import IN_THE_WAY, MADE, THERE, link, merged, places
+from elsa_tools.data.layout import DETECTRON2, FRAMEWORKS, LAYOUTS, OPENMMLAB
+from elsa_tools.data.places import IN_THE_WAY, MADE, THERE, distinct, link, places
 
 
 @pytest.fixture(autouse=True)
@@ -39,13 +39,13 @@ def test_the_places_are_the_frameworks_own(monkeypatch):
 
 
 def test_one_folder_for_both(monkeypatch):
-    assert folders("coco", "here") == {"here/coco": BOTH}
+    assert folders("coco", "here") == {"here/coco": FRAMEWORKS}
     assert list(folders("ade20k", "here")) == [
         "here/ADEChallengeData2016",
         "here/ade/ADEChallengeData2016",
     ]
     monkeypatch.setenv("DETECTRON2_DATASETS", "data")
-    assert folders("coco") == {"data/coco": BOTH}
+    assert folders("coco") == {"data/coco": FRAMEWORKS}
 
 
 def test_the_frameworks_look_there():
@@ -107,7 +107,7 @@ def test_each_data_set_can_be_linked(tmp_path, name):
     WRITERS[name](tmp_path / "store")
     made = link(LAYOUTS[name], "store", "one/folder")
     assert all(os.path.samefile(one.path, "store") for one in made)
-    (one,) = merged(places(LAYOUTS[name], "one/folder"))
+    (one,) = distinct(places(LAYOUTS[name], "one/folder"))
     assert set(one.frameworks) == set(LAYOUTS[name].places)
     assert {one.path for one in made} == set(folders(name, "one/folder"))
 
