@@ -65,8 +65,8 @@ class MLP(nn.Module):
         if self.training and self.drop.p > 0:
             return self.drop(self.fc2(self.drop(self.act(self.fc1(x)))))
         if torch.is_grad_enabled():
-            return self.fc2(self.fc1(x), gelu="input")
-        return self.fc2(self.fc1(x, gelu="output"))
+            return self.fc2(self.fc1(x), gelu_before=True)
+        return self.fc2(self.fc1(x, gelu_after=True))
 
 
 class DropPath(nn.Module):

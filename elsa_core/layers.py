@@ -9,21 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .linear import Gelu, Linear, linear
+from .linear import Linear, linear
 from .operator import elsa_attention
 
 
 class PointwiseConv2d(nn.Conv2d):
     """1x1 convolution of a channels-last map, [B, H, W, C_in] -> [B, H, W, C_out].
 
-    A linear layer whose weight keeps a convolution's shape, [C_out, C_in, 1, 1].
+    A linear layer whose weight keeps a convolution's shape, [C_out, C_in, 1, 1]; `forward` takes
+    the options of `linear`.
     """
 
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: Tensor, gelu: Gelu = None) -> Tensor:
-        return linear(x, self.weight.flatten(1), self.bias, gelu)
+    def forward(self, x: Tensor, **gelu: bool) -> Tensor:
+        return linear(x, self.weight.flatten(1), self.bias, **gelu)
 
 
 class ChannelsLastConv2d(nn.Conv2d):
@@ -110,8 +111,8 @@ class ELSA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.pre_proj(x).split(self.split_sizes, dim=-1)
-        convolution, _, pointwise = self.attn
-        logits = pointwise(convolution(query * key), gelu="input")
+        convolution, _, pointwise = self.attn  # the GELU runs inside pointwise
+        logits = pointwise(convolution(query * key), gelu_before=True)
         ghost_add, ghost_mul = self.ghost_filters()
         if self.training and self.attn_drop > 0:
             x = self._attend_with_dropout(value, logits, ghost_add, ghost_mul)

@@ -1,49 +1,56 @@
 """Linear layers with the exact GELU before or after them, on the fastest path that PyTorch has.
 
 In eager float32 on the CPU that is oneDNN's matrix product, which PyTorch itself keeps for other
-types and for compiled models: where MKL does not know the processor it is a quarter faster, and it
-applies the GELU while it writes the product. Everywhere else, and whenever someone looks on
-(compilers, tracers, dispatch modes, function transforms, autocast), it is plain PyTorch.
+types and for compiled models: it is a quarter faster where MKL does not know the processor, and it
+applies the GELU while it writes the product. Everywhere else, and under compilers, tracers,
+dispatch modes, function transforms and autocast, it is plain PyTorch.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-Gelu = Literal["input", "output"] | None
-
 _onednn = getattr(torch.ops.mkldnn, "_linear_pointwise", None)
-# What tells whether someone looks on; none of the three has a public name.
+# Whether a function transform or a dispatch mode is active; neither has a public name.
 _transforms_active = getattr(torch._C, "_are_functorch_transforms_active", None)
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", None)
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: Gelu = None) -> Tensor:
+def linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    gelu_before: bool = False,
+    gelu_after: bool = False,
+) -> Tensor:
     """[..., C_in] -> [..., C_out] with weight [C_out, C_in] and bias [C_out].
 
-    ``gelu`` applies the exact GELU to the "input" or to the "output"; None to neither. For the
-    "input" the backward pass computes it again, so that what lies between two layers is kept once.
+    Args:
+        gelu_before: apply the exact GELU to ``x``. The backward pass computes it again, so that
+            what lies between two layers is kept once.
+        gelu_after: apply the exact GELU to the result.
     """
     if not _is_fast(x, weight):
-        x = F.linear(F.gelu(x) if gelu == "input" else x, weight, bias)
-        return F.gelu(x) if gelu == "output" else x
+        x = F.linear(F.gelu(x) if gelu_before else x, weight, bias)
+        return F.gelu(x) if gelu_after else x
     parameters = [weight] if bias is None else [weight, bias]
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (x, *parameters)):
-        out = _Linear.apply(x, weight, bias, gelu == "input")
-        return F.gelu(out) if gelu == "output" else out
-    x = F.gelu(x) if gelu == "input" else x
-    return _product(x, weight, bias, "gelu" if gelu == "output" else "none")
+        out = _Linear.apply(x, weight, bias, gelu_before)
+        return F.gelu(out) if gelu_after else out
+    x = F.gelu(x) if gelu_before else x
+    return _product(x, weight, bias, "gelu" if gelu_after else "none")
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by way of `linear`."""
+    """`torch.nn.Linear` by way of `linear`, whose options `forward` takes."""
 
-    def forward(self, x: Tensor, gelu: Gelu = None) -> Tensor:
-        return linear(x, self.weight, self.bias, gelu)
+    def forward(self, x: Tensor, **gelu: bool) -> Tensor:
+        return linear(x, self.weight, self.bias, **gelu)
 
 
 def _is_fast(x: Tensor, weight: Tensor) -> bool:
@@ -71,7 +78,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none")
 
 
 class _Linear(torch.autograd.Function):
-    """`linear` without "output", keeping its input as it came."""
+    """`linear` without ``gelu_after``; keeps its input as it came."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
@@ -85,7 +92,7 @@ class _Linear(torch.autograd.Function):
         needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
         grad_x = grad_weight = None
         grad_bias = grad.flatten(0, -2).sum(0) if needs_bias else None
-        if torch.is_grad_enabled():  # a gradient that is differentiated in its turn
+        if torch.is_grad_enabled():  # for second derivatives
             inputs = [t for t, needed in ((x, needs_x), (weight, needs_weight)) if needed]
             if inputs:
                 out = F.linear(F.gelu(x) if ctx.gelu else x, weight)

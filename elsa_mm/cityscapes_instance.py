@@ -9,7 +9,7 @@ from mmengine.registry import METRICS
 
 from elsa_core.runtime.packages import need
 
-mended = need("elsa_core.data.cityscapes_eval", "CityscapesInstanceScores").mended
+cityscapes_eval: Any = need("elsa_core.data.cityscapes_eval", "CityscapesInstanceScores")
 
 
 @METRICS.register_module()
@@ -18,5 +18,5 @@ class CityscapesInstanceScores(CityScapesMetric):
 
     def compute_metrics(self, results: list) -> dict[str, Any]:
         """Average precisions, 0..1, of pairs of a true map and a file of predictions."""
-        with mended(keep_matches=self.dump_matches):
+        with cityscapes_eval.patched_evaluation(keep_matches=self.dump_matches):
             return super().compute_metrics(results)

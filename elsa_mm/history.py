@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 
-from elsa_core.weights.unpickle import Inert
+from elsa_core.weights.unpickle import StandIn
 
 _ARGUMENTS = ("log_history", "count_history", "max_length")
 
@@ -42,7 +42,7 @@ def from_plain(message_hub: Any) -> Any:
 
 
 def _buffer(value: Any) -> Any:
-    if isinstance(value, Inert):  # a HistoryBuffer, which is read as data
+    if isinstance(value, StandIn):  # a HistoryBuffer, which is read as data
         state = getattr(value, "state", {})
         log, count = (state[f"_{name}"].tensor.numpy() for name in _ARGUMENTS[:2])
         return HistoryBuffer(log, count, state["max_length"])

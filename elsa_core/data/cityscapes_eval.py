@@ -1,6 +1,6 @@
-"""cityscapesscripts, with its judge of instances mended.
+"""cityscapesscripts, with its evaluation of instances patched.
 
-Import this where a data set is judged: nothing else needs cityscapesscripts.
+Import this only to evaluate: nothing else needs cityscapesscripts.
 """
 
 import json
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as judge
+import cityscapesscripts.evaluation.evalInstanceLevelSemanticLabeling as evaluation
 import numpy as np
 
 from elsa_core.runtime.files import replacing
@@ -17,29 +17,29 @@ if not hasattr(np, "in1d"):  # cityscapesscripts' name for it, which NumPy 2.4 n
     np.in1d = np.isin
 
 MATCHES = "matches.json"
-_evaluate, _their_write = judge.evaluateMatches, judge.writeDict2JSON
+_evaluate, _their_write = evaluation.evaluateMatches, evaluation.writeDict2JSON
 
 
 @contextmanager
-def mended(keep_matches: bool = False) -> Iterator[None]:
-    """Within it, the judge of instances does not fail, and leaves no file behind.
+def patched_evaluation(keep_matches: bool = False) -> Iterator[None]:
+    """Inside this context, the evaluation of instances does not fail and leaves no file behind.
 
-    It fails by itself where all predictions of a class lie in regions that are not judged, and with
-    NumPy 2.4 where it writes NumPy's numbers to a file.
+    Unpatched, it fails where all predictions of a class lie in ignored regions, and with NumPy 2.4
+    where it writes NumPy's numbers to a file.
 
     Args:
-        keep_matches: it may write all matches, gigabytes, to matches.json in the working directory.
+        keep_matches: write all matches, gigabytes, to matches.json in the working directory.
     """
-    judge.evaluateMatches = _evaluate_matches
-    judge.writeDict2JSON = _write if keep_matches else _write_all_but_matches
+    evaluation.evaluateMatches = _evaluate_matches
+    evaluation.writeDict2JSON = _write if keep_matches else _write_all_but_matches
     try:
         yield
     finally:
-        judge.evaluateMatches, judge.writeDict2JSON = _evaluate, _their_write
+        evaluation.evaluateMatches, evaluation.writeDict2JSON = _evaluate, _their_write
 
 
 def _evaluate_matches(matches: dict[str, Any], args: Any) -> np.ndarray:
-    """Average precisions [distances, classes, overlaps]; 0 where predictions are not judged."""
+    """Average precisions [distances, classes, overlaps]; 0 where all predictions are ignored."""
     try:
         return _evaluate(matches, args)
     except IndexError:

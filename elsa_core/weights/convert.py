@@ -13,7 +13,7 @@ from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.nonfinite import check_finite
 
 from .names import CASCADE, MASK_RCNN, UPERNET, rename
-from .shapes import OPTIONAL_LEAF, Shapes, Sizes, backbone_shapes, model_shapes, read_sizes
+from .shapes import OPTIONAL_LEAF, HeadSizes, Shapes, backbone_shapes, model_shapes, read_sizes
 from .source import BACKBONE, CLASSIFIER, DETECTRON2, SWIN, Source
 
 MODELS = (MASK_RCNN, CASCADE, UPERNET)
@@ -41,7 +41,7 @@ class Conversion:
 
     source: Source
     to: str
-    sizes: Sizes | None = None
+    sizes: HeadSizes | None = None
     anchor_sizes: int | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
     moved: dict[str, str] = field(default_factory=dict)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -19,19 +20,19 @@ from .read import read_checkpoint
 from .recognise import recognise
 from .source import BACKBONE, CLASSIFIER, DETECTRON2, OPENMMLAB, SWIN, Source
 
-_Result = TypeVar("_Result")
-
 
 def read_source(path: str | os.PathLike, *, trust: bool = False, ema: bool | None = None) -> Source:
     """Raises UsageError, which names the file, where it cannot be read or is nothing known."""
     checkpoint = read_checkpoint(path, trust=trust)
-    return in_file(path, lambda: recognise(checkpoint, ema=ema))
+    with naming(path):
+        return recognise(checkpoint, ema=ema)
 
 
-def in_file(path: str | os.PathLike, action: Callable[[], _Result]) -> _Result:
-    """The result of ``action``; a UsageError about a file's content gets its name."""
+@contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Gives a UsageError about a file's content the file's name."""
     try:
-        return action()
+        yield
     except UsageError as error:
         raise UsageError(f"{os.fspath(path)} cannot be converted: {error}") from error
 
@@ -55,12 +56,9 @@ def convert_file(
         raise UsageError(f"the training state can only be kept in a .pth file, got {destination}")
     checkpoint = read_checkpoint(source, trust=trust)
     write.check_destination(source, destination)
-
-    def understand() -> tuple[Conversion, dict[str, Any]]:
-        result = convert(recognise(checkpoint, ema=ema), to, anchor_sizes=anchor_sizes)
-        return result, write.training_state(result) if keep_training_state else {}
-
-    conversion, training = in_file(source, understand)
+    with naming(source):
+        conversion = convert(recognise(checkpoint, ema=ema), to, anchor_sizes=anchor_sizes)
+        training = write.training_state(conversion) if keep_training_state else {}
     dropped = [key for key in conversion.source.training if key not in training]
     conversion.dropped += [(key, "training state") for key in dropped]
     meta = write.metadata(conversion, source, write.sha256(source))
@@ -79,7 +77,8 @@ def load_backbone(backbone: ELSASwin, path: str | os.PathLike) -> Conversion:
     """
     source = read_source(path)
     keep = _returns_last_only(backbone)
-    conversion = in_file(path, lambda: convert(source, "backbone", keep_norm=keep))
+    with naming(path):
+        conversion = convert(source, "backbone", keep_norm=keep)
     tensors = _used(backbone, conversion)
     _check_fit(path, conversion, tensors, backbone.state_dict())
     backbone.load_state_dict(tensors, strict=False)
@@ -114,19 +113,20 @@ def checkpoint_for(
     prefix, backbone = found[0]
     prefix += "." if prefix else ""
     checkpoint = read_checkpoint(path) if content is None else content
-    source = in_file(path, lambda: recognise(checkpoint))
+    with naming(path):
+        source = recognise(checkpoint)
     if target := _whole_model(names, prefix, source, to):
         if target != source.family or source.kind == CLASSIFIER:
-            tensors = in_file(
-                path, lambda: convert(source, target, anchor_sizes=anchor_sizes)
-            ).tensors
+            with naming(path):
+                tensors = convert(source, target, anchor_sizes=anchor_sizes).tensors
         elif to == DETECTRON2:
             tensors = dict(source.tensors.values())
         else:
             tensors = {name: tensor for name, (_, tensor) in source.tensors.items()}
         return {"model": tensors, "meta": source.meta}
     keep = to == OPENMMLAB and _returns_last_only(backbone)
-    conversion = in_file(path, lambda: convert(source, "backbone", keep_norm=keep))
+    with naming(path):
+        conversion = convert(source, "backbone", keep_norm=keep)
     given = {prefix + name: tensor for name, tensor in _used(backbone, conversion).items()}
     _check_fit(path, conversion, given, names, prefix)
     return {"model": given}

@@ -23,7 +23,7 @@ from elsa_core.runtime.errors import UsageError, one_line
 from . import safetensors
 from .opcodes import PickleLook
 from .progress import CountedFile, progress_bar
-from .unpickle import ClaimUnpickler, DataUnpickler, NeedsCode, safe_globals
+from .unpickle import ClaimUnpickler, DataUnpickler, UnsafePickle, safe_globals
 
 TRUST_FLAG = "--trust-pickle"
 # Set to 0 to read an archive whose checksums are wrong or missing.
@@ -94,9 +94,8 @@ def read_checkpoint(path: str | os.PathLike, *, trust: bool = False) -> Any:
     """What is in a .pth, .safetensors or Detectron2's .pkl file; the content decides, not the name.
 
     Tensors are on the CPU. Objects of known data classes (argparse.Namespace, numpy scalars,
-    OpenMMLab's config objects, ...) become `unpickle.Inert` stand-ins, dicts or lists, numpy arrays
-    `unpickle.Array`. A safetensors file gives
-    ``{"state_dict": tensors, "meta": metadata}``.
+    OpenMMLab's config objects, ...) become an `unpickle.StandIn`, dicts or lists, numpy arrays
+    `unpickle.Array`. A safetensors file gives ``{"state_dict": tensors, "meta": metadata}``.
 
     The checksums of PyTorch's archives are compared unless the environment has ELSA_CHECK_CRC=0.
 
@@ -115,7 +114,7 @@ def read_checkpoint(path: str | os.PathLike, *, trust: bool = False) -> Any:
             if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
                 raise UsageError(f"{path} is not a file")
             return _read(file, path, trust)
-    except NeedsCode as error:
+    except UnsafePickle as error:
         raise UsageError(
             f"{path} is refused, because reading it would execute code ({one_line(error)}): if you "
             f"trust its origin, let tools/convert_weights.py read it with {TRUST_FLAG}"

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from elsa_core.layers import relative_position_id
 from elsa_core.runtime.errors import UsageError
+from elsa_core.variants import Arch
 
 from .names import CASCADE, D2_BACKBONES, MASK_RCNN, UPERNET, rename
 from .shapes import arch_name, read_arch
@@ -28,19 +29,10 @@ from .source import (
 from .swin import recognise_swin
 from .unpickle import Array
 
-TRAINING_STATE = {
-    *(
-        "amp",
-        "amp_scaler",
-        "ema_state_dict",
-        "epoch",
-        "iteration",
-        "loss_scaler",
-        "lr_scheduler",
-        "message_hub",
-    ),
-    *("optimizer", "param_schedulers", "scaler", "scheduler", "trainer"),
-}
+TRAINING_STATE = set(
+    "amp amp_scaler ema_state_dict epoch iteration loss_scaler lr_scheduler message_hub optimizer "
+    "param_schedulers scaler scheduler trainer".split()
+)
 _WEIGHTS = ("state_dict", "model")
 _EMA = "state_dict_ema"
 # What torch.compile, FSDP and activation checkpointing put into names.
@@ -48,13 +40,13 @@ _WRAPPERS = re.compile(
     r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
 )
 # A tensor that every model has, after a prefix such as Lightning's "model.".
-_MARK = re.compile(
+_BACKBONE_KEY = re.compile(
     r"((?:.*?\.)??)(?:backbone\.)?(?:bottom_up\.)?patch_embed\.(?:proj|projection)\.weight"
 )
 # MMEngine's EMAHook puts the averaged weights into state_dict and the trained ones here.
 _NOT_AVERAGED = "ema_state_dict"
-# RGB order, as Detectron2's older checkpoints store it: ours has the same input in every framework.
 _LONGEST_NAME = 400
+# RGB order, as Detectron2's older checkpoints store it: ours has the same input in every framework.
 _PIXELS = {
     "pixel_mean": (123.675, 116.28, 103.53),
     "pixel_std": (58.395, 57.12, 57.375),
@@ -157,7 +149,7 @@ def _without_prefix(
     """The model's tensors without what compiled, sharded and wrapped models put before their names,
     that prefix, and the names that do not begin with it."""
     tensors = {_WRAPPERS.sub(r"\1", name): value for name, value in tensors.items()}
-    prefixes = sorted({found[1] for name in tensors if (found := _MARK.fullmatch(name))})
+    prefixes = sorted({found[1] for name in tensors if (found := _BACKBONE_KEY.fullmatch(name))})
     if not prefixes or "" in prefixes:
         return tensors, "", []
     if len(prefixes) > 1:
@@ -197,29 +189,25 @@ def _elsa(tensors: dict[str, Tensor]) -> Source:
 
 def _openmmlab(tensors: dict[str, Tensor], tops: set[str]) -> Source:
     kept, dropped = _drop_bookkeeping(tensors, "backbone.")
-    family = ORIGINAL if dropped else OPENMMLAB
+    arch = read_arch(tensors, "backbone.")
+    if "head" in tops and tops <= {"backbone", "head"}:
+        return _mmpretrain(arch, kept, dropped)
+    named = {name: (name, tensor) for name, tensor in kept.items()}
     if any(name.startswith("roi_head.bbox_head.0.") for name in tensors):
         kind = CASCADE
     elif "roi_head" in tops:
         kind = MASK_RCNN
     elif "decode_head" in tops:
         kind = UPERNET
-    elif "head" in tops and tops <= {"backbone", "head"}:
-        family, kind = MMPRETRAIN, CLASSIFIER
-        return _mmpretrain(kept, dropped)
     elif tops == {"backbone"}:
         kind = BACKBONE
-        stripped = {name.removeprefix("backbone."): (name, t) for name, t in kept.items()}
-        arch = read_arch(tensors, "backbone.")
-        return Source(family, kind, arch, stripped, dropped)
+        named = {name.removeprefix("backbone."): value for name, value in named.items()}
     else:
         kind = OTHER
-    named = {name: (name, tensor) for name, tensor in kept.items()}
-    return Source(family, kind, read_arch(tensors, "backbone."), named, dropped)
+    return Source(ORIGINAL if dropped else OPENMMLAB, kind, arch, named, dropped)
 
 
-def _mmpretrain(tensors: dict[str, Tensor], dropped: list[tuple[str, str]]) -> Source:
-    arch = read_arch(tensors, "backbone.")
+def _mmpretrain(arch: Arch, tensors: dict[str, Tensor], dropped: list[tuple[str, str]]) -> Source:
     last = f"backbone.norm{len(arch.depths) - 1}."
     named = {}
     for name, tensor in tensors.items():

@@ -19,7 +19,7 @@ OPTIONAL_LEAF = "num_batches_tracked"
 
 
 @dataclass
-class Sizes:
+class HeadSizes:
     """What the heads' tensors say about themselves; None or empty where there is no such part."""
 
     num_classes: int | None = None
@@ -39,7 +39,7 @@ class Sizes:
 
 
 @dataclass
-class Expected:
+class ShapeTable:
     shapes: Shapes = field(default_factory=dict)
 
     def layer(self, name: str, *shape: int, bias: bool = True) -> None:
@@ -124,69 +124,69 @@ def arch_name(arch: Arch) -> str:
 def backbone_shapes(arch: Arch, prefix: str = "") -> Shapes:
     """Of a backbone with all output norms, without the original's bookkeeping buffers.
 
-    Written down instead of asking a model: to build one, even on the meta device, takes PyTorch
-    more memory than many checkpoints have.
+    Written down instead of asking a model on the meta device, whose initialisation makes PyTorch
+    import 150 MB of modules.
     """
-    expected = Expected()
+    table = ShapeTable()
     last = len(arch.depths) - 1
-    expected.layer(f"{prefix}patch_embed.proj", arch.embed_dim, 3, 4, 4)
-    expected.layer(f"{prefix}patch_embed.norm", arch.embed_dim)
+    table.layer(f"{prefix}patch_embed.proj", arch.embed_dim, 3, 4, 4)
+    table.layer(f"{prefix}patch_embed.norm", arch.embed_dim)
     for stage, dim in enumerate(arch.num_features):
         for block in range(arch.depths[stage]):
             name = f"{prefix}layers.{stage}.blocks.{block}"
-            expected.layer(f"{name}.norm1", dim)
+            table.layer(f"{name}.norm1", dim)
             add = _add_window_attention if stage == last else _add_elsa
-            add(expected, f"{name}.attn", arch, dim, arch.num_heads[stage])
-            expected.layer(f"{name}.norm2", dim)
-            expected.layer(f"{name}.mlp.fc1", 4 * dim, dim)
-            expected.layer(f"{name}.mlp.fc2", dim, 4 * dim)
+            add(table, f"{name}.attn", arch, dim, arch.num_heads[stage])
+            table.layer(f"{name}.norm2", dim)
+            table.layer(f"{name}.mlp.fc1", 4 * dim, dim)
+            table.layer(f"{name}.mlp.fc2", dim, 4 * dim)
         if stage < last:
             name = f"{prefix}layers.{stage}.downsample"
-            expected.layer(f"{name}.norm", 4 * dim)
-            expected.layer(f"{name}.reduction", 2 * dim, 4 * dim, bias=False)
-        expected.layer(f"{prefix}norm{stage}", dim)
-    return expected.shapes
+            table.layer(f"{name}.norm", 4 * dim)
+            table.layer(f"{name}.reduction", 2 * dim, 4 * dim, bias=False)
+        table.layer(f"{prefix}norm{stage}", dim)
+    return table.shapes
 
 
-def _add_elsa(expected: Expected, name: str, arch: Arch, dim: int, heads: int) -> None:
+def _add_elsa(table: ShapeTable, name: str, arch: Arch, dim: int, heads: int) -> None:
     dim_qk = -(-(dim // 3 * 2) // arch.group_width) * arch.group_width
     area = arch.kernel_size**2
     filters = (1, dim, arch.kernel_size, arch.kernel_size)
     if arch.lam or arch.gamma:
         both = arch.lam and arch.gamma
-        expected.shapes[f"{name}.ghost_head"] = (2, *filters) if both else filters
-    expected.layer(f"{name}.pre_proj", 2 * dim_qk + dim, dim, 1, 1)
-    expected.layer(f"{name}.attn.0", dim_qk, arch.group_width, arch.kernel_size, arch.kernel_size)
-    expected.layer(f"{name}.attn.2", area * heads, dim_qk, 1, 1)
-    expected.layer(f"{name}.post_proj", dim, dim)
+        table.shapes[f"{name}.ghost_head"] = (2, *filters) if both else filters
+    table.layer(f"{name}.pre_proj", 2 * dim_qk + dim, dim, 1, 1)
+    table.layer(f"{name}.attn.0", dim_qk, arch.group_width, arch.kernel_size, arch.kernel_size)
+    table.layer(f"{name}.attn.2", area * heads, dim_qk, 1, 1)
+    table.layer(f"{name}.post_proj", dim, dim)
 
 
-def _add_window_attention(expected: Expected, name: str, arch: Arch, dim: int, heads: int) -> None:
-    expected.shapes[f"{name}.rb"] = (heads, (2 * arch.window_size - 1) ** 2)
-    expected.layer(f"{name}.pre_proj", 3 * dim, dim)
-    expected.layer(f"{name}.post_proj", dim, dim)
+def _add_window_attention(table: ShapeTable, name: str, arch: Arch, dim: int, heads: int) -> None:
+    table.shapes[f"{name}.rb"] = (heads, (2 * arch.window_size - 1) ** 2)
+    table.layer(f"{name}.pre_proj", 3 * dim, dim)
+    table.layer(f"{name}.post_proj", dim, dim)
 
 
-def read_sizes(tensors: Mapping[str, Tensor], kind: str) -> Sizes:
+def read_sizes(tensors: Mapping[str, Tensor], kind: str) -> HeadSizes:
     """Raises UsageError where a tensor that sizes are read from is missing or malformed."""
     return _segmentor_sizes(tensors) if kind == UPERNET else _detector_sizes(tensors, kind)
 
 
-def model_shapes(arch: Arch, sizes: Sizes, kind: str) -> Shapes:
+def model_shapes(arch: Arch, sizes: HeadSizes, kind: str) -> Shapes:
     """Of a whole model of ``kind`` with OpenMMLab's names."""
-    expected = Expected(backbone_shapes(arch, "backbone."))
+    table = ShapeTable(backbone_shapes(arch, "backbone."))
     if kind == UPERNET:
-        _add_segmentor(expected, arch, sizes)
+        _add_segmentor(table, arch, sizes)
     else:
-        _add_detector(expected, arch, sizes, kind)
-    return expected.shapes
+        _add_detector(table, arch, sizes, kind)
+    return table.shapes
 
 
-def _detector_sizes(tensors: Mapping[str, Tensor], kind: str) -> Sizes:
+def _detector_sizes(tensors: Mapping[str, Tensor], kind: str) -> HeadSizes:
     cascade = ".0" if kind == CASCADE else ""
     box, mask = f"roi_head.bbox_head{cascade}.", f"roi_head.mask_head{cascade}."
     convs = _count(tensors, f"{box}shared_convs.")
-    return Sizes(
+    return HeadSizes(
         num_classes=_shape(tensors, f"{box}fc_cls.weight", 2)[0] - 1,
         channels=_shape(tensors, "neck.lateral_convs.0.conv.weight", 4)[0],
         neck_norm=next(
@@ -203,45 +203,45 @@ def _detector_sizes(tensors: Mapping[str, Tensor], kind: str) -> Sizes:
     )
 
 
-def _add_detector(expected: Expected, arch: Arch, sizes: Sizes, kind: str) -> None:
+def _add_detector(table: ShapeTable, arch: Arch, sizes: HeadSizes, kind: str) -> None:
     channels, anchors = sizes.channels or 0, sizes.anchors or 0
     for level, dim in enumerate(arch.num_features):
-        expected.block(f"neck.lateral_convs.{level}", channels, dim, 1, 1, norm=sizes.neck_norm)
-        expected.block(f"neck.fpn_convs.{level}", channels, channels, 3, 3, norm=sizes.neck_norm)
-    expected.layer("rpn_head.rpn_conv", channels, channels, 3, 3)
-    expected.layer("rpn_head.rpn_cls", anchors, channels, 1, 1)
-    expected.layer("rpn_head.rpn_reg", 4 * anchors, channels, 1, 1)
+        table.block(f"neck.lateral_convs.{level}", channels, dim, 1, 1, norm=sizes.neck_norm)
+        table.block(f"neck.fpn_convs.{level}", channels, channels, 3, 3, norm=sizes.neck_norm)
+    table.layer("rpn_head.rpn_conv", channels, channels, 3, 3)
+    table.layer("rpn_head.rpn_cls", anchors, channels, 1, 1)
+    table.layer("rpn_head.rpn_reg", 4 * anchors, channels, 1, 1)
     for stage in range(sizes.stages):
         part = f".{stage}" if kind == CASCADE else ""
-        _add_box_head(expected, f"roi_head.bbox_head{part}", sizes)
-        _add_mask_head(expected, f"roi_head.mask_head{part}", sizes)
+        _add_box_head(table, f"roi_head.bbox_head{part}", sizes)
+        _add_mask_head(table, f"roi_head.mask_head{part}", sizes)
 
 
-def _add_box_head(expected: Expected, name: str, sizes: Sizes) -> None:
+def _add_box_head(table: ShapeTable, name: str, sizes: HeadSizes) -> None:
     dim, fc_dim, classes = sizes.channels or 0, sizes.fc_dim or 0, sizes.num_classes or 0
     for index in range(sizes.box_convs):
         out = sizes.box_conv_dim or 0
-        expected.block(f"{name}.shared_convs.{index}", out, dim, 3, 3, norm="bn")
+        table.block(f"{name}.shared_convs.{index}", out, dim, 3, 3, norm="bn")
         dim = out
     dim *= 7 * 7
     for index in range(sizes.box_fcs):
-        expected.layer(f"{name}.shared_fcs.{index}", fc_dim, dim)
+        table.layer(f"{name}.shared_fcs.{index}", fc_dim, dim)
         dim = fc_dim
-    expected.layer(f"{name}.fc_cls", classes + 1, dim)
-    expected.layer(f"{name}.fc_reg", 4 * classes, dim)
+    table.layer(f"{name}.fc_cls", classes + 1, dim)
+    table.layer(f"{name}.fc_reg", 4 * classes, dim)
 
 
-def _add_mask_head(expected: Expected, name: str, sizes: Sizes) -> None:
+def _add_mask_head(table: ShapeTable, name: str, sizes: HeadSizes) -> None:
     dim, mask_dim = sizes.channels or 0, sizes.mask_dim or 0
     for index in range(sizes.mask_convs):
-        expected.block(f"{name}.convs.{index}", mask_dim, dim, 3, 3, norm="")
+        table.block(f"{name}.convs.{index}", mask_dim, dim, 3, 3, norm="")
         dim = mask_dim
-    expected.shapes[f"{name}.upsample.weight"] = (dim, mask_dim, 2, 2)
-    expected.shapes[f"{name}.upsample.bias"] = (mask_dim,)
-    expected.layer(f"{name}.conv_logits", sizes.num_classes or 0, mask_dim, 1, 1)
+    table.shapes[f"{name}.upsample.weight"] = (dim, mask_dim, 2, 2)
+    table.shapes[f"{name}.upsample.bias"] = (mask_dim,)
+    table.layer(f"{name}.conv_logits", sizes.num_classes or 0, mask_dim, 1, 1)
 
 
-def _segmentor_sizes(tensors: Mapping[str, Tensor]) -> Sizes:
+def _segmentor_sizes(tensors: Mapping[str, Tensor]) -> HeadSizes:
     arch = read_arch(tensors, "backbone.")
     aux = stage = None
     if any(name.startswith("auxiliary_head.") for name in tensors):
@@ -252,7 +252,7 @@ def _segmentor_sizes(tensors: Mapping[str, Tensor]) -> Sizes:
                 f"{arch.num_features} channels, got {aux_in}"
             )
         stage = arch.num_features.index(aux_in)
-    return Sizes(
+    return HeadSizes(
         num_classes=_shape(tensors, "decode_head.conv_seg.weight", 4)[0],
         channels=_shape(tensors, "decode_head.bottleneck.conv.weight", 4)[0],
         pool_modules=_count(tensors, "decode_head.psp_modules."),
@@ -261,21 +261,21 @@ def _segmentor_sizes(tensors: Mapping[str, Tensor]) -> Sizes:
     )
 
 
-def _add_segmentor(expected: Expected, arch: Arch, sizes: Sizes) -> None:
+def _add_segmentor(table: ShapeTable, arch: Arch, sizes: HeadSizes) -> None:
     channels, classes = sizes.channels or 0, sizes.num_classes or 0
     *dims, top = arch.num_features
     head = "decode_head"
-    expected.layer(f"{head}.conv_seg", classes, channels, 1, 1)
+    table.layer(f"{head}.conv_seg", classes, channels, 1, 1)
     for index in range(sizes.pool_modules):
-        expected.block(f"{head}.psp_modules.{index}.1", channels, top, 1, 1, norm="bn")
+        table.block(f"{head}.psp_modules.{index}.1", channels, top, 1, 1, norm="bn")
     pooled = top + sizes.pool_modules * channels
-    expected.block(f"{head}.bottleneck", channels, pooled, 3, 3, norm="bn")
+    table.block(f"{head}.bottleneck", channels, pooled, 3, 3, norm="bn")
     for index, dim in enumerate(dims):
-        expected.block(f"{head}.lateral_convs.{index}", channels, dim, 1, 1, norm="bn")
-        expected.block(f"{head}.fpn_convs.{index}", channels, channels, 3, 3, norm="bn")
+        table.block(f"{head}.lateral_convs.{index}", channels, dim, 1, 1, norm="bn")
+        table.block(f"{head}.fpn_convs.{index}", channels, channels, 3, 3, norm="bn")
     stacked = (len(dims) + 1) * channels
-    expected.block(f"{head}.fpn_bottleneck", channels, stacked, 3, 3, norm="bn")
+    table.block(f"{head}.fpn_bottleneck", channels, stacked, 3, 3, norm="bn")
     if sizes.aux_channels is not None:
         aux_in = arch.num_features[sizes.aux_stage or 0]
-        expected.block("auxiliary_head.convs.0", sizes.aux_channels, aux_in, 3, 3, norm="bn")
-        expected.layer("auxiliary_head.conv_seg", classes, sizes.aux_channels, 1, 1)
+        table.block("auxiliary_head.convs.0", sizes.aux_channels, aux_in, 3, 3, norm="bn")
+        table.layer("auxiliary_head.conv_seg", classes, sizes.aux_channels, 1, 1)

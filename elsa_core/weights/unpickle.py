@@ -63,18 +63,18 @@ ELEMENTS = {
 }
 
 
-class NeedsCode(pickle.UnpicklingError):
+class UnsafePickle(pickle.UnpicklingError):
     """A pickle that wants something imported which is not known to be mere data."""
 
 
-class Inert(dict):
+class StandIn(dict):
     """In place of an object whose class is not imported: holds its parts, does nothing."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__()
         self.args = args
 
-    def __new__(cls, *args: Any, **named: Any) -> Inert:
+    def __new__(cls, *args: Any, **named: Any) -> StandIn:
         return super().__new__(cls)
 
     def __setstate__(self, state: Any) -> None:
@@ -153,11 +153,11 @@ def _product(shape: Any) -> int:
 def _scalar(dtype: DType, raw: Any = b"") -> Any:
     raw = raw.encode("latin1") if isinstance(raw, str) else raw
     if not isinstance(raw, bytes):
-        return Inert()
+        return StandIn()
     if dtype.code.startswith("U"):
         return raw.decode("utf-32-le").rstrip("\0")
     if dtype.code.startswith(("M", "S", "V")):  # times, bytes, records
-        return Inert()
+        return StandIn()
     return struct.unpack("<" + dtype.lookup()[1], raw)[0]
 
 
@@ -169,7 +169,7 @@ def _frombuffer(raw: Any, dtype: DType, shape: Any, order: str, *_: Any) -> Arra
 
 def _encode(text: str, encoding: str = "utf-8") -> bytes:
     if encoding not in ("latin1", "latin-1"):
-        raise NeedsCode(f"the codec {encoding}")
+        raise UnsafePickle(f"the codec {encoding}")
     return text.encode("latin1")
 
 
@@ -181,17 +181,19 @@ def _bytearray(data: Any = b"", *encoding: Any) -> bytearray:
     return bytearray(data)
 
 
-def _getattr(owner: Any, name: str) -> Inert:
+def _getattr(owner: Any, name: str) -> StandIn:
     if not isinstance(name, str) or len(name) > 100:
         raise pickle.UnpicklingError("an attribute without a name")
-    if not isinstance(owner, Inert) and not (isinstance(owner, type) and issubclass(owner, Inert)):
-        raise NeedsCode(f"the attribute {name!r}")
-    return Inert()
+    if not isinstance(owner, StandIn) and not (
+        isinstance(owner, type) and issubclass(owner, StandIn)
+    ):
+        raise UnsafePickle(f"the attribute {name!r}")
+    return StandIn()
 
 
-def _reconstructor(kind: Any, *_: Any) -> Inert:
-    if not (isinstance(kind, type) and issubclass(kind, Inert)):
-        raise NeedsCode("copyreg._reconstructor")
+def _reconstructor(kind: Any, *_: Any) -> StandIn:
+    if not (isinstance(kind, type) and issubclass(kind, StandIn)):
+        raise UnsafePickle("copyreg._reconstructor")
     return kind()
 
 
@@ -200,7 +202,7 @@ def _from_type(
 ) -> Any:
     rebuilding = (known for (module, _), known in functions.items() if module == "torch._utils")
     if not any(make is known for known in rebuilding):
-        raise NeedsCode("a tensor made by another function")
+        raise UnsafePickle("a tensor made by another function")
     for attributes in state if isinstance(state, tuple) else (state,):
         if attributes is not None and type(attributes) is not dict:
             raise pickle.UnpicklingError("attributes of a tensor that are in no dict")
@@ -252,7 +254,7 @@ def _functions() -> dict[tuple[str, str], Any]:
 class DataUnpickler(pickle.Unpickler):
     """An unpickler that imports nothing.
 
-    Raises NeedsCode with the name of the first class or function that is no known data.
+    Raises UnsafePickle with the name of the first class or function that is no known data.
     """
 
     def __init__(self, file: Any, **options: Any) -> None:
@@ -268,9 +270,9 @@ class DataUnpickler(pickle.Unpickler):
         elif module == "torch" and isinstance(vars(torch).get(name), torch.dtype):
             return vars(torch)[name]
         elif name in DATA_CLASSES.get(module, ()):
-            found = type(name, (Inert,), {})
+            found = type(name, (StandIn,), {})
         else:
-            raise NeedsCode(f"{module}.{name}")
+            raise UnsafePickle(f"{module}.{name}")
         self.known[module, name] = found
         return found
 
@@ -289,7 +291,7 @@ def safe_globals(known: Iterable[tuple[str, str]]) -> list[Any]:
         elif name in DICTS:
             stand_in = OrderedDict
         else:
-            stand_in = _ITEMS.get(name) or type(name, (Inert,), {})
+            stand_in = _ITEMS.get(name) or type(name, (StandIn,), {})
         if callable(stand_in):
             renamed = NAME_MAPPING.get((module, name), (IMPORT_MAPPING.get(module, module), name))
             found += [(stand_in, ".".join(full)) for full in {(module, name), renamed}]
@@ -300,7 +302,7 @@ def safe_globals(known: Iterable[tuple[str, str]]) -> list[Any]:
 _ITEMS = {"defaultdict": lambda *_: OrderedDict(), "deque": lambda *_: []}
 
 
-class _Kind:
+class _StorageType:
     """A storage class."""
 
     def __init__(self, itemsize: int) -> None:
@@ -317,7 +319,7 @@ class _Claim:
 
 
 _KINDS = {
-    name: _Kind(size)
+    name: _StorageType(size)
     for size, names in {
         1: ("Bool", "Byte", "Char", "QInt8", "QUInt8", "Untyped"),
         2: ("BFloat16", "Half", "Short"),
@@ -334,13 +336,13 @@ class ClaimUnpickler(DataUnpickler):
 
     ``claims`` has the bytes that each storage claims, by its key.
 
-    Raises NeedsCode as `DataUnpickler`, and UnpicklingError for tensors larger than their storage.
+    Raises UnsafePickle as `DataUnpickler`, and UnpicklingError for tensors beyond their storage.
     """
 
     def __init__(self, file: Any, **options: Any) -> None:
         super().__init__(file, **options)
         self.claims: dict[str, int] = {}
-        self.kinds: dict[str, tuple[_Kind, int]] = {}
+        self.kinds: dict[str, tuple[_StorageType, int]] = {}
         for name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
             self.functions["torch._utils", name] = lambda *args: _check_tensor(*args[:4])
         self.functions["torch._utils", "_rebuild_tensor_v3"] = lambda *args: _check_tensor(
@@ -350,16 +352,16 @@ class ClaimUnpickler(DataUnpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.cuda", "torch.storage") and name.endswith("Storage"):
             if (kind := _KINDS.get(name.removesuffix("Storage"))) is None:
-                raise NeedsCode(f"{module}.{name}")
+                raise UnsafePickle(f"{module}.{name}")
             return kind
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
         # ("storage", kind, key, place, number of elements, [view]); anything else wants a module.
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] not in ("storage",):
-            raise NeedsCode("the source of a module")
+            raise UnsafePickle("the source of a module")
         kind, key, numel = pid[1], pid[2], pid[4]
-        described = isinstance(kind, _Kind) and isinstance(key, str) and type(numel) is int
+        described = isinstance(kind, _StorageType) and isinstance(key, str) and type(numel) is int
         described = described and key.isascii() and key.isprintable()
         if not described or not 0 <= numel < 2**63:
             raise pickle.UnpicklingError("a tensor's storage is not described as it should be")

@@ -17,9 +17,9 @@ class InstanceEvaluator(CityscapesInstanceEvaluator):
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """AP and AP50 of masks in percent; None in processes other than the first."""
-        from elsa_core.data.cityscapes_eval import mended
+        from elsa_core.data.cityscapes_eval import patched_evaluation
 
-        with mended():
+        with patched_evaluation():
             return super().evaluate()
 
 

@@ -17,7 +17,7 @@ from elsa_core.filters import Filters, neighbourhood_filters
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.variants import Arch
 from elsa_core.weights.convert import convert
-from elsa_core.weights.files import in_file, read_source
+from elsa_core.weights.files import naming, read_source
 
 from .counting import describe_arch
 
@@ -58,7 +58,8 @@ def trained_backbone(path: str) -> tuple[ELSASwin, str]:
     Raises UsageError for a file that cannot be read or has no trained ELSA attention.
     """
     source = read_source(path)
-    conversion = in_file(path, lambda: convert(source, "backbone"))
+    with naming(path):
+        conversion = convert(source, "backbone")
     if any(".attn." in name for name, _ in conversion.absent):
         raise UsageError(f"{path} holds {source}, which has no ELSA attention to look at")
     backbone = ELSASwin(source.arch, out_indices=range(len(source.arch.depths)))

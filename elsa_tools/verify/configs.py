@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.weights.names import CASCADE, MASK_RCNN, UPERNET
-from elsa_core.weights.shapes import Sizes
+from elsa_core.weights.shapes import HeadSizes
 
 DETECTRON2 = {
     MASK_RCNN: "COCO-InstanceSegmentation/mask_rcnn_elsa_swin_t_fpn_1x.yaml",
@@ -24,7 +24,7 @@ OPENMMLAB = {
 }
 
 
-def check_sizes(sizes: Sizes, kind: str) -> None:
+def check_sizes(sizes: HeadSizes, kind: str) -> None:
     """Raises UsageError for what our configs cannot take from the tensors."""
     if kind == UPERNET and sizes.pool_modules != 4:
         raise UsageError(

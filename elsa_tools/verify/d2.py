@@ -13,7 +13,7 @@ import elsa_d2
 from elsa_core.variants import Arch
 from elsa_core.weights.convert import Conversion
 from elsa_core.weights.names import CASCADE, UPERNET
-from elsa_core.weights.shapes import Sizes, arch_name
+from elsa_core.weights.shapes import HeadSizes, arch_name
 
 from . import configs
 from .compare import Outcome
@@ -67,7 +67,7 @@ def backbone_features(
         return {name: value[0] for name, value in backbone(image).items()}
 
 
-def overrides(arch: Arch, sizes: Sizes, kind: str) -> list[Any]:
+def overrides(arch: Arch, sizes: HeadSizes, kind: str) -> list[Any]:
     """Config keys that give our configs the sizes of a checkpoint."""
     configs.check_sizes(sizes, kind)
     keys: dict[str, Any] = {"MODEL.ELSA_SWIN.ARCH": arch_name(arch)}

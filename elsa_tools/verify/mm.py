@@ -17,7 +17,7 @@ from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.variants import Arch
 from elsa_core.weights.convert import Conversion
 from elsa_core.weights.names import UPERNET
-from elsa_core.weights.shapes import Sizes, arch_name
+from elsa_core.weights.shapes import HeadSizes, arch_name
 
 from . import configs
 from .compare import Outcome
@@ -89,7 +89,7 @@ def backbone_features(
         return {f"res{i + 2}": value[0] for i, value in enumerate(backbone(image))}
 
 
-def set_sizes(model: ConfigDict, arch: Arch, sizes: Sizes, kind: str) -> None:
+def set_sizes(model: ConfigDict, arch: Arch, sizes: HeadSizes, kind: str) -> None:
     """Gives our configs the sizes of a checkpoint, in place."""
     configs.check_sizes(sizes, kind)
     name = arch_name(arch)

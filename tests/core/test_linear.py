@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from elsa_core import linear as module
 from elsa_core.linear import Linear, linear
 
-GELU = [None, "input", "output"]
+GELU = [{}, {"gelu_before": True}, {"gelu_after": True}]
+gelus = pytest.mark.parametrize("gelu", GELU, ids=["none", "before", "after"])
 
 
-def plain(x, weight, bias, gelu=None):
-    x = F.linear(F.gelu(x) if gelu == "input" else x, weight, bias)
-    return F.gelu(x) if gelu == "output" else x
+def plain(x, weight, bias, gelu_before=False, gelu_after=False):
+    x = F.linear(F.gelu(x) if gelu_before else x, weight, bias)
+    return F.gelu(x) if gelu_after else x
 
 
 def make_inputs(bias=True, dtype=torch.float32, shape=(2, 3, 5, 12)):
@@ -34,7 +35,7 @@ def calls(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize("gelu", GELU)
+@gelus
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "slice"])
 def test_values_and_gradients(layout, bias, gelu, calls):
@@ -45,9 +46,9 @@ def test_values_and_gradients(layout, bias, gelu, calls):
     elif layout == "slice":
         x = torch.cat([x, x], -1)[..., 6:18]
     wanted = [tensor for tensor in (source, weight, bias) if tensor is not None]
-    expected = plain(x, weight, bias, gelu)
+    expected = plain(x, weight, bias, **gelu)
     grad = torch.randn_like(expected)
-    out = linear(x, weight, bias, gelu)
+    out = linear(x, weight, bias, **gelu)
     torch.testing.assert_close(out, expected)
     for result, reference in zip(
         torch.autograd.grad(out, wanted, grad, retain_graph=True),
@@ -56,7 +57,7 @@ def test_values_and_gradients(layout, bias, gelu, calls):
     ):
         torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
-        torch.testing.assert_close(linear(x, weight, bias, gelu), expected)
+        torch.testing.assert_close(linear(x, weight, bias, **gelu), expected)
     assert len(calls) == 3
 
 
@@ -71,12 +72,14 @@ def test_only_what_is_needed_is_differentiated(frozen, calls):
         torch.testing.assert_close(tensor.grad, plain_inputs[name].grad)
 
 
-@pytest.mark.parametrize("gelu", GELU)
+@gelus
 def test_second_derivative(gelu, calls):
     results = []
     for function in (linear, plain):
         inputs = make_inputs()
-        grads = torch.autograd.grad(function(*inputs, gelu).sin().sum(), inputs, create_graph=True)
+        grads = torch.autograd.grad(
+            function(*inputs, **gelu).sin().sum(), inputs, create_graph=True
+        )
         total = sum(grad.square().sum() for grad in grads)
         results.append(torch.autograd.grad(total, inputs))
     assert calls
@@ -88,7 +91,7 @@ def test_gelu_of_the_input_is_kept_once(calls):
     x, weight, bias = make_inputs(shape=(4, 4, 16, 32))
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        linear(x, weight, bias, "input")
+        linear(x, weight, bias, gelu_before=True)
     assert [tensor.data_ptr() for tensor in kept] == [x.data_ptr(), weight.data_ptr()]
 
 
@@ -126,7 +129,9 @@ def test_plain_pytorch_where_it_has_other_private_names(name, monkeypatch):
     spec.loader.exec_module(other)
     monkeypatch.setattr(other, "_product", None)
     inputs = make_inputs()
-    torch.testing.assert_close(other.linear(*inputs, "input"), plain(*inputs, "input"))
+    torch.testing.assert_close(
+        other.linear(*inputs, gelu_before=True), plain(*inputs, gelu_before=True)
+    )
 
 
 def test_flop_counters_see_every_product(calls):
@@ -142,4 +147,4 @@ def test_layer_is_a_linear_layer():
     x = torch.randn(3, 6)
     assert isinstance(layer, torch.nn.Linear)
     torch.testing.assert_close(layer(x), F.linear(x, layer.weight, layer.bias))
-    torch.testing.assert_close(layer(x, gelu="output"), F.gelu(layer(x)))
+    torch.testing.assert_close(layer(x, gelu_after=True), F.gelu(layer(x)))

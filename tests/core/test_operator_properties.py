@@ -183,7 +183,7 @@ def test_narrower_kernels(limit, expected):
         pytest.skip("this machine has no AVX2")
     program = CHECK.format(expected=expected).replace("tests_properties", __name__)
     environment = {**os.environ, "ATEN_CPU_CAPABILITY": limit}
-    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), os.path.dirname(__file__)])
+    environment["PYTHONPATH"] = os.pathsep.join([os.getcwd(), *sys.path])
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True
     )

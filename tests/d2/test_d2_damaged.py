@@ -210,7 +210,8 @@ def test_the_sentence_of_a_process_that_was_launched(tool, digits, tmp_path, mon
 def test_the_sentence_of_another_process():
     text = (
         "Caught {0} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
-        "OSError: no\n\nThe above exception ...:\n\nelsa_core.errors.{0}: image a cannot be read\n"
+        "OSError: no\n\nThe above exception ...:\n\n"
+        "elsa_core.runtime.errors.{0}: image a cannot be read\n"
     )
     for kind in (UsageError, DamagedFileError):
         error = kind(text.format(kind.__name__))

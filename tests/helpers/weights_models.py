@@ -11,7 +11,7 @@ import torch
 from elsa_core import ELSASwin
 from elsa_core.layers import relative_position_id
 from elsa_core.variants import Arch
-from elsa_core.weights.shapes import Sizes, model_shapes
+from elsa_core.weights.shapes import HeadSizes, model_shapes
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
 KINDS = ("mask_rcnn", "cascade_mask_rcnn", "upernet")
@@ -29,7 +29,7 @@ CLASSES = ["cat", "dog", "coffee cup", "moon", "rocket"]
 def sizes(kind, channels=16, dim=16, num_classes=5):
     """Heads of the published form, of any width."""
     if kind == "upernet":
-        return Sizes(
+        return HeadSizes(
             num_classes=num_classes,
             channels=channels,
             pool_modules=4,
@@ -45,8 +45,8 @@ def sizes(kind, channels=16, dim=16, num_classes=5):
         mask_dim=dim,
     )
     if kind == "mask_rcnn":
-        return Sizes(box_fcs=2, **common)
-    return Sizes(box_fcs=1, box_convs=4, box_conv_dim=dim, stages=3, **common)
+        return HeadSizes(box_fcs=2, **common)
+    return HeadSizes(box_fcs=1, box_convs=4, box_conv_dim=dim, stages=3, **common)
 
 
 def published_sizes(kind):

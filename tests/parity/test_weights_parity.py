@@ -22,11 +22,12 @@ from pycocotools import mask as mask_api
 from weights_models import CLASSES, PHOTOGRAPHS, save, sizes
 
 import elsa_d2
+import elsa_mm
 from elsa_core.runtime.errors import UsageError
 from elsa_core.variants import Arch
 from elsa_core.weights import convert_file, read_checkpoint
 from elsa_tools import convert as cli
-from elsa_tools.verify import mm, verify
+from elsa_tools.verify import configs, mm, verify
 from elsa_tools.verify.compare import Outcome, compare
 from examples.digits.dataset import SEGMENTATION_CLASSES
 
@@ -43,7 +44,7 @@ SPREAD = {
 
 def detecting(kind, channels=32, dim=32):
     """Random tensors of a model that finds many objects of all classes, with all scores."""
-    cfg = Config.fromfile(mm._our_config(kind))
+    cfg = Config.fromfile(elsa_mm.get_config_file(configs.OPENMMLAB[kind]))
     mm.set_sizes(cfg.model, ARCH, sizes(kind, channels, dim), kind)
     cfg.model.backbone.init_std = 0.1
     torch.manual_seed(0)

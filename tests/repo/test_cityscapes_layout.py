@@ -14,7 +14,7 @@ from cityscapesscripts.helpers.labels import id2label, name2label, trainId2label
 from conftest import load_tool
 from PIL import Image
 
-from elsa_core.data.cityscapes_eval import mended
+from elsa_core.data.cityscapes_eval import patched_evaluation
 from elsa_core.runtime.errors import UsageError
 from examples.digits import cityscapes_layout as layout
 from examples.digits.dataset import make_dataset
@@ -162,7 +162,7 @@ def test_instances_as_predictions_are_perfect(cityscapes, tmp_path):
         predictions = [predict(read(path), folder, Path(path).stem, shift) for path in truths]
         args.predictionPath = str(folder)
         args.gtInstancesFile = str(folder / "gtInstances.json")
-        with mended():
+        with patched_evaluation():
             results.append(judge.evaluateImgLists(predictions, truths, args)["averages"])
     assert results[0]["allAp"] == results[0]["allAp50%"] == 1
     assert results[1]["allAp"] < 0.2

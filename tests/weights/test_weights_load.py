@@ -28,23 +28,24 @@ from weights_models import (
 )
 
 import elsa_d2
+import elsa_mm
 from elsa_core import ELSASwin
 from elsa_core.runtime.errors import UsageError
 from elsa_core.weights import convert_file, safetensors
-from elsa_tools.verify import d2, mm
+from elsa_tools.verify import configs, d2, mm
 
 every_kind = pytest.mark.parametrize("kind", KINDS)
 suffixes = pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 
 
 def detectron2(kind, *keys):
-    cfg = elsa_d2.load_config(d2._our_config(kind))
+    cfg = elsa_d2.load_config(elsa_d2.get_config_file(configs.DETECTRON2[kind]))
     cfg.merge_from_list([*d2.overrides(TINY, sizes(kind), kind), "MODEL.DEVICE", "cpu", *keys])
     return build_model(cfg)
 
 
 def openmmlab(kind):
-    cfg = Config.fromfile(mm._our_config(kind))
+    cfg = Config.fromfile(elsa_mm.get_config_file(configs.OPENMMLAB[kind]))
     mm.set_sizes(cfg.model, TINY, sizes(kind), kind)
     with DefaultScope.overwrite_default_scope("mmdet" if kind != "upernet" else "mmseg"):
         return MODELS.build(cfg.model)

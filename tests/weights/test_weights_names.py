@@ -15,10 +15,11 @@ from mmengine.registry import MODELS, DefaultScope
 from weights_models import KINDS, TINY, published_sizes, sizes
 
 import elsa_d2
+import elsa_mm
 from elsa_core import VARIANTS
 from elsa_core.weights.names import rename
 from elsa_core.weights.shapes import model_shapes, read_arch, read_sizes
-from elsa_tools.verify import d2, mm
+from elsa_tools.verify import configs, d2, mm
 
 CASES = [(kind, name) for kind in KINDS for name in ("tiny", "small")]
 every_model = pytest.mark.parametrize("kind, variant", CASES)
@@ -29,7 +30,7 @@ def shapes(model):
 
 
 def openmmlab(kind, arch, wanted):
-    cfg = Config.fromfile(mm._our_config(kind))
+    cfg = Config.fromfile(elsa_mm.get_config_file(configs.OPENMMLAB[kind]))
     mm.set_sizes(cfg.model, arch, wanted, kind)
     with DefaultScope.overwrite_default_scope("mmdet" if kind != "upernet" else "mmseg"):
         with torch.device("meta"):
@@ -37,7 +38,7 @@ def openmmlab(kind, arch, wanted):
 
 
 def detectron2(kind, arch, wanted):
-    cfg = elsa_d2.load_config(d2._our_config(kind))
+    cfg = elsa_d2.load_config(elsa_d2.get_config_file(configs.DETECTRON2[kind]))
     cfg.merge_from_list([*d2.overrides(arch, wanted, kind), "MODEL.DEVICE", "meta"])
     with torch.device("meta"):
         return shapes(build_model(cfg))

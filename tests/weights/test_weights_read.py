@@ -15,7 +15,7 @@ from weights_models import same, save
 
 from elsa_core.runtime.errors import UsageError
 from elsa_core.weights import read_checkpoint, safetensors
-from elsa_core.weights.unpickle import Inert
+from elsa_core.weights.unpickle import StandIn
 
 formats = pytest.mark.parametrize("zipped", [True, False], ids=["zip", "legacy"])
 
@@ -64,8 +64,8 @@ def test_harmless_extras_are_data(tmp_path, zipped):
     assert (read["score"], read["half"], read["count"], read["flag"]) == (1.5, 0.25, -3, True)
     assert read["array"].tensor.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert read["columns"].tensor.tolist() == extras["columns"].tolist()
-    assert isinstance(read["args"], Inert) and not isinstance(read["args"], argparse.Namespace)
-    assert isinstance(read["folder"], Inert) and read["classes"] == {"a", "b"}
+    assert isinstance(read["args"], StandIn) and not isinstance(read["args"], argparse.Namespace)
+    assert isinstance(read["folder"], StandIn) and read["classes"] == {"a", "b"}
 
 
 def test_checkpoint_of_an_openmmlab_training(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from elsa_core.data.cityscapes_eval import MATCHES, judge, mended
+from elsa_core.data.cityscapes_eval import MATCHES, evaluation, patched_evaluation
 
 VOID, BUILDING, PERSON, CAR = 0, 11, 24, 26  # cityscapesscripts' ids
 CLASSES = {PERSON: 0, CAR: 2}  # of the frameworks
@@ -42,27 +42,27 @@ def test_the_judge_itself_and_what_it_writes(predictions, tmp_path):
         Image.fromarray(mask.astype(np.uint8)).save(tmp_path / f"{i}.png")
         lines.append(f"{i}.png {label} {score}\n")
     (tmp_path / "pred.txt").write_text("".join(lines))
-    judge.args.predictionPath = str(tmp_path)
-    judge.args.gtInstancesFile = str(tmp_path / "instances.json")
-    judge.args.JSONOutput = False
+    evaluation.args.predictionPath = str(tmp_path)
+    evaluation.args.gtInstancesFile = str(tmp_path / "instances.json")
+    evaluation.args.JSONOutput = False
     files = (
         [str(tmp_path / "pred.txt")],
         [str(tmp_path / f"gtFine/val/{STEM}_gtFine_instanceIds.png")],
     )
     # If the first ends, elsa_core.data.cityscapes_eval may end; the second is NumPy 2.4's.
     with pytest.raises((IndexError, AttributeError)):
-        judge.evaluateImgLists(*files, judge.args)
+        evaluation.evaluateImgLists(*files, evaluation.args)
     assert (tmp_path / MATCHES).exists()
     (tmp_path / MATCHES).unlink()
-    with mended():
-        found = judge.evaluateImgLists(*files, judge.args)["averages"]
+    with patched_evaluation():
+        found = evaluation.evaluateImgLists(*files, evaluation.args)["averages"]
     assert not (tmp_path / MATCHES).exists()
     assert (tmp_path / "instances.json").exists()
     assert found["classes"]["person"] == {"ap": 1, "ap50%": 1}
     assert found["classes"]["car"] == {"ap": 0, "ap50%": 0}
     assert found["allAp"] == 0.5
-    with mended(keep_matches=True):
-        judge.evaluateImgLists(*files, judge.args)
+    with patched_evaluation(keep_matches=True):
+        evaluation.evaluateImgLists(*files, evaluation.args)
     matches = json.loads((tmp_path / MATCHES).read_text())
     assert matches and all("groundTruth" in match for match in matches.values())
 
