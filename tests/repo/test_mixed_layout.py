@@ -1,6 +1,5 @@
 """The digits data set with validation images of many sizes and kinds of file."""
 
-import json
 from collections import Counter
 
 import numpy as np
@@ -76,11 +75,3 @@ def test_the_training_part_is_that_of_the_standard_layout(mixed, tmp_path):
     standard = make_layout("standard", tmp_path / "data", **{**OPTIONS, "val": 1}).path
     for file in standard.rglob("*training*/*"):
         assert (mixed / file.relative_to(standard)).read_bytes() == file.read_bytes()
-
-
-def test_the_same_options_give_the_same_bytes(tmp_path):
-    folders = [
-        make_layout("mixed", tmp_path / name, 1, 6, 64, progress=False).path for name in "ab"
-    ]
-    first, again = (json.loads((folder / "meta.json").read_text())["sha256"] for folder in folders)
-    assert first == again

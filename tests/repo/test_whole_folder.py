@@ -1,6 +1,7 @@
 """Folders that appear whole or not at all."""
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -16,12 +17,23 @@ def test_lock_is_taken_over_when_its_file_vanishes(tmp_path):
             assert new.is_dir() and (home / "lock").is_file()
 
 
-def test_a_folder_is_seen_only_when_published(tmp_path):
+def test_a_folder_is_seen_only_when_published(tmp_path, monkeypatch):
     target = tmp_path / "deep" / "data"
     with workspace(target) as new:
         (new / "file").write_text("new")
         assert not target.exists()
         publish(new, target)
+    rename = Path.rename
+
+    def refuse_new(self, to):
+        if self.name == "new":
+            raise OSError(28, "No space left on device")
+        return rename(self, to)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space left"):
+        patch.setattr(Path, "rename", refuse_new)
+        with workspace(target) as new:
+            publish(new, target)
     assert (target / "file").read_text() == "new"
     with workspace(target) as new:
         (new / "other").write_text("newer")
