@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,6 +21,11 @@ STAND_INS = str(REPOSITORY / "tests/helpers/stand_ins")
 sys.path.insert(0, STAND_INS)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [STAND_INS, os.getenv("PYTHONPATH")]))
 RUNS = itertools.count()
+VISUALIZERS = {
+    "mmdet": "DetLocalVisualizer",
+    "mmpretrain": "UniversalVisualizer",
+    "mmseg": "SegLocalVisualizer",
+}
 FAIL_WITHOUT_CUDA = os.environ.get("FAIL_WITHOUT_CUDA", "0") not in ("", "0")
 
 
@@ -103,13 +109,16 @@ def refusal(
     """Runs a tool of elsa_mm that must end with status 2; returns its last line."""
     from elsa_mm import cli
 
-    monkeypatch.delenv("RANK", raising=False)
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
 
     def run(tool: str, *arguments: object) -> str:
         capfd.readouterr()
         assert getattr(cli, tool)([str(argument) for argument in arguments]) == 2
-        return capfd.readouterr().err.strip().splitlines()[-1].removeprefix(f"{tool}: ")
+        last_line = capfd.readouterr().err.strip().splitlines()[-1]
+        assert last_line.startswith(f"{tool}: ") and "Traceback" not in last_line
+        return last_line.removeprefix(f"{tool}: ")
 
     return run
 
@@ -132,3 +141,35 @@ def cityscapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("data") / "cityscapes"
     make_layout("cityscapes", root, train=16, val=8, size=96, seed=0, progress=False)
     return root
+
+
+@pytest.fixture
+def copy(digits: Path, tmp_path: Path) -> Path:
+    """The data set of the tests, to damage."""
+    return shutil.copytree(digits, tmp_path / "copy")
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Files with random weights of the digits models of MMDetection and MMSegmentation."""
+    from mm_tiny import CONFIGS
+    from mmengine.config import Config
+    from mmengine.registry import MODELS, DefaultScope
+
+    folder = tmp_path_factory.mktemp("weights")
+    for framework, path in CONFIGS.items():
+        with DefaultScope.overwrite_default_scope(framework):
+            state = MODELS.build(Config.fromfile(path).model).state_dict()
+        torch.save({"meta": {}, "state_dict": state}, folder / f"{framework}.pth")
+    return lambda framework: folder / f"{framework}.pth"
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A work folder, and no visualizer of an earlier run, which would write to that one's."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(tmp_path)
+    for framework, name in VISUALIZERS.items():
+        if module := sys.modules.get(f"{framework}.visualization"):
+            getattr(module, name)._instance_dict.clear()

@@ -1,6 +1,9 @@
 """Configs of MMDetection and MMSegmentation, shrunk to seconds by --cfg-options."""
 
+import json
 from pathlib import Path
+
+import torch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = {
@@ -33,19 +36,47 @@ def _widths(node, prefix):
     return values
 
 
+def loaders(**settings):
+    """--cfg-options of the loaders of all parts, without worker processes."""
+    values = {"default_hooks.logger.interval": 1}
+    settings = {"num_workers": 0, "persistent_workers": False, **settings}
+    for part in ("train", "val", "test"):
+        for name, value in settings.items():
+            values[f"{part}_dataloader.{name.replace('__', '.')}"] = value
+    return values
+
+
 def options(framework, digits, **more):
     """--cfg-options and their values: the tests' data, 2 images a step, 4 to evaluate."""
-    values = {"default_hooks.logger.interval": 1}
-    for part in ("train", "val", "test"):
-        loader = f"{part}_dataloader"
-        values[f"{loader}.dataset.data_root"] = digits
-        values[f"{loader}.batch_size"] = 2
-        values[f"{loader}.num_workers"] = 0
-        values[f"{loader}.persistent_workers"] = False
-        if part != "train":
-            values[f"{loader}.dataset.indices"] = 4
-            if framework == "mmdet":
-                annotations = f"{digits}/annotations/instances_validation.json"
-                values[f"{part}_evaluator.ann_file"] = annotations
-    values.update({name.replace("__", "."): value for name, value in more.items()})
+    values = loaders(dataset__data_root=digits, batch_size=2)
+    for part in ("val", "test"):
+        values[f"{part}_dataloader.dataset.indices"] = 4
+        if framework == "mmdet":
+            annotations = f"{digits}/annotations/instances_validation.json"
+            values[f"{part}_evaluator.ann_file"] = annotations
+    return as_arguments(values | {name.replace("__", "."): value for name, value in more.items()})
+
+
+def as_arguments(values):
     return ["--cfg-options", *(f"{name}={value}" for name, value in values.items())]
+
+
+def run(tool, *arguments, **values):
+    """Runs a tool of ours, in this process, that must succeed; `values` are --cfg-options."""
+    from elsa_mm import cli  # some processes must import it late
+
+    assert getattr(cli, tool)([*map(str, arguments), *as_arguments(values)]) == 0
+
+
+def last_path(folder="runs"):
+    return Path(folder, "last_checkpoint").read_text()
+
+
+def last_state(folder="runs"):
+    return torch.load(last_path(folder), weights_only=False, mmap=True, map_location="cpu")
+
+
+def scalars(folder="runs"):
+    """What all runs in a folder have logged."""
+    logs = sorted(Path(folder).glob("*/vis_data/2*.json"))
+    return [json.loads(line) for log in logs for line in log.read_text().splitlines()]

@@ -8,7 +8,6 @@ import torch
 from mm_tiny import CONFIGS, options
 from mmengine.config import Config
 from mmengine.dataset import DefaultSampler, InfiniteSampler
-from mmengine.registry import MODELS, DefaultScope
 from mmengine.runner import EpochBasedTrainLoop
 from mmseg.models import SegTTAModel
 from torch import nn
@@ -17,17 +16,6 @@ from torch.utils.data import DataLoader
 from elsa_core.runtime.errors import UsageError
 from elsa_mm import preflight
 from elsa_mm.loading import check_weights
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    """Weights of the digits models, for each framework."""
-    folder = tmp_path_factory.mktemp("weights")
-    for framework, path in CONFIGS.items():
-        with DefaultScope.overwrite_default_scope(framework):
-            state = MODELS.build(Config.fromfile(path).model).state_dict()
-        torch.save({"meta": {}, "state_dict": state}, folder / f"{framework}.pth")
-    return lambda framework: folder / f"{framework}.pth"
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,6 @@
 """OpenMMLab at scale: learning rates, accumulation, strategies, launchers, TensorBoard."""
 
 import os
-import re
 import signal
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,20 +18,6 @@ from elsa_mm import CPUAmpOptimWrapper, cli
 from elsa_mm.checkpoint import find_last_checkpoint
 
 CONFIGS = REPOSITORY / "configs"
-PUBLISHED = sorted(
-    path
-    for path in CONFIGS.glob("mm*/*/*.py")
-    if path.parent.name not in ("_base_", "digits", "own_data")
-)
-
-
-@pytest.mark.parametrize("path", PUBLISHED, ids=lambda path: path.stem)
-def test_published_configs_scale_from_their_batch_and_can_be_stopped(path):
-    cfg = Config.fromfile(path)
-    gpus = int(found[1]) if (found := re.search(r"_(\d+)xb\d+", path.stem)) else 8
-    assert cfg.auto_scale_lr.base_batch_size == gpus * cfg.train_dataloader.batch_size
-    assert not cfg.auto_scale_lr.get("enable")
-    assert cfg.default_hooks.checkpoint.type == "StoppableCheckpointHook"
 
 
 class Model(nn.Module):

@@ -1,0 +1,182 @@
+"""A short training of each published detector and segmentor: evaluated, saved and resumed.
+
+Only sizes are reduced: small images, narrow models, two iterations. The data are digits under the
+names and in the layout of COCO, ADE20K and Cityscapes. Other schedules and backbones of a model
+differ in numbers alone, which test_mm_configs.py names the tests of. Models of the published size
+train in docs/cityscapes.md, whose commands are a test.
+"""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from mm_tiny import last_path, last_state, loaders, narrow, run, scalars
+
+pytest.importorskip("mmdet")
+pytest.importorskip("mmseg")
+
+from mmdet.datasets import CocoDataset
+from mmengine.config import Config
+
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
+COCO = ["coco/bbox_mAP", "coco/segm_mAP"]
+SCORES = [f"cityscapes/{name}" for name in ("IoU", "iIoU", "IoU_sup", "iIoU_sup")]
+
+
+@pytest.fixture(scope="module")
+def coco(digits, tmp_path_factory):
+    """The digits as COCO 2017: its folders, files and 80 classes, of which the data shows 10."""
+    root = tmp_path_factory.mktemp("coco")
+    (root / "annotations").mkdir()
+    names = CocoDataset.METAINFO["classes"]
+    for part, name in (("training", "train2017"), ("validation", "val2017")):
+        (root / name).symlink_to(digits / "images" / part)
+        content = json.loads((digits / f"annotations/instances_{part}.json").read_text())
+        content["categories"] = [{"id": id, "name": name} for id, name in enumerate(names, 1)]
+        (root / f"annotations/instances_{name}.json").write_text(json.dumps(content))
+    return root
+
+
+def segmentor(root, size, **settings):
+    """--cfg-options for one iteration on crops [H, W], an evaluation after two."""
+    height, width = size
+    values = loaders(dataset__data_root=root, **settings) | {
+        "train_cfg.max_iters": 1,
+        "train_cfg.val_interval": 2,
+        "train_dataloader.dataset.pipeline.3.crop_size": f"({height},{width})",
+        "model.data_preprocessor.size": f"({height},{width})",
+    }
+    return values
+
+
+def ade20k(digits):
+    return segmentor(digits, (64, 64), dataset__indices=2) | {
+        "train_dataloader.dataset.pipeline.2.scale": "(256,64)",
+        "test_dataloader.dataset.pipeline.1.scale": "(256,64)",
+        **{
+            f"val_dataloader.dataset.pipeline.1.transforms.0.{view}.scale": "(256,64)"
+            for view in range(6)
+        },
+    }
+
+
+def cityscapes_semantic(root):
+    return segmentor(root, (32, 64)) | {
+        "train_dataloader.dataset.pipeline.2.scale": "(128,64)",
+        "val_dataloader.dataset.pipeline.1.scale": "(96,48)",
+        "test_dataloader.dataset.pipeline.1.scale": "(96,48)",
+    }
+
+
+def detector(scale):
+    """--cfg-options for one epoch, an evaluation after two, fewer boxes, and results from a model
+    that has learnt nothing."""
+    return {
+        "train_cfg.max_epochs": 1,
+        "train_cfg.val_begin": 2,
+        "model.train_cfg.rpn_proposal.max_per_img": 50,
+        "model.test_cfg.rpn.max_per_img": 20,
+        "model.test_cfg.rcnn.score_thr": 0.0,
+        "model.test_cfg.rcnn.max_per_img": 5,
+        "val_dataloader.dataset.pipeline.1.scale": scale,
+        "test_dataloader.dataset.pipeline.1.scale": scale,
+    }
+
+
+def coco_detector(root, stages=("",)):
+    values = loaders(dataset__data_root=root, dataset__indices=2) | detector("(96,64)")
+    for stage in stages:
+        values[f"model.train_cfg.rcnn.{stage}sampler.num"] = 16
+    for place in ("0.0", "1.0", "1.2"):
+        key = f"train_dataloader.dataset.pipeline.3.transforms.{place}.scales"
+        values[key] = "[(64,96),(80,96)]"
+    for part in ("val", "test"):
+        values[f"{part}_evaluator.ann_file"] = f"{root}/annotations/instances_val2017.json"
+    return values
+
+
+def cityscapes_instances(root):
+    dataset = "train_dataloader.dataset.dataset"
+    values = loaders() | detector("(96,48)")
+    values |= {
+        "model.train_cfg.rcnn.sampler.num": 16,
+        "train_dataloader.dataset.times": 1,
+        f"{dataset}.data_root": root,
+        f"{dataset}.indices": 1,
+        f"{dataset}.pipeline.2.scale": "[(96,48),(96,64)]",
+    }
+    for part in ("val", "test"):
+        values[f"{part}_dataloader.dataset.data_root"] = root
+        file = f"{root}/annotations/instancesonly_filtered_gtFine_val.json"
+        values[f"{part}_evaluator.0.ann_file"] = file
+        values[f"{part}_evaluator.1.seg_prefix"] = f"{root}/gtFine/val"
+    return values
+
+
+RUNS = {
+    # model: config, data, its options, metrics
+    "mask-rcnn": (
+        "mmdet/elsa_swin/mask-rcnn_elsa-swin-t-p4-w7_fpn_amp-ms-crop-1x_coco.py",
+        "coco",
+        coco_detector,
+        COCO,
+    ),
+    "cascade-mask-rcnn": (
+        "mmdet/elsa_swin/"
+        "cascade-mask-rcnn_elsa-swin-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-1x_coco.py",
+        "coco",
+        lambda root: coco_detector(root, ("0.", "1.", "2.")),
+        COCO,
+    ),
+    "mask-rcnn of Cityscapes": (
+        "mmdet/elsa_swin/mask-rcnn_elsa-swin-t-p4-w7_fpn_amp-1x_cityscapes.py",
+        "cityscapes",
+        cityscapes_instances,
+        [*COCO, "cityscapes/mAP", "cityscapes/AP@50"],
+    ),
+    "upernet": (
+        "mmseg/elsa_swin/"
+        "elsa-swin-tiny-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
+        "digits",
+        ade20k,
+        ["mIoU", "aAcc"],
+    ),
+    "upernet of Cityscapes": (
+        "mmseg/elsa_swin/"
+        "elsa-swin-tiny-patch4-window7-in1k-pre_upernet_4xb2-80k_cityscapes-512x1024.py",
+        "cityscapes",
+        cityscapes_semantic,
+        ["mIoU", "aAcc"],
+    ),
+}
+
+
+@pytest.mark.usefixtures("workplace")
+@pytest.mark.parametrize("model", RUNS)
+def test_short_training_evaluates_saves_and_resumes(model, request, tmp_path):
+    name, data, options, metrics = RUNS[model]
+    path = CONFIGS / name
+    values = options(request.getfixturevalue(data)) | narrow(Config.fromfile(path).model)
+    run("train", path, "--work-dir", "runs", **values)
+    assert last_state()["meta"]["iter"] == 1
+    assert not list(Path("runs").glob("*/2*.json"))  # no evaluation yet
+
+    values["train_cfg.max_epochs" if "rcnn" in model else "train_cfg.max_iters"] = 2
+    run("train", path, "--work-dir", "runs", "--resume", **values)
+    state = last_state()
+    assert state["meta"]["iter"] == 2
+    assert {int(one["step"]) for one in state["optimizer"]["state"].values()} == {2}
+    lines = scalars()
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    assert set(metrics) <= set(lines[-1])
+    if model == "mask-rcnn of Cityscapes":
+        assert 0 <= lines[-1]["cityscapes/mAP"] <= lines[-1]["cityscapes/AP@50"] <= 1
+    if model == "upernet of Cityscapes":
+        run("test", path, last_path(), "--work-dir", "test", **values)
+        (scores,) = (json.loads(file.read_text()) for file in Path("test").glob("*/2*.json"))
+        assert all(0 <= scores[name] <= 100 for name in SCORES)
+        # Of 19 classes, those that are neither in the truth nor predicted have no score in either.
+        assert scores["cityscapes/IoU"] == pytest.approx(scores["mIoU"], abs=0.01)
+        assert sorted(one.name for one in tmp_path.iterdir()) == ["runs", "test"]
