@@ -1,4 +1,4 @@
-"""ELSA-Swin for OpenMMLab 2.x: importing this registers what our configs name.
+"""ELSA-Swin for OpenMMLab 2.x: importing this package registers what our configs name.
 
 A config imports it with `custom_imports = dict(imports=['elsa_mm'])`.
 """

@@ -14,16 +14,16 @@ from elsa_core import ELSASwin as CoreELSASwin
 from elsa_core.weights import load_backbone, report
 
 
-# The root registry: MMDetection, MMSegmentation and MMPretrain all look there last.
+# In MMEngine's root registry, where MMDetection, MMSegmentation and MMPretrain find it.
 @MODELS.register_module()
 class ELSASwin(CoreELSASwin, BaseModule):
     """`elsa_core.ELSASwin` that takes OpenMMLab's ``init_cfg``.
 
     All other arguments, the feature maps and the parameter names are those of `elsa_core`. Without
-    ``init_cfg``, `init_weights` keeps the initialisation that the constructor has made.
+    ``init_cfg``, `init_weights` keeps the weights of the constructor.
 
     ``dict(type="Pretrained", checkpoint=...)`` takes every local file that `elsa_core.weights` can
-    convert, original checkpoints among them, without executing anything in it; no prefix is needed.
+    convert, without a prefix and without executing anything in the file.
     """
 
     def __init__(
@@ -33,17 +33,15 @@ class ELSASwin(CoreELSASwin, BaseModule):
         self.init_cfg = init_cfg
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Maps [B, C_i, H_i, W_i] of an image [B, 3, H, W], contiguous in this order.
+        """Maps an image [B, 3, H, W] to contiguous feature maps [B, C_i, H_i, W_i].
 
-        `elsa_core` returns channels-last views. Convolutions pass their strides on, and mmcv's
+        `elsa_core` returns channels-last views. Convolutions keep their strides, and mmcv's
         RoIAlign reads such maps as if they were contiguous, without an error.
         """
         return tuple(feature.contiguous() for feature in super().forward(x))
 
     def init_weights(self) -> None:
-        """As BaseModule. Raises UsageError for a pretrained file that is not there or has another
-        backbone.
-        """
+        """As BaseModule. Raises UsageError for a missing file and for another backbone."""
         configs = [self.init_cfg] if isinstance(self.init_cfg, dict) else self.init_cfg or []
         files = [config for config in configs if _is_local_pretrained(config)]
         if self.is_init or not files:
@@ -58,7 +56,7 @@ class ELSASwin(CoreELSASwin, BaseModule):
 
 
 def _is_local_pretrained(config: dict[str, Any]) -> bool:
-    """Whether it names a file, and not an address such as "https://..." or "torchvision://..."."""
+    """Whether it names a file, not an address such as "https://..." or "torchvision://..."."""
     if config.get("type") not in ("Pretrained", PretrainedInit):
         return False
     path = os.path.expanduser(config["checkpoint"])

@@ -1,4 +1,4 @@
-"""Checkpoints that are written whole or not at all, and found again for a resumed training."""
+"""Writes checkpoints completely or not at all, and finds and reads them."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from elsa_core.runtime.files import replacing
 from elsa_core.weights import read_checkpoint
 from elsa_core.weights.resume import first_whole, noted
 
-# For paths that MMEngine writes to by itself.
+# Prefix of paths that MMEngine itself writes to.
 ATOMIC_PREFIX = "atomic://"
 
 
 @register_backend("atomic_local", prefixes="atomic")
 class AtomicLocalBackend(LocalBackend):
-    """The local disk, where a file gets its name only when it is complete.
+    """The local disk; a file appears under its name only when it is complete.
 
-    MMEngine's own writes in place. Here, a process that is killed while it writes leaves the
-    file's previous content, and beside it a ``.part`` file that the next attempt removes. Used
-    with ``CheckpointHook(backend_args=dict(backend="atomic_local"))``, and to write to
-    ``atomic://PATH``. Raises UsageError where a file cannot be written.
+    A process that is killed while it writes leaves the previous content, and a ``.part`` file that
+    the next attempt removes. Used with
+    ``CheckpointHook(backend_args=dict(backend="atomic_local"))`` and for paths ``atomic://PATH``.
+    Raises UsageError if a file cannot be written.
     """
 
     def put(self, obj: bytes, filepath: str | Path) -> None:
@@ -39,13 +39,13 @@ class AtomicLocalBackend(LocalBackend):
 
 
 def find_last_checkpoint(folder: str | Path, passed: list[str] | None = None) -> Path | None:
-    """The newest whole checkpoint of a work directory, None if there is none.
+    """The newest readable checkpoint of a work directory, or None.
 
-    That is the one that MMEngine's ``last_checkpoint`` names, also after the folder was moved, or
-    without it the one with the highest number; what cannot be read is passed over.
+    This is the one that MMEngine's ``last_checkpoint`` names, also after the folder was moved,
+    otherwise the one with the highest number. Files that cannot be read are skipped.
 
     Args:
-        passed: gets a sentence on each checkpoint that is passed over.
+        passed: receives a sentence on each checkpoint that is skipped.
     """
     folder = Path(folder)
     numbered = [path for path in folder.glob("*.pth") if _number(path) is not None]
@@ -54,10 +54,10 @@ def find_last_checkpoint(folder: str | Path, passed: list[str] | None = None) ->
 
 
 def _noted(folder: Path) -> list[Path]:
-    """The places of the checkpoint that ``last_checkpoint`` names."""
+    """Where the checkpoint that ``last_checkpoint`` names may be."""
     name = noted(folder)
     places = [folder / Path(name).name, Path(name)] if name else []
-    # DeepSpeed's are folders, with the same names.
+    # DeepSpeed's checkpoints are folders with the same names.
     return [
         place
         for place in places
@@ -66,33 +66,33 @@ def _noted(folder: Path) -> list[Path]:
 
 
 def _number(path: Path) -> int | None:
-    """Of the epoch or iteration in a checkpoint's name; None for other files."""
+    """The epoch or iteration in a checkpoint's name; None for other files."""
     match = re.fullmatch(r"(?:epoch|iter)_(\d+)\.pth", path.name)
     return int(match[1]) if match else None
 
 
 def is_local(path: str) -> bool:
-    """Whether MMEngine reads a checkpoint from this machine's disks, not from an address."""
+    """Whether MMEngine reads a checkpoint from the local disk and not from an address."""
     return "://" not in path or os.path.isfile(path)
 
 
 def read_checked_files() -> None:
-    """Lets `elsa_core.weights` read every local checkpoint that MMEngine loads in this process.
+    """Makes MMEngine read local checkpoints with `elsa_core.weights` in this process.
 
-    MMEngine itself executes whatever a file asks for.
+    MMEngine's own reader executes code that a file contains.
     """
     CheckpointLoader.register_scheme("", load_from_local, force=True)
 
 
 def load_from_local(filename: str, map_location: Any = None) -> Any:
-    """The content of a local checkpoint, with its tensors on the CPU.
+    """Reads a local checkpoint, with its tensors on the CPU.
 
-    Raises UsageError for a file that is not there, is damaged or would execute code.
+    Raises UsageError if the file is missing, damaged or would execute code.
     """
     return read_checkpoint(os.path.expanduser(filename))
 
 
-# Formats that MMEngine cannot read, in every process.
+# Formats that MMEngine cannot read.
 CheckpointLoader.register_scheme(
     [r"(?!.*://).*\.safetensors$", r"(?!.*://).*\.pkl$"], load_from_local, force=True
 )

@@ -1,4 +1,4 @@
-"""Checkpoints that survive kills and full disks, and trainings that stop when told to."""
+"""Checkpoints that survive kills and full disks, and a training that saves on preemption."""
 
 from __future__ import annotations
 
@@ -37,24 +37,24 @@ STOPPED = "stopped.pth"
 
 @HOOKS.register_module()
 class StoppableCheckpointHook(CheckpointHook):
-    """MMEngine's checkpoints, and one more when SIGTERM or SIGUSR1 ends the training.
+    """CheckpointHook that also saves when SIGTERM or SIGUSR1 ends the training.
 
-    The signal, which one process may have received, ends all of them at the next iteration that
-    the optimizer has stepped in, with `elsa_core.runtime.preemption.TrainingEnded`; validations
-    are broken off. The state goes into the regular checkpoint of that iteration, or into
-    ``stopped.pth`` where those are counted in epochs. A resumed training takes up the seed and the
-    order of the data where it was left, in the middle of an epoch too.
+    A signal that any process receives ends all of them with
+    `elsa_core.runtime.preemption.TrainingEnded`, at the next iteration in which the optimizer
+    steps; a running validation is interrupted. The state is saved as the regular checkpoint of that
+    iteration, or as ``stopped.pth`` where checkpoints count epochs. A resumed training continues
+    the order of the data and its random numbers, in the middle of an epoch too.
 
-    Every file appears complete or not at all, and where one cannot be written, the training ends
-    in all processes. It also ends when losses or gradients are not finite
-    (`elsa_core.runtime.finite`); nothing is saved at such an iteration, nor ever a model with NaN.
+    Each file is written completely or not at all. If one process cannot write it, the training
+    ends in all processes. It also ends when losses or gradients stay non-finite
+    (`elsa_core.runtime.finite`). A model with NaN is never saved.
 
-    Takes `CheckpointHook`'s arguments; ``backend_args`` are those of `elsa_mm.AtomicLocalBackend`
-    unless given.
+    Takes `CheckpointHook`'s arguments; the default of ``backend_args`` is
+    `elsa_mm.AtomicLocalBackend`.
 
     Args:
-        max_nonfinite: so many iterations in a row with a loss that is NaN or infinite end the
-            training, as do so many steps in a row that are left out for such gradients.
+        max_nonfinite: the training ends after this many iterations in a row with a loss that is NaN
+            or infinite, or this many steps in a row that are skipped because of such gradients.
     """
 
     def __init__(
@@ -69,19 +69,19 @@ class StoppableCheckpointHook(CheckpointHook):
         self.watch = FiniteWatch(max_nonfinite)
         self.signals: StopSignals | None = None
         self.lock: TrainingLock | None = None
-        self.saved = 0  # iterations that the last checkpoint has
-        self.good: str | None = None  # the last checkpoint of this training
+        self.saved = 0  # iterations in the last checkpoint
+        self.good: str | None = None  # path of the last checkpoint
 
     def before_train(self, runner: Any) -> None:
         super().before_train(runner)
-        self.lock = TrainingLock(runner.work_dir)  # tools/train.py has it already
+        self.lock = TrainingLock(runner.work_dir)  # tools/train.py holds it already
         try:
             self.lock.acquire()
         except UsageError as error:
             _fail(runner, TrainingEnded(REFUSED, str(error)))
         self._watch(runner)
+        shield_workers(runner.train_dataloader)  # first: continue_order may start the workers
         continue_order(runner)
-        shield_workers(runner.train_dataloader)
         if runner.val_loop is not None:
             shield_workers(runner.val_dataloader)
         self.saved = runner.iter
@@ -114,13 +114,13 @@ class StoppableCheckpointHook(CheckpointHook):
     ) -> None:
         self._count(runner, outputs or {})
         super().after_train_iter(runner, batch_idx, data_batch, outputs)
-        # The last iteration of an epoch belongs to an epoch that is done only after its end.
+        # After its last iteration, an epoch counts as done in after_train_epoch.
         if not _counts_epochs(runner) or batch_idx + 1 < len(runner.train_dataloader):
             self._stop_if_told(runner, runner.iter + 1, runner.epoch)
 
     def _count(self, runner: Any, outputs: dict[str, Any]) -> None:
-        """Takes note of losses that are not finite, and ends the training after too many."""
-        # As in BaseModel.parse_losses: the others are for the log.
+        """Counts non-finite losses, and ends the training after too many."""
+        # As in BaseModel.parse_losses; other outputs are for the log.
         bad = not_finite({name: value for name, value in outputs.items() if "loss" in name})
         done, anywhere = runner.iter + 1, bool(max_over_ranks(bool(bad)))
         if problem := self.watch.count(bad, anywhere, _has_stepped(runner)):
@@ -147,8 +147,8 @@ class StoppableCheckpointHook(CheckpointHook):
             return
         sampler = getattr(runner.val_dataloader, "sampler", None)
         if get_world_size() > 1 and not getattr(sampler, "round_up", False):
-            return  # the processes may have different numbers of batches
-        # An averaged model has taken the place of the trained one.
+            return  # processes may have different numbers of batches
+        # EMAHook has put the averaged weights into the model.
         if any(isinstance(hook, EMAHook) for hook in runner.hooks) and self.saved < runner.iter:
             return
         self._stop_if_told(runner, runner.iter, runner.epoch)
@@ -165,14 +165,18 @@ class StoppableCheckpointHook(CheckpointHook):
             self.lock.release()
 
     def _stop_if_told(self, runner: Any, done: int, epoch: int) -> None:
-        """Args: done, epoch: iterations and epochs that are complete."""
-        # What is not finite is not saved: the signal waits for the end of that.
+        """Saves and raises TrainingEnded if any process got a signal.
+
+        Args:
+            done, epoch: completed iterations and epochs.
+        """
+        # A non-finite state is not saved: the signal waits until it has recovered.
         if self.signals is None or self.watch.bad or not _has_stepped(runner):
             return
         if not (number := self.signals.any_rank_got()):
             return
         if done == runner.iter and isinstance(runner, FlexibleRunner):
-            return  # which saves the number of the next iteration only
+            return  # FlexibleRunner can only save the number of the next iteration
         if self.saved < done:
             meta = dict(epoch=epoch, iter=done)
             if not self.by_epoch:
@@ -182,12 +186,12 @@ class StoppableCheckpointHook(CheckpointHook):
                     self._save_checkpoint_with_step(runner, done, meta)
         end = ended_by_signal(number, str(self.last_ckpt))
         runner.logger.warning(end.sentence)
-        runner.visualizer.close()  # what it has not written yet
+        runner.visualizer.close()  # writes what is pending
         raise end
 
     @contextmanager
     def _as_stopped(self) -> Iterator[None]:
-        """Checkpoints have the name STOPPED, count no epoch, and no other is removed for them."""
+        """Checkpoints are called STOPPED, count no epoch, and replace no other."""
         before = self.by_epoch, self.filename_tmpl, self.max_keep_ckpts
         self.by_epoch, self.filename_tmpl, self.max_keep_ckpts = False, STOPPED, -1
         try:
@@ -196,8 +200,8 @@ class StoppableCheckpointHook(CheckpointHook):
             self.by_epoch, self.filename_tmpl, self.max_keep_ckpts = before
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
-        """As CheckpointHook's, but older checkpoints are removed after the new one was written,
-        and ``last_checkpoint`` is never half-written."""
+        """As in CheckpointHook, but old checkpoints are removed after the new one is written, and
+        ``last_checkpoint`` is replaced atomically."""
         if self.watch.bad:
             runner.logger.warning("not saved, since losses or gradients are not finite")
             return
@@ -246,15 +250,15 @@ class StoppableCheckpointHook(CheckpointHook):
 
 @contextmanager
 def _ending_together(runner: Any, path: str, last: str | None) -> Iterator[None]:
-    """Ends all processes where one, which writes for all of them, cannot.
+    """Ends all processes if the one that writes fails.
 
     Args:
-        path: what is written.
-        last: the checkpoint before it.
+        path: the file that is written.
+        last: the previous checkpoint.
     """
     name = _spoilt(runner)
     failure = f"{path} is not written: {name} holds NaN or infinity" if name else ""
-    # Before anything is removed or written.
+    # Agreed on before anything is removed or written.
     if not max_over_ranks(bool(failure)):
         try:
             yield
@@ -270,12 +274,12 @@ def _ending_together(runner: Any, path: str, last: str | None) -> Iterator[None]
 
 def _fail(runner: Any, end: TrainingEnded) -> NoReturn:
     runner.logger.error(end.sentence)
-    runner.visualizer.close()  # what it has not written yet
+    runner.visualizer.close()  # writes what is pending
     raise end
 
 
 def _spoilt(runner: Any) -> str:
-    """The first parameter or buffer, the averaged ones included, that is NaN or infinite."""
+    """Name of the first parameter or buffer, averaged ones included, with NaN or infinity."""
     averaged = [hook.ema_model for hook in runner.hooks if hasattr(hook, "ema_model")]
     return next(filter(None, map(first_nonfinite, [runner.model, *averaged])), "")
 
@@ -285,7 +289,7 @@ def _counts_epochs(runner: Any) -> bool:
 
 
 def _has_stepped(runner: Any) -> bool:
-    """Whether no gradients of earlier iterations wait for the optimizer's step."""
+    """Whether no accumulated gradients wait for the optimizer's step."""
     wrapper = runner.optim_wrapper
     together = getattr(wrapper, "_accumulative_counts", 1)
     return together == 1 or wrapper._inner_count % together == 0

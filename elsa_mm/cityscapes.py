@@ -1,4 +1,4 @@
-"""Semantic segmentation of Cityscapes as cityscapesscripts judges it, in MMSegmentation.
+"""Semantic segmentation of Cityscapes, evaluated by cityscapesscripts, in MMSegmentation.
 
 Configs name the metric as `elsa_mm.cityscapes.CityscapesScores`: MMDetection needs no
 MMSegmentation.
@@ -15,8 +15,10 @@ from mmseg.evaluation import CityscapesMetric
 
 from elsa_core.runtime.packages import need
 
-need("elsa_core.data.cityscapes_eval", "CityscapesScores")  # any NumPy does then
-judge: Any = need("cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling", "CityscapesScores")
+need("elsa_core.data.cityscapes_eval", "CityscapesScores")  # adapts it to any NumPy
+scoring: Any = need(
+    "cityscapesscripts.evaluation.evalPixelLevelSemanticLabeling", "CityscapesScores"
+)
 SCORES = {
     "IoU": "averageScoreClasses",
     "iIoU": "averageScoreInstClasses",
@@ -29,13 +31,12 @@ SCORES = {
 class CityscapesScores(CityscapesMetric):
     """CityscapesMetric with all four scores, in percent and under Detectron2's names.
 
-    IoU and iIoU are means over classes, those that end in "_sup" over categories; iIoU weighs each
-    instance alike.
+    IoU and iIoU are means over classes, "_sup" ones over categories. iIoU weights each instance
+    equally.
 
     Args:
-        output_dir: for the predicted label maps, of which nothing is kept unless `keep_results`;
-            None: a temporary folder of this process. Several machines need one that all of them
-            can read.
+        output_dir: folder for the predicted label maps, which are removed unless `keep_results`.
+            None: a temporary folder; runs on several machines need a shared one.
         options: CityscapesMetric's.
     """
 
@@ -50,10 +51,10 @@ class CityscapesScores(CityscapesMetric):
         """Scores of pairs of a predicted and a true label map."""
         if self.format_only:
             return super().compute_metrics(results)
-        judge.args.evalInstLevelScore = True
-        judge.args.evalPixelAccuracy = False
-        judge.args.JSONOutput = judge.args.colorized = False
-        judge.args.quiet = True
+        scoring.args.evalInstLevelScore = True
+        scoring.args.evalPixelAccuracy = False
+        scoring.args.JSONOutput = scoring.args.colorized = False
+        scoring.args.quiet = True
         predictions, truths = map(list, zip(*results, strict=True))
-        found = judge.evaluateImgLists(predictions, truths, judge.args)
+        found = scoring.evaluateImgLists(predictions, truths, scoring.args)
         return {name: 100 * float(found[key]) for name, key in SCORES.items()}

@@ -1,4 +1,4 @@
-"""Instances of Cityscapes as cityscapesscripts judges them, in MMDetection."""
+"""Instances of Cityscapes, evaluated by cityscapesscripts, in MMDetection."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ cityscapes_eval: Any = need("elsa_core.data.cityscapes_eval", "CityscapesInstanc
 
 @METRICS.register_module()
 class CityscapesInstanceScores(CityScapesMetric):
-    """CityScapesMetric that lives through predictions where nothing is judged: a score of 0."""
+    """CityScapesMetric that scores 0, instead of failing, when no prediction can be evaluated."""
 
     def compute_metrics(self, results: list) -> dict[str, Any]:
         """Average precisions, 0..1, of pairs of a true map and a file of predictions."""

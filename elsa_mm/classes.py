@@ -1,4 +1,4 @@
-"""Class names: one order for the checkpoint, the config and every annotation file of a run."""
+"""Class names: the same order in the checkpoint, the config and all annotation files of a run."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from elsa_core.runtime.errors import UsageError
 
 from .nested import datasets_in, leaves
 
-# MMDetection's data sets that number categories in the order of the file, and ours.
+# MMDetection's data sets that number categories in the file's order -> ours.
 BY_NAME = {name: f"elsa_mm.coco.{name}" for name in ("CocoDataset", "CityscapesDataset")}
 
 
 def settle(cfg: Config, parts: Sequence[str], stored: Sequence[str] | None = None) -> list[str]:
-    """Gives the data sets of a run that go by names one order of classes, before they are built.
+    """Gives the data sets of a run one order of classes, before they are built.
 
-    MMDetection's CocoDataset and CityscapesDataset become ours, and those whose config lists the
-    model's classes in another order get the model's order. Returns what there is to say.
+    MMDetection's CocoDataset and CityscapesDataset become ours, which map categories by name. If a
+    config lists the model's classes in another order, it gets the model's order. Returns notes for
+    the log.
 
     Args:
         parts: "train", "val", "test": the loaders that the run uses, training first.
-        stored: the class names of the checkpoint that is evaluated; None: those of the first data
-            set are the model's.
+        stored: class names of the checkpoint that is evaluated; None: the first data set's names
+            are the model's.
 
     Raises UsageError for classes that are a text instead of a list.
     """
@@ -61,11 +62,11 @@ def settle(cfg: Config, parts: Sequence[str], stored: Sequence[str] | None = Non
 def check(
     runner: Runner, parts: Sequence[str], stored: Sequence[str] | None = None, path: str = ""
 ) -> None:
-    """Raises UsageError where a label of the data, once it is loaded, stands for another class.
+    """Raises UsageError if a label of the loaded data stands for another class than in the model.
 
     Args:
         parts: as for `settle`.
-        stored: the class names of the checkpoint that is evaluated or resumed, at ``path``.
+        stored: class names of the checkpoint at ``path`` that is evaluated or resumed.
     """
     spelling = runner.cfg.get("default_scope") != "mmdet"
     model, where = stored, f"the checkpoint {path}"
@@ -134,13 +135,13 @@ def _reorder(node: dict, names: list[str], order: Sequence[str]) -> None:
 
 
 def _check_file(dataset: Any, names: Sequence[str], part: str) -> None:
-    """Of data sets that derive from MMDetection's CocoDataset and number as it does."""
+    """For data sets that derive from MMDetection's CocoDataset and number classes as it does."""
     labels, path = getattr(dataset, "cat2label", None), str(getattr(dataset, "ann_file", ""))
     if not labels or type(dataset).__module__ == f"{__package__}.coco" or not os.path.isfile(path):
         return
     categories = {one["id"]: one["name"] for one in read_json(path)["categories"]}
     if not set(names) <= set(categories.values()):
-        return  # it has a rule of its own
+        return  # it has its own rule
     for category, label in labels.items():
         if categories.get(category) != names[label]:
             raise UsageError(
@@ -153,7 +154,7 @@ def _check_file(dataset: Any, names: Sequence[str], part: str) -> None:
 def _check_folders(
     dataset: Any, names: Sequence[str], part: str, before: list[str] | None
 ) -> list[str] | None:
-    """Of classification data whose labels are folders by name. Returns those of the first part."""
+    """For classification data labelled by folder names. Returns the folders of the first part."""
     found = getattr(dataset, "folder_to_idx", None)
     if not found:
         return before

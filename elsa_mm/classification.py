@@ -1,6 +1,6 @@
-"""What timm 0.4.9, with which the published classifiers were trained, does unlike MMPretrain.
+"""What timm 0.4.9, which trained the published classifiers, does differently from MMPretrain.
 
-Configs name these classes by their full path, since this module needs MMPretrain.
+Configs name these classes by their full path, because this module needs MMPretrain.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from torch import Tensor
 
 
 class RandAugment(transforms.RandAugment):
-    """MMPretrain's RandAugment; each operation that resamples draws its interpolation anew.
+    """MMPretrain's RandAugment, with a random interpolation in each operation that resamples.
 
     Args:
         policies: a name or a list of operations.
-        interpolations: what is drawn from, with equal odds.
-        args, options: the other arguments of MMPretrain's.
+        interpolations: equally likely choices.
+        args, options: MMPretrain's other arguments.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class CutMix(batch_augments.CutMix):
     """CutMix of each image with its counterpart in the reversed batch."""
 
     def mix(self, batch_inputs: Tensor, batch_scores: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, C, H, W], whose content changes, and [B, classes], mixed."""
+        """[B, C, H, W], modified in place, and [B, classes], mixed."""
         share = np.random.beta(self.alpha, self.alpha)
         box, share = self.cutmix_bbox_and_lam(batch_inputs.shape[-2:], share)
         top, bottom, left, right = map(int, box)
@@ -69,15 +69,15 @@ def _mixed(batch: Tensor, share: float) -> Tensor:
 
 
 class ErasingDataPreprocessor(ClsDataPreprocessor):
-    """MMPretrain's, which then erases a rectangle of some training images.
+    """MMPretrain's ClsDataPreprocessor that erases a rectangle of some training images at the end.
 
-    That is after normalisation and mixing. The rectangle is filled with numbers of a standard
-    normal distribution, each for itself and unclipped; it covers 1/50 to 1/3 of the image, its
-    sides are in the ratio 0.3 to 1 / 0.3.
+    That is after normalisation and mixing. Each pixel of the rectangle gets unclipped standard
+    normal noise. The rectangle covers 1/50 to 1/3 of the image, with an aspect ratio of 0.3 to 1 /
+    0.3.
 
     Args:
-        erase_prob: of an image.
-        args, options: the arguments of MMPretrain's.
+        erase_prob: probability for an image.
+        args, options: MMPretrain's arguments.
     """
 
     area, ratio, attempts = (0.02, 1 / 3), (0.3, 1 / 0.3), 10

@@ -30,14 +30,14 @@ from .loading import check_weights, model_of
 from .safe_loading import SAFE_RUNNERS, SafeLoading
 
 EXIT_STATUS = (
-    "exit status: 0 done, 1 a run that failed, 2 a run that was refused or met a damaged file (one "
-    "sentence on standard error), 130 interrupted, 143 or 138 a training stopped by SIGTERM or "
-    "SIGUSR1, with its state saved"
+    "exit status: 0 success, 1 failure, 2 wrong use or a damaged file (one sentence on standard "
+    "error), 130 interrupted, 143 or 138 a training stopped by SIGTERM or SIGUSR1, with its state "
+    "saved"
 )
 
 
 def train(arguments: Sequence[str] | None = None) -> int:
-    """tools/train.py; returns the exit status."""
+    """Runs tools/train.py; returns the exit status."""
     parser = _parser("Trains an OpenMMLab model and evaluates it.")
     parser.add_argument(
         "--amp",
@@ -54,14 +54,14 @@ def train(arguments: Sequence[str] | None = None) -> int:
         nargs="?",
         const="auto",
         metavar="CHECKPOINT",
-        help="go on from this checkpoint, without a value from the last one in the work directory; "
-        "where that has none, training starts from the beginning and the log says so",
+        help="resume from this checkpoint, without a value from the last one in the work "
+        "directory; if that has none, training starts from the beginning and the log says so",
     )
     return _run("train", _train, parser.parse_args(arguments))
 
 
 def test(arguments: Sequence[str] | None = None) -> int:
-    """tools/test.py; returns the exit status."""
+    """Runs tools/test.py; returns the exit status."""
     parser = _parser("Evaluates a checkpoint of an OpenMMLab model.")
     parser.add_argument("checkpoint", help="file or URL")
     parser.add_argument(
@@ -69,7 +69,7 @@ def test(arguments: Sequence[str] | None = None) -> int:
         help="where to save the predictions: a folder for MMSegmentation, else a .pkl file",
     )
     parser.add_argument("--show", action="store_true", help="show the predictions in a window")
-    parser.add_argument("--show-dir", help="folder for images with the predictions painted in")
+    parser.add_argument("--show-dir", help="folder for images with the predictions drawn in")
     parser.add_argument(
         "--wait-time", type=float, default=2, help="seconds that --show shows an image"
     )
@@ -95,7 +95,7 @@ def _parser(description: str) -> argparse.ArgumentParser:
         "--launcher",
         choices=["none", "pytorch", "slurm", "mpi"],
         default="none",
-        help="what has started the processes of a distributed run",
+        help="what started the processes of a distributed run",
     )
     parser.add_argument(
         "--local_rank", "--local-rank", type=int, default=0, help="set by launchers"
@@ -117,7 +117,7 @@ def _run(tool: str, main: Callable[[argparse.Namespace], None], options: argpars
             print(f"{tool}: {end.sentence}", file=sys.stderr)
         return end.code
     except (KeyboardInterrupt, SyntaxError) as error:
-        # MMEngine takes Ctrl-C while it prints a config for a fault of the config.
+        # MMEngine reports Ctrl-C while it prints a config as an error in the config.
         if KeyboardInterrupt not in (type(error), type(error.__context__)):
             raise
         hint = "; --resume goes on from the last checkpoint" if tool == "train" else ""
@@ -125,7 +125,7 @@ def _run(tool: str, main: Callable[[argparse.Namespace], None], options: argpars
         return 130
     finally:
         if distributed.is_initialized():
-            # The model holds on to the group, whose threads must end before the interpreter does.
+            # The model refers to the group, whose threads must end before the interpreter does.
             gc.collect()
             distributed.destroy_process_group()
     return 0
@@ -178,7 +178,7 @@ def _test(options: argparse.Namespace) -> None:
     stored = class_names(content)[0]
     notes = classes.settle(cfg, ["test"], stored)
     if stored is None:
-        notes.append("the checkpoint names no classes: those of the config are taken for its own")
+        notes.append("the checkpoint names no classes: the config's are used")
     join_processes(cfg)
     agree(lambda: preflight.check_data(cfg, ["test"]), once_a_node=True)
     agree(lambda: preflight.check_work_dir(cfg.work_dir))
@@ -239,7 +239,7 @@ def _build_runner(cfg: Config, notes: list[str]) -> Runner:
 
 
 def _make_stoppable(cfg: Config) -> None:
-    """Gives configs that come with MMEngine's checkpoints ours."""
+    """Uses StoppableCheckpointHook where a config has MMEngine's CheckpointHook."""
     hooks = cfg.setdefault("default_hooks", {})
     hook = hooks.setdefault("checkpoint", dict(type="CheckpointHook", interval=1))
     if hook is not None and hook.get("type", "CheckpointHook") == "CheckpointHook":
@@ -247,7 +247,7 @@ def _make_stoppable(cfg: Config) -> None:
 
 
 def _add_hooks(cfg: Config) -> None:
-    """Gives configs what ours have."""
+    """Adds the hooks that our configs have."""
     hooks = cfg.setdefault("default_hooks", {})
     hooks.setdefault("sizes", dict(type="EqualSizesHook"))
     hooks.setdefault("weights", dict(type="WeightsHook"))
@@ -268,15 +268,15 @@ def _enable_auto_scale_lr(cfg: Config) -> None:
     if "base_batch_size" not in (cfg.get("auto_scale_lr") or {}):
         raise UsageError("--auto-scale-lr needs auto_scale_lr.base_batch_size in the config")
     cfg.auto_scale_lr.enable = True
-    # MMEngine compares with the images of an iteration, not with those of an optimizer's step.
+    # MMEngine compares with the images of an iteration, not of an optimizer's step.
     cfg.auto_scale_lr.base_batch_size /= cfg.optim_wrapper.get("accumulative_counts", 1)
 
 
 def _set_resume(cfg: Config, resume: str | None, notes: list[str]) -> Any:
-    """Sets what to start from; returns the content of that file, None without.
+    """Sets the checkpoint to start from; returns its content, or None.
 
     Args:
-        notes: gets what there is to say about it.
+        notes: receives notes for the log.
     """
     if resume is None and cfg.get("resume") and not cfg.get("load_from"):
         resume = "auto"

@@ -1,4 +1,4 @@
-"""Data sets in COCO's format whose labels are the classes by name, in MMDetection.
+"""Data sets in COCO's format for MMDetection, whose labels follow the class names.
 
 MMDetection numbers the categories in the order of the file, whatever the order of the classes.
 Configs name these by their place, because they need MMDetection:
@@ -21,7 +21,7 @@ from .coco_metric import CheckedCOCO
 
 
 class NamedCOCO(CheckedCOCO):
-    """MMDetection's index of a file, which gives category ids in the order of their names."""
+    """MMDetection's index of a file, which returns category ids in the order of the given names."""
 
     path = ""
 
@@ -32,7 +32,7 @@ class NamedCOCO(CheckedCOCO):
     def get_cat_ids(
         self, cat_names: Sequence[str] = (), sup_names: Sequence[str] = (), cat_ids: Sequence = ()
     ) -> list[Any]:
-        """Where names alone are given: the id of each, in their order.
+        """If only names are given: the id of each, in their order.
 
         Raises UsageError where the file lacks one.
         """
@@ -49,7 +49,7 @@ class NamedCOCO(CheckedCOCO):
         return ids
 
     def _tell_of_others(self, ids: set[Any]) -> None:
-        """Left out are categories that are no class: a slip, maybe, where they have objects."""
+        """Warns of objects whose category is no class: it may be misspelt."""
         counts = Counter(one["category_id"] for one in self.dataset.get("annotations") or [])
         names = {one["id"]: one["name"] for one in self.dataset["categories"]}
         if left := [f"{names[key]} ({n})" for key, n in counts.items() if key not in ids]:
@@ -62,12 +62,12 @@ class NamedCOCO(CheckedCOCO):
 
 
 class CocoDataset(mmdet.datasets.CocoDataset):
-    """CocoDataset whose label i is the category that is called like class i of the metainfo."""
+    """CocoDataset whose label i is the category with the name of class i of the metainfo."""
 
     COCOAPI = NamedCOCO
 
 
 class CityscapesDataset(mmdet.datasets.CityscapesDataset):
-    """CityscapesDataset, of whose labels the same is true."""
+    """CityscapesDataset with the same rule."""
 
     COCOAPI = NamedCOCO

@@ -1,4 +1,4 @@
-"""COCO's metrics in MMDetection, of every file that the checker accepts, at the model's limit.
+"""COCO's metrics in MMDetection, for every file that the checker accepts.
 
 Configs name it by its place, because it needs MMDetection:
 `dict(type="elsa_mm.coco_metric.CocoMetric", ann_file=..., metric=["bbox", "segm"])`.
@@ -37,7 +37,7 @@ _AREAS = {"s": "small", "m": "medium", "l": "large"}
 
 
 class CheckedCOCO(COCO):
-    """MMDetection's index of a file, as `elsa_core.data.coco.normalised` describes its content.
+    """MMDetection's index of a file, normalised by `elsa_core.data.coco.load_coco`.
 
     For data sets: `COCOAPI = CheckedCOCO`.
 
@@ -45,7 +45,7 @@ class CheckedCOCO(COCO):
         masks: whether each annotation must have a mask.
         name: of the file in messages, where `annotation_file` is a copy.
 
-    Raises UsageError for a file that the checker would find errors in.
+    Raises UsageError for a file in which the checker would find errors.
     """
 
     def __init__(
@@ -64,18 +64,18 @@ class CheckedCOCO(COCO):
 
 
 class CocoMetric(MMDetectionMetric):
-    """CocoMetric whose mAP, mAP_50, mAP_75, mAP_s, mAP_m and mAP_l are right for every valid file.
+    """CocoMetric with a correct mAP, mAP_50, mAP_75, mAP_s, mAP_m and mAP_l for every valid file.
 
-    All six count the same number of detections of an image: all that the model gives, never fewer
-    than COCO's 100. They are not rounded to three digits, and 0 for a model that detects nothing.
-    Categories are those called as the model's classes, whatever their ids and order.
+    All six count the same detections of an image: all that the model returns, and at least COCO's
+    100. They are not rounded to three digits, and 0 for a model that detects nothing. Categories
+    are matched to the model's classes by name.
 
     Args:
         ann_file, options: MMDetection's. With two metrics, `classwise` tells their keys apart.
-        max_dets: of the model's detections of an image, for the warning about images with more
-            objects; our tools take it from `model.test_cfg`. None: as many as an image has.
+        max_dets: the model's detections per image, for the warning about images with more objects;
+            our tools take it from `model.test_cfg`. None: as many as an image has.
 
-    Raises UsageError for a file that the checker would find errors in.
+    Raises UsageError for a file in which the checker would find errors.
     """
 
     def __init__(
@@ -140,7 +140,7 @@ class CocoMetric(MMDetectionMetric):
     def results2json(
         self, results: Sequence[dict[str, Any]], outfile_prefix: str
     ) -> dict[str, str]:
-        """The files that are written, which appear whole or not at all, for each kind of result."""
+        """Writes the results, completely or not at all; returns a file for each kind of result."""
         prefix = "" if "://" in outfile_prefix else ATOMIC_PREFIX
         files = super().results2json(results, prefix + outfile_prefix)
         return {kind: file.removeprefix(ATOMIC_PREFIX) for kind, file in files.items()}
@@ -177,7 +177,7 @@ class CocoMetric(MMDetectionMetric):
 
 
 def _detections(predictions: Sequence[dict[str, Any]], task: str) -> list[dict[str, Any]]:
-    """COCO's results, with labels for category ids."""
+    """COCO's results, with labels in place of category ids."""
     found = []
     for one in predictions:
         if task == "segm" and "masks" not in one:
@@ -205,7 +205,7 @@ def _by_class(
     tasks: Sequence[str],
     logger: MMLogger,
 ) -> dict[str, float]:
-    """Average precision of each class, which is logged as a table, too."""
+    """The average precision of each class, which is also logged as a table."""
     columns: dict[str, dict[str, Any]] = {
         "mAP": {},
         "mAP_50": {"iou": 0.5},

@@ -1,4 +1,4 @@
-"""Where the configs for OpenMMLab are."""
+"""Finds the configs for OpenMMLab."""
 
 from __future__ import annotations
 
@@ -15,6 +15,6 @@ def get_config_file(name: str) -> str:
     Args:
         name: such as "mmdet/elsa_swin/mask-rcnn_elsa-swin-t-p4-w7_fpn_amp-ms-crop-1x_coco.py".
 
-    Raises UsageError for one that is not there.
+    Raises UsageError if it does not exist.
     """
     return find_config(name, _PACKAGE / ".mim/configs", _PACKAGE.parent / "configs")

@@ -1,4 +1,4 @@
-"""Makes a config that was written for GPUs run on a machine without one."""
+"""Runs a config that was written for GPUs on a machine without one."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ from .nested import walk
 
 
 def use_cpu_where_needed(cfg: Config) -> list[str]:
-    """Changes, in place, what needs a GPU if MMEngine finds no accelerator; says what and why."""
+    """Replaces, in place, what needs a GPU if MMEngine finds no accelerator; returns notes for the
+    log."""
     if get_device() != "cpu":
         return []
     notes = []
@@ -36,8 +37,8 @@ def use_cpu_where_needed(cfg: Config) -> list[str]:
 def join_processes(cfg: Config) -> None:
     """Joins the other processes of a distributed run, before MMEngine's runner would.
 
-    MMEngine asks for a CUDA device first, on CPUs too. Raises UsageError where there is no GPU and
-    the launcher is not torchrun.
+    On CPUs, MMEngine fails because it asks for a CUDA device. Raises UsageError if there is no GPU
+    and the launcher is not torchrun.
     """
     launcher = cfg.get("launcher", "none")
     if launcher == "none" or distributed.is_initialized():
@@ -67,13 +68,13 @@ def is_first_of_node() -> bool:
 
 
 def agree(check: Callable[[], None], *, once_a_node: bool = False) -> None:
-    """Calls a check, whose error in any process of the run ends all of them.
+    """Runs a check in all processes; if it fails in any of them, it fails in all.
 
     Args:
-        once_a_node: the first process of each machine checks, and the others wait for it.
+        once_a_node: the first process of each machine runs the check, and the others wait.
 
-    Raises UsageError with the sentence of the first process that has one; another error of its own
-    as it is.
+    Raises UsageError with the sentence of the first process that fails. A process's own error of
+    another kind is raised as it is.
     """
     if not distributed.is_initialized():
         check()
@@ -104,7 +105,7 @@ def _use_ddp_on_cpu(cfg: Config) -> None:
         broadcast_buffers=False,
         find_unused_parameters=cfg.get("find_unused_parameters", False),
     )
-    # MMEngine would pass the number of a GPU.
+    # MMEngine would pass a GPU's index.
     cfg.model_wrapper_cfg = {**options, **(cfg.get("model_wrapper_cfg") or {}), "device_ids": None}
 
 

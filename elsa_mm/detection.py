@@ -18,11 +18,11 @@ from torch import Tensor
 
 @MODELS.register_module()
 class Float32RoIExtractor(SingleRoIExtractor):
-    """SingleRoIExtractor that computes in float32, in mixed precision too.
+    """SingleRoIExtractor that computes in float32, also in mixed precision.
 
-    MMDetection 3.x rounds the RoIs to the maps' dtype. In float16 that moves them by up to half a
-    pixel, and areas of more than 65504 square pixels become infinite: such RoIs are pooled from the
-    coarsest level, whatever their size.
+    MMDetection 3.x rounds the RoIs to the dtype of the maps. In float16 this moves them by up to
+    half a pixel, and areas of more than 65504 square pixels become infinite: such RoIs are pooled
+    from the coarsest level, whatever their size.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -34,7 +34,8 @@ class Float32RoIExtractor(SingleRoIExtractor):
     def forward(
         self, feats: tuple[Tensor, ...], rois: Tensor, roi_scale_factor: float | None = None
     ) -> Tensor:
-        """Features (n, C, h, w), in the maps' dtype, of RoIs (n, 5): image and x1, y1, x2, y2."""
+        """Features (n, C, h, w), in the maps' dtype, of RoIs (n, 5): image index and x1, y1, x2,
+        y2."""
         maps = tuple(level.float() for level in feats)
         return super().forward(maps, rois, roi_scale_factor).to(feats[0].dtype)
 
@@ -49,19 +50,19 @@ class _Float32Outputs:
 
 @MODELS.register_module()
 class Float32RPNHead(_Float32Outputs, RPNHead):
-    """RPNHead whose scores and boxes are float32: half precision makes ties between scores."""
+    """RPNHead with float32 scores and boxes: in half precision, scores are tied."""
 
 
 @MODELS.register_module()
 class Float32BBoxHead(_Float32Outputs, ConvFCBBoxHead):
-    """ConvFCBBoxHead whose scores and boxes, also those for a cascade's next stage, are float32."""
+    """ConvFCBBoxHead with float32 scores and boxes, also for the next stage of a cascade."""
 
 
 @MODELS.register_module()
 class InitializedCascadeRoIHead(CascadeRoIHead):
-    """CascadeRoIHead that reaches the mask heads in `init_weights`.
+    """CascadeRoIHead whose `init_weights` also initialises the mask heads.
 
-    MMDetection 3.x keeps them in a plain list of modules, and they stay with PyTorch's default.
+    MMDetection 3.x keeps them in a plain list, so that they keep PyTorch's default weights.
     """
 
     def init_mask_head(self, mask_roi_extractor: Any, mask_head: Any) -> None:

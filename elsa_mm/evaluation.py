@@ -1,4 +1,4 @@
-"""Evaluation while training, with test-time augmentation."""
+"""Validation during training with test-time augmentation."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader
 
 @LOOPS.register_module()
 class AugmentedValLoop(ValLoop):
-    """ValLoop for a pipeline with `TestTimeAug`: predictions are merged over the views.
+    """ValLoop for a pipeline with `TestTimeAug`: merges the predictions over the views.
 
     Args:
         runner, dataloader, evaluator, fp16: as in ValLoop.
-        tta_model: config of the `BaseTTAModel` that merges, without its module; the toolbox's
-            `tta_model` for tests will do.
+        tta_model: config of the merging `BaseTTAModel` without its module, such as the toolbox's
+            `tta_model` for tests.
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class AugmentedValLoop(ValLoop):
 
     @cached_property
     def model(self) -> nn.Module:
-        """The merging model; some runners build theirs later than their loops."""
+        """The merging model, built late: some runners build their model after their loops."""
         return MODELS.build({**self.tta_model, "module": _AsModule(self.runner.model)})
 
     @torch.no_grad()
@@ -52,7 +52,7 @@ class AugmentedValLoop(ValLoop):
 
 
 class _AsModule(nn.Module):
-    """A model in whatever wrapper, of which DeepSpeed's is no module, as BaseTTAModel takes it."""
+    """A wrapped model as a module for BaseTTAModel; DeepSpeed's wrapper is none."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Gives configs the project's metric of COCO, and tells it how much the model may detect."""
+"""Gives configs our COCO metric, with the model's limit of detections."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ COCO_METRIC = "elsa_mm.coco_metric.CocoMetric"
 
 
 def use_coco_metric(cfg: Config) -> None:
-    """Evaluators that name MMDetection's CocoMetric get ours, which takes the same arguments, and
-    the model's limit of detections of an image, where they do not say it themselves."""
+    """Replaces MMDetection's CocoMetric in a config by ours, which takes the same arguments, and
+    sets its `max_dets` to the model's limit unless the config does."""
     limit = detection_limit(cfg.get("model") or {})
     for part in ("val", "test"):
         for node in walk(cfg.get(f"{part}_evaluator")):
@@ -24,7 +24,7 @@ def use_coco_metric(cfg: Config) -> None:
 
 
 def detection_limit(model: dict[str, Any]) -> int | None:
-    """How many objects of an image a detector's config lets it give, None where it does not say."""
+    """The most objects per image that a detector's config allows; None if it does not say."""
     for settings in (model.get("tta_cfg"), model.get("test_cfg")):
         for node in ((settings or {}).get("rcnn"), settings):
             limit = (node or {}).get("max_per_img")

@@ -1,8 +1,8 @@
 """The log of a training in its checkpoints, as tensors and plain numbers.
 
-MMEngine saves objects of its own there, which `torch.load` refuses since PyTorch 2.6 unless it is
-told otherwise, and MMEngine 0.10.7 does not tell it: neither a resumed training nor a test or an
-inferencer could read a checkpoint. One that was saved without them is read by all of these.
+MMEngine saves objects of its own classes, which `torch.load` refuses by default since PyTorch 2.6.
+MMEngine 0.10.7 does not allow them: training cannot be resumed, nor a checkpoint be tested. Without
+these objects, every version reads the checkpoint.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _ARGUMENTS = ("log_history", "count_history", "max_length")
 
 
 def to_plain(value: Any) -> Any:
-    """What MMEngine's ``message_hub`` gives for a checkpoint, without objects of classes that
-    `torch.load(weights_only=True)` does not know; `from_plain` makes the same of it again."""
+    """MMEngine's ``message_hub``, without classes that `torch.load(weights_only=True)` refuses.
+    `from_plain` reverses it."""
     if isinstance(value, HistoryBuffer):
         history = (torch.from_numpy(np.array(part)) for part in value.data)
         return dict(zip(_ARGUMENTS, (*history, value.max_length), strict=True))
@@ -34,7 +34,7 @@ def to_plain(value: Any) -> Any:
 
 
 def from_plain(message_hub: Any) -> Any:
-    """The ``message_hub`` of a checkpoint as MMEngine takes it, of older checkpoints too."""
+    """The ``message_hub`` of a checkpoint as MMEngine takes it, also of older checkpoints."""
     if not isinstance(message_hub, dict) or "log_scalars" not in message_hub:
         return message_hub
     scalars = {key: _buffer(one) for key, one in message_hub["log_scalars"].items()}

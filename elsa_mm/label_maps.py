@@ -1,4 +1,4 @@
-"""Label maps in MMSegmentation: read as wide as they are, checked, found by any image's ending.
+"""Label maps in MMSegmentation: 16 bits, checked values, images with any ending.
 
 Configs name the data set as `elsa_mm.label_maps.LabelMapDataset`: MMDetection needs no
 MMSegmentation.
@@ -28,12 +28,12 @@ from .nested import leaves
 
 @DATASETS.register_module()
 class LabelMapDataset(BaseSegDataset):
-    """BaseSegDataset whose images may have any known ending, in any case, in subfolders too.
+    """BaseSegDataset whose images may have any known ending, in any case, also in subfolders.
 
     The label map of SUB/X.JPG is SUB/X and `seg_map_suffix`; `img_suffix` has no effect. `ann_file`
-    may list SUB/X of the images that count.
+    may list SUB/X of the images to use.
 
-    Raises UsageError for images without a label map, and for label maps without an image.
+    Raises UsageError for images without a label map and label maps without an image.
     """
 
     def load_data_list(self) -> list[dict]:
@@ -57,10 +57,10 @@ class LabelMapDataset(BaseSegDataset):
 
 @TRANSFORMS.register_module()
 class LoadLabelMap(LoadAnnotations):
-    """LoadAnnotations that reads 16 bits as they are, and refuses labels that are no class.
+    """LoadAnnotations that reads 16 bits unchanged and refuses labels that are no class.
 
     Args:
-        num_classes: of the data set; None: labels up to 254 are taken.
+        num_classes: of the data set; None: labels up to 254 are accepted.
         ignore: label of pixels without a class.
         options: LoadAnnotations'.
 
@@ -79,7 +79,7 @@ class LoadLabelMap(LoadAnnotations):
             raise UsageError(
                 f"reduce_zero_label must be the data set's {reduce}, got {self.reduce_zero_label}"
             )
-        label_map = results.get("label_map")  # of the file's classes, where the config has fewer
+        label_map = results.get("label_map")  # from the file's classes to fewer of the config
         number = len(label_map) if label_map else self.num_classes or IGNORE
         try:
             content = BytesIO(fileio.get(path, backend_args=self.backend_args))
@@ -100,7 +100,7 @@ class LoadLabelMap(LoadAnnotations):
 
 
 def class_count(dataset: dict) -> int | None:
-    """How many classes a data set's config says it has, or its type."""
+    """The number of classes in a data set's config, or of its type."""
     classes = (dataset.get("metainfo") or {}).get("classes")
     if classes is None:
         classes = getattr(_class_of(dataset), "METAINFO", {}).get("classes")
@@ -116,10 +116,10 @@ def _class_of(dataset: dict) -> type | None:
 
 
 def check_files(dataset: dict, part: str) -> None:
-    """Raises UsageError where a data set would leave out images, and says which endings it takes.
+    """Raises UsageError if a data set would skip images, or has label maps without an image.
 
     Args:
-        dataset: its config; of other data sets than MMSegmentation's nothing is checked.
+        dataset: config of a data set; only MMSegmentation's are checked.
         part: "train", "val" or "test".
     """
     kind = _class_of(dataset)
@@ -167,7 +167,7 @@ def _files(folder: str) -> Iterator[str]:
 
 
 def check_label_maps(dataset: Any, part: str) -> None:
-    """Raises UsageError unless each image has a label map, and these more labels than 0 and 255."""
+    """Raises UsageError for missing label maps, and if they hold only 0 and 255."""
     for one in leaves(dataset):
         if not isinstance(one, BaseSegDataset):
             continue

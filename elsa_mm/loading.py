@@ -1,4 +1,4 @@
-"""Checkpoints of every form that `elsa_core.weights` knows, loaded whole or refused."""
+"""Loads checkpoints in every form that `elsa_core.weights` knows, or refuses them."""
 
 from __future__ import annotations
 
@@ -31,27 +31,27 @@ from elsa_core.weights import (
 from .history import from_plain, to_plain
 
 OPENMMLAB = "openmmlab"
-# What MMEngine reads of a checkpoint that a training is resumed from.
+# What MMEngine needs to resume a training.
 _PROGRESS, _STATE = ("epoch", "iter"), ("message_hub",)
 _AVERAGED = "ema_state_dict"
 
 
 @HOOKS.register_module()
 class WeightsHook(Hook):
-    """Gives a checkpoint that MMEngine has loaded the names of the model, and refuses strangers.
+    """Renames a loaded checkpoint's tensors as in the model, and refuses other models' checkpoints.
 
     Detectron2's and the original's checkpoints, bare backbones, and names with prefixes such as
-    ``_orig_mod.`` or ``model.`` are converted as ``init_cfg`` does. What matches in part is loaded,
-    and the log says how much that is.
+    ``_orig_mod.`` or ``model.`` are converted as by ``init_cfg``. A partial match is loaded, and
+    the log says how much matches.
 
-    Raises UsageError where nothing matches, or less than a tenth of the weights of ELSA-Swin's
-    attention, for NaN or infinity, for names with control characters, and for a checkpoint that is
-    resumed from without the state of a training.
+    Raises UsageError if nothing matches or less than a tenth of the weights of ELSA-Swin's
+    attention, for NaN or infinity, for names with control characters, and if a training is resumed
+    from a checkpoint without its state.
 
     Checkpoints of the training hold tensors and plain data only (`elsa_mm.history`).
     """
 
-    priority = "VERY_HIGH"  # before EMAHook, which takes the averaged weights from the checkpoint
+    priority = "VERY_HIGH"  # before EMAHook, which reads the averaged weights
 
     def after_load_checkpoint(self, runner: Any, checkpoint: dict) -> None:
         path = str(getattr(runner, "_load_from", None) or "that was loaded")
@@ -75,7 +75,7 @@ class WeightsHook(Hook):
 
 
 def plain_model(model: nn.Module) -> nn.Module:
-    """The model in wrappers for several processes or for test-time augmentation."""
+    """The model inside wrappers for several processes or test-time augmentation."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
     return model
@@ -88,18 +88,18 @@ def unbuilt_model(config: dict) -> nn.Module:
 
 
 def model_of(runner: Runner) -> nn.Module:
-    """The runner's model; where it is built later (FlexibleRunner), one without memory."""
+    """The runner's model, on the meta device if it is built later (FlexibleRunner)."""
     return runner.model if isinstance(runner.model, nn.Module) else unbuilt_model(runner.model)
 
 
 def check_weights(model: nn.Module, path: str, content: Any, *, resumes: bool = False) -> None:
     """Raises UsageError unless a checkpoint holds every parameter of a model in its shape.
 
-    MMEngine would go on with random values for the others.
+    MMEngine would keep random values for the others.
 
     Args:
-        content: of the file, which gets the names of the model.
-        resumes: whether a training goes on from it.
+        content: of the file; its tensors get the names of the model.
+        resumes: whether a training is resumed from it.
     """
     model = plain_model(model)
     adopt(model, content, path, resumes=resumes)
@@ -113,19 +113,19 @@ def check_weights(model: nn.Module, path: str, content: Any, *, resumes: bool = 
 
 
 def plain_state(content: Any) -> dict[str, Any]:
-    """What a checkpoint has for a model, under the names that MMEngine loads it by."""
+    """The tensors of a checkpoint under the names by which MMEngine loads them."""
     return {re.sub("^module\\.", "", str(name)): one for name, one in _state(content).items()}
 
 
 def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -> str:
-    """Puts a checkpoint's tensors, under the names of a model, into its ``state_dict``, in place.
+    """Renames a checkpoint's tensors as in a model, in its ``state_dict``, in place.
 
     Args:
         content: of the file ``path``, as MMEngine reads it.
-        resumes: whether a training goes on from it.
+        resumes: whether a training is resumed from it.
 
-    Returns what there is to say, "" where the checkpoint has all parameters under their names.
-    Raises UsageError as `WeightsHook`.
+    Returns a note for the log, "" if the checkpoint has all parameters under their names. Raises
+    UsageError as `WeightsHook`.
     """
     state = _state(content)
     if not isinstance(state, Mapping):
@@ -167,7 +167,7 @@ def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -
 
 
 def _state(content: Any) -> Any:
-    """The tensors in a checkpoint of MMEngine, Detectron2, or without anything beside them."""
+    """The tensors in a checkpoint of MMEngine or Detectron2, or in a bare state dict."""
     if not isinstance(content, Mapping):
         return content
     if "state_dict" in content:
@@ -176,14 +176,14 @@ def _state(content: Any) -> Any:
 
 
 def _anchor_sizes(model: nn.Module) -> int | None:
-    """Of a pyramid level, in the config of MMDetection's RPN."""
+    """Anchor sizes of a pyramid level, from the config of MMDetection's RPN."""
     generator = getattr(getattr(model, "rpn_head", None), "prior_generator", None)
     scales = getattr(generator, "scales", None)
     return None if scales is None else len(scales)
 
 
 def check_progress(content: Mapping, path: str) -> None:
-    """Raises UsageError for a checkpoint without what a training is resumed with."""
+    """Raises UsageError for a checkpoint without the state that resuming a training needs."""
     meta = content.get("meta")
     known = meta if isinstance(meta, Mapping) else {}
     if missing := [f"meta.{name}" for name in _PROGRESS if name not in known] + [

@@ -1,4 +1,4 @@
-"""Mixed precision on CPUs, where MMEngine's own wrapper refuses to work."""
+"""Mixed precision on CPUs, which MMEngine's AmpOptimWrapper refuses."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ PARTS = ("backbone", "neck")
 class CPUAmpOptimWrapper(OptimWrapper):
     """Trains with the model's `backbone` and `neck` in bfloat16.
 
-    The heads stay in float32, because mmcv's operators know no bfloat16 on CPUs. bfloat16 has
-    float32's range, so that no loss scaling is needed. Takes `OptimWrapper`'s arguments.
+    The heads stay in float32, because mmcv's operators do not support bfloat16 on CPUs. bfloat16
+    has float32's range and needs no loss scaling. Takes `OptimWrapper`'s arguments.
     """
 
     @contextmanager
