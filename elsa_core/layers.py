@@ -23,8 +23,8 @@ class PointwiseConv2d(nn.Conv2d):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__(in_channels, out_channels, kernel_size=1)
 
-    def forward(self, x: Tensor, **gelu: bool) -> Tensor:
-        return linear(x, self.weight.flatten(1), self.bias, **gelu)
+    def forward(self, input: Tensor, **gelu: bool) -> Tensor:
+        return linear(input, self.weight.flatten(1), self.bias, **gelu)
 
 
 class ChannelsLastConv2d(nn.Conv2d):

@@ -49,8 +49,8 @@ def linear(
 class Linear(nn.Linear):
     """`torch.nn.Linear` by way of `linear`, whose options `forward` takes."""
 
-    def forward(self, x: Tensor, **gelu: bool) -> Tensor:
-        return linear(x, self.weight, self.bias, **gelu)
+    def forward(self, input: Tensor, **gelu: bool) -> Tensor:
+        return linear(input, self.weight, self.bias, **gelu)
 
 
 def _is_fast(x: Tensor, weight: Tensor) -> bool:

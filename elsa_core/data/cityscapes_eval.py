@@ -14,7 +14,7 @@ import numpy as np
 from elsa_core.runtime.files import replacing
 
 if not hasattr(np, "in1d"):  # cityscapesscripts' name for it, which NumPy 2.4 no longer has
-    np.in1d = np.isin
+    vars(np)["in1d"] = np.isin
 
 MATCHES = "matches.json"
 _evaluate, _their_write = evaluation.evaluateMatches, evaluation.writeDict2JSON

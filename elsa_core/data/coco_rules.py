@@ -38,7 +38,7 @@ def problems(
         tolerance: pixels that a box may reach over the edge of its image.
         deep: also draws each mask to see whether it covers a pixel.
     """
-    sizes = {}
+    sizes: dict[Any, tuple[int, int]] = {}
     yield from _images(coco["images"], sizes)
     entries = coco.get("annotations")
     yield from _categories(coco["categories"], entries)
@@ -102,7 +102,7 @@ def has_area(box: list[float]) -> bool:
         return False
     if min(width, height) > 1e-4 * max(abs(x) + width, abs(y) + height):
         return True
-    left, right, top, bottom = map(float, np.float32([x, x + width, y, y + height]))
+    left, right, top, bottom = map(float, np.array([x, x + width, y, y + height], np.float32))
     return abs(right - left - width) <= 0.01 * width and abs(bottom - top - height) <= 0.01 * height
 
 
@@ -145,7 +145,7 @@ def _images(entries: list[dict], sizes: dict[Any, tuple[int, int]]) -> Iterator[
     for entry in entries:
         file = entry.get("file_name")
         name = f"image {named(file or entry.get('id'))}"
-        sides = entry.get("width"), entry.get("height")
+        sides: Any = (entry.get("width"), entry.get("height"))
         wrong = next((k for k in ("width", "height") if type(entry.get(k)) is not int), None)
         if wrong is not None or not (0 < min(sides) and max(sides) <= LONGEST_SIDE):
             many = f"{{n}} images have no width and height of 1 to {LONGEST_SIDE}, whole numbers"
@@ -233,7 +233,8 @@ def _keypoints(points: Any, name: str) -> Iterator[Problem]:
 
 
 def _box(one: dict, name: str, width: int, height: int, tolerance: float) -> Iterator[Problem]:
-    box, area = one.get("bbox"), one.get("area")
+    box: Any = one.get("bbox")
+    area = one.get("area")
     if not is_box(box):
         many = "{n} annotations have no bbox of 4 finite numbers [x, y, width, height]"
         rest = f"must have a bbox of 4 numbers, got {shown(box)}"

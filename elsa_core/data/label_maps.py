@@ -72,12 +72,13 @@ def _is_map(name: str, ending: str) -> bool:
 def _files(folder: str, without: str | None) -> Iterator[str]:
     """Relative to the folder, in it and in its subfolders but for another folder in it."""
     other = os.path.abspath(without) if without and without != folder else None
-    above = {os.path.abspath(folder): (os.path.realpath(folder),)}  # of each place, links resolved
+    above: dict[str, tuple[str, ...]] = {os.path.abspath(folder): (os.path.realpath(folder),)}
     for place, folders, files in os.walk(folder, followlinks=True):
         chain = above.pop(os.path.abspath(place))
         visible = [os.path.join(place, name) for name in folders if not name.startswith(".")]
         real = {path: os.path.realpath(path) for path in visible if os.path.abspath(path) != other}
-        inside = {path: to for path, to in real.items() if to not in chain}  # no link to itself
+        # No link to a folder above it.
+        inside = {path: to for path, to in real.items() if to not in chain}
         above |= {os.path.abspath(path): (*chain, to) for path, to in inside.items()}
         folders[:] = map(os.path.basename, inside)
         for name in files:

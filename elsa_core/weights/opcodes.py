@@ -127,6 +127,8 @@ class PickleLook:
 
     def _follow(self, file: Any) -> None:
         stack, memo, frame_end = self.stack, self.memo, 0
+        value: Any
+        place: Any
         for number, (opcode, value, place) in enumerate(pickletools.genops(file), 1):
             name = opcode.name
             self.opcodes += _WEIGHTS.get(name, _LIGHT)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from typing import IO, Any
+from typing import Any
 
 # Bytes below which a step is over before anybody could read the bar.
 WORTH_SHOWING = 64 * 2**20
@@ -26,7 +26,7 @@ class CountedFile(io.RawIOBase):
     the bar; the file stays open.
     """
 
-    def __init__(self, file: IO[bytes], what: str, size: int) -> None:
+    def __init__(self, file: Any, what: str, size: int) -> None:
         self.file, self.bar = file, progress_bar(what, size)
 
     def readable(self) -> bool:
@@ -39,7 +39,7 @@ class CountedFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer: Any) -> int:
-        count: int = self.file.readinto(buffer)  # type: ignore[attr-defined]
+        count: int = self.file.readinto(buffer)
         self.bar.update(count)
         return count
 

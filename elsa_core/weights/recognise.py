@@ -77,13 +77,13 @@ def recognise(checkpoint: Any, *, ema: bool | None = None) -> Source:
         return _with_rest(source, rest)
     tensors = _tensors(weights)
     if _EMA in rest or ema:
-        source = _recognise(_tensors(rest[_EMA])) if isinstance(rest.get(_EMA), Mapping) else None
-        if ema and source is None:
+        if isinstance(rest.get(_EMA), Mapping):
+            source = _recognise(_tensors(rest[_EMA]))
+            source.ema = arch_name(source.arch) == "base" if ema is None else ema
+            if source.ema:
+                return _with_rest(source, rest)
+        elif ema:
             raise UsageError(f"it holds no EMA weights ({_EMA})")
-        wanted = source is not None and arch_name(source.arch) == "base" if ema is None else ema
-        if wanted and source is not None:
-            source.ema = True
-            return _with_rest(source, rest)
     return _with_rest(_recognise(tensors), rest)
 
 

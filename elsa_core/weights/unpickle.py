@@ -7,7 +7,7 @@ import pickle
 import struct
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -299,7 +299,10 @@ def safe_globals(known: Iterable[tuple[str, str]]) -> list[Any]:
 
 
 # Other classes of `DATA_CLASSES` that hold items.
-_ITEMS = {"defaultdict": lambda *_: OrderedDict(), "deque": lambda *_: []}
+_ITEMS: dict[str, Callable[..., Any]] = {
+    "defaultdict": lambda *_: OrderedDict(),
+    "deque": lambda *_: [],
+}
 
 
 class _StorageType:
@@ -346,7 +349,7 @@ class ClaimUnpickler(DataUnpickler):
         for name in ("_rebuild_tensor", "_rebuild_tensor_v2"):
             self.functions["torch._utils", name] = lambda *args: _check_tensor(*args[:4])
         self.functions["torch._utils", "_rebuild_tensor_v3"] = lambda *args: _check_tensor(
-            *args[:4], args[6]
+            args[0], args[1], args[2], args[3], args[6]
         )
 
     def find_class(self, module: str, name: str) -> Any:

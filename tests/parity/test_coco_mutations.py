@@ -159,7 +159,7 @@ def test_the_checker_and_the_law_never_disagree(cfg, folder, clean_catalog):
     seen = {"accepted": 0, "refused": 0}
 
     @settings(
-        max_examples=500,
+        max_examples=200,
         derandomize=True,
         database=None,
         deadline=None,
@@ -188,7 +188,7 @@ def test_the_checker_and_the_law_never_disagree(cfg, folder, clean_catalog):
                     assert_law(run, coco, findings)
 
     check()
-    assert min(seen.values()) > 100, seen
+    assert min(seen.values()) > 40, seen
 
 
 def assert_law(run, coco, findings):
