@@ -22,13 +22,14 @@ ENV_ARGS ?=
 WHEEL_ARGS ?=
 WHEEL_PYTHON ?= $(or $(wildcard $(VENV)/python),$(PYTHON))
 
-.PHONY: help setup pins demo test test-gpu test-asan test-environments test-aarch64 fuzz wheel bench lint format zoo clean
+.PHONY: help setup pins demo test test-fast test-gpu test-asan test-environments test-aarch64 fuzz wheel bench lint format zoo clean
 
 help:
 	@echo 'make setup     make .venv: pinned packages, mmcv and the extension compiled (Linux, Python 3.10-3.13)'
 	@echo 'make pins      move requirements.txt to the newest versions, with their hashes'
 	@echo 'make demo      train and evaluate in Detectron2, MMDetection and MMSegmentation (DEMO_ARGS=...)'
 	@echo 'make test      run the tests (TEST_ARGS=...)'
+	@echo 'make test-fast run the tests that take no time, in 3 minutes'
 	@echo 'make test-gpu  run the tests; those that need CUDA fail where there is none'
 	@echo 'make test-asan run the operator tests with AddressSanitizer'
 	@echo 'make test-environments  run the guides in fresh environments of many versions (ENV_ARGS=--help)'
@@ -61,6 +62,9 @@ demo: setup
 
 test: setup
 	$(VENV)/python -m pytest -q $(TWO_FILES) $(TEST_ARGS)
+
+test-fast: setup
+	$(VENV)/python -m pytest -q $(TWO_FILES) -m "not slow" $(TEST_ARGS)
 
 test-gpu: setup
 	@grep -q nv_fatbin elsa_core/_C.so || FORCE_CUDA=1 $(VENV)/python setup.py build_ext --inplace --force
