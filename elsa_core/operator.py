@@ -74,35 +74,20 @@ def _define(library: torch.library.Library) -> None:
         )
 
 
-def _attention_fake(
-    value: Tensor,
-    logits: Tensor,
-    ghost_add: Tensor | None,
-    ghost_mul: Tensor | None,
-    kernel_size: int,
-    dilation: int,
-) -> Tensor:
-    check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation)
+def _attention_fake(value: Tensor, *problem: Any) -> Tensor:
+    check_problem(value, *problem)
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
-def _backward_fake(
-    grad: Tensor,
-    value: Tensor,
-    logits: Tensor,
-    ghost_add: Tensor | None,
-    ghost_mul: Tensor | None,
-    kernel_size: int,
-    dilation: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad)
+def _backward_fake(grad: Tensor, *problem: Any) -> tuple[Tensor, ...]:
+    check_problem(*problem, grad)
 
     def like(tensor: Tensor | None) -> Tensor:
         if tensor is None:
-            return value.new_empty(0)
+            return grad.new_empty(0)
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
-    return like(value), like(logits), like(ghost_add), like(ghost_mul)
+    return tuple(map(like, problem[:4]))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -142,14 +127,8 @@ def _autograd(name: str, backward: Any, setup_context: Any) -> Any:
 
 
 def _autocast(device_type: str) -> Any:
-    def kernel(
-        value: Tensor,
-        logits: Tensor,
-        ghost_add: Tensor | None,
-        ghost_mul: Tensor | None,
-        kernel_size: int,
-        dilation: int,
-    ) -> Tensor:
+    def kernel(*problem: Any) -> Tensor:
+        *tensors, kernel_size, dilation = problem
         dtype = torch.get_autocast_dtype(device_type)
 
         def cast(tensor: Tensor | None) -> Tensor | None:
@@ -158,9 +137,7 @@ def _autocast(device_type: str) -> Any:
         with torch._C._ExcludeDispatchKeyGuard(
             torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
         ):
-            return torch.ops.elsa.attention(
-                cast(value), cast(logits), cast(ghost_add), cast(ghost_mul), kernel_size, dilation
-            )
+            return torch.ops.elsa.attention(*map(cast, tensors), kernel_size, dilation)
 
     return kernel
 
