@@ -40,7 +40,7 @@ def attention_backward(
 
     A ghost filter that is not there has an empty gradient.
     """
-    check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad)
+    check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad=grad)
     height, width = value.shape[1:3]
     heads = logits.shape[-1] // kernel_size**2
     above, tops = windows(kernel_size, dilation, height)

@@ -19,6 +19,7 @@ def check_problem(
     ghost_mul: Tensor | None,
     kernel_size: int,
     dilation: int,
+    *,
     grad: Tensor | None = None,
     autocast: torch.dtype | None = None,
 ) -> None:

@@ -80,7 +80,7 @@ def _attention_fake(value: Tensor, *problem: Any) -> Tensor:
 
 
 def _backward_fake(grad: Tensor, *problem: Any) -> tuple[Tensor, ...]:
-    check_problem(*problem, grad)
+    check_problem(*problem, grad=grad)
 
     def like(tensor: Tensor | None) -> Tensor:
         if tensor is None:

@@ -27,7 +27,7 @@ SITE = "site-packages"  # by this name hypothesis knows that the code is not und
 # The last PyTorch whose wheel for aarch64 has no CUDA, and the first that the operator serves.
 PACKAGES = ("torch==2.10.0", "numpy", "pytest", "hypothesis")
 # What they say of plain PyTorch and of narrower kernels needs no other machine.
-TESTS = ("tests/core/test_operator.py", "tests/core/test_operator_properties.py")
+TESTS = tuple(f"tests/core/test_operator{part}.py" for part in ("", "_refusals", "_properties"))
 TESTS += ("-k", "not default-float64 and not narrower")
 
 
