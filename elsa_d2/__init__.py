@@ -10,6 +10,7 @@ from .data.coco import register_coco_datasets
 from .data.mapper import DetectionMapper
 from .data.sem_seg import register_sem_seg_datasets
 from .data.sem_seg_mapper import SemanticMapper
+from .engine.sem_seg_trainer import SemSegTrainer, trainer_class
 from .engine.trainer import Trainer
 from .evaluation.sem_seg import build_sem_seg_evaluator
 from .modeling.backbone import ELSASwin, build_elsa_swin_backbone, build_elsa_swin_fpn_backbone
@@ -38,6 +39,7 @@ __all__ = [
     "MMDetRPN",
     "Predictor",
     "SegmentorWithTTA",
+    "SemSegTrainer",
     "SemanticMapper",
     "Trainer",
     "UPerNetHead",
@@ -54,4 +56,5 @@ __all__ = [
     "register_cityscapes_datasets",
     "register_coco_datasets",
     "register_sem_seg_datasets",
+    "trainer_class",
 ]

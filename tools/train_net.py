@@ -59,7 +59,7 @@ def train_or_evaluate(options: argparse.Namespace) -> dict | None:
 
     from elsa_core.runtime.preemption import TrainingEnded
     from elsa_core.weights import class_names
-    from elsa_d2 import AtomicCheckpointer, Trainer, load_config, register_coco_datasets
+    from elsa_d2 import AtomicCheckpointer, load_config, register_coco_datasets, trainer_class
     from elsa_d2.data.cityscapes import register_cityscapes_datasets
     from elsa_d2.data.classes import usable
     from elsa_d2.data.sem_seg import register_sem_seg_datasets
@@ -75,17 +75,18 @@ def train_or_evaluate(options: argparse.Namespace) -> dict | None:
     register_cityscapes_datasets(cfg)
     if cfg.MODEL.DEVICE == "cpu":
         share_cpu_cores()
+    trainer_type = trainer_class(cfg)
     if options.eval_only:
-        model = Trainer.build_model(cfg)
+        model = trainer_type.build_model(cfg)
         checkpointer = AtomicCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         rest = checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=options.resume)
         register_coco_datasets(cfg, usable(cfg, class_names(rest)[0]))
-        results = Trainer.test(cfg, model)
+        results = trainer_type.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
-            results.update(Trainer.test_with_tta(cfg, model))
+            results.update(trainer_type.test_with_tta(cfg, model))
         return results
     register_coco_datasets(cfg)
-    trainer = Trainer(cfg)
+    trainer = trainer_type(cfg)
     trainer.resume_or_load(resume=options.resume)
     try:
         return trainer.train()

@@ -17,6 +17,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
+from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.finite import FiniteWatch
 from elsa_core.runtime.lock import TrainingLock
 from elsa_core.runtime.preemption import FAILED, TrainingEnded, shield_workers
@@ -26,11 +27,8 @@ from elsa_d2.data.cityscapes import is_cityscapes, register_cityscapes_datasets
 from elsa_d2.data.classes import training_classes
 from elsa_d2.data.mapper import DetectionMapper, training_dicts
 from elsa_d2.data.sampler import continue_order, torch_loader
-from elsa_d2.data.sem_seg_mapper import SemanticMapper
 from elsa_d2.evaluation.cityscapes import build_cityscapes_evaluator
 from elsa_d2.evaluation.coco import COCOEvaluator
-from elsa_d2.evaluation.sem_seg import build_sem_seg_evaluator
-from elsa_d2.modeling.sem_seg_tta import SegmentorWithTTA, at_test_ratios
 from elsa_d2.modeling.tta import with_test_time_augmentation
 from elsa_d2.solver.lr_scheduler import build_lr_scheduler, scale_lr
 from elsa_d2.solver.optimizer import build_optimizer
@@ -43,7 +41,9 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """DefaultTrainer with AdamW, COCO evaluation and whole checkpoints; runs without a GPU too.
+    """DefaultTrainer of detectors with AdamW, COCO evaluation and whole checkpoints.
+
+    Runs without a GPU, too. `SemSegTrainer` trains a `SemanticSegmentor`.
 
     On a CPU, several processes share the work through gloo, and SOLVER.AMP means bfloat16 unless
     told otherwise. SIGTERM and SIGUSR1 end a training at the next iteration, whose state is saved:
@@ -51,7 +51,10 @@ class Trainer(DefaultTrainer):
     cannot be written and where losses or gradients are not finite (SOLVER.MAX_NONFINITE).
     """
 
+    for_sem_seg = False
+
     def __init__(self, cfg: CfgNode) -> None:
+        self.check_task(cfg)
         # DefaultTrainer's own __init__ cannot do without CUDA for DDP and AMP.
         TrainerBase.__init__(self)
         register_cityscapes_datasets(cfg)
@@ -137,21 +140,24 @@ class Trainer(DefaultTrainer):
         return self._last_eval_results
 
     @classmethod
+    def check_task(cls, cfg: CfgNode) -> None:
+        """Raises UsageError for a model of another task than this class is for."""
+        if is_semantic(cfg) != cls.for_sem_seg:
+            needed = "Trainer" if cls.for_sem_seg else "SemSegTrainer"
+            raise UsageError(
+                f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} needs elsa_d2.{needed}, "
+                f"got {cls.__name__}"
+            )
+
+    @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
-        if is_semantic(cfg):
-            loader = build_detection_train_loader(cfg, mapper=SemanticMapper(cfg, True))
-        else:
-            mapper, dataset = DetectionMapper(cfg, True), training_dicts(cfg)
-            loader = build_detection_train_loader(cfg, mapper=mapper, dataset=dataset)
-        shield_workers(torch_loader(loader))
-        return loader
+        mapper, dataset = DetectionMapper(cfg, True), training_dicts(cfg)
+        return shielded(build_detection_train_loader(cfg, mapper=mapper, dataset=dataset))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
-        mapper = (SemanticMapper if is_semantic(cfg) else DetectionMapper)(cfg, False)
-        loader = build_detection_test_loader(cfg, dataset_name, mapper=mapper)
-        shield_workers(loader)
-        return loader
+        mapper = DetectionMapper(cfg, False)
+        return shielded(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
     def test(
@@ -160,17 +166,19 @@ class Trainer(DefaultTrainer):
         model: nn.Module,
         evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
     ) -> dict[str, Any]:
-        """As DefaultTrainer, but segmentors are evaluated at TEST.SEM_SEG_RATIOS."""
-        return super().test(cfg, at_test_ratios(cfg, model), evaluators)
+        cls.check_task(cfg)
+        return super().test(cfg, model, evaluators)
+
+    @classmethod
+    def with_tta(cls, cfg: CfgNode, model: nn.Module) -> tuple[CfgNode, nn.Module]:
+        """The config and the model of an evaluation with TEST.AUG."""
+        return with_test_time_augmentation(cfg, model)
 
     @classmethod
     def test_with_tta(cls, cfg: CfgNode, model: nn.Module) -> dict[str, Any]:
         """As `test`, with TEST.AUG; the keys of the result end in "_TTA"."""
         logger.info("Evaluation with test-time augmentation")
-        if is_semantic(cfg):
-            model = SegmentorWithTTA(cfg, model)
-        else:
-            cfg, model = with_test_time_augmentation(cfg, model)
+        cfg, model = cls.with_tta(cfg, model)
         evaluators = [cls.build_evaluator(cfg, name, "inference_TTA") for name in cfg.DATASETS.TEST]
         return {f"{key}_TTA": value for key, value in cls.test(cfg, model, evaluators).items()}
 
@@ -191,8 +199,6 @@ class Trainer(DefaultTrainer):
         """Its files go to a folder in OUTPUT_DIR; those for cityscapesscripts are not kept."""
         if is_cityscapes(dataset_name):
             return build_cityscapes_evaluator(dataset_name)
-        if is_semantic(cfg):
-            return build_sem_seg_evaluator(cfg, dataset_name, folder)
         tasks = ["bbox"]
         if cfg.MODEL.MASK_ON:
             tasks.append("segm")
@@ -205,6 +211,12 @@ class Trainer(DefaultTrainer):
             os.path.join(cfg.OUTPUT_DIR, folder),
             kpt_oks_sigmas=cfg.TEST.KEYPOINT_OKS_SIGMAS,
         )
+
+
+def shielded(loader: Iterable[Any]) -> Iterable[Any]:
+    """The loader, whose workers leave the signals of a scheduler to their process."""
+    shield_workers(torch_loader(loader))
+    return loader
 
 
 def use_available_device(cfg: CfgNode) -> None:

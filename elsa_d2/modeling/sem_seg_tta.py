@@ -9,7 +9,6 @@ from detectron2.config import CfgNode
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from elsa_d2.config import is_semantic
 from elsa_d2.data.safe_loading import read_image, to_tensor
 from elsa_d2.data.sem_seg_augmentation import Fit
 
@@ -66,8 +65,8 @@ class SegmentorWithTTA(nn.Module):
 
 
 def at_test_ratios(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """What TEST.SEM_SEG_RATIOS makes of a `SemanticSegmentor`; every other model as it is."""
+    """A `SemanticSegmentor` that is evaluated at TEST.SEM_SEG_RATIOS."""
     ratios = list(cfg.TEST.SEM_SEG_RATIOS)
-    if not is_semantic(cfg) or isinstance(model, SegmentorWithTTA) or ratios == [1.0]:
+    if isinstance(model, SegmentorWithTTA) or ratios == [1.0]:
         return model
     return SegmentorWithTTA(cfg, model, ratios, flip=False)

@@ -28,7 +28,13 @@ from detectron2.evaluation import cityscapes_evaluation as evaluation
 from detectron2.structures import Instances
 
 from elsa_core.runtime.preemption import StopSignals
-from elsa_d2 import Trainer, UsageError, load_config, register_cityscapes_datasets
+from elsa_d2 import (
+    SemSegTrainer,
+    Trainer,
+    UsageError,
+    load_config,
+    register_cityscapes_datasets,
+)
 from elsa_d2.data import cityscapes as cityscapes_data
 from elsa_d2.data.cityscapes import check_cityscapes_dataset
 from elsa_d2.engine.preflight import check_run
@@ -211,7 +217,7 @@ def test_instances_are_read(version, cityscapes):
 def test_the_truth_as_prediction_is_perfect(version, builtin):
     """In percent, by the evaluators that the trainer chooses."""
     cfg = config(SEGMENTOR.format("t"))
-    evaluator = Trainer.build_evaluator(cfg, NAMES[3])
+    evaluator = SemSegTrainer.build_evaluator(cfg, NAMES[3])
     evaluator.reset()
     for record in DatasetCatalog.get(NAMES[3]):
         labels = torch.from_numpy(np.array(Image.open(record["sem_seg_file_name"]))).long()
@@ -373,7 +379,7 @@ def test_several_machines_may_train_without_evaluation(cityscapes, tmp_path):
     keys = own(cityscapes, "sem_seg", OUTPUT_DIR=tmp_path / "out") + ["DATASETS.TEST", "()"]
     cfg = config(SEGMENTOR.format("t"), keys)
     check_run(cfg, machines=2)
-    assert Trainer.test(cfg, torch.nn.Identity()) == {}
+    assert SemSegTrainer.test(cfg, torch.nn.Identity()) == {}
 
 
 def test_instances_need_no_train_ids(copy, tmp_path):

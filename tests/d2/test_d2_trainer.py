@@ -13,7 +13,15 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from killing_d2 import in_two_processes
 
-from elsa_d2 import Trainer, UsageError, load_config, register_coco_datasets
+from elsa_d2 import (
+    SemSegTrainer,
+    Trainer,
+    UsageError,
+    get_config_file,
+    load_config,
+    register_coco_datasets,
+    trainer_class,
+)
 from elsa_d2.engine.train_loop import amp_dtype
 
 
@@ -32,6 +40,17 @@ def steps(trainer, number):
         for trainer.iter in range(number):
             trainer.run_step()
     return storage.latest()
+
+
+@pytest.mark.parametrize("right, wrong", [(Trainer, SemSegTrainer), (SemSegTrainer, Trainer)])
+def test_a_model_of_another_task_is_refused(right, wrong):
+    leaf = "mask_rcnn" if right is Trainer else "upernet"
+    cfg = load_config(get_config_file(f"digits/{leaf}_elsa_swin_digits.yaml"))
+    assert trainer_class(cfg) is right
+    message = f"MODEL.META_ARCHITECTURE .* needs elsa_d2.{right.__name__}, got {wrong.__name__}$"
+    for start in (wrong, lambda cfg: wrong.test(cfg, torch.nn.Identity())):
+        with pytest.raises(UsageError, match=message):
+            start(cfg)
 
 
 @pytest.mark.parametrize("amp", [False, True])

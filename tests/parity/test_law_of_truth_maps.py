@@ -15,7 +15,7 @@ from mmengine.registry import DefaultScope
 from mmengine.structures import InstanceData, PixelData
 from PIL import Image
 
-from elsa_d2 import Trainer, load_config
+from elsa_d2 import SemSegTrainer, Trainer, load_config
 from elsa_d2.data.safe_loading import read_labels
 from elsa_d2.engine.preflight import check_run
 from elsa_mm.label_maps import check_files, check_label_maps
@@ -123,7 +123,7 @@ def test_mean_iou_in_detectron2(layout, trees, tmp_path):
         labels = read_labels(record["sem_seg_file_name"], len(classes), reduce)
         return one_hot(labels, len(classes))
 
-    found = Trainer.test(cfg, TruthInDetectron2("truth_validation", predict))["sem_seg"]
+    found = SemSegTrainer.test(cfg, TruthInDetectron2("truth_validation", predict))["sem_seg"]
     scores = [found[name] for name in ("mIoU", "fwIoU", "mACC", "pACC")]
     assert scores == pytest.approx([100] * 4, rel=1e-14)  # fwIoU is a sum of fractions
 
@@ -151,7 +151,7 @@ def test_semantic_scores_of_cityscapes_in_detectron2(trees, tmp_path):
     def predict(record):
         return one_hot(read_labels(record["sem_seg_file_name"], 19), 19)
 
-    found = Trainer.test(cfg, TruthInDetectron2("truth_val", predict))["sem_seg"]
+    found = SemSegTrainer.test(cfg, TruthInDetectron2("truth_val", predict))["sem_seg"]
     assert found == dict.fromkeys(("IoU", "iIoU", "IoU_sup", "iIoU_sup"), 100)
 
 

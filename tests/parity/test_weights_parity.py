@@ -189,9 +189,10 @@ def d2_config(name, digits, output, **more):
 
 
 def evaluate_d2(cfg, checkpoint):
-    model = elsa_d2.Trainer.build_model(cfg)
+    trainer = elsa_d2.trainer_class(cfg)
+    model = trainer.build_model(cfg)
     elsa_d2.AtomicCheckpointer(model).load(str(checkpoint))
-    return elsa_d2.Trainer.test(cfg, model)
+    return trainer.test(cfg, model)
 
 
 def mm_config(name, digits, output):

@@ -1,0 +1,62 @@
+"""The trainer of segmentors, and the choice between it and that of detectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.evaluation import DatasetEvaluator
+from torch import nn
+
+from elsa_d2.config import is_semantic
+from elsa_d2.data.cityscapes import is_cityscapes
+from elsa_d2.data.sem_seg_mapper import SemanticMapper
+from elsa_d2.evaluation.cityscapes import build_cityscapes_evaluator
+from elsa_d2.evaluation.sem_seg import build_sem_seg_evaluator
+from elsa_d2.modeling.sem_seg_tta import SegmentorWithTTA, at_test_ratios
+
+from .trainer import Trainer, shielded
+
+
+class SemSegTrainer(Trainer):
+    """`Trainer` of a `SemanticSegmentor`, which is evaluated by its IoU."""
+
+    for_sem_seg = True
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
+        return shielded(build_detection_train_loader(cfg, mapper=SemanticMapper(cfg, True)))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
+        mapper = SemanticMapper(cfg, False)
+        return shielded(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
+    ) -> DatasetEvaluator:
+        if is_cityscapes(dataset_name):
+            return build_cityscapes_evaluator(dataset_name)
+        return build_sem_seg_evaluator(cfg, dataset_name, folder)
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
+    ) -> dict[str, Any]:
+        """As DefaultTrainer, at TEST.SEM_SEG_RATIOS."""
+        return super().test(cfg, at_test_ratios(cfg, model), evaluators)
+
+    @classmethod
+    def with_tta(cls, cfg: CfgNode, model: nn.Module) -> tuple[CfgNode, nn.Module]:
+        return cfg, SegmentorWithTTA(cfg, model)
+
+
+def trainer_class(cfg: CfgNode) -> type[Trainer]:
+    """`SemSegTrainer` for a `SemanticSegmentor`, `Trainer` for every other model."""
+    return SemSegTrainer if is_semantic(cfg) else Trainer
