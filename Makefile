@@ -1,6 +1,8 @@
 # One command per habit; every one of them first makes .venv complete where it is not.
 # The words after ?= can be set on the command line: make demo DEMO_ARGS=--help, make PYTHON=python3.12
 
+SHELL := bash
+.SHELLFLAGS := -o pipefail -c
 PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11 python3.10; do \
 	$$python -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
 	&& echo $$python && break; done)
@@ -42,11 +44,100 @@ help:
 	@echo 'make zoo       make MODEL_ZOO.md from the metafiles and the models (ZOO_ARGS=--check compares)'
 	@echo 'make clean     remove build products and caches; .venv, data and results stay'
 
+# --- make setup: a step that has succeeded leaves a file in .venv/setup, and is done again when the
+# content of what it depends on, in STEP.in, has changed. Two set-ups of one folder wait for each other.
+
+SETUP := .venv/setup
+STEPS := packages detectron2 mmcv project extension
+COMPILED_WITH := torch\|ninja\|packaging\|pip\|setuptools\|wheel
+# Lines of requirements.txt, with their hashes: those of some packages, and without some.
+pins = sed -n '/^\($(1)\)==/,/[^\\]$$/p' requirements.txt
+IN_packages = sed '/^\(sal-detectron2\|onedl-mmcv\)==/,/[^\\]$$/d' requirements.txt
+IN_detectron2 = $(call pins,sal-detectron2) | sed "s/ ; .*'//"
+IN_mmcv = $(call pins,onedl-mmcv\|$(COMPILED_WITH)); cat tools/build_mmcv.py
+IN_project = $(call pins,$(COMPILED_WITH)); pwd; cat pyproject.toml
+IN_extension = $(call pins,$(COMPILED_WITH)); cat setup.py $(filter-out %.md,$(wildcard csrc/*.* csrc/*/*.*))
+# Compiling every module of 5 GB of packages takes longer than it will ever save.
+INSTALL = PIP_USER=0 $(VENV)/python -m pip --no-input --disable-pip-version-check install --no-deps \
+	--no-build-isolation --no-compile
+begin = @echo "Set-up, $(1)"
+# A process of the compiler needs 1.5 GB.
+COMPILE = PATH="$(CURDIR)/$(VENV):$$PATH" CXX="$${CXX:-$$(command -v c++ || command -v g++ || \
+	command -v clang++)}" MAX_JOBS="$${MAX_JOBS:-$$(awk '/^MemTotal/ {jobs = int($$2 / 1.5e6); \
+	print jobs < 1 ? 1 : jobs < cores ? jobs : cores}' cores=$$(nproc) /proc/meminfo)}"
+
 setup:
 	@if [ -z "$(PYTHON)" ]; then echo 'Python 3.10 to 3.13 is needed and none was found as' \
 		'python3, python3.13, python3.12, python3.11 or python3.10: install one, or name it with PYTHON=...' >&2; \
 		exit 1; fi
+	@$(VENV)/python -c 'import pip' 2>/dev/null || rm -rf $(SETUP)
+	@ls elsa_core/_C*.so >/dev/null 2>&1 || rm -f $(SETUP)/extension
+	@flock -n . true || echo 'Waiting for another set-up in this folder to end'
+	@flock . $(MAKE) -s --no-print-directory PYTHON='$(PYTHON)' $(SETUP)/verify || { status=$$?; \
+		echo 'Set-up stopped. Put right what it says above and run the same command again: it goes' \
+		'on from that step.' >&2; exit $$status; }
+
+$(SETUP)/venv:
 	@$(PYTHON) tools/setup_env.py
+	@echo 'Making .venv: a few minutes, about 9 GB'
+	$(PYTHON) -m venv --clear .venv
+	mkdir -p $(SETUP)
+	touch $@
+
+.PHONY: FORCE
+$(STEPS:%=$(SETUP)/%.in): $(SETUP)/%.in: FORCE | $(SETUP)/venv
+	{ $(IN_$*); } > $@.new
+	cmp -s $@.new $@ || cp $@.new $@
+	rm $@.new
+
+$(STEPS:%=$(SETUP)/%): $(SETUP)/%: $(SETUP)/%.in
+# One after the other.
+$(SETUP)/detectron2: | $(SETUP)/packages
+$(SETUP)/mmcv: | $(SETUP)/detectron2
+$(SETUP)/project: | $(SETUP)/mmcv
+$(SETUP)/extension: | $(SETUP)/project
+
+# First what the packages that are published as source are made with. What an attempt that was cut off
+# has left is not trusted.
+$(SETUP)/packages:
+	$(call begin,1 of 6: packages)
+	$(call pins,$(COMPILED_WITH)) | sed '/^torch==/,/[^\\]$$/d' > $@.tools
+	again=$$(test ! -e $@.begun || echo --ignore-installed); touch $@.begun; \
+		$(INSTALL) $$again --require-hashes -r $@.tools && $(INSTALL) $$again --require-hashes -r $@.in
+	rm $@.begun; touch $@
+
+# A wheel of Python files that is tagged for Python 3.10 alone.
+$(SETUP)/detectron2:
+	$(call begin,2 of 6: Detectron2)
+	$(INSTALL) --require-hashes -r $@.in --only-binary=:all: --python-version 3.10 --upgrade \
+		--target "$$($(VENV)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")"
+	touch $@
+
+$(SETUP)/mmcv:
+	$(call begin,3 of 6: mmcv)
+	rm -rf $@.wheel
+	$(COMPILE) $(VENV)/python tools/build_mmcv.py --out $@.wheel \
+		$$($(call pins,onedl-mmcv) | tr -d '\\')
+	$(INSTALL) --force-reinstall $@.wheel/*.whl
+	touch $@
+
+$(SETUP)/project:
+	$(call begin,4 of 6: this project)
+	ELSA_BUILD_EXTENSION=0 $(INSTALL) -e .
+	touch $@
+
+# Not through pip, which starts from nothing each time: ninja compiles only what changed.
+$(SETUP)/extension:
+	$(call begin,5 of 6: the extension)
+	$(COMPILE) $(VENV)/python setup.py -q build_ext --inplace --force 2>&1 | \
+		sed -u 's/^\(\[[0-9]*.[0-9]*\]\).* -o \([^ ]*\).*/\1 \2/'
+	touch $@
+
+$(SETUP)/verify: $(STEPS:%=$(SETUP)/%)
+	$(call begin,6 of 6: whether it works)
+	$(VENV)/python tools/setup_env.py --verify
+	touch $@
+	@echo '.venv is ready'
 
 # Set-up is for one platform, so its marker goes without saying.
 pins:
