@@ -16,8 +16,8 @@ import torch
 from elsa_core.runtime.errors import UsageError
 
 from .clock import Clock
+from .contenders import measure_backbones, measure_detectors
 from .measure import Row, describe
-from .models import measure_backbones, measure_detectors
 from .operator import measure_operator
 from .plots import draw
 

@@ -7,11 +7,9 @@ before and after must agree: nothing of the user's is replaced. At the end a tab
 OUT/environments.md; OUT/environments.json adds the commands and the packages that came with ours,
 OUT/logs the output of each environment.
 
-An environment whose Python, checkout or wheel is missing is left out, and the table says why:
-    --python FILE           another interpreter than those on the PATH and of pyenv
-    DETECTRON2=DIR          in the environment: a checkout of Detectron2 (make DETECTRON2=DIR ...)
-    --wheel FILE            the built package (make wheel puts it into dist/)
-Needs 10 GB of disk for a moment.
+An environment whose Python, wheel (made by `make wheel`) or checkout of Detectron2 (named by the
+environment variable DETECTRON2) is missing is left out, and the table says why. Needs 10 GB of disk
+for a moment.
 
 Exit status: 0 all that ran passed, 1 one failed or one named with --only could not be made,
 2 wrong arguments, 130 interrupted.

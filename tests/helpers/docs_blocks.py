@@ -239,16 +239,17 @@ def _shorten_openmmlab(arguments):
 
 def flags_of(tool):
     """All options that a tool's help names, those of its subcommands included."""
-    shown = _help(tool, [])
+    _, shown = show_help(tool)
     flags = set(re.findall(r"--[a-z][\w-]*", shown))
     for command in (re.search(r"\{([\w,]+)\} \.\.\.", shown) or ["", ""])[1].split(","):
         if command:
-            flags |= set(re.findall(r"--[a-z][\w-]*", _help(tool, [command])))
+            flags |= set(re.findall(r"--[a-z][\w-]*", show_help(tool, command)[1]))
     return flags
 
 
-def _help(tool, words):
+def show_help(tool, *words):
+    """Exit status and output of a tool that is asked for its help, in this process."""
     text = io.StringIO()
     with contextlib.redirect_stdout(text):
-        _run(str(REPOSITORY / "tools" / f"{tool}.py"), [*words, "--help"], runpy.run_path)
-    return text.getvalue()
+        path = str(REPOSITORY / "tools" / f"{tool}.py")
+        return _run(path, [*words, "--help"], runpy.run_path), text.getvalue()
