@@ -123,13 +123,13 @@ $(SETUP)/mmcv:
 
 $(SETUP)/project:
 	$(call begin,4 of 6: this project)
-	ELSA_BUILD_EXTENSION=0 $(INSTALL) -e .
+	ELSA_BUILD_EXTENSION=0 $(INSTALL) -q -e .
 	touch $@
 
 # Not through pip, which starts from nothing each time: ninja compiles only what changed.
 $(SETUP)/extension:
 	$(call begin,5 of 6: the extension)
-	$(COMPILE) $(VENV)/python setup.py -q build_ext --inplace --force 2>&1 | \
+	$(COMPILE) $(VENV)/python -W ignore setup.py -q build_ext --inplace --force 2>&1 | \
 		sed -u 's/^\(\[[0-9]*.[0-9]*\]\).* -o \([^ ]*\).*/\1 \2/'
 	touch $@
 

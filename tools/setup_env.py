@@ -64,20 +64,22 @@ def check_machine() -> None:
 
 def verify() -> None:
     """Imports every framework, and runs mmcv's and torchvision's compiled operators."""
+    # Of an extension that does not load.
     warnings.filterwarnings("error", category=RuntimeWarning, message="elsa_core")
-    import torch
-    import torchvision
-    from detectron2 import model_zoo
-    from detectron2.modeling.meta_arch import GeneralizedRCNN  # noqa: F401
-    from mmcv.ops import nms
-    from mmdet.datasets import CocoDataset  # noqa: F401
-    from mmdet.models import MaskRCNN  # noqa: F401
-    from mmpretrain.models import ImageClassifier  # noqa: F401
-    from mmseg.models import EncoderDecoder  # noqa: F401
+    from elsa_core.runtime.quiet import quiet_frameworks
 
-    import elsa_core  # noqa: F401
+    with quiet_frameworks():
+        import torch
+        import torchvision
+        from detectron2 import model_zoo
+        from detectron2.modeling.meta_arch import GeneralizedRCNN  # noqa: F401
+        from mmcv.ops import nms
+        from mmdet.datasets import CocoDataset  # noqa: F401
+        from mmdet.models import MaskRCNN  # noqa: F401
+        from mmpretrain.models import ImageClassifier  # noqa: F401
+        from mmseg.models import EncoderDecoder  # noqa: F401
 
-    model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
+        model_zoo.get_config("COCO-InstanceSegmentation/mask_rcnn_R_50_FPN_1x.yaml")
     boxes = torch.tensor([[0.0, 0.0, 4.0, 4.0], [0.0, 0.0, 4.0, 3.9], [6.0, 6.0, 9.0, 9.0]])
     scores = torch.tensor([0.9, 0.8, 0.7])
     kept = nms(boxes, scores, 0.5)[1].tolist(), torchvision.ops.nms(boxes, scores, 0.5).tolist()
