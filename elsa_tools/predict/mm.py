@@ -32,7 +32,7 @@ class OpenMMLabInferencer(Inferencer):
     def __init__(
         self, config: str, weights: str | None, device: str, options: Sequence[str]
     ) -> None:
-        cfg = self.cfg = _read_config(config, options)
+        cfg = self.cfg = read_config(config, options)
         self.framework = cfg.get("default_scope", "")
         if self.framework not in TASKS:
             raise UsageError(
@@ -124,7 +124,8 @@ class OpenMMLabInferencer(Inferencer):
         return list(node["mean"]), list(node["std"])
 
 
-def _read_config(path: str, options: Sequence[str]) -> Config:
+def read_config(path: str, options: Sequence[str] = ()) -> Config:
+    """Raises UsageError for a file or options that cannot be used."""
     changes = {}
     for option in options:
         key, separator, value = option.partition("=")

@@ -11,9 +11,10 @@ from elsa_core.weights.convert import MODELS, Conversion, convert
 from elsa_core.weights.files import read_source
 from elsa_core.weights.names import UPERNET
 from elsa_core.weights.source import DETECTRON2, Source
+from elsa_tools.inspect.attention import to_input
 
 from .compare import Differences, Outcome, compare
-from .image import normalised, read_image
+from .image import read_image
 
 
 def verify(
@@ -79,7 +80,7 @@ def _verify_backbone(conversion: Conversion, destination: str, image: Tensor) ->
     if wanted.keys() != got.keys():
         raise UsageError(f"{destination} has other tensors than its source")
     arch = conversion.source.arch
-    pixels = normalised(image)
+    pixels = to_input(image.flip(2).numpy())
     return compare(
         Outcome(features=d2.backbone_features(arch, got, pixels)),
         Outcome(features=mm.backbone_features(arch, wanted, pixels)),

@@ -44,9 +44,3 @@ def drawn_image(height: int = 480, width: int = 640) -> Tensor:
         paint = torch.tensor([(index * 53) % 256, (index * 97) % 256, (index * 151) % 256])
         image = torch.where(inside < radius, paint.float(), image)
     return image.clamp(0, 255).byte()
-
-
-def normalised(image: Tensor) -> Tensor:
-    """What a backbone takes, [1, 3, H, W]."""
-    mean, std = torch.tensor([123.675, 116.28, 103.53]), torch.tensor([58.395, 57.12, 57.375])
-    return ((image.flip(2).float() - mean) / std).permute(2, 0, 1)[None]

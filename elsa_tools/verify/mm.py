@@ -10,14 +10,14 @@ import torch
 from mmengine.config import Config, ConfigDict
 from mmengine.model.utils import revert_sync_batchnorm
 from mmengine.registry import MODELS, DefaultScope
-from torch import Tensor
+from torch import Tensor, nn
 
 import elsa_mm
-from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.variants import Arch
 from elsa_core.weights.convert import Conversion
 from elsa_core.weights.names import UPERNET
 from elsa_core.weights.shapes import HeadSizes, arch_name
+from elsa_tools.predict.mm import read_config
 
 from . import configs
 from .compare import Outcome
@@ -34,7 +34,7 @@ def run(
     Raises UsageError for a config, tensors or an image that do not fit.
     """
     kind = conversion.source.kind
-    cfg = _load(config or elsa_mm.get_config_file(configs.OPENMMLAB[kind]))
+    cfg = read_config(config or elsa_mm.get_config_file(configs.OPENMMLAB[kind]))
     if config is None:
         assert conversion.sizes is not None
         set_sizes(cfg.model, conversion.source.arch, conversion.sizes, kind)
@@ -59,18 +59,18 @@ def _run(cfg: Config, kind: str, tensors: Mapping[str, Tensor], image: Tensor) -
         return Outcome(features, logits=result.seg_logits.data)
     from mmdet.apis import inference_detector
 
-    predict = model.rpn_head.predict
+    extractor = model.roi_head.bbox_roi_extractor
+    first = extractor[0] if isinstance(extractor, nn.ModuleList) else extractor
 
-    def remember(*args: Any, **named: Any) -> Any:
-        seen["proposals"] = predict(*args, **named)
-        return seen["proposals"]
+    def remember(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen.setdefault("rois", inputs[1])  # [N, 5]: image, x1, y1, x2, y2
 
-    model.rpn_head.predict = remember
+    first.register_forward_pre_hook(remember)
     found = inference_detector(model, image.numpy()).pred_instances
     names = [f"p{level + 2}" for level in range(len(seen["features"]))]
     return Outcome(
         {n: m[0] for n, m in zip(names, seen["features"], strict=True)},
-        proposals=seen["proposals"][0].bboxes,
+        proposals=seen.get("rois", torch.zeros(0, 5))[:, 1:],
         boxes=found.bboxes,
         scores=found.scores,
         labels=found.labels,
@@ -132,10 +132,3 @@ def set_sizes(model: ConfigDict, arch: Arch, sizes: HeadSizes, kind: str) -> Non
         num_convs=sizes.mask_convs,
         num_classes=sizes.num_classes,
     )
-
-
-def _load(path: str) -> Config:
-    try:
-        return Config.fromfile(path)
-    except (ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
-        raise UsageError(f"the config {path} cannot be used: {one_line(error)}") from error
