@@ -1,4 +1,4 @@
-"""Validates a file in COCO's format, once, before a training that takes days."""
+"""Validates a file in COCO's format before a long training."""
 
 from __future__ import annotations
 

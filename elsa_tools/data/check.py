@@ -59,7 +59,7 @@ def check_annotations(
     seed: int = 0,
     progress: bool = False,
 ) -> Report:
-    """A file in COCO's format that belongs to no data set of ours.
+    """Checks a file in COCO's format that belongs to none of the known data sets.
 
     Args:
         images: the folder that the images are in; None leaves them out.

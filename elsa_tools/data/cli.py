@@ -72,10 +72,14 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
     check.add_argument(
         "--seed", type=int, default=0, help="another choice of them (default: %(default)s)"
     )
-    check.add_argument("--json", metavar="FILE", help="write the report as JSON, too")
-    linking = commands.add_parser("link", help="make a data set be where the frameworks look")
+    check.add_argument("--json", metavar="FILE", help="also write the report as JSON")
+    linking = commands.add_parser(
+        "link", help="link a data set into the places where the frameworks look"
+    )
     linking.add_argument("dataset", choices=LAYOUTS, help="data set")
-    linking.add_argument("--dry-run", action="store_true", help="only say what would be done")
+    linking.add_argument(
+        "--dry-run", action="store_true", help="report what would be done, change nothing"
+    )
     deriving = commands.add_parser("derive", help="make the files that a download lacks")
     deriving.add_argument("dataset", choices=["ade20k", "cityscapes"], help="data set")
     deriving.add_argument(
@@ -98,7 +102,7 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
         one.add_argument(
             "--framework",
             choices=[name.lower() for name in FRAMEWORKS],
-            help="look at what this one needs only",
+            help="check or link for this framework only",
         )
     return parser.parse_args(arguments)
 
@@ -110,7 +114,7 @@ def _check(options: argparse.Namespace) -> int:
         if options.source or options.root or options.framework:
             raise UsageError("--annotations FILE goes with --images and --categories alone")
         if options.images is not None and not os.path.isdir(options.images):
-            raise UsageError(f"--images {options.images} is no folder")
+            raise UsageError(f"--images {options.images} is not a folder")
         _check_json(options.json, [options.annotations, options.images])
         from .check import check_annotations
 
@@ -132,7 +136,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _check_json(report: str | None, data: Sequence[str | None]) -> None:
-    """So that no report is lost for want of a folder, nor written over the data."""
+    """Refuses a report that could not be written, or would overwrite the data."""
     if report is None:
         return
     if not os.path.isdir(os.path.dirname(report) or "."):

@@ -1,7 +1,7 @@
-"""Makes the files that the frameworks read and the downloads do not have.
+"""Makes the files that the frameworks read and the downloads lack.
 
-Each file is written beside its place and then renamed, so that an interrupted run leaves whole
-files only; files that are there already stay as they are.
+Each file is written under a temporary name and then renamed, so that an interrupted run leaves only
+complete files. Existing files are not changed.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ def _reduce_labels(pair: tuple[str, str]) -> None:
     source, target = pair
     labels = _read(source)
     if labels.dtype != np.uint8 or labels.ndim != 2:
-        raise UsageError(f"{source} is no label map of one byte a pixel")
+        raise UsageError(f"{source} is not a label map of one byte a pixel")
     # uint8: 0, no class, becomes 255.
     image = Image.fromarray(labels - np.uint8(1))
     with replacing(target, sweeping=False) as file:
@@ -109,10 +109,7 @@ def _draw_train_ids(pair: tuple[str, str]) -> None:
 
 
 def _check_polygons(path: str) -> None:
-    """So that nothing is drawn that takes more than an image's memory.
-
-    Raises UsageError, which names the file.
-    """
+    """Raises UsageError for sizes and points whose drawing would need more memory than an image."""
     content = read_json(path)
     sides = [content.get(key) for key in ("imgWidth", "imgHeight")] if type(content) is dict else []
     if not sides or not all(type(side) is int and 0 < side <= LONGEST_SIDE for side in sides):
@@ -178,7 +175,7 @@ def _instances_of_image(names: tuple[str, str, str]) -> tuple[tuple[int, int], l
     the label alone stands for a group."""
     ids = _read(names[2])
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise UsageError(f"{names[2]} is no map of instance ids")
+        raise UsageError(f"{names[2]} is not a map of instance ids")
     evaluated = {label.id for label in _instance_labels()}
     instances = []
     for one in np.unique(ids).tolist():

@@ -1,4 +1,4 @@
-"""Where the frameworks look for a data set, and links that make it be there."""
+"""Finds the places where the frameworks look for a data set, and links it there."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def roots(root: str | None = None) -> dict[str, str]:
 def places(
     layout: Layout, root: str | None = None, frameworks: Sequence[str] = FRAMEWORKS
 ) -> list[Place]:
-    """Where the frameworks look, each path once."""
+    """The places where the frameworks look, each path once."""
     found: dict[str, Place] = {}
     for framework, base in roots(root).items():
         if framework in frameworks and framework in layout.places:
@@ -48,7 +48,7 @@ def places(
 
 
 def distinct(found: Sequence[Place]) -> list[Place]:
-    """Each folder once, also where several paths lead to it."""
+    """Merges the places whose paths lead to the same folder."""
     known: dict[str, Place] = {}
     for place in found:
         real = os.path.realpath(place.folder)
@@ -59,7 +59,7 @@ def distinct(found: Sequence[Place]) -> list[Place]:
 
 @dataclass(frozen=True)
 class Link:
-    """What became of a link, or what would: "made", "there already", "in the way"."""
+    """A link and its status: "made", "there already" or "in the way"."""
 
     path: str
     target: str
@@ -82,12 +82,11 @@ def link(
 ) -> list[Link]:
     """Makes symbolic links to a data set where the frameworks look for it.
 
-    Makes all of them or, where something else is in the way of one, none. Never changes what is
-    there.
+    Makes all links, or none if something else is in the way of one. Never changes existing files.
 
     Args:
         source: the data set's folder.
-        dry_run: only says what it would do.
+        dry_run: only report what would be done.
 
     Raises UsageError if `source` has none of the data set's folders, for a link inside of it, and
     where a link cannot be made.
@@ -99,7 +98,7 @@ def link(
         folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
         if f"{folder}/".startswith(f"{os.path.realpath(source)}/"):
             raise UsageError(
-                f"{path} would be a link inside of the data set to itself: give another --root"
+                f"{path} would be a link inside the data set to itself: give another --root"
             )
     links = [_plan(path, source) for path in wanted]
     if dry_run or any(one.status == IN_THE_WAY for one in links):
@@ -116,7 +115,7 @@ def link(
 
 def _check_source(layout: Layout, source: str) -> None:
     if not os.path.isdir(source):
-        raise UsageError(f"--from {source} is no folder")
+        raise UsageError(f"--from {source} is not a folder")
     expected = dict.fromkeys(part.folder.split("/")[0] for part in layout.parts)
     if any(os.path.isdir(os.path.join(source, name)) for name in expected):
         return

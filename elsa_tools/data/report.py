@@ -1,4 +1,4 @@
-"""What was found, for people and for programs."""
+"""Reports of a check, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Finding:
     """Something that is wrong.
 
     Args:
-        level: "error": a training fails, or learns from something else than it should; "warning":
-            the frameworks leave it out or cut it to size, and official data sets have some.
+        level: "error": a training fails or learns from wrong data; "warning": the frameworks leave
+            it out or repair it, and official data sets have some.
         rule: its name for programs.
         where: the file or folder.
         text: the sentence about it, after the place.

@@ -123,7 +123,7 @@ class Difference:
 def wrap(inferencer: Inferencer, part: str) -> Backbone:
     """What to export of a model: "backbone", "model", or "auto": the model where it is a UPerNet.
 
-    Raises UsageError for a backbone that is not ours and for a model that is no UPerNet.
+    Raises UsageError for a backbone other than ELSA-Swin, and for a model other than UPerNet.
     """
     model = inferencer.model
     backbone = getattr(model.backbone, "bottom_up", model.backbone)

@@ -1,4 +1,4 @@
-"""Checkpoints, photographs and what ELSA attends to in them."""
+"""Computes what ELSA attends to in a photograph, from a checkpoint."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def trained_backbone(path: str) -> tuple[ELSASwin, str]:
 def read_photo(path: str, longest: int) -> tuple[np.ndarray, float]:
     """RGB [H, W, 3] of uint8 with sides of at most ``longest`` pixels, and its scale of the file.
 
-    Raises UsageError, which names the file, for what is no whole image.
+    Raises UsageError, which names the file, for a file that is not a complete image.
     """
     try:
         image = Image.fromarray(read_image(path))

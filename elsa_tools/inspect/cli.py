@@ -70,7 +70,7 @@ def _add_parts(commands: argparse._SubParsersAction) -> None:
         help="height and width of the image in pixels; default: 224 224 for backbones and "
         "classifiers, 800 1280 for detectors, 512 2048 for segmentation",
     )
-    parser.add_argument("--json", metavar="FILE", help="write the numbers as JSON, too")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
     parser.set_defaults(run=_parts, packages=())
 
 

@@ -1,4 +1,4 @@
-"""Models to look at, without memory for their parameters: a bare backbone or one from a config."""
+"""Builds models to count, on fake tensors: a bare backbone, or the model of a config."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PROPOSALS, DETECTIONS = 1000, 100
 class Subject:
     """``module`` on fake tensors; ``run`` takes one image [1, 3, H, W] through it, as in testing.
 
-    ``size`` is what (H, W) is where nobody says otherwise.
+    ``size`` is the default (H, W) in pixels.
     """
 
     name: str
@@ -131,7 +131,7 @@ def _from_openmmlab(path: str) -> Subject:
         cfg = Config.fromfile(path)
         scope = cfg.default_scope
         if scope == "mmpretrain":
-            cfg.model.train_cfg = None  # mixes images, and says so
+            cfg.model.train_cfg = None  # builds a batch augmentation, and warns
         with DefaultScope.overwrite_default_scope(scope), FakeTensorMode():
             _register(scope)
             module = MODELS.build(cfg.model).eval()
@@ -156,7 +156,7 @@ def openmmlab_subject(name: str, module: nn.Module, scope: str) -> Subject:
 
 
 def _register(scope: str) -> None:
-    """Puts what the toolbox of this scope has into MMEngine's registries."""
+    """Registers the modules of a toolbox with MMEngine."""
     utils = importlib.import_module(f"{scope}.utils")
     utils.register_all_modules(init_default_scope=False)
 

@@ -126,7 +126,7 @@ def table(subject: Subject, parts: list[Part], size: tuple[int, int]) -> str:
 
 
 def record(subject: Subject, parts: list[Part], size: tuple[int, int]) -> dict[str, Any]:
-    """The same for machines; operations are multiply-adds."""
+    """The same as data for JSON; operations are multiply-adds."""
     return {
         "model": subject.name,
         "size": list(size),

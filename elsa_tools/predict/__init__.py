@@ -1,4 +1,4 @@
-"""Trained models at work: pictures and results for people, ONNX files for other programs.
+"""Predicts with trained models, and draws and writes the results.
 
 Neither framework is imported before a config says which one is needed.
 """

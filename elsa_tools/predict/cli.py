@@ -30,7 +30,7 @@ PACKAGES = ("cv2", "pycocotools", "tqdm")
 
 def main(arguments: Sequence[str] | None = None, prog: str = "demo.py") -> int:
     options = parse_arguments(arguments, prog)
-    kept = f"interrupted, what is in {options.out} is whole, results.json is not of this run"
+    kept = f"interrupted, the files in {options.out} are complete, results.json is not of this run"
     return exit_status(prog.removesuffix(".py"), lambda: run(options), kept, PACKAGES)
 
 
@@ -57,7 +57,7 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
     parser.add_argument(
         "--coco",
         metavar="ANNOTATIONS",
-        help="write coco_results.json, too, with the ids of images and categories in this file",
+        help="also write coco_results.json, with the ids of images and categories in this file",
     )
     parser.add_argument("--device", help="default: cuda where there is one, else cpu")
     add_config_settings(parser)

@@ -1,4 +1,4 @@
-"""A model with its test pipeline, the same for both frameworks."""
+"""The interface of a model with its test pipeline, common to both frameworks."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Inferencer(ABC):
 
     @property
     def most_pixels(self) -> int:
-        """Of an image whose results fit into some gigabytes of memory until they are drawn."""
+        """The most pixels of an image whose results fit into MEMORY until they are drawn."""
         of_pixel = OF_CLASS * len(self.classes) if self.task == "segmentation" else OF_MASKS
         return min(MOST_PAINTED, MEMORY // of_pixel)
 
@@ -74,11 +74,12 @@ class Inferencer(ABC):
         configured: Sequence[str] | None,
         colours: Any = None,
     ) -> None:
-        """Takes names and colours if there is one for each of ``number`` classes.
+        """Sets ``classes`` and ``colours``, if there is one of each for every class.
 
         Args:
-            names: in the checkpoint, which knows what the model has learnt.
-            configured: in the config or its data, for a checkpoint without names.
+            number: of classes of the model.
+            names: in the checkpoint; they go first.
+            configured: in the config or its data, used where the checkpoint has none.
             colours: one for each class.
         """
         if names is None:

@@ -1,4 +1,4 @@
-"""From a config and a checkpoint to something that predicts, in either framework."""
+"""Loads a model of either framework from a config and a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def load_inferencer(
         options: KEY VALUE pairs for Detectron2, KEY=VALUE for OpenMMLab.
 
     Raises:
-        UsageError: files, options or a device that cannot be used or do not fit each other.
+        UsageError: files, options or a device that cannot be used, or do not match each other.
     """
     path = find_config(config)
     if weights is not None:
@@ -49,7 +49,7 @@ def load_inferencer(
 
 
 def find_config(config: str) -> str:
-    """A file, or with a name as in a clone (configs/mmdet/...) the installed copy of it."""
+    """The path of a config; names such as configs/mmdet/... also find the installed copy."""
     if not config.endswith(YAML + PYTHON):
         raise UsageError(f"the config must be a .yaml or a .py file, got {config}")
     if os.path.isfile(config):
@@ -72,7 +72,7 @@ def _device(name: str | None) -> str:
     try:
         kind = torch.device(name).type
     except RuntimeError as error:
-        raise UsageError(f"--device {name} is no device of PyTorch") from error
+        raise UsageError(f"--device {name} is not a device of PyTorch") from error
     if kind == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"--device {name} needs a CUDA device, PyTorch finds none")
     return name

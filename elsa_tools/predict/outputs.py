@@ -1,4 +1,4 @@
-"""The folder of the results and the files in it, which appear whole or not at all."""
+"""Writes the results: each file appears complete or not at all."""
 
 from __future__ import annotations
 

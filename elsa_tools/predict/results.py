@@ -1,4 +1,4 @@
-"""What a model finds in an image, the same for both frameworks, and its form in JSON."""
+"""Results of a model for one image, common to both frameworks, and their form in JSON."""
 
 from __future__ import annotations
 
@@ -142,11 +142,11 @@ Result = Detections | Segmentation
 def enlarge(
     image: np.ndarray, result: Result, least: int = 480, most: int = 4000
 ) -> tuple[np.ndarray, Result]:
-    """Image [H, W, 3] and result, by a whole factor, so that labels find room in small images.
+    """Enlarges image [H, W, 3] and result by a whole factor, so that labels fit on small images.
 
     Args:
-        least: pixels that the shorter side shall have.
-        most: pixels that the longer side may get, which goes first.
+        least: pixels of the shorter side to aim for.
+        most: pixels that the longer side may have; takes precedence.
     """
     short, long = sorted(image.shape[:2])
     factor = max(1, min(round(least / short), most // long))

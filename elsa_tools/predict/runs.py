@@ -1,4 +1,4 @@
-"""One input after the other: predicted, drawn, written, recorded."""
+"""Predicts, draws, writes and records one input after the other."""
 
 from __future__ import annotations
 

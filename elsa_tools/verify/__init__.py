@@ -31,7 +31,7 @@ def verify(
             one, ours of the same method with the sizes that the tensors have.
 
     Raises:
-        UsageError: an image or config that cannot be used, or a checkpoint that does not fit one.
+        UsageError: an image or config that cannot be used, or a checkpoint that does not match one.
     """
     yaml = _only(configs, ".yaml", ".yml")
     python = _only(configs, ".py")

@@ -1,4 +1,4 @@
-"""What two frameworks made of the same image, and how far it is apart."""
+"""Compares the results of two frameworks for the same image."""
 
 from __future__ import annotations
 

@@ -45,4 +45,6 @@ def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     try:
         model.load_state_dict(dict(tensors), strict=True)
     except RuntimeError as error:
-        raise UsageError(f"the config does not fit the tensors: {one_line(error)[:400]}") from error
+        raise UsageError(
+            f"the config does not match the tensors: {one_line(error)[:400]}"
+        ) from error

@@ -27,7 +27,7 @@ def run(
 ) -> Outcome:
     """The whole test pipeline of Detectron2 on a CPU, from the image file on.
 
-    Raises UsageError for a config, tensors or an image that do not fit.
+    Raises UsageError for a config that does not match the tensors.
     """
     source = conversion.source
     cfg = elsa_d2.load_config(config or elsa_d2.get_config_file(configs.DETECTRON2[source.kind]))

@@ -31,7 +31,7 @@ def run(
 ) -> Outcome:
     """The whole test pipeline of MMDetection or MMSegmentation on a CPU, from the image file on.
 
-    Raises UsageError for a config, tensors or an image that do not fit.
+    Raises UsageError for a config that does not match the tensors.
     """
     kind = conversion.source.kind
     cfg = read_config(config or elsa_mm.get_config_file(configs.OPENMMLAB[kind]))

@@ -1,4 +1,4 @@
-"""`make demo`: trains and evaluates in the three frameworks, then shows what came out."""
+"""`make demo`: trains and evaluates in three frameworks, then reports the results."""
 
 import argparse
 import shutil

@@ -1,4 +1,4 @@
-"""Pictures of what the trained models see in held-out images, beside the truth."""
+"""Draws what the trained models predict in held-out images, beside the truth."""
 
 import json
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""What the demo shows at its end: the table, metrics.json, the curves and the predictions."""
+"""Writes the demo's results: the table, metrics.json, the curves and the predictions."""
 
 import json
 from collections.abc import Sequence

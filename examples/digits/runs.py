@@ -1,4 +1,4 @@
-"""A training of the demo in its folder: watched, resumed, and not done twice."""
+"""Runs a training of the demo: shows its progress, resumes it, and skips it when finished."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ def write_json(path: Path, content: Any) -> None:
 
 
 def fingerprint(data: Path) -> str:
-    """Changes with the configs and with the data set: results made before are then stale."""
+    """A hash of configs and data set; results of another fingerprint are stale."""
     digest = hashlib.sha256((data / "meta.json").read_bytes())
     for path in sorted(REPOSITORY.glob("configs/**/*")):
         if path.suffix in (".py", ".yaml"):
@@ -45,7 +45,7 @@ class Run:
         self._state_path = self.out / "demo_state.json"
 
     def state(self) -> dict[str, Any]:
-        """What is known of earlier attempts: seconds spent, whether it is finished."""
+        """The state of earlier attempts: seconds spent, and whether the training is finished."""
         if self._state_path.is_file():
             state: dict[str, Any] = json.loads(self._state_path.read_text())
             if state["fingerprint"] == self.fingerprint:
@@ -53,7 +53,7 @@ class Run:
         return {"fingerprint": self.fingerprint, "seconds": 0.0, "finished": False}
 
     def prepare(self) -> None:
-        """Empties a folder with results of other configs or data; refuses one that is not ours."""
+        """Empties a folder with results of other configs or data; refuses any other folder."""
         if self.out.is_dir() and any(self.out.iterdir()):
             if not self._state_path.is_file():
                 raise UsageError(

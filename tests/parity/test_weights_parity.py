@@ -167,7 +167,7 @@ def test_verify_needs_what_is_not_in_the_tensors(tmp_path):
     with pytest.raises(UsageError, match="must end in"):
         verify(conversion, destination, configs=["a.json"])
     digits = str(CONFIGS / "detectron2/digits/upernet_elsa_swin_digits.yaml")
-    with pytest.raises(UsageError, match="does not fit the tensors"):
+    with pytest.raises(UsageError, match="does not match the tensors"):
         verify(conversion, destination, configs=[digits])
 
 

@@ -111,7 +111,7 @@ def test_own_annotations(digits, capfd):
         (["check"], "check needs either a data set or --annotations FILE"),
         (["check", "coco", "--annotations", "a"], "check needs either a data set or --annotations"),
         (["check", "coco", "--images", "a"], "--images and --categories go with --annotations"),
-        (["check", "--annotations", "a", "--images", "no"], "--images no is no folder"),
+        (["check", "--annotations", "a", "--images", "no"], "--images no is not a folder"),
         (["check", "--annotations", "a", "--root", "b"], "goes with --images and --categories"),
         (["check", "coco", "--sample", "-1"], 'must be a number of 0 or more, or "all", got -1'),
         (
@@ -121,7 +121,7 @@ def test_own_annotations(digits, capfd):
         (["check", "coco", "--from", "a", "--root", "b"], "give one"),
         (["check", "coco", "--json", "no/a.json"], "--json no/a.json cannot be written"),
         (["check", "imagenet", "--framework", "detectron2"], "no config for Detectron2 uses Image"),
-        (["link", "coco", "--from", "no"], "no is no folder"),
+        (["link", "coco", "--from", "no"], "no is not a folder"),
         (
             ["link", "imagenet", "--from", ".", "--framework", "detectron2"],
             "no config for Detectron2 uses ImageNet-1K",

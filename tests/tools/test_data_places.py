@@ -141,7 +141,7 @@ def test_a_data_set_that_is_in_its_place_needs_no_link(tmp_path):
 @pytest.mark.parametrize(
     "folder, message",
     [
-        ("nowhere", "--from nowhere is no folder|--from .*/nowhere is no folder"),
+        ("nowhere", "--from nowhere is not a folder|--from .*/nowhere is not a folder"),
         ("store", "must be the folder of COCO 2017, but has none of train2017, val2017"),
         ("outer", "; is it .*/outer/coco?"),
     ],

@@ -310,7 +310,7 @@ def refused(arguments, capsys):
         ({"--config": "model.txt"}, "must be a .yaml or a .py file"),
         ({"--weights": "missing.pth"}, "the checkpoint missing.pth does not exist"),
         ({"--score-threshold": "2"}, "must be in [0, 1], got 2.0"),
-        ({"--device": "toaster"}, "--device toaster is no device"),
+        ({"--device": "toaster"}, "--device toaster is not a device"),
         ({"--opts": "model"}, "must be KEY=VALUE, got model"),
         ({"--weights": "detection"}, "does not match the model"),
     ],

@@ -10,6 +10,7 @@ import torch
 
 from elsa_core import ELSASwin
 from elsa_core.runtime.errors import UsageError
+from elsa_core.variants import VARIANTS, Arch
 from elsa_tools.export import graph as onnx_graph
 from elsa_tools.export import onnx as onnx_export
 from elsa_tools.export.cli import main
@@ -79,7 +80,10 @@ def test_some_outputs_only(tmp_path):
     assert sides == ["batch", 24, "ceil(height/8)", "ceil(width/8)"]
 
 
-def test_the_tiny_variant_is_the_same(tmp_path, capsys):
+def test_a_variant_is_the_same(tmp_path, capsys, monkeypatch):
+    """Small, but with the windows and kernels of the published variants."""
+    changes = dict(kernel_size=7, window_size=7)
+    monkeypatch.setitem(VARIANTS, "tiny", Arch.from_spec({**SMALL, **changes}))
     path = tmp_path / "tiny.onnx"
     assert main(["--arch", "tiny", "--out", str(path)]) == 0
     printed = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""What model-index.yml and its metafiles say about the models, checked."""
+"""Reads and checks what model-index.yml and its metafiles say about the models."""
 
 from __future__ import annotations
 

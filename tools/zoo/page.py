@@ -1,4 +1,4 @@
-"""MODEL_ZOO.md, from the metafiles and from the models themselves."""
+"""Makes MODEL_ZOO.md from the metafiles and from the models themselves."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ and `tools/test.py` of MMDetection, MMSegmentation and MMPretrain take the same 
 
 
 def make_page(root: Path) -> str:
-    """The text of MODEL_ZOO.md; raises UsageError for what does not agree."""
+    """The text of MODEL_ZOO.md; raises UsageError where metafiles and models disagree."""
     models = read_models(root)
     measure = _Measure(root)
     sizes = [f"{_pixels(size)} of {dataset}" for dataset, size in SIZES.items()]
@@ -107,7 +107,9 @@ class _Measure:
         if key not in self.known:
             self.known[key] = size, count_flops(subject.run, SIZES[model.dataset])
         if self.known[key][0] != size:
-            raise UsageError(f"{model.config} has another number of parameters than its like")
+            raise UsageError(
+                f"{model.config} has another number of parameters than models of the same kind"
+            )
         return self.known[key]
 
 
