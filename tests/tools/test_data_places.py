@@ -155,7 +155,7 @@ def test_sources_that_are_none(source, tmp_path, folder, message):
 
 
 def test_a_link_into_the_data_set_itself(source, tmp_path):
-    with pytest.raises(UsageError, match="would be a link inside of the data set to itself"):
+    with pytest.raises(UsageError, match="would be a link inside the data set to itself"):
         link(LAYOUTS["coco"], str(source), str(source))
     assert "coco" not in os.listdir(source)
 
