@@ -150,7 +150,6 @@ def _train_alone(
     cfg: Config, options: argparse.Namespace, parts: Sequence[str], notes: list[str]
 ) -> None:
     content = _set_resume(cfg, options.resume, notes)
-    _make_stoppable(cfg)
     runner = _build_runner(cfg, notes)
     preflight.check_batch(cfg)
     if content is not None and cfg.get("resume"):
@@ -238,19 +237,14 @@ def _build_runner(cfg: Config, notes: list[str]) -> Runner:
     return runner
 
 
-def _make_stoppable(cfg: Config) -> None:
-    """Uses StoppableCheckpointHook where a config has MMEngine's CheckpointHook."""
-    hooks = cfg.setdefault("default_hooks", {})
-    hook = hooks.setdefault("checkpoint", dict(type="CheckpointHook", interval=1))
-    if hook is not None and hook.get("type", "CheckpointHook") == "CheckpointHook":
-        hook["type"] = "StoppableCheckpointHook"
-
-
 def _add_hooks(cfg: Config) -> None:
-    """Adds the hooks that our configs have."""
+    """Adds the hooks that our configs have; MMEngine's CheckpointHook becomes ours."""
     hooks = cfg.setdefault("default_hooks", {})
     hooks.setdefault("sizes", dict(type="EqualSizesHook"))
     hooks.setdefault("weights", dict(type="WeightsHook"))
+    saving = hooks.setdefault("checkpoint", dict(type="CheckpointHook", interval=1))
+    if saving is not None and saving.get("type", "CheckpointHook") == "CheckpointHook":
+        saving["type"] = "StoppableCheckpointHook"
 
 
 def _enable_amp(cfg: Config) -> None:

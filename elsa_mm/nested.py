@@ -1,4 +1,4 @@
-"""What is inside nested configs, and inside wrappers such as RepeatDataset and ConcatDataset."""
+"""Finds what is inside nested configs, and inside wrappers such as RepeatDataset."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def datasets_in(node: Any) -> Iterator[dict]:
 
 
 def leaves(dataset: Any) -> Iterator[Any]:
-    """A data set and, in a wrapper, those inside."""
+    """A data set and, if it is a wrapper, those inside."""
     yield dataset
     for child in [getattr(dataset, "dataset", None), *(getattr(dataset, "datasets", None) or [])]:
         if child is not None:

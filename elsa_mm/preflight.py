@@ -1,4 +1,4 @@
-"""What can be known to go wrong is found before a run begins, not hours into it."""
+"""Finds what would go wrong before a run begins, not hours into it."""
 
 from __future__ import annotations
 
@@ -28,18 +28,19 @@ from .nested import datasets_in, walk
 
 BACKBONE = "ELSASwin"
 IMPORT_LINE = "custom_imports = dict(imports=['elsa_mm'])"
-# What has one output or label for each class of the data; an RPN has not.
+# Parts with one output or label for each class of the data, unlike an RPN.
 _HEADS = re.compile(
     r"(module\.)*(data_preprocessor|head)|"
     r"(.+\.)?(bbox_head|mask_head|decode_head|auxiliary_head)(\.\d+)?"
 )
-# What MMEngine and MMPretrain say of data sets without images, and of one with other classes.
+# MMEngine's and MMPretrain's messages on data sets without images or with other classes.
 _NO_IMAGES = ("need at least one array to concatenate", "Found 0 files in subfolders of")
 _CLASS_FOLDERS = re.compile(r"number of subfolders \((\d+)\).*\((\d+)\)")
 
 
 def check_config(cfg: Config) -> None:
-    """Raises UsageError if ELSASwin is not imported, not buildable or does not fit what follows."""
+    """Raises UsageError if ELSASwin is not imported, cannot be built, or has other channels than
+    the next parts."""
     model = cfg.get("model") or {}
     backbones = [node for node in walk(model) if node.get("type") == BACKBONE]
     imports = (cfg.get("custom_imports") or {}).get("imports") or []
@@ -59,17 +60,17 @@ def check_config(cfg: Config) -> None:
 
 
 def _check_shift(model: dict) -> None:
-    """Whether a classifier says how its backbone shifts; the default is the detectors' way."""
+    """A classifier must say how its backbone shifts, because the default is the detectors'."""
     is_classifier = str(model.get("type")).endswith("ImageClassifier")
     if is_classifier and "always_shift" not in model["backbone"]:
         raise UsageError(
             "model.backbone.always_shift must be set in a classifier: False as the published ones, "
-            "True only to go on with one that was trained so"
+            "True only for one that was trained so"
         )
 
 
 def _check_channels(model: dict, features: list[int]) -> None:
-    """Whether the parts that take the backbone's maps expect their channels."""
+    """The parts that take the backbone's maps must expect their channels."""
     for name in _parts_fed_by_backbone(model):
         part = model.get(name)
         if not isinstance(part, dict) or "in_channels" not in part:
@@ -91,7 +92,7 @@ def _check_channels(model: dict, features: list[int]) -> None:
 
 
 def _parts_fed_by_backbone(model: dict) -> list[str]:
-    """The parts that take the backbone's maps, or what has their channels."""
+    """The parts that take the backbone's maps, or something with their channels."""
     neck = model.get("neck")
     if not neck:
         return ["decode_head", "auxiliary_head", "head"]
@@ -100,7 +101,7 @@ def _parts_fed_by_backbone(model: dict) -> list[str]:
 
 
 def check_work_dir(folder: str) -> None:
-    """Makes the folder; raises UsageError if it cannot be written."""
+    """Creates the folder; raises UsageError if it cannot be written."""
     try:
         os.makedirs(folder, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
@@ -113,7 +114,7 @@ def check_work_dir(folder: str) -> None:
 def read_local(path: str) -> Any:
     """The content of a local checkpoint, which MMEngine loads later; None for an address.
 
-    Raises UsageError for a file that is not there, is damaged or would execute code.
+    Raises UsageError if the file is missing, damaged or would execute code.
     """
     if not is_local(path):
         return None
@@ -127,7 +128,7 @@ def read_local(path: str) -> Any:
 
 
 def check_data(cfg: Config, parts: Sequence[str]) -> None:
-    """Raises UsageError if files that the data sets and evaluators name are missing or cut off.
+    """Raises UsageError if files that the data sets and evaluators name are missing or damaged.
 
     Args:
         parts: "train", "val", "test": the loaders that the run uses.
@@ -146,10 +147,10 @@ def check_data(cfg: Config, parts: Sequence[str]) -> None:
 
 
 def build_data(runner: Runner, parts: Sequence[str]) -> None:
-    """Loads the data sets before the run begins; the first process of a node checks label maps.
+    """Loads the data sets; the first process of a node also checks the label maps.
 
-    Raises UsageError for a data set without images or, in MMSegmentation, for one that would leave
-    out images, that lacks label maps, or whose label maps hold no class.
+    Raises UsageError for a data set without images and, in MMSegmentation, for one that would skip
+    images, lacks label maps, or whose label maps hold no class.
     """
     segments = runner.cfg.get("default_scope") == "mmseg" and is_first_of_node()
     if segments:
@@ -219,7 +220,7 @@ def check_classes(runner: Runner, parts: Sequence[str]) -> None:
 
 
 def check_batch(cfg: Config) -> None:
-    """Raises UsageError for a training batch that is empty or too small for batch normalisation."""
+    """Raises UsageError if a training batch is empty or too small for batch normalisation."""
     size = cfg.train_dataloader.get("batch_size")
     if size is None:  # a batch sampler of its own
         return
@@ -236,8 +237,8 @@ def check_batch(cfg: Config) -> None:
 
 
 def check_last_batch(runner: Runner) -> None:
-    """Raises UsageError if an epoch ends with a batch of this process that is too small for batch
-    normalisation; the data is loaded."""
+    """Raises UsageError if the last batch of an epoch is too small for batch normalisation in this
+    process. The data must be loaded."""
     loop = runner.train_loop
     batches = loop.dataloader.batch_sampler
     sampler = getattr(batches, "sampler", None)
@@ -255,8 +256,8 @@ def check_last_batch(runner: Runner) -> None:
 
 
 def _over_batch(cfg: Config) -> tuple[str, str, int]:
-    """A head that normalises maps of one position over the images of a batch, its norm, and how
-    many of these a process needs: 1 where that is no such head."""
+    """A head that normalises maps of one position over the batch, its norm, and the images that a
+    process needs for it: 1 if there is no such head."""
     head = cfg.model.get("decode_head")
     if not isinstance(head, dict):
         return "", "", 1
@@ -269,8 +270,7 @@ def _over_batch(cfg: Config) -> tuple[str, str, int]:
 
 
 def keep_images(runner: Runner, folder: str) -> None:
-    """Raises UsageError for the folder of an image of the test data, which a painted one of its
-    name would replace."""
+    """Raises UsageError if painted images would overwrite the test images in ``folder``."""
     dataset = runner.test_loop.dataloader.dataset
     if not os.path.isdir(folder) or not hasattr(dataset, "get_data_info"):
         return
@@ -312,7 +312,7 @@ def _check_dataset(dataset: dict, part: str, known: dict[tuple[str, bool], list[
 
 
 def _folders(dataset: dict) -> dict[str, str]:
-    """The folders that a data set names, by the setting that does so."""
+    """The folders that a data set names, by the setting that names them."""
     prefix = dataset.get("data_prefix") or {}
     if not prefix and str(dataset.get("type")).endswith("ImageNet"):
         return {"split": dataset.get("split") or ""}
@@ -322,11 +322,11 @@ def _folders(dataset: dict) -> dict[str, str]:
 def _check_annotations(
     path: str, what: str, known: dict[tuple[str, bool], list[str]], masks: bool
 ) -> list[str]:
-    """The names of the images in a file of COCO's format, none for other formats.
+    """The names of the images in a file of COCO's format; none for other formats.
 
     Args:
-        known: those of the files that have been read before, with and without masks.
-        masks: whether each annotation must have one.
+        known: results for the files that have been read, with and without masks.
+        masks: whether each annotation must have a mask.
     """
     path = os.path.abspath(path)
     for key in ((path, masks), (path, True)):
@@ -336,8 +336,6 @@ def _check_annotations(
         return []
     if not os.path.isfile(path):
         raise UsageError(f"{what} {path} does not exist")
-    if not os.path.getsize(path):
-        raise UsageError(f"{what} {path} is empty")
     known[path, masks] = []
     if not path.endswith(".json"):
         return []

@@ -15,11 +15,11 @@ from elsa_core.runtime.randomness import PlacedData, PlacedSampler, seed_all
 
 
 class RestOfEpoch:
-    """A batch sampler whose first pass leaves out the batches that are done; others are whole.
+    """A batch sampler whose first pass skips batches; later passes are complete.
 
     Args:
         batches: the batch sampler.
-        done: batches to leave out.
+        done: number of batches to skip.
     """
 
     def __init__(self, batches: Any, done: int) -> None:
@@ -38,11 +38,11 @@ class RestOfEpoch:
 
 
 def continue_order(runner: Any) -> None:
-    """Lets a resumed training see the images that the interrupted one would have seen next, in the
-    same augmentation.
+    """Makes a resumed training see the images that the interrupted one would have seen next, with
+    the same augmentation.
 
-    MMEngine continues the order of `IterBasedTrainLoop` alone, given a seed in the config, and
-    begins an epoch again, counting its iterations once more.
+    MMEngine continues the order only of `IterBasedTrainLoop`, and only with a seed in the config.
+    It starts an interrupted epoch again, and counts its iterations twice.
     """
     loop = runner.train_loop
     for sampler in _samplers(loop.dataloader) if loop.iter else ():
@@ -60,7 +60,7 @@ def continue_order(runner: Any) -> None:
 
 
 def seed_iteration(runner: Any) -> None:
-    """Lets what the model draws in an iteration follow from the seed and the iteration's number."""
+    """Derives the model's random numbers in an iteration from the seed and the iteration's number."""
     seed_all(f"{runner.seed}/{get_rank()}/{runner.iter}")
 
 
@@ -69,10 +69,10 @@ def _samplers(loader: DataLoader) -> tuple[Any, Any]:
 
 
 def _placed(loader: DataLoader, done: int) -> DataLoader:
-    """The same loader, but the augmentation of an image follows from its place in the order.
+    """A loader in which the augmentation of an image depends on its place in the order.
 
     Args:
-        done: batches that the first epoch leaves out.
+        done: number of batches that the first epoch skips.
     """
     batches: Any = loader.batch_sampler
     sampler = PlacedSampler(batches.sampler, str(get_rank()))

@@ -1,4 +1,4 @@
-"""Reads images by the rule of `elsa_core.data.images`, and names the file that cannot be read.
+"""Reads images by the rule of `elsa_core.data.images`, and names files that cannot be read.
 
 The runners of tools/train.py and tools/test.py do so in every pipeline. A config keeps the names of
 its toolbox's transforms, which inferencers look for.
@@ -24,12 +24,12 @@ from elsa_core.data.images import cut_off, read_image, reason
 from elsa_core.runtime.errors import DamagedFileError, UsageError, one_line
 
 _LABEL_MAPS = "mmseg.datasets.transforms.loading"
-# Options of LoadImageFromFile that ask for another kind of image than RGB of 8 bits.
+# Options of LoadImageFromFile; with other values, the image is not RGB of 8 bits.
 _OTHER = {"color_type": ("color",), "imdecode_backend": ("cv2", "pillow"), "file_client_args": ()}
 
 
 class SafeLoading:
-    """First base of a runner whose data sets read as this module does."""
+    """Mixin for runners, placed first: their data sets read images as this module does."""
 
     def build_dataloader(
         self, dataloader: DataLoader | dict, *args: Any, **options: Any
@@ -47,18 +47,18 @@ class SafeRunner(SafeLoading, Runner):
 
 @RUNNERS.register_module()
 class SafeFlexibleRunner(SafeLoading, FlexibleRunner):
-    """MMEngine's FlexibleRunner, which FSDP and DeepSpeed need, with `SafeLoading`."""
+    """MMEngine's FlexibleRunner, for FSDP and DeepSpeed, with `SafeLoading`."""
 
 
 SAFE_RUNNERS = {Runner: SafeRunner, FlexibleRunner: SafeFlexibleRunner}
 
 
 def replace_readers(node: Any, dataset: dict | None = None) -> None:
-    """Gives the pipelines in a config of data sets transforms that read as this module does.
+    """Replaces the transforms that read files in the pipelines of a config.
 
     Args:
-        node: dicts, lists and tuples in each other; changed in place.
-        dataset: that the pipeline belongs to.
+        node: nested dicts, lists and tuples; changed in place.
+        dataset: config of the data set to which the pipeline belongs.
     """
     if isinstance(node, dict) and "pipeline" in node:
         dataset = node
@@ -78,7 +78,7 @@ def _reads(step: dict) -> bool:
 
 
 def _ours(step: dict, dataset: dict) -> dict:
-    """The step with another type; what we have no own transform for, inside `Reading`."""
+    """The step with our type; a step for which we have no transform goes inside `Reading`."""
     kind = step["type"]
     with TRANSFORMS.switch_scope_and_registry(None) as registry:
         kind = registry.get(kind) if isinstance(kind, str) else kind
@@ -96,10 +96,10 @@ def _ours(step: dict, dataset: dict) -> dict:
 
 @TRANSFORMS.register_module()
 class LoadImage(LoadImageFromFile):
-    """LoadImageFromFile by the rule of `elsa_core.data.images`, blue first.
+    """LoadImageFromFile by the rule of `elsa_core.data.images`, as BGR.
 
-    Raises DamagedFileError, which names the file, for one that cannot be read or is refused, and
-    for one of another size than its annotations say.
+    Raises DamagedFileError, which names the file, if it cannot be read, is refused, or has another
+    size than its annotations say.
     """
 
     def transform(self, results: dict) -> dict | None:
@@ -120,10 +120,10 @@ class LoadImage(LoadImageFromFile):
 
 @TRANSFORMS.register_module()
 class Reading(BaseTransform):
-    """A transform that reads a file, whose errors name it.
+    """A transform that reads a file, with errors that name the file.
 
     Args:
-        transform: config of a toolbox's LoadAnnotations, or of any other.
+        transform: config of a toolbox's LoadAnnotations, or of any other transform.
     """
 
     def __init__(self, transform: dict) -> None:
@@ -136,7 +136,7 @@ class Reading(BaseTransform):
             read = self.reader(results)
         except UsageError:
             raise
-        except Exception as error:  # each decoder has its own kinds
+        except Exception as error:  # each decoder raises its own
             what, why = self._what(results)
             raise DamagedFileError(f"{what} cannot be read: {why or one_line(error)}") from error
         if read is not None and read.get("img") is not before:
@@ -148,7 +148,7 @@ class Reading(BaseTransform):
         return repr(self.reader)
 
     def _what(self, results: dict) -> tuple[str, str | None]:
-        """What was to be read and, where the file itself tells, what is wrong with it."""
+        """What was to be read and, if the file itself shows it, what is wrong with it."""
         path = results.get("img_path")
         if "Image" in type(self.reader).__name__:
             local = isinstance(path, str) and "://" not in path
@@ -157,7 +157,7 @@ class Reading(BaseTransform):
 
 
 def _check_whole(results: dict) -> None:
-    """OpenCV gives an image for half a JPEG."""
+    """OpenCV returns an image for half a JPEG."""
     path = results.get("img_path")
     if not isinstance(path, str) or not os.path.isfile(path):  # not on this machine's disks
         return

@@ -11,24 +11,24 @@ from mmengine.registry import PARAM_SCHEDULERS
 
 @PARAM_SCHEDULERS.register_module()
 class WarmupCosineLR(_ParamScheduler):
-    """A linear warm-up, a cosine counted from step 0, and its end held; as timm 0.4.9 computes it.
+    """A linear warm-up, a cosine that counts from step 0, then a constant, as in timm 0.4.9.
 
-    At step t the rate of a group whose highest rate is lr is ``warmup_lr`` + t / ``warmup`` *
-    (lr - ``warmup_lr``) for t < ``warmup``, then ``eta_min`` + (lr - ``eta_min``) *
-    (1 + cos(pi * t / ``T_max``)) / 2 for t < ``T_max``, then ``eta_min``. MMEngine's own cosine
-    begins at lr where the warm-up ends.
+    At step t the rate of a group whose highest rate is lr is ``warmup_lr`` + t / ``warmup`` * (lr -
+    ``warmup_lr``) for t < ``warmup``, then ``eta_min`` + (lr - ``eta_min``) * (1 + cos(pi * t /
+    ``T_max``)) / 2 for t < ``T_max``, then ``eta_min``. MMEngine's cosine starts at lr at the end
+    of the warm-up.
 
     Args:
         optimizer: optimizer or optimizer wrapper.
-        T_max: steps to the end of the cosine, warm-up included.
+        T_max: number of steps up to the end of the cosine, warm-up included.
         eta_min: the last rate.
-        warmup: steps of the warm-up.
-        warmup_lr: the rate of step 0.
+        warmup: number of steps of the warm-up.
+        warmup_lr: the rate at step 0.
         options: ``begin``, ``end``, ``by_epoch`` and others of MMEngine's schedulers; a step is an
             epoch unless ``by_epoch`` is False.
 
     Raises:
-        ValueError: ``warmup`` that is negative or longer than ``T_max``.
+        ValueError: ``warmup`` is negative or longer than ``T_max``.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""What MMSegmentation 1.2.2 fails at and our segmentors need.
+"""Where MMSegmentation 1.2.2 fails with our segmentors.
 
 Configs name this class by its full path, because `elsa_mm` needs no MMSegmentation.
 """
@@ -14,10 +14,10 @@ from torch import Tensor
 
 @MODELS.register_module()
 class WeightedCrossEntropyLoss(CrossEntropyLoss):
-    """MMSegmentation's CrossEntropyLoss with a weight for each class and pixels without one.
+    """MMSegmentation's CrossEntropyLoss with class weights and pixels without a class.
 
-    Its mean is the weighted mean of the pixels that have a class. MMSegmentation 1.2.2 looks up the
-    weight of the other label as well, and ends with an IndexError; later versions give this value.
+    Its mean is the weighted mean over the pixels with a class. MMSegmentation 1.2.2 also looks up
+    the weight of the ignored label and fails with an IndexError; later versions give this value.
     """
 
     def forward(
@@ -30,7 +30,7 @@ class WeightedCrossEntropyLoss(CrossEntropyLoss):
         ignore_index: int = -100,
         **options: Any,
     ) -> Tensor:
-        """Loss of logits [B, K, H, W] and labels [B, H, W]; the rest is MMSegmentation's."""
+        """Loss of logits [B, K, H, W] and labels [B, H, W]; the rest as in MMSegmentation."""
         softmax = not (self.use_sigmoid or self.use_mask)
         mean = (reduction_override or self.reduction) == "mean"
         if self.class_weight is not None and softmax and mean and avg_factor is None:

@@ -17,11 +17,11 @@ ADVICE = "set val_dataloader.batch_size and test_dataloader.batch_size to 1"
 
 @HOOKS.register_module()
 class EqualSizesHook(Hook):
-    """Warns, once in a run, of a batch of images of several sizes in an evaluation.
+    """Warns once of an evaluation batch with images of several sizes.
 
-    Images of a batch are padded to one size, and what is padded enters group normalisation and the
-    borders of convolutions: the same checkpoint scores differently for every ``batch_size``. The
-    first evaluation batch is looked at before a training begins.
+    Images of a batch are padded to one size, and the padding affects group normalisation and the
+    borders of convolutions: scores then depend on ``batch_size``. The first evaluation batch is
+    checked before a training begins.
 
     Raises UsageError in MMSegmentation, which cannot pad test images.
     """
@@ -57,7 +57,7 @@ class EqualSizesHook(Hook):
 
 
 def _sizes(images: Any) -> list[tuple[int, int]]:
-    """Heights and widths in a list of images [C, H, W], or in one of its views' lists."""
+    """Heights and widths in a list of images [C, H, W], or in the lists of its views."""
     if not isinstance(images, Sequence):  # a tensor's images have one size
         return []
     if all(isinstance(image, Tensor) for image in images):

@@ -20,14 +20,14 @@ from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.files import replacing_by_name
 from elsa_core.runtime.packages import need
 
-_BASE = "base_param_settings"  # whose learning rate the log shows
+_BASE = "base_param_settings"  # for the learning rate in the log
 _OF_EVERY_STRATEGY = ("work_dir", "experiment_name", "env_kwargs", "log_kwargs", "auto_scale_lr")
 _DEEPSPEED_DEFAULTS = {"gradient_accumulation_steps": 1, "steps_per_print": 10**13}  # prints never
 
 
 @FUNCTIONS.register_module()
 def elsa_swin_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """Which parts of a model FSDP gathers one at a time: the backbone's blocks."""
+    """FSDP's wrapping policy: it gathers the backbone's blocks one at a time."""
     return recurse or isinstance(module, Block)
 
 
@@ -35,8 +35,8 @@ def elsa_swin_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int) ->
 class ELSAFSDPStrategy(FSDPStrategy):
     """Shards parameters, gradients and the optimizer's state over the processes.
 
-    A checkpoint is one file of the whole state, as without FSDP, which appears complete or not at
-    all; MMEngine's default is a folder of shards that only the same number of processes can load.
+    A checkpoint is one file with the whole state, as without FSDP, written completely or not at
+    all. MMEngine's default is a folder of shards that only the same number of processes can load.
     Works on CPUs too. Takes `FSDPStrategy`'s arguments.
     """
 
@@ -46,13 +46,13 @@ class ELSAFSDPStrategy(FSDPStrategy):
         wrapper = dict(type="MMFullyShardedDataParallel", auto_wrap_policy="elsa_swin_blocks")
         wrapper.update(model_wrapper or {})
         super().__init__(model_wrapper=wrapper, state_dict_cfg=state_dict_cfg, **kwargs)
-        if get_device() == "cpu":  # nothing to move, and PyTorch would read what it has freed
+        if get_device() == "cpu":  # PyTorch would read memory that it has freed
             self.state_dict_config.offload_to_cpu = False
             self.optim_state_dict_config.offload_to_cpu = False
 
     def _wrap_model(self, model: nn.Module) -> nn.Module:
         if get_device() == "cpu" and not is_model_wrapper(model):
-            # MMEngine would pass the number of a GPU.
+            # MMEngine would pass a GPU's index.
             self.model_wrapper["device_id"] = torch.device("cpu")
         return super()._wrap_model(model)
 
@@ -62,7 +62,7 @@ class ELSAFSDPStrategy(FSDPStrategy):
 
     def load_optim_state_dict(self, state_dict: dict) -> None:
         base = state_dict.pop(_BASE, None)
-        # MMEngine has the order of PyTorch 2.0's arguments.
+        # MMEngine passes the arguments in the order of PyTorch 2.0.
         optimizer = self.optim_wrapper.optimizer
         state = FSDP.optim_state_dict_to_load(self.model, optimizer, state_dict)
         self.optim_wrapper.load_state_dict({**state, _BASE: base})
@@ -77,12 +77,12 @@ class ELSAFSDPStrategy(FSDPStrategy):
 
 @STRATEGIES.register_module()
 class ELSADeepSpeedStrategy(DeepSpeedStrategy):
-    """DeepSpeed with the optimizer, precision and accumulation that a config has for other runs.
+    """DeepSpeed with the optimizer, precision and accumulation of a config for other runs.
 
-    What DeepSpeed does itself moves from ``optim_wrapper`` to its own settings: mixed precision
-    becomes ``torch_autocast``, ``accumulative_counts`` ``gradient_accumulation_steps`` and
-    ``clip_grad.max_norm`` ``gradient_clipping``. Works on CPUs too. Takes `DeepSpeedStrategy`'s
-    arguments, and any other setting of DeepSpeed's.
+    DeepSpeed's settings take over from ``optim_wrapper``: ``torch_autocast`` from mixed precision,
+    ``gradient_accumulation_steps`` from ``accumulative_counts`` and ``gradient_clipping`` from
+    ``clip_grad.max_norm``. Works on CPUs too. Takes `DeepSpeedStrategy`'s arguments, and any other
+    setting of DeepSpeed.
     """
 
     def __init__(
