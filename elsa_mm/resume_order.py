@@ -60,7 +60,7 @@ def continue_order(runner: Any) -> None:
 
 
 def seed_iteration(runner: Any) -> None:
-    """Derives the model's random numbers in an iteration from the seed and the iteration's number."""
+    """Derives the model's random numbers from the seed and the number of the iteration."""
     seed_all(f"{runner.seed}/{get_rank()}/{runner.iter}")
 
 
