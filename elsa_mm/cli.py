@@ -16,6 +16,7 @@ from torch import distributed
 
 from elsa_core.runtime.command_line import keep_inputs
 from elsa_core.runtime.errors import DamagedFileError, UsageError, one_line
+from elsa_core.runtime.files import make_folder
 from elsa_core.runtime.lock import TrainingLock
 from elsa_core.runtime.preemption import TrainingEnded
 from elsa_core.runtime.quiet import HarmlessRecords, quiet_frameworks
@@ -141,7 +142,7 @@ def _train(options: argparse.Namespace) -> None:
     notes = classes.settle(cfg, parts)
     join_processes(cfg)
     agree(lambda: preflight.check_data(cfg, parts), once_a_node=True)
-    agree(lambda: preflight.check_work_dir(cfg.work_dir))
+    agree(lambda: make_folder(cfg.work_dir, "the work directory"))
     with TrainingLock(cfg.work_dir):
         _train_alone(cfg, options, parts, notes)
 
@@ -180,7 +181,7 @@ def _test(options: argparse.Namespace) -> None:
         notes.append("the checkpoint names no classes: the config's are used")
     join_processes(cfg)
     agree(lambda: preflight.check_data(cfg, ["test"]), once_a_node=True)
-    agree(lambda: preflight.check_work_dir(cfg.work_dir))
+    agree(lambda: make_folder(cfg.work_dir, "the work directory"))
     runner = _build_runner(cfg, notes)
     if content is not None:
         check_weights(model_of(runner), options.checkpoint, content)

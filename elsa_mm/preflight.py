@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -98,17 +97,6 @@ def _parts_fed_by_backbone(model: dict) -> list[str]:
         return ["decode_head", "auxiliary_head", "head"]
     pooled = isinstance(neck, dict) and str(neck.get("type")).endswith("GlobalAveragePooling")
     return ["head"] if pooled else ["neck"]
-
-
-def check_work_dir(folder: str) -> None:
-    """Creates the folder; raises UsageError if it cannot be written."""
-    try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UsageError(
-            f"the work directory {folder} cannot be written: {error.strerror}"
-        ) from error
 
 
 def read_local(path: str) -> Any:

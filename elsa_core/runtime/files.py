@@ -16,6 +16,7 @@ import re
 import secrets
 import signal
 import stat
+import tempfile
 import threading
 import zlib
 from collections.abc import Iterator
@@ -109,6 +110,15 @@ def replacing_by_name(path: str | os.PathLike[str]) -> Iterator[str]:
             return
         with _beside(path, os.path.splitext(path)[1], True) as (_, name):
             yield name
+
+
+def make_folder(path: str, name: str) -> None:
+    """Creates a folder; raises UsageError, which calls it ``name``, if it cannot be written."""
+    try:
+        os.makedirs(path, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
+    except OSError as error:
+        raise UsageError(f"{name} {path} cannot be written: {error.strerror}") from error
 
 
 def sweep(

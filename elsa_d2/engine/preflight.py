@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -25,6 +24,7 @@ from detectron2.modeling import (
 
 import elsa_core.weights
 from elsa_core.runtime.errors import UsageError, one_line
+from elsa_core.runtime.files import make_folder
 from elsa_core.weights.resume import refuse_if_none_is_whole
 from elsa_d2.checkpoint import AtomicCheckpointer
 from elsa_d2.config import is_semantic
@@ -90,7 +90,7 @@ def check_run(
     if is_semantic(cfg):
         need_opencv(cfg.MODEL.META_ARCHITECTURE)
     _check_data(cfg, eval_only, machines, usable(cfg, stored))
-    _check_output(cfg.OUTPUT_DIR)
+    make_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
     if processes * machines > 1:  # they read it themselves
         elsa_core.weights.forget_ahead()
 
@@ -356,11 +356,3 @@ def _check_data(cfg: CfgNode, eval_only: bool, machines: int, stored: Sequence[s
     if not eval_only:
         check_names(cfg, stored, "the last checkpoint", trained, "the training data")
     check_proposals(cfg, eval_only)
-
-
-def _check_output(folder: str) -> None:
-    try:
-        os.makedirs(folder, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise UsageError(f"OUTPUT_DIR {folder} cannot be written: {error.strerror}") from error

@@ -9,6 +9,7 @@ from typing import Any
 
 from elsa_core.runtime.command_line import exit_status, say, show
 from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.files import make_folder, sweep
 
 from .arguments import add_config_settings
 
@@ -70,12 +71,13 @@ def run(options: argparse.Namespace) -> int:
     from .coco import CocoResults
     from .inputs import find_inputs
     from .load import load_inferencer
-    from .outputs import check_folder, make_folder, write_json
+    from .outputs import check_folder, write_json
     from .runs import Demo
 
     files = find_inputs(options.inputs)
     check_folder(options.out, [*files, *filter(None, [options.coco])])
-    make_folder(options.out)
+    make_folder(options.out, "--out")
+    sweep(options.out)  # what killed processes have left
     inferencer = load_inferencer(
         options.config, options.weights, device=options.device, options=options.options
     )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import codecs
 import json
 import os
-import tempfile
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import cv2
 import numpy as np
 
 from elsa_core.runtime.errors import UsageError
-from elsa_core.runtime.files import replacing, sweep
+from elsa_core.runtime.files import replacing
 
 LONGEST_JPEG = 65500  # pixels of a side, of OpenCV's encoder
 
@@ -45,7 +44,7 @@ def write_image(path: str, image: np.ndarray) -> None:
     """Encodes as the ending says: [H, W, 3], blue first, or a label map [H, W]."""
     good, data = cv2.imencode(os.path.splitext(path)[1], image)
     assert good, path
-    with replacing(path, sweeping=False) as file:  # `make_folder` has swept
+    with replacing(path, sweeping=False) as file:  # the command line has swept
         file.write(data.tobytes())
 
 
@@ -83,19 +82,6 @@ class VideoFile:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.release()
-
-
-def make_folder(path: str) -> None:
-    """Raises UsageError for a folder that cannot be made or written.
-
-    What killed processes have left of files in it is removed.
-    """
-    try:
-        os.makedirs(path, exist_ok=True)
-        tempfile.TemporaryFile(dir=path).close()
-    except OSError as error:
-        raise UsageError(f"--out {path} cannot be written: {error.strerror}") from error
-    sweep(path)
 
 
 class Names:
