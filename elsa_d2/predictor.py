@@ -7,7 +7,7 @@ from detectron2.data.detection_utils import build_augmentation
 from detectron2.engine import DefaultPredictor
 
 from .checkpoint import AtomicCheckpointer
-from .data.augmentation import configure
+from .data.augmentation import configure_augmentation
 
 
 class Predictor(DefaultPredictor):
@@ -22,4 +22,4 @@ class Predictor(DefaultPredictor):
         if weights:
             AtomicCheckpointer(self.model).load(weights)
         self.cfg.MODEL.WEIGHTS = weights
-        (self.aug,) = configure(cfg, build_augmentation(cfg, False), False)
+        (self.aug,) = configure_augmentation(cfg, build_augmentation(cfg, False), False)

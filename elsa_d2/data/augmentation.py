@@ -73,7 +73,7 @@ def resize_class(cfg: CfgNode) -> type[T.ResizeShortestEdge]:
     return RESIZES[cfg.INPUT.RESIZE]
 
 
-def configure(
+def configure_augmentation(
     cfg: CfgNode, augmentations: Sequence[T.Augmentation], is_train: bool
 ) -> list[T.Augmentation]:
     """Detectron2's augmentations with the resize of INPUT.RESIZE and, where a model is trained

@@ -24,7 +24,7 @@ from detectron2.structures import BoxMode
 
 from elsa_core.runtime.errors import DamagedFileError, UsageError, one_line
 
-from .augmentation import configure
+from .augmentation import configure_augmentation
 from .safe_loading import read_image, read_map, to_tensor
 
 logger = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ class DetectionMapper(DatasetMapper):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         options = super().from_config(cfg, is_train)
-        augmentations = configure(cfg, options["augmentations"], is_train)
+        augmentations = configure_augmentation(cfg, options["augmentations"], is_train)
         return {**options, "augmentations": augmentations}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:

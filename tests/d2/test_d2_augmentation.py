@@ -17,7 +17,11 @@ from detectron2.modeling import build_model
 from PIL import Image
 
 from elsa_d2 import DetectionMapper, DetectionMapperTTA, Predictor, UsageError, load_config
-from elsa_d2.data.augmentation import OpenCVResizeShortestEdge, OpenCVResizeTransform, configure
+from elsa_d2.data.augmentation import (
+    OpenCVResizeShortestEdge,
+    OpenCVResizeTransform,
+    configure_augmentation,
+)
 from elsa_d2.data.coco import register_coco_datasets
 from elsa_d2.data.mapper import training_dicts
 
@@ -253,4 +257,4 @@ def test_an_unknown_resize_is_refused(digits):
     cfg = config(digits)
     cfg.INPUT.RESIZE = "opencv"
     with pytest.raises(UsageError, match="INPUT.RESIZE must be one of pil, cv2, got 'opencv'"):
-        configure(cfg, [], True)
+        configure_augmentation(cfg, [], True)
