@@ -18,7 +18,7 @@ from .augmentation import OpenCVResizeTransform, need_opencv
 TRIES = 10
 
 
-class Fit(T.Augmentation):
+class ResizeToFit(T.Augmentation):
     """Enlarges or reduces an image until it fits into a box, whichever way the box is turned.
 
     Args:
@@ -154,9 +154,9 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
     need_opencv("MMSegmentation's resize")
     node = cfg.INPUT.SEM_SEG
     if not is_train:
-        return [Fit(node.SCALE)]
+        return [ResizeToFit(node.SCALE)]
     augmentations = [
-        Fit(node.SCALE, node.RATIO_RANGE),
+        ResizeToFit(node.SCALE, node.RATIO_RANGE),
         CategoryCrop(node.CROP_SIZE, node.MAX_CATEGORY_RATIO, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE),
     ]
     flip = cfg.INPUT.RANDOM_FLIP

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from elsa_d2.data.safe_loading import read_image, to_tensor
-from elsa_d2.data.sem_seg_augmentation import Fit
+from elsa_d2.data.sem_seg_augmentation import ResizeToFit
 
 
 class SegmentorWithTTA(nn.Module):
@@ -38,7 +38,7 @@ class SegmentorWithTTA(nn.Module):
         self.training = model.training  # which an evaluation restores
         self.image_format = cfg.INPUT.FORMAT
         ratios = cfg.TEST.AUG.RATIOS if ratios is None else ratios
-        self.resizes = [Fit(cfg.INPUT.SEM_SEG.SCALE, (ratio, ratio)) for ratio in ratios]
+        self.resizes = [ResizeToFit(cfg.INPUT.SEM_SEG.SCALE, (ratio, ratio)) for ratio in ratios]
         mirrored = cfg.TEST.AUG.FLIP if flip is None else flip
         self.flips = (False, True) if mirrored else (False,)
 

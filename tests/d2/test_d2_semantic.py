@@ -23,7 +23,7 @@ from elsa_d2 import (
 )
 from elsa_d2.data.safe_loading import read_image, read_labels
 from elsa_d2.data.sem_seg import check_sem_seg_dataset
-from elsa_d2.data.sem_seg_augmentation import CategoryCrop, Fit, PhotometricDistortion
+from elsa_d2.data.sem_seg_augmentation import CategoryCrop, PhotometricDistortion, ResizeToFit
 from examples.digits.dataset import SEGMENTATION_CLASSES
 
 pytestmark = pytest.mark.usefixtures("clean_catalog")
@@ -49,7 +49,7 @@ def image_and_labels(size=(60, 90), classes=4, seed=0):
 MMSEG = {
     "resize": (
         dict(type="RandomResize", scale=(80, 50), ratio_range=(0.5, 2.0), keep_ratio=True),
-        lambda: [Fit((80, 50), (0.5, 2.0))],
+        lambda: [ResizeToFit((80, 50), (0.5, 2.0))],
     ),
     "crop": (dict(type="RandomCrop", crop_size=(40, 64)), lambda: [CategoryCrop((40, 64))]),
     "crop of mixed classes": (
@@ -92,7 +92,7 @@ def test_resize_for_testing_is_mmsegmentations():
     mmcv = pytest.importorskip("mmcv")
     for size in [(50, 80), (33, 200), (512, 683), (97, 31)]:
         image, _ = image_and_labels(size)
-        mine = Fit((96, 40)).get_transform(image).apply_image(image)
+        mine = ResizeToFit((96, 40)).get_transform(image).apply_image(image)
         np.testing.assert_array_equal(mine, mmcv.imrescale(image, (96, 40)))
 
 

@@ -17,7 +17,7 @@ from recipes import LETTERS
 from elsa_d2 import Trainer, load_config
 from elsa_d2.data.augmentation import OpenCVResizeShortestEdge
 from elsa_d2.data.mapper import DetectionMapper
-from elsa_d2.data.sem_seg_augmentation import CategoryCrop, Fit, PhotometricDistortion
+from elsa_d2.data.sem_seg_augmentation import CategoryCrop, PhotometricDistortion, ResizeToFit
 from elsa_d2.data.sem_seg_mapper import SemanticMapper
 from elsa_d2.modeling.sem_seg_tta import SegmentorWithTTA, at_test_ratios
 
@@ -195,15 +195,16 @@ class Built:
 
     def _upernet(self):
         cfg, head = self.cfg, self.model.sem_seg_head
-        crop, resize = self.steps[CategoryCrop], self.steps[Fit]
+        crop, resize = self.steps[CategoryCrop], self.steps[ResizeToFit]
+        test_scale = self.test_steps[ResizeToFit].scale
         augmented = SegmentorWithTTA(cfg, self.model)
         validated = at_test_ratios(cfg, self.model)
         once = validated is self.model
         return {
             "crop": (crop.size, crop.max_ratio),
             "training scale": (resize.scale, resize.ratio_range),
-            "test scale": self.test_steps[Fit].scale,
-            "validation scales": [self.test_steps[Fit].scale] if once else _sizes(validated),
+            "test scale": test_scale,
+            "validation scales": [test_scale] if once else _sizes(validated),
             "validation flip": not once and True in validated.flips,
             "best checkpoint": cfg.TEST.BEST_METRIC.removeprefix("sem_seg/") or None,
             "augmented test scales": _sizes(augmented),
