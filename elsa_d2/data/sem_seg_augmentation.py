@@ -39,7 +39,7 @@ class ResizeToFit(T.Augmentation):
         return OpenCVResizeTransform(h, w, *(max(1, int(side * factor + 0.5)) for side in (h, w)))
 
 
-class CategoryCrop(T.Augmentation):
+class RandomCropCategoryArea(T.Augmentation):
     """A random crop in which no class has too large a part.
 
     Of an image smaller than the crop, all is kept along that side. After 10 tries the next crop is
@@ -157,7 +157,9 @@ def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
         return [ResizeToFit(node.SCALE)]
     augmentations = [
         ResizeToFit(node.SCALE, node.RATIO_RANGE),
-        CategoryCrop(node.CROP_SIZE, node.MAX_CATEGORY_RATIO, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE),
+        RandomCropCategoryArea(
+            node.CROP_SIZE, node.MAX_CATEGORY_RATIO, cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+        ),
     ]
     flip = cfg.INPUT.RANDOM_FLIP
     if flip != "none":

@@ -23,7 +23,11 @@ from elsa_d2 import (
 )
 from elsa_d2.data.safe_loading import read_image, read_labels
 from elsa_d2.data.sem_seg import check_sem_seg_dataset
-from elsa_d2.data.sem_seg_augmentation import CategoryCrop, PhotometricDistortion, ResizeToFit
+from elsa_d2.data.sem_seg_augmentation import (
+    PhotometricDistortion,
+    RandomCropCategoryArea,
+    ResizeToFit,
+)
 from examples.digits.dataset import SEGMENTATION_CLASSES
 
 pytestmark = pytest.mark.usefixtures("clean_catalog")
@@ -51,14 +55,17 @@ MMSEG = {
         dict(type="RandomResize", scale=(80, 50), ratio_range=(0.5, 2.0), keep_ratio=True),
         lambda: [ResizeToFit((80, 50), (0.5, 2.0))],
     ),
-    "crop": (dict(type="RandomCrop", crop_size=(40, 64)), lambda: [CategoryCrop((40, 64))]),
+    "crop": (
+        dict(type="RandomCrop", crop_size=(40, 64)),
+        lambda: [RandomCropCategoryArea((40, 64))],
+    ),
     "crop of mixed classes": (
         dict(type="RandomCrop", crop_size=(20, 16), cat_max_ratio=0.4),
-        lambda: [CategoryCrop((20, 16), 0.4)],
+        lambda: [RandomCropCategoryArea((20, 16), 0.4)],
     ),
     "crop larger than the image": (
         dict(type="RandomCrop", crop_size=(70, 64), cat_max_ratio=0.75),
-        lambda: [CategoryCrop((70, 64), 0.75)],
+        lambda: [RandomCropCategoryArea((70, 64), 0.75)],
     ),
     "flip": (dict(type="RandomFlip", prob=0.5), lambda: [T.RandomFlip()]),
     "colours": (dict(type="PhotoMetricDistortion"), lambda: [PhotometricDistortion("RGB")]),

@@ -17,7 +17,11 @@ from recipes import LETTERS
 from elsa_d2 import Trainer, load_config
 from elsa_d2.data.augmentation import OpenCVResizeShortestEdge
 from elsa_d2.data.mapper import DetectionMapper
-from elsa_d2.data.sem_seg_augmentation import CategoryCrop, PhotometricDistortion, ResizeToFit
+from elsa_d2.data.sem_seg_augmentation import (
+    PhotometricDistortion,
+    RandomCropCategoryArea,
+    ResizeToFit,
+)
 from elsa_d2.data.sem_seg_mapper import SemanticMapper
 from elsa_d2.modeling.sem_seg_tta import SegmentorWithTTA, at_test_ratios
 
@@ -195,7 +199,7 @@ class Built:
 
     def _upernet(self):
         cfg, head = self.cfg, self.model.sem_seg_head
-        crop, resize = self.steps[CategoryCrop], self.steps[ResizeToFit]
+        crop, resize = self.steps[RandomCropCategoryArea], self.steps[ResizeToFit]
         test_scale = self.test_steps[ResizeToFit].scale
         augmented = SegmentorWithTTA(cfg, self.model)
         validated = at_test_ratios(cfg, self.model)
