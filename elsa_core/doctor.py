@@ -24,7 +24,7 @@ from .self_check import BACKBONE_TOLERANCE, TOLERANCE, check_backbone, check_ope
 FOLDER = Path(__file__).parent
 # What modules are for that nothing else of ours needs.
 OPTIONAL = {
-    "pictures, INPUT.RESIZE cv2": ("cv2",),
+    "pictures, INPUT.RESIZE_BACKEND cv2": ("cv2",),
     "COCO": ("pycocotools",),
     "Cityscapes": ("cityscapesscripts",),
     "tools/prepare_data.py": ("PIL", "tqdm"),

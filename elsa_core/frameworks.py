@@ -148,9 +148,9 @@ def _build_in_detectron2() -> nn.Module:
     cfg = load_config()
     cfg.MODEL.BACKBONE.NAME = "build_elsa_swin_backbone"
     node = cfg.MODEL.ELSA_SWIN
-    node.ARCH, node.OUT_FEATURES = "free", ["res2", "res3", "res4"]
+    node.ARCH, node.OUT_FEATURES = "custom", ["res2", "res3", "res4"]
     for key, value in ARCH.items():
-        node.FREE_ARCH[key.upper()] = value
+        node.CUSTOM_ARCH[key.upper()] = value
     return modeling.build_backbone(cfg)
 
 

@@ -2,7 +2,7 @@
 
 `elsa_swin_tiny`, `elsa_swin_small` and `elsa_swin_base` are classifiers, with the parameter names
 of the original ImageNet checkpoints; with ``features_only=True`` they are the backbone, with those
-of `elsa_core.ELSASwin`. Besides timm's own arguments both take ``arch`` for a free architecture.
+of `elsa_core.ELSASwin`. Besides timm's own arguments both take ``arch`` for a custom architecture.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The ELSA-Swin variants as data (arXiv 2112.12786), and the checks for free ones."""
+"""The ELSA-Swin variants as data (arXiv 2112.12786), and the checks for custom ones."""
 
 from __future__ import annotations
 

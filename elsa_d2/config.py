@@ -15,17 +15,17 @@ from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.finite import MAX_NONFINITE
 from elsa_core.variants import VARIANTS, Arch
 
-FREE = "free"
+CUSTOM = "custom"
 _PACKAGE = Path(__file__).resolve().parent
 
 
 def add_elsa_swin_config(cfg: CfgNode) -> None:
     """Adds MODEL.ELSA_SWIN, and the other keys that `Trainer` and our heads understand."""
     node = cfg.MODEL.ELSA_SWIN = CfgNode()
-    # "tiny", "small", "base", or "free": the architecture that FREE_ARCH describes.
+    # "tiny", "small", "base", or "custom": the architecture that CUSTOM_ARCH describes.
     node.ARCH = "tiny"
-    # The fields of elsa_core.variants.Arch in capitals, for ARCH "free" only; None: not given.
-    node.FREE_ARCH = CfgNode({field.name.upper(): None for field in dataclasses.fields(Arch)})
+    # The fields of elsa_core.variants.Arch in capitals, for ARCH "custom" only; None: not given.
+    node.CUSTOM_ARCH = CfgNode({field.name.upper(): None for field in dataclasses.fields(Arch)})
     # Stage i is called res{i+2} and has stride 2**(i+2).
     node.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
     # -1: none, 0: the patch embedding, i: also the first i stages. MODEL.BACKBONE.FREEZE_AT, which
@@ -68,7 +68,7 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
     cfg.MODEL.ROI_BOX_CASCADE_HEAD.LOSS_WEIGHTS = (1.0, 0.5, 0.25)
 
     # What resizes images: "pil" as in Detectron2, "cv2" as in OpenMMLab.
-    cfg.INPUT.RESIZE = "pil"
+    cfg.INPUT.RESIZE_BACKEND = "pil"
     # In training, with the probability PROB and before everything else: resize to a short edge from
     # MIN_SIZES, crop to between CROP_SIZE[0] and CROP_SIZE[1] pixels in each direction.
     cfg.INPUT.MULTI_SCALE_CROP = CfgNode(
@@ -177,20 +177,21 @@ def load_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode
 
 
 def elsa_swin_arch(cfg: CfgNode) -> str | dict[str, Any]:
-    """What MODEL.ELSA_SWIN.ARCH and FREE_ARCH say, as `elsa_core.ELSASwin` takes it.
+    """What MODEL.ELSA_SWIN.ARCH and CUSTOM_ARCH say, as `elsa_core.ELSASwin` takes it.
 
-    Raises ValueError for an unknown ARCH, and for a FREE_ARCH that it leaves unused.
+    Raises ValueError for an unknown ARCH, and for a CUSTOM_ARCH that it leaves unused.
     """
     node = cfg.MODEL.ELSA_SWIN
-    free = {name.lower(): value for name, value in node.FREE_ARCH.items() if value is not None}
-    if node.ARCH == FREE:
-        return free
+    custom = {name.lower(): value for name, value in node.CUSTOM_ARCH.items() if value is not None}
+    if node.ARCH == CUSTOM:
+        return custom
     if node.ARCH not in VARIANTS:
         raise ValueError(
-            f"MODEL.ELSA_SWIN.ARCH must be one of {', '.join(VARIANTS)}, {FREE}, got {node.ARCH!r}"
+            f"MODEL.ELSA_SWIN.ARCH must be one of {', '.join([*VARIANTS, CUSTOM])}, "
+            f"got {node.ARCH!r}"
         )
-    if free:
+    if custom:
         raise ValueError(
-            f"MODEL.ELSA_SWIN.FREE_ARCH needs MODEL.ELSA_SWIN.ARCH {FREE!r}, got {node.ARCH!r}"
+            f"MODEL.ELSA_SWIN.CUSTOM_ARCH needs MODEL.ELSA_SWIN.ARCH {CUSTOM!r}, got {node.ARCH!r}"
         )
     return node.ARCH

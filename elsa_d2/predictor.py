@@ -11,7 +11,7 @@ from .data.augmentation import configure_augmentation
 
 
 class Predictor(DefaultPredictor):
-    """DefaultPredictor with the resize of INPUT.RESIZE, for weights of every framework."""
+    """DefaultPredictor with the resize of INPUT.RESIZE_BACKEND, for weights of every framework."""
 
     def __init__(self, cfg: CfgNode) -> None:
         weights = cfg.MODEL.WEIGHTS

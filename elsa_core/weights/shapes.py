@@ -117,8 +117,8 @@ def read_arch(tensors: Mapping[str, Tensor], prefix: str = "") -> Arch:
 
 
 def arch_name(arch: Arch) -> str:
-    """ "tiny", "small", "base" or "free"."""
-    return next((name for name, known in VARIANTS.items() if known == arch), "free")
+    """ "tiny", "small", "base" or "custom"."""
+    return next((name for name, known in VARIANTS.items() if known == arch), "custom")
 
 
 def backbone_shapes(arch: Arch, prefix: str = "") -> Shapes:

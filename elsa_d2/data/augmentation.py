@@ -60,23 +60,23 @@ RESIZES = {"pil": T.ResizeShortestEdge, "cv2": OpenCVResizeShortestEdge}
 
 
 def resize_class(cfg: CfgNode) -> type[T.ResizeShortestEdge]:
-    """What INPUT.RESIZE names: "pil" is Detectron2's own, "cv2" OpenMMLab's.
+    """What INPUT.RESIZE_BACKEND names: "pil" is Detectron2's own, "cv2" OpenMMLab's.
 
     Raises UsageError for another name, and for "cv2" without OpenCV.
     """
-    if cfg.INPUT.RESIZE not in RESIZES:
+    if cfg.INPUT.RESIZE_BACKEND not in RESIZES:
         raise UsageError(
-            f"INPUT.RESIZE must be one of {', '.join(RESIZES)}, got {cfg.INPUT.RESIZE!r}"
+            f"INPUT.RESIZE_BACKEND must be one of {', '.join(RESIZES)}, got {cfg.INPUT.RESIZE_BACKEND!r}"
         )
-    if cfg.INPUT.RESIZE == "cv2":
-        need_opencv("INPUT.RESIZE cv2")
-    return RESIZES[cfg.INPUT.RESIZE]
+    if cfg.INPUT.RESIZE_BACKEND == "cv2":
+        need_opencv("INPUT.RESIZE_BACKEND cv2")
+    return RESIZES[cfg.INPUT.RESIZE_BACKEND]
 
 
 def configure_augmentation(
     cfg: CfgNode, augmentations: Sequence[T.Augmentation], is_train: bool
 ) -> list[T.Augmentation]:
-    """Detectron2's augmentations with the resize of INPUT.RESIZE and, where a model is trained
+    """Detectron2's augmentations with the resize of INPUT.RESIZE_BACKEND and, where a model is trained
     with INPUT.MULTI_SCALE_CROP, that crop before them, and flips before that crop.
 
     The crop is DETR's (arXiv 2005.12872, section 4): with the probability PROB, an image is resized

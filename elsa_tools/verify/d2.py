@@ -71,9 +71,9 @@ def overrides(arch: Arch, sizes: HeadSizes, kind: str) -> list[Any]:
     """Config keys that give our configs the sizes of a checkpoint."""
     configs.check_sizes(sizes, kind)
     keys: dict[str, Any] = {"MODEL.ELSA_SWIN.ARCH": arch_name(arch)}
-    if arch_name(arch) == "free":
+    if arch_name(arch) == "custom":
         for name, value in asdict(arch).items():
-            keys[f"MODEL.ELSA_SWIN.FREE_ARCH.{name.upper()}"] = value
+            keys[f"MODEL.ELSA_SWIN.CUSTOM_ARCH.{name.upper()}"] = value
     if kind == UPERNET:
         keys["MODEL.SEM_SEG_HEAD.NUM_CLASSES"] = sizes.num_classes
         keys["MODEL.SEM_SEG_HEAD.CONVS_DIM"] = sizes.channels

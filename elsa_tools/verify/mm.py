@@ -93,7 +93,7 @@ def set_sizes(model: ConfigDict, arch: Arch, sizes: HeadSizes, kind: str) -> Non
     """Gives our configs the sizes of a checkpoint, in place."""
     configs.check_sizes(sizes, kind)
     name = arch_name(arch)
-    model.backbone.arch = asdict(arch) if name == "free" else name
+    model.backbone.arch = asdict(arch) if name == "custom" else name
     if kind == UPERNET:
         classes = dict(num_classes=sizes.num_classes)
         model.decode_head.update(classes, in_channels=arch.num_features, channels=sizes.channels)

@@ -46,7 +46,7 @@ from detectron2.modeling import build_backbone
 
 cfg = elsa_d2.load_config("configs/detectron2/digits/mask_rcnn_elsa_swin_digits.yaml")
 features = build_backbone(cfg)(torch.zeros(1, 3, 64, 64))
-cfg.INPUT.RESIZE = "pil"
+cfg.INPUT.RESIZE_BACKEND = "pil"
 elsa_d2.DetectionMapper(cfg, is_train=True)
 found = [list(features)]
 sys.path.insert(0, "tools")
@@ -56,14 +56,15 @@ for config, resize in (("mask_rcnn_elsa_swin_digits", "cv2"), ("upernet_elsa_swi
     file = f"configs/detectron2/digits/{{config}}.yaml"
     with contextlib.redirect_stderr(io.StringIO()) as stream:
         status = train_net.main(
-            ["--config-file", file, "INPUT.RESIZE", resize, "OUTPUT_DIR", {str(tmp_path / "run")!r}]
+            ["--config-file", file, "INPUT.RESIZE_BACKEND", resize]
+            + ["OUTPUT_DIR", {str(tmp_path / "run")!r}]
         )
     found.append([status, stream.getvalue()])
 """,
     )
     assert found[0] == ["p2", "p3", "p4", "p5", "p6"]
     for (status, error), purpose in zip(
-        found[1:], ("INPUT.RESIZE cv2", "WholeImageSegmentor"), strict=True
+        found[1:], ("INPUT.RESIZE_BACKEND cv2", "WholeImageSegmentor"), strict=True
     ):
         assert status == 2 and error.count("\n") == 1
         assert f"{purpose} needs the Python package cv2, which is missing in" in error

@@ -30,7 +30,7 @@ IMAGE = RANDOM.integers(0, 256, (61, 83, 3), np.uint8)
 
 
 def config(data, **changes):
-    return load_config(CONFIG, overrides(data, INPUT__RESIZE="cv2", **changes))
+    return load_config(CONFIG, overrides(data, INPUT__RESIZE_BACKEND="cv2", **changes))
 
 
 @pytest.mark.parametrize("short, longest", [(100, 400), (33, 60), (61, 1333), (200, 201)])
@@ -219,7 +219,7 @@ def test_images_for_test_time_augmentation(digits):
         assert type(resize) is OpenCVResizeTransform
         assert np.array_equal(plain["image"].permute(1, 2, 0), resize.apply_image(IMAGE))
     assert all(item["image_id"] == 7 for item in found)
-    cfg.TEST.AUG.FLIP, cfg.INPUT.RESIZE = False, "pil"
+    cfg.TEST.AUG.FLIP, cfg.INPUT.RESIZE_BACKEND = False, "pil"
     first, _ = DetectionMapperTTA(cfg)(dict(image=image, height=61, width=83))
     assert type(first["transforms"].transforms[0]) is T.ResizeTransform
 
@@ -255,6 +255,8 @@ def test_images_without_objects_or_size_are_left_out(digits, tmp_path):
 
 def test_an_unknown_resize_is_refused(digits):
     cfg = config(digits)
-    cfg.INPUT.RESIZE = "opencv"
-    with pytest.raises(UsageError, match="INPUT.RESIZE must be one of pil, cv2, got 'opencv'"):
+    cfg.INPUT.RESIZE_BACKEND = "opencv"
+    with pytest.raises(
+        UsageError, match="INPUT.RESIZE_BACKEND must be one of pil, cv2, got 'opencv'"
+    ):
         configure_augmentation(cfg, [], True)

@@ -25,9 +25,9 @@ def tiny_config(**keys):
     cfg.MODEL.BACKBONE.NAME = "build_elsa_swin_fpn_backbone"
     cfg.MODEL.FPN.IN_FEATURES = ["res2", "res3", "res4", "res5"]
     cfg.MODEL.FPN.OUT_CHANNELS = 8
-    cfg.MODEL.ELSA_SWIN.ARCH = "free"
+    cfg.MODEL.ELSA_SWIN.ARCH = "custom"
     for name, value in ARCH.items():
-        cfg.MODEL.ELSA_SWIN.FREE_ARCH[name.upper()] = value
+        cfg.MODEL.ELSA_SWIN.CUSTOM_ARCH[name.upper()] = value
     for name, value in keys.items():
         cfg.MODEL.ELSA_SWIN[name] = value
     return cfg

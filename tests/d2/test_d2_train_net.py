@@ -230,7 +230,7 @@ REFUSALS = {
     "unknown arch": ([], {"MODEL__ELSA_SWIN__ARCH": "huge"}, "tiny, small, base, free, got 'huge'"),
     "arch lacks a field": (
         [],
-        {"MODEL__ELSA_SWIN__FREE_ARCH__DEPTHS": None},
+        {"MODEL__ELSA_SWIN__CUSTOM_ARCH__DEPTHS": None},
         "a dict arch needs embed_dim, depths, num_heads, group_width, missing depths",
     ),
     "unknown backbone": ([], {"MODEL__BACKBONE__NAME": "build_x"}, "'build_x' is not registered"),
@@ -300,7 +300,7 @@ REFUSALS = {
     "unknown heads": ([], {"MODEL__ROI_HEADS__NAME": "Heads"}, "No object named 'Heads' found"),
     "unknown model": ([], {"MODEL__META_ARCHITECTURE": "RCNN"}, "'RCNN' is not registered"),
     "unknown precision": ([], {"SOLVER__AMP__DTYPE": "half"}, "float16, bfloat16, got 'half'"),
-    "unknown resize": ([], {"INPUT__RESIZE": "opencv"}, "one of pil, cv2, got 'opencv'"),
+    "unknown resize": ([], {"INPUT__RESIZE_BACKEND": "opencv"}, "one of pil, cv2, got 'opencv'"),
     "unknown device": ([], {"MODEL__DEVICE": "gpu"}, "MODEL.DEVICE 'gpu' is no device"),
     "unregistered data": ([], {"DATASETS__TRAIN": ["cats"]}, "data set 'cats' is not registered"),
     "no data": ([], {"DATASETS__TRAIN": []}, "DATASETS.TRAIN names no data set"),

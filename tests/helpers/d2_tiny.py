@@ -7,12 +7,12 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = str(REPOSITORY / "configs/detectron2/digits/mask_rcnn_elsa_swin_digits.yaml")
 TOOL = str(REPOSITORY / "tools/train_net.py")
 TINY = {
-    "MODEL.ELSA_SWIN.FREE_ARCH.EMBED_DIM": 12,
-    "MODEL.ELSA_SWIN.FREE_ARCH.DEPTHS": [1, 1, 1, 2],
-    "MODEL.ELSA_SWIN.FREE_ARCH.NUM_HEADS": [1, 2, 3, 4],
-    "MODEL.ELSA_SWIN.FREE_ARCH.GROUP_WIDTH": 4,
-    "MODEL.ELSA_SWIN.FREE_ARCH.KERNEL_SIZE": 3,
-    "MODEL.ELSA_SWIN.FREE_ARCH.WINDOW_SIZE": 3,
+    "MODEL.ELSA_SWIN.CUSTOM_ARCH.EMBED_DIM": 12,
+    "MODEL.ELSA_SWIN.CUSTOM_ARCH.DEPTHS": [1, 1, 1, 2],
+    "MODEL.ELSA_SWIN.CUSTOM_ARCH.NUM_HEADS": [1, 2, 3, 4],
+    "MODEL.ELSA_SWIN.CUSTOM_ARCH.GROUP_WIDTH": 4,
+    "MODEL.ELSA_SWIN.CUSTOM_ARCH.KERNEL_SIZE": 3,
+    "MODEL.ELSA_SWIN.CUSTOM_ARCH.WINDOW_SIZE": 3,
     "MODEL.FPN.OUT_CHANNELS": 8,
     "MODEL.FPN.NORM": "",
     "MODEL.ROI_BOX_HEAD.FC_DIM": 16,
@@ -28,11 +28,11 @@ TINY = {
 }
 # Of the published configs: the widths of all parts, and nothing else.
 NARROW = {
-    "MODEL.ELSA_SWIN.ARCH": "free",
-    **{key: value for key, value in TINY.items() if "FREE_ARCH" in key},
-    "MODEL.ELSA_SWIN.FREE_ARCH.EMBED_DIM": 16,
-    "MODEL.ELSA_SWIN.FREE_ARCH.NUM_HEADS": [1, 2, 4, 8],
-    "MODEL.ELSA_SWIN.FREE_ARCH.GROUP_WIDTH": 8,
+    "MODEL.ELSA_SWIN.ARCH": "custom",
+    **{key: value for key, value in TINY.items() if "CUSTOM_ARCH" in key},
+    "MODEL.ELSA_SWIN.CUSTOM_ARCH.EMBED_DIM": 16,
+    "MODEL.ELSA_SWIN.CUSTOM_ARCH.NUM_HEADS": [1, 2, 4, 8],
+    "MODEL.ELSA_SWIN.CUSTOM_ARCH.GROUP_WIDTH": 8,
     "MODEL.FPN.OUT_CHANNELS": 16,
     "MODEL.ROI_BOX_HEAD.CONV_DIM": 16,
     "MODEL.ROI_BOX_HEAD.FC_DIM": 16,

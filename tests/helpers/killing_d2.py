@@ -22,8 +22,8 @@ start_processes = torch.multiprocessing.start_processes
 
 KEYS = {
     "OUTPUT_DIR": "out",
-    "MODEL__ELSA_SWIN__FREE_ARCH__EMBED_DIM": 16,
-    "MODEL__ELSA_SWIN__FREE_ARCH__NUM_HEADS": [1, 1, 2, 2],
+    "MODEL__ELSA_SWIN__CUSTOM_ARCH__EMBED_DIM": 16,
+    "MODEL__ELSA_SWIN__CUSTOM_ARCH__NUM_HEADS": [1, 1, 2, 2],
     "MODEL__SEM_SEG_HEAD__CONVS_DIM": 8,
     "MODEL__SEM_SEG_HEAD__AUX_CONVS_DIM": 8,
     "INPUT__SEM_SEG__SCALE": [48, 48],

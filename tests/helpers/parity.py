@@ -89,13 +89,13 @@ def pair(method, overrides, change):
     ``overrides`` are Detectron2's, ``change`` alters MMDetection's model config in the same sense.
     """
     keys = {
-        "MODEL.ELSA_SWIN.ARCH": "free",
+        "MODEL.ELSA_SWIN.ARCH": "custom",
         "MODEL.ELSA_SWIN.DROP_PATH_RATE": 0.0,
         "MODEL.FPN.OUT_CHANNELS": WIDTH,
         "MODEL.ROI_BOX_HEAD.CONV_DIM": WIDTH,
         "MODEL.ROI_BOX_HEAD.FC_DIM": WIDTH,
         "MODEL.ROI_MASK_HEAD.CONV_DIM": WIDTH,
-        **{f"MODEL.ELSA_SWIN.FREE_ARCH.{name.upper()}": ARCH[name] for name in ARCH},
+        **{f"MODEL.ELSA_SWIN.CUSTOM_ARCH.{name.upper()}": ARCH[name] for name in ARCH},
         **overrides,
     }
     pairs = [part for item in keys.items() for part in item]

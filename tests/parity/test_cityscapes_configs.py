@@ -203,7 +203,7 @@ def test_detection_has_the_same_sizes_and_data(variant):
     assert sizes == tuple(range(800, 1025, 32)) and cfg.INPUT.MAX_SIZE_TRAIN == 2048
     assert other.val_dataloader.dataset.pipeline[1].scale == (2048, 1024)
     assert (cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST) == (2048, 1024)
-    assert cfg.INPUT.RESIZE == "cv2" and cfg.DATALOADER.MIN_IMAGE_SIZE == 32
+    assert cfg.INPUT.RESIZE_BACKEND == "cv2" and cfg.DATALOADER.MIN_IMAGE_SIZE == 32
     assert ours.roi_heads.num_classes == theirs.roi_head.bbox_head.num_classes == 8
     assert theirs.roi_head.mask_head.num_classes == 8
     assert cfg.DATASETS.TRAIN == ("cityscapes_fine_instance_seg_train",)

@@ -59,8 +59,8 @@ def models():
 def narrow_models():
     """Half precision takes long on CPUs."""
     keys = {
-        "MODEL.ELSA_SWIN.ARCH": "free",
-        **{f"MODEL.ELSA_SWIN.FREE_ARCH.{name.upper()}": ARCH[name] for name in ARCH},
+        "MODEL.ELSA_SWIN.ARCH": "custom",
+        **{f"MODEL.ELSA_SWIN.CUSTOM_ARCH.{name.upper()}": ARCH[name] for name in ARCH},
         "MODEL.SEM_SEG_HEAD.CONVS_DIM": WIDTH,
         "MODEL.SEM_SEG_HEAD.AUX_CONVS_DIM": WIDTH,
     }

@@ -74,7 +74,7 @@ def instances_of_detectron2(path):
         "sizes": list(cfg.INPUT.MIN_SIZE_TRAIN),
         "limit": cfg.INPUT.MAX_SIZE_TRAIN,
         "test": (cfg.INPUT.MAX_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST),
-        "resize": cfg.INPUT.RESIZE,
+        "resize": cfg.INPUT.RESIZE_BACKEND,
         "flip": {"none": 0.0, "horizontal": 0.5}[cfg.INPUT.RANDOM_FLIP],
         "anchors": [sorted(cell.round().tolist()) for cell in anchors],
         "samples": (cfg.MODEL.RPN.BATCH_SIZE_PER_IMAGE, cfg.MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE),

@@ -178,7 +178,7 @@ def d2_config(name, digits, output, **more):
     keys = {
         "MODEL.DEVICE": "cpu",
         "OUTPUT_DIR": str(output),
-        "INPUT.RESIZE": "cv2",
+        "INPUT.RESIZE_BACKEND": "cv2",
         "DATALOADER.NUM_WORKERS": 0,
         "SOLVER.CHECKPOINT_PERIOD": 1000,
         "TEST.EVAL_PERIOD": 0,

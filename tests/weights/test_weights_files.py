@@ -72,7 +72,7 @@ def test_report_and_metadata(tmp_path, source, capsys):
     about = stored["meta"]["converted"]
     assert about["source"] == "source.pth" and about["source_sha256"] == write.sha256(str(source))
     assert about["tool"] == f"elsa-swin {__version__}" and about["num_classes"] == 5
-    assert about["arch"]["depths"] == [1, 1, 1, 2] and about["arch"]["name"] == "free"
+    assert about["arch"]["depths"] == [1, 1, 1, 2] and about["arch"]["name"] == "custom"
     assert stored["meta"]["dataset_meta"]["classes"] == CLASSES
     record = json.loads(listing.read_text())
     assert set(record["converted"]) == set(stored["model"])
