@@ -9,7 +9,7 @@ from .data.cityscapes import register_cityscapes_datasets
 from .data.coco import register_coco_datasets
 from .data.mapper import DetectionMapper
 from .data.sem_seg import register_sem_seg_datasets
-from .data.sem_seg_mapper import SemanticMapper
+from .data.sem_seg_mapper import SemSegMapper
 from .engine.sem_seg_trainer import SemSegTrainer, trainer_class
 from .engine.trainer import Trainer
 from .evaluation.sem_seg import build_sem_seg_evaluator
@@ -39,8 +39,8 @@ __all__ = [
     "MMDetRPN",
     "Predictor",
     "SegmentorWithTTA",
+    "SemSegMapper",
     "SemSegTrainer",
-    "SemanticMapper",
     "Trainer",
     "UPerNetHead",
     "UsageError",

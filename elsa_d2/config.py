@@ -135,7 +135,7 @@ def _add_sem_seg_config(cfg: CfgNode) -> None:
     cfg.DATASETS.REGISTER_CITYSCAPES = []
 
 
-def is_semantic(cfg: CfgNode) -> bool:
+def is_sem_seg(cfg: CfgNode) -> bool:
     """Whether MODEL.META_ARCHITECTURE is a `SemanticSegmentor`."""
     name = cfg.MODEL.META_ARCHITECTURE
     return name in META_ARCH_REGISTRY and issubclass(

@@ -64,20 +64,22 @@ def resize_class(cfg: CfgNode) -> type[T.ResizeShortestEdge]:
 
     Raises UsageError for another name, and for "cv2" without OpenCV.
     """
-    if cfg.INPUT.RESIZE_BACKEND not in RESIZES:
+    backend = cfg.INPUT.RESIZE_BACKEND
+    if backend not in RESIZES:
         raise UsageError(
-            f"INPUT.RESIZE_BACKEND must be one of {', '.join(RESIZES)}, got {cfg.INPUT.RESIZE_BACKEND!r}"
+            f"INPUT.RESIZE_BACKEND must be one of {', '.join(RESIZES)}, got {backend!r}"
         )
-    if cfg.INPUT.RESIZE_BACKEND == "cv2":
+    if backend == "cv2":
         need_opencv("INPUT.RESIZE_BACKEND cv2")
-    return RESIZES[cfg.INPUT.RESIZE_BACKEND]
+    return RESIZES[backend]
 
 
 def configure_augmentation(
     cfg: CfgNode, augmentations: Sequence[T.Augmentation], is_train: bool
 ) -> list[T.Augmentation]:
-    """Detectron2's augmentations with the resize of INPUT.RESIZE_BACKEND and, where a model is trained
-    with INPUT.MULTI_SCALE_CROP, that crop before them, and flips before that crop.
+    """Detectron2's augmentations, with the resize of INPUT.RESIZE_BACKEND.
+
+    In training with INPUT.MULTI_SCALE_CROP, flips and that crop come first.
 
     The crop is DETR's (arXiv 2005.12872, section 4): with the probability PROB, an image is resized
     to a short edge from MIN_SIZES and cropped to between CROP_SIZE[0] and CROP_SIZE[1] pixels.

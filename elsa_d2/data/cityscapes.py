@@ -28,8 +28,8 @@ from elsa_core.runtime.packages import is_missing, need
 from .safe_loading import read_pair
 from .sem_seg import FILES_READ_BEFORE_A_RUN, IGNORE
 
-INSTANCES, SEMANTIC = "cityscapes_instance", "cityscapes_sem_seg"
-TASKS = {"instance_seg": INSTANCES, "sem_seg": SEMANTIC}
+INSTANCES, SEM_SEG = "cityscapes_instance", "cityscapes_sem_seg"
+TASKS = {"instance_seg": INSTANCES, "sem_seg": SEM_SEG}
 FORM = "[name, folder, part, task], where the task is instance_seg or sem_seg"
 _IMAGE, _POLYGONS = "leftImg8bit.png", "gtFine_polygons.json"
 _INSTANCES, _LABELS = "gtFine_instanceIds.png", "gtFine_labelIds.png"
@@ -142,7 +142,7 @@ def is_cityscapes(name: str) -> bool:
 
 
 def check_cityscapes_dataset(
-    cfg: CfgNode, name: str, semantic: bool, evaluated: bool, machines: int = 1
+    cfg: CfgNode, name: str, sem_seg: bool, evaluated: bool, machines: int = 1
 ) -> None:
     """Raises UsageError unless a data set is there, fits the model, and some of it can be read.
 
@@ -150,41 +150,41 @@ def check_cityscapes_dataset(
 
     Args:
         name: of a registered data set for which `is_cityscapes` holds.
-        semantic: the model is a SemanticSegmentor, and no detector.
+        sem_seg: the model is a SemanticSegmentor, and no detector.
         evaluated: the model is evaluated on the data set, too.
         machines: that take part.
     """
     provide_cityscapesscripts()
     metadata = MetadataCatalog.get(name)
-    if semantic != (metadata.evaluator_type == SEMANTIC):
-        tasks = list(TASKS) if semantic else list(TASKS)[::-1]
+    if sem_seg != (metadata.evaluator_type == SEM_SEG):
+        tasks = list(TASKS) if sem_seg else list(TASKS)[::-1]
         raise UsageError(
             f"data set {name!r} is of the task {tasks[0]}, but {cfg.MODEL.META_ARCHITECTURE} needs "
             f"one of the task {tasks[1]}"
         )
-    if not semantic and not cfg.MODEL.MASK_ON:
+    if not sem_seg and not cfg.MODEL.MASK_ON:
         raise UsageError(f"data set {name!r} is judged by its masks: it needs MODEL.MASK_ON True")
-    _check_classes(cfg, name, semantic)
+    _check_classes(cfg, name, sem_seg)
     if evaluated and machines > 1:
         raise UsageError(
             f"data set {name!r} is evaluated on one machine only, got machines={machines}: train "
             "with DATASETS.TEST () and evaluate afterwards"
         )
-    stems = _check_files(name, semantic, evaluated)
+    stems = _check_files(name, sem_seg, evaluated)
     chosen = stems[:: max(1, -(-len(stems) // FILES_READ_BEFORE_A_RUN))]
     for stem in chosen:
         annotations = os.path.join(metadata.gt_dir, stem)
         _check_polygons(annotations + _POLYGONS)
-        if semantic:
+        if sem_seg:
             image = os.path.join(metadata.image_dir, stem + _IMAGE)
             pair = {"file_name": image, "sem_seg_file_name": annotations + _TRAIN_IDS}
             read_pair(pair, "RGB", len(metadata.stuff_classes))
 
 
-def _check_classes(cfg: CfgNode, name: str, semantic: bool) -> None:
+def _check_classes(cfg: CfgNode, name: str, sem_seg: bool) -> None:
     metadata = MetadataCatalog.get(name)
-    classes = metadata.stuff_classes if semantic else metadata.thing_classes
-    key = "SEM_SEG_HEAD" if semantic else "ROI_HEADS"
+    classes = metadata.stuff_classes if sem_seg else metadata.thing_classes
+    key = "SEM_SEG_HEAD" if sem_seg else "ROI_HEADS"
     wanted = cfg.MODEL[key].NUM_CLASSES
     if len(classes) != wanted:
         raise UsageError(
@@ -192,7 +192,7 @@ def _check_classes(cfg: CfgNode, name: str, semantic: bool) -> None:
         )
 
 
-def _check_files(name: str, semantic: bool, evaluated: bool) -> list[str]:
+def _check_files(name: str, sem_seg: bool, evaluated: bool) -> list[str]:
     """CITY/CITY_NUMBER_NUMBER_ of each image, in order, each of which has its annotations."""
     metadata = MetadataCatalog.get(name)
     images = _files(name, "image", metadata.image_dir)
@@ -206,7 +206,7 @@ def _check_files(name: str, semantic: bool, evaluated: bool) -> list[str]:
             f"{metadata.image_dir}"
         )
     stems = [file.removesuffix(_IMAGE) for file in images]
-    for end in (_POLYGONS, _LABELS, _INSTANCES, *([_TRAIN_IDS] if semantic else [])):
+    for end in (_POLYGONS, _LABELS, _INSTANCES, *([_TRAIN_IDS] if sem_seg else [])):
         missing = [stem + end for stem in stems if stem + end not in annotations]
         if missing:
             hint = ": csCreateTrainIdLabelImgs makes them" if end == _TRAIN_IDS else ""

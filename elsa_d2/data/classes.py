@@ -10,17 +10,17 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from elsa_core.data.classes import difference, ordered_names
 from elsa_core.data.coco import read_json
 from elsa_core.runtime.errors import UsageError
-from elsa_d2.config import is_semantic
+from elsa_d2.config import is_sem_seg
 
 
 def class_kind(cfg: CfgNode) -> str:
     """The name under which Detectron2's metadata has them."""
-    return "stuff_classes" if is_semantic(cfg) else "thing_classes"
+    return "stuff_classes" if is_sem_seg(cfg) else "thing_classes"
 
 
 def classes_node(cfg: CfgNode) -> str:
     """The part of MODEL whose NUM_CLASSES the model has."""
-    if is_semantic(cfg):
+    if is_sem_seg(cfg):
         return "SEM_SEG_HEAD"
     return "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
 
@@ -76,7 +76,7 @@ def check_names(
     """
     if not names or not others or len(names) != len(others):
         return
-    if found := difference(names, others, spelling=is_semantic(cfg)):
+    if found := difference(names, others, spelling=is_sem_seg(cfg)):
         label, one, other = found
         raise UsageError(
             f"class {label} is {one!r} in {where} and {other!r} in {elsewhere}: they must have the "

@@ -17,7 +17,7 @@ from .sem_seg import IGNORE
 from .sem_seg_augmentation import build_augmentation
 
 
-class SemanticMapper:
+class SemSegMapper:
     """Makes a `SemanticSegmentor`'s input from a record of a data set.
 
     In training, a crop [3, H, W] and its labels [H, W], padded at the right and at the bottom:

@@ -27,7 +27,7 @@ from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.files import make_folder
 from elsa_core.weights.resume import refuse_if_none_is_whole
 from elsa_d2.checkpoint import AtomicCheckpointer
-from elsa_d2.config import is_semantic
+from elsa_d2.config import is_sem_seg
 from elsa_d2.data.augmentation import need_opencv, resize_class
 from elsa_d2.data.cityscapes import (
     check_cityscapes_dataset,
@@ -87,7 +87,7 @@ def check_run(
     _check_evaluation(cfg)
     stored = _check_weights(cfg, eval_only, resume, model)
     resize_class(cfg)
-    if is_semantic(cfg):
+    if is_sem_seg(cfg):
         need_opencv(cfg.MODEL.META_ARCHITECTURE)
     _check_data(cfg, eval_only, machines, usable(cfg, stored))
     make_folder(cfg.OUTPUT_DIR, "OUTPUT_DIR")
@@ -183,7 +183,7 @@ def _check_features(cfg: CfgNode, available: list[str]) -> None:
 
 def _check_solver(cfg: CfgNode) -> None:
     head = cfg.MODEL.SEM_SEG_HEAD
-    if is_semantic(cfg) and head.NAME == "UPerNetHead" and "BN" in head.NORM:
+    if is_sem_seg(cfg) and head.NAME == "UPerNetHead" and "BN" in head.NORM:
         images = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE_STEPS
         if images < 2:  # a map of one cell has no variance
             raise UsageError(
@@ -212,11 +212,11 @@ def _check_evaluation(cfg: CfgNode) -> None:
         if not ratios or not all(isinstance(one, (int, float)) and one > 0 for one in ratios):
             raise UsageError(f"TEST.{key} must be one or more numbers above 0, got {list(ratios)}")
     metric = cfg.TEST.BEST_METRIC
-    tasks = ["sem_seg"] if is_semantic(cfg) else ["bbox", "segm", "keypoints"]
+    tasks = ["sem_seg"] if is_sem_seg(cfg) else ["bbox", "segm", "keypoints"]
     if metric and metric.split("/")[-2:-1] not in [[task] for task in tasks]:
         raise UsageError(
             f"TEST.BEST_METRIC must be a metric of {', '.join(tasks)}, such as "
-            f"{tasks[0]}/{'mIoU' if is_semantic(cfg) else 'AP'}, got {metric}"
+            f"{tasks[0]}/{'mIoU' if is_sem_seg(cfg) else 'AP'}, got {metric}"
         )
 
 
@@ -334,9 +334,9 @@ def _check_data(cfg: CfgNode, eval_only: bool, machines: int, stored: Sequence[s
             )
         if is_cityscapes(name):
             check_cityscapes_dataset(
-                cfg, name, is_semantic(cfg), name in cfg.DATASETS.TEST, machines
+                cfg, name, is_sem_seg(cfg), name in cfg.DATASETS.TEST, machines
             )
-        elif is_semantic(cfg):
+        elif is_sem_seg(cfg):
             check_sem_seg_dataset(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
         elif MetadataCatalog.get(name).get("evaluator_type") == "sem_seg":
             raise UsageError(

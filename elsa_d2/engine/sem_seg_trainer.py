@@ -10,9 +10,9 @@ from detectron2.data import build_detection_test_loader, build_detection_train_l
 from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
-from elsa_d2.config import is_semantic
+from elsa_d2.config import is_sem_seg
 from elsa_d2.data.cityscapes import is_cityscapes
-from elsa_d2.data.sem_seg_mapper import SemanticMapper
+from elsa_d2.data.sem_seg_mapper import SemSegMapper
 from elsa_d2.evaluation.cityscapes import build_cityscapes_evaluator
 from elsa_d2.evaluation.sem_seg import build_sem_seg_evaluator
 from elsa_d2.modeling.sem_seg_tta import SegmentorWithTTA, at_test_ratios
@@ -27,11 +27,11 @@ class SemSegTrainer(Trainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
-        return shielded(build_detection_train_loader(cfg, mapper=SemanticMapper(cfg, True)))
+        return shielded(build_detection_train_loader(cfg, mapper=SemSegMapper(cfg, True)))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
-        mapper = SemanticMapper(cfg, False)
+        mapper = SemSegMapper(cfg, False)
         return shielded(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
@@ -59,4 +59,4 @@ class SemSegTrainer(Trainer):
 
 def trainer_class(cfg: CfgNode) -> type[Trainer]:
     """`SemSegTrainer` for a `SemanticSegmentor`, `Trainer` for every other model."""
-    return SemSegTrainer if is_semantic(cfg) else Trainer
+    return SemSegTrainer if is_sem_seg(cfg) else Trainer

@@ -22,7 +22,7 @@ from elsa_core.runtime.finite import FiniteWatch
 from elsa_core.runtime.lock import TrainingLock
 from elsa_core.runtime.preemption import FAILED, TrainingEnded, shield_workers
 from elsa_d2.checkpoint import AtomicCheckpointer
-from elsa_d2.config import is_semantic
+from elsa_d2.config import is_sem_seg
 from elsa_d2.data.cityscapes import is_cityscapes, register_cityscapes_datasets
 from elsa_d2.data.classes import training_classes
 from elsa_d2.data.mapper import DetectionMapper, training_dicts
@@ -142,7 +142,7 @@ class Trainer(DefaultTrainer):
     @classmethod
     def check_task(cls, cfg: CfgNode) -> None:
         """Raises UsageError for a model of another task than this class is for."""
-        if is_semantic(cfg) != cls.for_sem_seg:
+        if is_sem_seg(cfg) != cls.for_sem_seg:
             needed = "Trainer" if cls.for_sem_seg else "SemSegTrainer"
             raise UsageError(
                 f"MODEL.META_ARCHITECTURE {cfg.MODEL.META_ARCHITECTURE} needs elsa_d2.{needed}, "

@@ -9,7 +9,7 @@ from detectron2.evaluation import (
     DatasetEvaluator,
 )
 
-from elsa_d2.data.cityscapes import INSTANCES, SEMANTIC, provide_cityscapesscripts
+from elsa_d2.data.cityscapes import INSTANCES, SEM_SEG, provide_cityscapesscripts
 
 
 class InstanceEvaluator(CityscapesInstanceEvaluator):
@@ -23,7 +23,7 @@ class InstanceEvaluator(CityscapesInstanceEvaluator):
             return super().evaluate()
 
 
-EVALUATORS = {INSTANCES: InstanceEvaluator, SEMANTIC: CityscapesSemSegEvaluator}
+EVALUATORS = {INSTANCES: InstanceEvaluator, SEM_SEG: CityscapesSemSegEvaluator}
 
 
 def build_cityscapes_evaluator(name: str) -> DatasetEvaluator:

@@ -17,7 +17,7 @@ from elsa_d2.data.augmentation import resize_class
 
 
 class DetectionMapperTTA(DatasetMapperTTA):
-    """DatasetMapperTTA with the resize of INPUT.RESIZE_BACKEND, for images in the size of their file."""
+    """DatasetMapperTTA with INPUT.RESIZE_BACKEND, for images in the size of their file."""
 
     @configurable
     def __init__(self, *, resize: type[T.ResizeShortestEdge], **options: Any) -> None:

@@ -13,7 +13,7 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 import elsa_d2
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.weights import forget_ahead
-from elsa_d2.config import is_semantic
+from elsa_d2.config import is_sem_seg
 from elsa_d2.data.classes import class_kind, class_names, number_of_classes
 from elsa_d2.engine import preflight
 
@@ -33,7 +33,7 @@ class Detectron2Inferencer(Inferencer):
         cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", device
         names = None
         self.cfg = cfg
-        self.task = "segmentation" if is_semantic(cfg) else "detection"
+        self.task = "segmentation" if is_sem_seg(cfg) else "detection"
         for register in (
             elsa_d2.register_coco_datasets,
             elsa_d2.register_sem_seg_datasets,

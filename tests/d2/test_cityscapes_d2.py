@@ -388,11 +388,11 @@ def test_instances_need_no_train_ids(copy, tmp_path):
     cfg = config(DETECTOR.format("t"), own(copy, "instance_seg"))
     register_cityscapes_datasets(cfg)
     for name in ("instance_seg_train", "instance_seg_val"):
-        check_cityscapes_dataset(cfg, name, semantic=False, evaluated=True)
+        check_cityscapes_dataset(cfg, name, sem_seg=False, evaluated=True)
     (path,) = [p for p in copy.rglob("*countwick_000001*polygons.json")]
     path.write_text(json.dumps({"objects": [], "imgHeight": 0, "imgWidth": "x"}))
     with pytest.raises(UsageError, match="must have a height and a width, got .0, 'x'"):
-        check_cityscapes_dataset(cfg, "instance_seg_val", semantic=False, evaluated=True)
+        check_cityscapes_dataset(cfg, "instance_seg_val", sem_seg=False, evaluated=True)
 
 
 @pytest.mark.parametrize("few", [0, 64], ids=["in other processes", "in this one"])

@@ -57,7 +57,7 @@ def test_free_arch_from_the_digits_file():
     )
 
 
-def test_free_arch_needs_arch_free():
+def test_custom_arch_needs_arch_custom():
     cfg = load_config(overrides=[f"{CUSTOM}.EMBED_DIM", "48"])
     with pytest.raises(
         ValueError, match="CUSTOM_ARCH needs MODEL.ELSA_SWIN.ARCH 'custom', got 'tiny'"
@@ -67,7 +67,7 @@ def test_free_arch_needs_arch_free():
 
 def test_unknown_arch():
     cfg = load_config(overrides=["MODEL.ELSA_SWIN.ARCH", "huge"])
-    with pytest.raises(ValueError, match="one of tiny, small, base, free, got 'huge'"):
+    with pytest.raises(ValueError, match="one of tiny, small, base, custom, got 'huge'"):
         elsa_swin_arch(cfg)
 
 

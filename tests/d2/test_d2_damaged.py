@@ -11,7 +11,7 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
-import d2_semantic_tiny
+import d2_sem_seg_tiny
 import d2_tiny
 import torch
 from detectron2.modeling import build_model
@@ -175,10 +175,10 @@ def test_what_a_segmentor_meets_in_training(refusal, copy, workers, folder, cont
         if number % 2:
             label_map = Image.fromarray(np.full((96, 96), 12, dtype=np.uint8))
             label_map.save(file) if content is None else file.write_bytes(content)
-    keys = d2_semantic_tiny.overrides(
+    keys = d2_sem_seg_tiny.overrides(
         copy, SOLVER__MAX_ITER=8, SOLVER__IMS_PER_BATCH=4, DATALOADER__NUM_WORKERS=workers
     )
-    sentence = refusal(d2_semantic_tiny.DIGITS, keys)
+    sentence = refusal(d2_sem_seg_tiny.DIGITS, keys)
     names = [str(file) for file in (copy / folder).iterdir()]
     assert any(words.format(name) in sentence for name in names), sentence
 

@@ -70,7 +70,7 @@ def test_a_script_and_its_processes_have_our_keys_and_data_sets(digits, tmp_path
         str(script),
         "beside",
         "elsa_d2.modeling.backbone",
-        ["free", images],
+        ["custom", images],
     ]
 
 

@@ -227,7 +227,11 @@ REFUSALS = {
     ),
     "unknown key": ([], {"SOLVER__LERNING_RATE": 1}, "Non-existent key: SOLVER.LERNING_RATE"),
     "wrong type": ([], {"SOLVER__MAX_ITER": "many"}, "SOLVER.MAX_ITER"),
-    "unknown arch": ([], {"MODEL__ELSA_SWIN__ARCH": "huge"}, "tiny, small, base, free, got 'huge'"),
+    "unknown arch": (
+        [],
+        {"MODEL__ELSA_SWIN__ARCH": "huge"},
+        "base, custom, got 'huge'",
+    ),
     "arch lacks a field": (
         [],
         {"MODEL__ELSA_SWIN__CUSTOM_ARCH__DEPTHS": None},

@@ -9,8 +9,8 @@ import torch
 pytest.importorskip("detectron2")
 
 import killing_d2
-from d2_semantic_tiny import DIGITS
-from d2_semantic_tiny import overrides as semantic
+from d2_sem_seg_tiny import DIGITS
+from d2_sem_seg_tiny import overrides as sem_seg
 from d2_tiny import CONFIG, overrides
 from detectron2.utils import comm
 
@@ -54,9 +54,9 @@ KEYS = dict(
 
 def config(digits, output, task, **changes):
     keys = {**KEYS, "OUTPUT_DIR": str(output), **changes}
-    if task == "semantic":
+    if task == "sem_seg":
         small = {k: v for k, v in killing_d2.KEYS.items() if k.startswith(("MODEL", "INPUT"))}
-        return load_config(DIGITS, semantic(digits, **{**small, **keys}))
+        return load_config(DIGITS, sem_seg(digits, **{**small, **keys}))
     return load_config(CONFIG, overrides(digits, **keys))
 
 
@@ -66,7 +66,7 @@ def config(digits, output, task, **changes):
         ("detection", "backbone", "float32"),
         ("detection", "proposal_generator.rpn_head", "float16"),
         ("detection", "roi_heads.box_predictor", "bfloat16"),
-        ("semantic", "sem_seg_head.predictor", "float32"),
+        ("sem_seg", "sem_seg_head.predictor", "float32"),
     ],
 )
 def test_nan_ends_a_training_in_one_sentence(digits, tmp_path, task, part, dtype):
@@ -96,7 +96,7 @@ def train_with_nan_in_the_second_process(cfg, output):
 
 
 def test_nan_in_one_of_two_processes_ends_both(digits, tmp_path):
-    cfg = config(digits, tmp_path / "out", "semantic")
+    cfg = config(digits, tmp_path / "out", "sem_seg")
     (tmp_path / "out").mkdir()
     killing_d2.in_two_processes(tmp_path, train_with_nan_in_the_second_process, cfg, tmp_path)
     first, second = ((tmp_path / f"end{rank}").read_text() for rank in (0, 1))
@@ -112,7 +112,7 @@ def test_nan_in_one_of_two_processes_ends_both(digits, tmp_path):
 def test_what_bad_iterations_leave_behind(digits, tmp_path):
     """NaN in the maps of one iteration stays in the statistics of batch norm."""
     with pytest.raises(TrainingEnded) as end:
-        train(config(digits, tmp_path, "semantic"), "backbone", [4])
+        train(config(digits, tmp_path, "sem_seg"), "backbone", [4])
     assert re.fullmatch(
         r"training ended at iteration 5 because sem_seg_head.*running_mean is not finite; "
         rf"the last finite checkpoint is {tmp_path}/model_0000001.pth",

@@ -22,7 +22,7 @@ from elsa_d2.data.sem_seg_augmentation import (
     RandomCropCategoryArea,
     ResizeToFit,
 )
-from elsa_d2.data.sem_seg_mapper import SemanticMapper
+from elsa_d2.data.sem_seg_mapper import SemSegMapper
 from elsa_d2.modeling.sem_seg_tta import SegmentorWithTTA, at_test_ratios
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs/detectron2"
@@ -109,8 +109,8 @@ class Built:
     def facts(self):
         cfg, solver = self.cfg, self.cfg.SOLVER
         blocks = [block for stage in self.backbone[0].layers for block in stage.blocks]
-        semantic = self.recipe.method == "upernet"
-        mapper = SemanticMapper if semantic else DetectionMapper
+        sem_seg = self.recipe.method == "upernet"
+        mapper = SemSegMapper if sem_seg else DetectionMapper
         self.steps = {type(a): a for a in mapper(cfg, True).augmentations.augs}
         self.test_steps = {type(a): a for a in mapper(cfg, False).augmentations.augs}
         facts = {
@@ -122,7 +122,7 @@ class Built:
             "flip": self.steps[T.RandomFlip].prob,
             "betas": self.optimizer.defaults["betas"],
         }
-        return facts | (self._upernet() if semantic else self._rcnn())
+        return facts | (self._upernet() if sem_seg else self._rcnn())
 
     def _rcnn(self):
         model, cfg = self.model, self.cfg

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import torch
-from d2_semantic_tiny import DIGITS, REPOSITORY, overrides
+from d2_sem_seg_tiny import DIGITS, REPOSITORY, overrides
 from d2_tiny import TOOL
 from detectron2.engine import SimpleTrainer
 from killing import fill_disk, fork, note_loss, run_in, statuses_of

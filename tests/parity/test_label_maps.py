@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from d2_semantic_tiny import DIGITS, NAMES, few_images, overrides
+from d2_sem_seg_tiny import DIGITS, NAMES, few_images, overrides
 from detectron2.data import DatasetCatalog
 from mm_tiny import CONFIGS, options
 from mmengine.registry import DATASETS, TRANSFORMS, DefaultScope

@@ -4,7 +4,7 @@ import data_trees
 import numpy as np
 import pytest
 import torch
-from d2_semantic_tiny import DIGITS, LEAF
+from d2_sem_seg_tiny import DIGITS, LEAF
 from d2_tiny import REPOSITORY
 from detectron2.data import DatasetCatalog
 from detectron2.structures import Instances

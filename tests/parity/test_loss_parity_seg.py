@@ -21,7 +21,7 @@ from mmengine.registry import MODELS, init_default_scope
 from mmseg.models.losses import cross_entropy_loss
 from weights_models import TINY
 
-from elsa_d2 import SegmentorWithTTA, SemanticMapper, load_config
+from elsa_d2 import SegmentorWithTTA, SemSegMapper, load_config
 
 CONFIG = REPOSITORY / "configs/detectron2/ADE20K-SemanticSegmentation/upernet_elsa_swin_t_160k.yaml"
 DIGITS = REPOSITORY / "configs/mmseg/digits/elsa-swin_upernet_digits.py"
@@ -151,7 +151,7 @@ def run_pipeline(steps, record):
 
 def training_batches(records, theirs):
     """For ours and for theirs, with the same random numbers for the augmentation."""
-    mapper = SemanticMapper(config(), True)
+    mapper = SemSegMapper(config(), True)
     pipeline = [
         dict(type="LoadImageFromFile"),
         dict(type="LoadAnnotations"),
@@ -249,7 +249,7 @@ def test_losses_and_classes_agree_in_mixed_precision(narrow_models, records, dty
         assert mine[key].item() == pytest.approx(reference[their_key].item(), rel=1e-5)
         assert mine[key] > 0.5
     ours.eval(), theirs.eval()
-    mapper = SemanticMapper(config(), False)
+    mapper = SemSegMapper(config(), False)
     for record in records:
         with torch.autocast("cpu", dtype), torch.no_grad():
             (found,) = ours([mapper(record)])
@@ -260,7 +260,7 @@ def test_losses_and_classes_agree_in_mixed_precision(narrow_models, records, dty
 
 def test_logits_agree(models, records):
     ours, theirs = (model.eval() for model in models)
-    mapper = SemanticMapper(config(), False)
+    mapper = SemSegMapper(config(), False)
     for record in records[:2]:
         x = mapper(record)
         assert any(side % 4 for side in x["image"].shape[1:])  # the stride does not divide it

@@ -3,7 +3,7 @@
 import struct
 
 import cv2
-import d2_semantic_tiny
+import d2_sem_seg_tiny
 import d2_tiny
 import mmcv
 import numpy as np
@@ -17,7 +17,7 @@ from PIL import Image
 
 from elsa_core.data.images import image_problem, size_problem
 from elsa_core.runtime.errors import DamagedFileError
-from elsa_d2 import DetectionMapper, SemanticMapper, load_config
+from elsa_d2 import DetectionMapper, SemSegMapper, load_config
 from elsa_mm.safe_loading import replace_readers
 from elsa_tools.predict.inputs import Unreadable
 from elsa_tools.predict.inputs import read_image as read_in_demo
@@ -166,8 +166,8 @@ def readers():
     detector.defrost()
     detector.INPUT.MIN_SIZE_TEST = 0  # the size of the file
     detection = DetectionMapper(detector, False)
-    segmentor = load_config(d2_semantic_tiny.DIGITS, [])
-    semantic = SemanticMapper(segmentor, False)
+    segmentor = load_config(d2_sem_seg_tiny.DIGITS, [])
+    semantic = SemSegMapper(segmentor, False)
     semantic.augmentations.augs = []
 
     def detectron2(mapper, order):

@@ -2,8 +2,8 @@
 the same detections, and the same average precision.
 
 tests/data/digits_mask_rcnn.safetensors was trained by `tools/train_net.py` on the digits data set
-(`make_digits.py`) with `ARCH`, SOLVER.MAX_ITER 1600, SOLVER.BASE_LR 0.002 and INPUT.RESIZE_BACKEND cv2, to
-box AP 59.0 and mask AP 62.3; its numbers are float16.
+(`make_digits.py`) with `ARCH`, SOLVER.MAX_ITER 1600, SOLVER.BASE_LR 0.002 and INPUT.RESIZE_BACKEND
+cv2, to box AP 59.0 and mask AP 62.3; its numbers are float16.
 """
 
 import json

@@ -14,7 +14,7 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
-from d2_semantic_tiny import (
+from d2_sem_seg_tiny import (
     CONFIGS,
     DIGITS,
     LEAF,

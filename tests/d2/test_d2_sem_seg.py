@@ -8,14 +8,14 @@ from PIL import Image
 
 pytest.importorskip("detectron2")
 
-from d2_semantic_tiny import DIGITS, NAMES, entry, few_images, overrides, overwrite
+from d2_sem_seg_tiny import DIGITS, NAMES, entry, few_images, overrides, overwrite
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data import transforms as T
 from detectron2.modeling import build_model
 
 from elsa_d2 import (
     SegmentorWithTTA,
-    SemanticMapper,
+    SemSegMapper,
     UsageError,
     build_sem_seg_evaluator,
     load_config,
@@ -123,7 +123,7 @@ def test_training_input_is_padded_with_the_mean_and_ignored_labels(digits):
     register_sem_seg_datasets(cfg)
     record = DatasetCatalog.get(NAMES[0])[0]
     np.random.seed(0)
-    x = SemanticMapper(cfg, True)(record)
+    x = SemSegMapper(cfg, True)(record)
     assert x["image"].shape == (3, 80, 112) and x["sem_seg"].shape == (80, 112)
     inside = (x["sem_seg"] != 255).nonzero().amax(dim=0) + 1
     height, width = inside.tolist()
@@ -138,7 +138,7 @@ def test_training_input_is_padded_with_the_mean_and_ignored_labels(digits):
 def test_test_input_is_resized_and_keeps_the_file_s_size(digits):
     cfg = config(digits)
     register_sem_seg_datasets(cfg)
-    x = SemanticMapper(cfg, False)(DatasetCatalog.get(NAMES[1])[0])
+    x = SemSegMapper(cfg, False)(DatasetCatalog.get(NAMES[1])[0])
     assert set(x) == {"image", "height", "width", "file_name"}
     assert x["image"].shape == (3, 48, 48) and x["image"].dtype == torch.uint8
     assert (x["height"], x["width"]) == (96, 96)
@@ -258,4 +258,4 @@ def test_an_image_that_breaks_later_is_named(copy):
     records = DatasetCatalog.get(NAMES[0])
     overwrite("images/training", b"")(copy)
     with pytest.raises(UsageError, match=f"image {records[1]['file_name']} cannot be read"):
-        SemanticMapper(cfg, True)(records[1])
+        SemSegMapper(cfg, True)(records[1])
