@@ -63,7 +63,7 @@ def test_report_and_metadata(tmp_path, source, capsys):
     assert (tmp_path / "earlier.json").read_text() == "old"  # replaced, not written in place
     out, err = capsys.readouterr()
     assert err == ""
-    assert "source: original release, Mask R-CNN, ELSA-Swin free" in out
+    assert "source: original release, Mask R-CNN, ELSA-Swin custom" in out
     assert "depths 1-1-1-2, heads 1-2-3-4, window 3, 5 classes" in out
     assert "dropped: 2 (bookkeeping of the original" in out
     assert "dropped: 2 (training state): optimizer, amp" in out
