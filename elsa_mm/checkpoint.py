@@ -48,8 +48,9 @@ def find_last_checkpoint(folder: str | Path, passed: list[str] | None = None) ->
         passed: receives a sentence on each checkpoint that is skipped.
     """
     folder = Path(folder)
-    numbered = [path for path in folder.glob("*.pth") if _number(path) is not None]
-    candidates = [*_noted(folder), *sorted(numbered, key=_number, reverse=True)]
+    numbers = ((_number(path), path) for path in folder.glob("*.pth"))
+    numbered = sorted((number, path) for number, path in numbers if number is not None)
+    candidates = [*_noted(folder), *(path for _, path in reversed(numbered))]
     return first_whole(candidates, [] if passed is None else passed, folders=True)
 
 

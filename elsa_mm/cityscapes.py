@@ -44,7 +44,7 @@ class CityscapesScores(CityscapesMetric):
 
     def __init__(self, output_dir: str | None = None, **options: Any) -> None:
         self._own = tempfile.TemporaryDirectory(prefix="cityscapes_") if not output_dir else None
-        super().__init__(output_dir or self._own.name, **options)
+        super().__init__(self._own.name if self._own else output_dir, **options)
         self.prefix = options.get("prefix") or self.default_prefix
 
     def compute_metrics(self, results: Sequence[tuple[str, str]]) -> dict[str, float]:

@@ -49,8 +49,8 @@ def settle(cfg: Config, parts: Sequence[str], stored: Sequence[str] | None = Non
             names = _names(node, name)
             if stored is None:
                 stored = names
-            if names != list(stored) and sorted(names) == sorted(stored):
-                label, wanted, found = difference(stored, names)
+            if sorted(names) == sorted(stored) and (moved := difference(stored, names)):
+                label, wanted, found = moved
                 notes.append(
                     f"the {part} data is mapped by class names: class {label} is {wanted!r}, not "
                     f"{found!r} as in its metainfo"
@@ -114,7 +114,7 @@ def _by_name(node: dict, scope: str | None) -> str | None:
         kind = f"{getattr(kind, '__module__', '')}.{getattr(kind, '__qualname__', '')}"
     *place, name = kind.split(".")
     ours = kind == BY_NAME.get(name)
-    return name if name in BY_NAME and (ours or (place or [scope])[0] == "mmdet") else None
+    return name if name in BY_NAME and (ours or (place[0] if place else scope) == "mmdet") else None
 
 
 def _names(node: dict, name: str) -> list[str]:
@@ -159,14 +159,15 @@ def _check_folders(
     if not found:
         return before
     folders = sorted(found, key=found.get)
-    if sorted(names) == folders != list(names):
-        label, one, other = difference(names, folders)
+    if sorted(names) == folders and (moved := difference(names, folders)):
+        label, one, other = moved
         raise UsageError(
             f"class {label} of the {part} data is {one!r}, its folder is {other!r}: "
             "metainfo.classes must be in the order of the folders, which is that of their names"
         )
-    if before is not None and len(before) == len(folders) and folders != before:
-        label, one, other = difference(before, folders)
+    same = before if before is not None and len(before) == len(folders) else folders
+    if moved := difference(same, folders):
+        label, one, other = moved
         raise UsageError(
             f"class {label} is the folder {one!r} of the training data and {other!r} of the {part} "
             "data: all parts must have the same folders"

@@ -99,7 +99,7 @@ class ErasingDataPreprocessor(ClsDataPreprocessor):
         height, width = image.shape[-2:]
         for _ in range(self.attempts):
             area = np.random.uniform(*self.area) * height * width
-            ratio = math.exp(np.random.uniform(*map(math.log, self.ratio)))
+            ratio = math.exp(np.random.uniform(math.log(self.ratio[0]), math.log(self.ratio[1])))
             rows, columns = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
             if rows < height and columns < width:
                 top = np.random.randint(height - rows + 1)

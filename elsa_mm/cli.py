@@ -116,7 +116,7 @@ def _run(tool: str, main: Callable[[argparse.Namespace], None], options: argpars
     except TrainingEnded as end:
         if os.environ.get("RANK", "0") == "0":
             print(f"{tool}: {end.sentence}", file=sys.stderr)
-        return end.code
+        return end.status
     except (KeyboardInterrupt, SyntaxError) as error:
         # MMEngine reports Ctrl-C while it prints a config as an error in the config.
         if KeyboardInterrupt not in (type(error), type(error.__context__)):
@@ -276,7 +276,8 @@ def _set_resume(cfg: Config, resume: str | None, notes: list[str]) -> Any:
     if resume is None and cfg.get("resume") and not cfg.get("load_from"):
         resume = "auto"
     if resume == "auto":
-        checkpoint = find_last_checkpoint(cfg.work_dir, passed := [])
+        passed: list[str] = []
+        checkpoint = find_last_checkpoint(cfg.work_dir, passed)
         notes += notes_on(passed)
         if checkpoint is None:
             refuse_if_none_is_whole(cfg.work_dir, passed)

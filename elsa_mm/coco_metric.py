@@ -78,6 +78,8 @@ class CocoMetric(MMDetectionMetric):
     Raises UsageError for a file in which the checker would find errors.
     """
 
+    _coco_api: Any
+
     def __init__(
         self,
         ann_file: str | None = None,

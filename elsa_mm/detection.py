@@ -67,4 +67,4 @@ class InitializedCascadeRoIHead(CascadeRoIHead):
 
     def init_mask_head(self, mask_roi_extractor: Any, mask_head: Any) -> None:
         super().init_mask_head(mask_roi_extractor, mask_head)
-        self.mask_head = ModuleList(self.mask_head)
+        self.mask_head: ModuleList = ModuleList(self.mask_head)

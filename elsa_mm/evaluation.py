@@ -35,7 +35,7 @@ class AugmentedValLoop(ValLoop):
         self.tta_model = tta_model
 
     @cached_property
-    def model(self) -> nn.Module:
+    def model(self) -> Any:
         """The merging model, built late: some runners build their model after their loops."""
         return MODELS.build({**self.tta_model, "module": _AsModule(self.runner.model)})
 

@@ -74,7 +74,7 @@ class WeightsHook(Hook):
             checkpoint["message_hub"] = to_plain(checkpoint["message_hub"])
 
 
-def plain_model(model: nn.Module) -> nn.Module:
+def plain_model(model: Any) -> nn.Module:
     """The model inside wrappers for several processes or test-time augmentation."""
     while is_model_wrapper(model) or isinstance(model, BaseTTAModel):
         model = model.module
@@ -161,7 +161,7 @@ def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -
             f"{min(converted)} for one, and it has averaged weights beside them"
         )
     if converted or "state_dict" not in content:
-        content["state_dict"] = found  # type: ignore[index]
+        content["state_dict"] = found
     how = ", converted to the names of the model," if converted else ""
     return f"the checkpoint {path}{how} has {words}" if how or given != wanted.keys() else ""
 

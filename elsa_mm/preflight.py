@@ -74,7 +74,8 @@ def _check_channels(model: dict, features: list[int]) -> None:
         part = model.get(name)
         if not isinstance(part, dict) or "in_channels" not in part:
             continue
-        wanted, got = features, part["in_channels"]
+        wanted: Any = features
+        got = part["in_channels"]
         indices = part.get("in_index")
         if isinstance(got, (list, tuple)):
             got = list(got)
@@ -229,7 +230,7 @@ def check_last_batch(runner: Runner) -> None:
     process. The data must be loaded."""
     loop = runner.train_loop
     batches = loop.dataloader.batch_sampler
-    sampler = getattr(batches, "sampler", None)
+    sampler: Any = getattr(batches, "sampler", None)
     name, norm, least = _over_batch(runner.cfg)
     if type(batches) is not BatchSampler or isinstance(sampler, InfiniteSampler):
         return

@@ -77,7 +77,8 @@ def _placed(loader: DataLoader, done: int) -> DataLoader:
     batches: Any = loader.batch_sampler
     sampler = PlacedSampler(batches.sampler, str(get_rank()))
     if type(batches) is BatchSampler and done <= 0:
-        kept = dict(batch_size=batches.batch_size, drop_last=batches.drop_last, sampler=sampler)
+        kept: dict[str, Any] = {"batch_size": batches.batch_size, "sampler": sampler}
+        kept["drop_last"] = batches.drop_last
     else:
         batches = copy.copy(batches)
         batches.sampler = sampler

@@ -151,8 +151,8 @@ class Reading(BaseTransform):
         """What was to be read and, if the file itself shows it, what is wrong with it."""
         path = results.get("img_path")
         if "Image" in type(self.reader).__name__:
-            local = isinstance(path, str) and "://" not in path
-            return f"image {path}", cut_off(path) if local else None
+            local = path if isinstance(path, str) and "://" not in path else None
+            return f"image {path}", cut_off(local) if local else None
         return f"the annotations of image {path}", None
 
 

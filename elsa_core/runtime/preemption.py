@@ -30,7 +30,7 @@ class TrainingEnded(SystemExit):
 
     def __init__(self, status: int, sentence: str) -> None:
         super().__init__(status)
-        self.sentence = sentence
+        self.status, self.sentence = status, sentence
 
 
 def resume_hint(checkpoint: str | None) -> str:

@@ -111,7 +111,9 @@ def _draw_train_ids(pair: tuple[str, str]) -> None:
 def _check_polygons(path: str) -> None:
     """Raises UsageError for sizes and points whose drawing would need more memory than an image."""
     content = read_json(path)
-    sides = [content.get(key) for key in ("imgWidth", "imgHeight")] if type(content) is dict else []
+    sides: list[Any] = []
+    if type(content) is dict:
+        sides = [content.get(key) for key in ("imgWidth", "imgHeight")]
     if not sides or not all(type(side) is int and 0 < side <= LONGEST_SIDE for side in sides):
         found = f", got {shown(sides)}" if sides else ""
         raise UsageError(
@@ -123,8 +125,8 @@ def _check_polygons(path: str) -> None:
     objects = content.get("objects")
     for one in objects if isinstance(objects, list) else []:
         polygon = one.get("polygon") if isinstance(one, dict) else None
-        points = polygon if isinstance(polygon, list) else [None]
-        for point in points:
+        point: Any
+        for point in polygon if isinstance(polygon, list) else [None]:
             numbers = isinstance(point, list) and len(point) == 2 and are_numbers(point)
             if not numbers or max(map(abs, point)) > far:
                 raise UsageError(
@@ -149,7 +151,8 @@ def _instances(folder: str, split: str, jobs: int, progress: bool) -> dict[str, 
             triples.append((f"{stem}_leftImg8bit.png", f"{stem}_gtFine_labelIds.png", ids))
     if not triples:
         raise UsageError(f"{images_folder} has no images */*_leftImg8bit.png")
-    images, annotations = [], []
+    images: list[Any] = []
+    annotations: list[Any] = []
     found = _run(_instances_of_image, triples, f"instancesonly {split}", jobs, progress)
     for number, ((file_name, segm_file, _), (size, instances)) in enumerate(
         zip(triples, found, strict=True)

@@ -15,8 +15,7 @@ import torch
 from onnxscript import opset20 as op
 from torch import Tensor, nn
 
-from elsa_core import ELSASwin
-from elsa_core.blocks import Block, PatchEmbed, PatchMerging
+from elsa_core.blocks import PatchEmbed, PatchMerging
 from elsa_core.layers import ELSA, WindowAttention
 
 # An end of a Slice that lies behind every map's.
@@ -25,7 +24,7 @@ _END = 2**63 - 1
 Value = Any
 
 
-def backbone(module: ELSASwin, image: Value) -> list[Value]:
+def backbone(module: Any, image: Value) -> list[Value]:
     """`ELSASwin.forward` in evaluation: [B, C, H, W] -> [B, C_i, H_i, W_i] of each output."""
     x = _patch_embed(module.patch_embed, image)
     outputs = []
@@ -135,15 +134,15 @@ def _patch_merging(module: PatchMerging, x: Value) -> Value:
     return _linear(x, module.reduction.weight, module.reduction.bias)
 
 
-def _block(block: Block, x: Value) -> Value:
+def _block(block: Any, x: Value) -> Value:
     attention = _elsa if isinstance(block.attn, ELSA) else _window_attention
-    x = op.Add(x, attention(block.attn, _layer_norm(block.norm1, x)))  # type: ignore[operator]
+    x = op.Add(x, attention(block.attn, _layer_norm(block.norm1, x)))
     mlp = block.mlp
     hidden = _linear(_layer_norm(block.norm2, x), mlp.fc1.weight, mlp.fc1.bias)
     return op.Add(x, _linear(op.Gelu(hidden), mlp.fc2.weight, mlp.fc2.bias))
 
 
-def _elsa(module: ELSA, x: Value) -> Value:
+def _elsa(module: Any, x: Value) -> Value:
     projected = _linear(x, module.pre_proj.weight.flatten(1), module.pre_proj.bias)
     dim_qk, _, channels = module.split_sizes
     query = op.Slice(projected, _ints(0), _ints(dim_qk), _ints(3))

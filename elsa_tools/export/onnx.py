@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -53,7 +53,7 @@ def _backbone_fake(image: Tensor, number: int) -> list[Tensor]:
 
 
 # What PyTorch's exporter does not know, or only for known sizes.
-TRANSLATIONS = {
+TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.elsa_export.backbone.default: lambda image, number: onnx_graph.backbone(
         _backbones[number], image
     ),
@@ -69,11 +69,14 @@ class Backbone(nn.Module):
             that are normalised already.
     """
 
+    mean: Tensor
+    std: Tensor
+
     def __init__(
         self, backbone: ELSASwin, normalisation: tuple[Sequence[float], Sequence[float]] | None
     ) -> None:
         super().__init__()
-        self.backbone = backbone
+        self.backbone: Any = backbone
         self.normalised = normalisation is None
         mean, std = normalisation or ([0.0] * 3, [1.0] * 3)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
@@ -92,11 +95,11 @@ class Segmentor(Backbone):
     """Images [B, 3, H, W] -> logits [B, K, H, W], for Detectron2's and MMSegmentation's UPerNet."""
 
     def __init__(self, inferencer: Inferencer) -> None:
-        model = inferencer.model
+        model: Any = inferencer.model
         super().__init__(model.backbone, inferencer.normalisation())
         self.names = ["logits"]
         self.detectron2 = inferencer.framework == "detectron2"
-        self.head = model.sem_seg_head if self.detectron2 else model.decode_head
+        self.head: Any = model.sem_seg_head if self.detectron2 else model.decode_head
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         features = self.features(image)
@@ -197,7 +200,7 @@ def _translate(module: Backbone) -> Any:
     dynamic = torch.export.Dim.DYNAMIC
     try:
         with _opaque(module.backbone), _quiet(), torch.no_grad():
-            program = torch.onnx.export(
+            program: Any = torch.onnx.export(
                 module,
                 (example,),
                 dynamo=True,

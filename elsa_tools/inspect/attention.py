@@ -85,7 +85,8 @@ def read_photo(path: str, longest: int) -> tuple[np.ndarray, float]:
 
 def to_input(photo: np.ndarray) -> Tensor:
     """[H, W, 3] of uint8 -> [1, 3, H, W], normalised."""
-    scaled = (photo.astype(np.float32) - np.float32(MEAN)) / np.float32(STD)
+    mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
+    scaled = (photo.astype(np.float32) - mean) / std
     return torch.from_numpy(scaled).permute(2, 0, 1).unsqueeze(0)
 
 

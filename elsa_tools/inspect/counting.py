@@ -95,7 +95,7 @@ def _from_detectron2(path: str) -> Subject:
     name = cfg.MODEL.META_ARCHITECTURE
     try:
         with FakeTensorMode():
-            module = META_ARCH_REGISTRY.get(name)(cfg).eval()
+            module: Any = META_ARCH_REGISTRY.get(name)(cfg).eval()
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise UsageError(f"the config {path} cannot be used: {one_line(error)}") from error
     if hasattr(module, "sem_seg_head") and hasattr(module.sem_seg_head, "logits"):
@@ -142,7 +142,7 @@ def _from_openmmlab(path: str) -> Subject:
     return openmmlab_subject(path, module, scope)
 
 
-def openmmlab_subject(name: str, module: nn.Module, scope: str) -> Subject:
+def openmmlab_subject(name: str, module: Any, scope: str) -> Subject:
     """A model of MMDetection, MMSegmentation or MMPretrain, which ``scope`` is the name of."""
     if hasattr(module, "decode_head"):
         size, run = SEGMENTATION, lambda x: module.decode_head(module.extract_feat(x))
@@ -161,7 +161,7 @@ def _register(scope: str) -> None:
     utils.register_all_modules(init_default_scope=False)
 
 
-def _run_two_stages(model: nn.Module, image: Tensor) -> None:
+def _run_two_stages(model: Any, image: Tensor) -> None:
     head: Any = model.roi_head
     features = model.extract_feat(image)
     model.rpn_head(features)
@@ -174,5 +174,5 @@ def _run_two_stages(model: nn.Module, image: Tensor) -> None:
             stage(image.new_empty(samples, stage_extractor.out_channels, *side))
 
 
-def _stages(part: nn.Module) -> list[nn.Module]:
+def _stages(part: nn.Module) -> list[Any]:
     return list(part) if isinstance(part, nn.ModuleList) else [part]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -29,7 +30,8 @@ def draw(view: View) -> Figure:
     tall = min(OVERVIEW, wide * height / width)
     figure = Figure(figsize=(wide, tall + rows * PANEL + 1.6), dpi=150, layout="constrained")
     figure.suptitle(f"{view.title}\n{view.of}", fontsize=10)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[tall + 0.5, rows * PANEL + 0.6])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[tall + 0.5, rows * PANEL + 0.6])
+    upper, lower = parts
     _draw_overview(upper.subplots(), view, kinds[-1])
     axes = lower.subplots(rows, columns, squeeze=False)
     for row, pixel in enumerate(view.pixels):

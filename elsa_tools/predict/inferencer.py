@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from torch import nn
 
 from elsa_core.data.classes import difference
 
@@ -31,7 +30,7 @@ class Inferencer(ABC):
 
     framework: str
     task: str
-    model: nn.Module
+    model: Any
     classes: list[str]
     colours: list[tuple[int, int, int]]
     note: str | None = None
@@ -92,7 +91,7 @@ class Inferencer(ABC):
                 )
         self.colours = palette(number)
         if isinstance(colours, (list, tuple)) and len(colours) == number:
-            self.colours = [tuple(int(value) for value in colour) for colour in colours]
+            self.colours = [(int(r), int(g), int(b)) for r, g, b in colours]
         if names is not None and len(names) == number:
             self.classes = [str(name) for name in names]
             return

@@ -140,10 +140,10 @@ def read_config(path: str, options: Sequence[str] = ()) -> Config:
     return cfg
 
 
-def _number_of_classes(model: torch.nn.Module) -> int:
+def _number_of_classes(model: Any) -> int:
     if hasattr(model, "decode_head"):
         return int(model.decode_head.num_classes)
-    head = getattr(getattr(model, "roi_head", model), "bbox_head", None)
+    head: Any = getattr(getattr(model, "roi_head", model), "bbox_head", None)
     head = head[0] if isinstance(head, torch.nn.ModuleList) else head
     if not hasattr(head, "num_classes"):
         raise UsageError(f"{type(model).__name__} has no bbox_head and no decode_head with classes")
@@ -164,7 +164,7 @@ def _pipeline(cfg: Config) -> Compose:
 
     Raises UsageError for a config without one that begins with reading a file.
     """
-    dataset = (cfg.get("test_dataloader") or {}).get("dataset") or {}
+    dataset: Any = (cfg.get("test_dataloader") or {}).get("dataset") or {}
     if not str((dataset.get("pipeline") or [{}])[0].get("type")).endswith("LoadImageFromFile"):
         raise UsageError("test_dataloader.dataset.pipeline must begin with LoadImageFromFile")
     steps = [dict(step) for step in dataset.pipeline]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 from collections.abc import Sequence
@@ -50,8 +49,7 @@ def write_image(path: str, image: np.ndarray) -> None:
 
 def write_json(path: str, content: Any) -> None:
     with replacing(path, sweeping=False) as file:
-        json.dump(content, codecs.getwriter("utf-8")(file), indent=1)
-        file.write(b"\n")
+        file.write(json.dumps(content, indent=1).encode() + b"\n")
 
 
 def image_ending(image: np.ndarray) -> str:
@@ -95,8 +93,8 @@ class Names:
 
         Long ones are cut, so that endings find room in a file's name.
         """
-        first = os.path.splitext(os.path.basename(path))[0].encode(errors="surrogateescape")
-        first = stem = first[:200].decode(errors="ignore") or "image"
+        name = os.path.splitext(os.path.basename(path))[0].encode(errors="surrogateescape")
+        first = stem = name[:200].decode(errors="ignore") or "image"
         number = 1
         while not self.taken.isdisjoint((stem, f"{stem}_labels")):
             number += 1

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    from supervision import Detections
+    pass
 
 
 @dataclass(frozen=True)

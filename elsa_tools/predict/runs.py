@@ -70,7 +70,7 @@ class Demo:
             record["segmentation"]["label_map"] = name
         name = stem + image_ending(picture)
         write_image(os.path.join(self.folder, name), picture)
-        if self.coco is not None:
+        if self.coco is not None and isinstance(result, Detections):
             self.coco.add(path, result)
         return {"file": path, "picture": name, **record}
 

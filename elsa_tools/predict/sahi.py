@@ -70,7 +70,7 @@ class ElsaDetectionModel(DetectionModel):
 
     def perform_inference(self, image: np.ndarray) -> None:
         """Predicts in an image [H, W, 3], 8 bits, RGB."""
-        found = self.model.predict(np.ascontiguousarray(image[..., ::-1]))
+        found: Any = self.model.predict(np.ascontiguousarray(image[..., ::-1]))
         self._original_predictions = found.above(self.confidence_threshold)
 
     def _create_object_prediction_list_from_original_predictions(

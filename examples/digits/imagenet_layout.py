@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -65,7 +65,8 @@ def _square(box: list[float], height: int, width: int) -> tuple[int, int, int]:
 
 
 def _write_part(folder: Path, crops: list[tuple[int, Crop]], bar: tqdm) -> None:
-    path, image = None, None
+    path: Path | None = None
+    image: Any = None
     for number, crop in crops:
         if crop.image != path:
             path, image = crop.image, _read(crop.image)

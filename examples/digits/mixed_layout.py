@@ -114,7 +114,7 @@ def _resized(map_: np.ndarray, side: int) -> np.ndarray:
 
 
 def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict]:
-    result = []
+    result: list[dict] = []
     for annotation, mask in scene.digits:
         run = coco_mask.encode(np.asfortranarray(mask))
         area = int(coco_mask.area(run))

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import cv2
 import matplotlib
@@ -31,7 +32,7 @@ def draw_predictions(training: Training, folder: Path, data: Path, path: Path) -
     files = files[:: max(1, len(files) // IMAGES)][:IMAGES]
     images = [read_image(str(file)) for file in files]
     inferencer = load_inferencer(str(training.config_path), str(checkpoint), device="cpu")
-    results = [inferencer.predict(image) for image in images]
+    results: list[Any] = [inferencer.predict(image) for image in images]
     truths: Sequence[Result] = [_true_labels(data, file) for file in files]
     if inferencer.task == "detection":
         results = [found.above(MIN_SCORE) for found in results]
@@ -79,4 +80,5 @@ def true_detections(data: Path, files: Sequence[Path]) -> list[Detections]:
 def _true_labels(data: Path, file: Path) -> Segmentation:
     path = data / "annotations" / "validation" / f"{file.stem}.png"
     # 1 is the background, class 0.
-    return Segmentation(cv2.imread(str(path), cv2.IMREAD_UNCHANGED).astype(np.int64) - 1)
+    labels: Any = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
+    return Segmentation(labels.astype(np.int64) - 1)
