@@ -121,7 +121,7 @@ def _run(tool: str, main: Callable[[argparse.Namespace], None], options: argpars
         # MMEngine reports Ctrl-C while it prints a config as an error in the config.
         if KeyboardInterrupt not in (type(error), type(error.__context__)):
             raise
-        hint = "; --resume goes on from the last checkpoint" if tool == "train" else ""
+        hint = "; --resume continues from the last checkpoint" if tool == "train" else ""
         print(f"{tool}: interrupted{hint}", file=sys.stderr)
         return 130
     finally:

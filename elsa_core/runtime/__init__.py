@@ -1,1 +1,1 @@
-"""What every run needs: errors, whole files, preemption, command lines."""
+"""Shared by all commands: errors, atomic writes, preemption, command lines."""

@@ -1,4 +1,4 @@
-"""How every command line of the project ends."""
+"""Exit statuses and terminal output of the command lines."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ def exit_status(
     interrupted: str = "interrupted",
     packages: Sequence[str] = (),
 ) -> int:
-    """What ``run`` returns; 2 after a UsageError or for want of a package, 130 after Ctrl-C.
+    """Return the exit status of ``run``: its own, or 2 after an error, or 130 after Ctrl-C.
 
-    These end in one sentence on standard error, which ``tool`` begins and ``interrupted`` is for
-    the last of them. Of ``packages``, the modules that ``run`` needs besides ours, all that are
-    missing are named with the first of them.
+    An error is a UsageError or a missing package. Errors and Ctrl-C print one line on standard
+    error.
+
+    Args:
+        tool: name that the line begins with.
+        interrupted: message after Ctrl-C.
+        packages: third-party modules that ``run`` needs. When one is missing, the message names
+            all of them that are.
     """
     try:
         with quiet_frameworks():
@@ -37,21 +42,22 @@ def exit_status(
 
 
 def say(tool: str, sentence: str) -> None:
-    """One line on standard error, with nothing in it that a terminal obeys."""
+    """Print one terminal-safe line on standard error."""
     print(f"{tool}: {' '.join(printable(sentence).split())}", file=sys.stderr)
 
 
 def show(text: str) -> None:
-    """Lines on standard output, with nothing in them that a terminal obeys."""
+    """Print terminal-safe text on standard output."""
     print(printable(text))
 
 
 def keep_inputs(option: str, path: str, read: Sequence[str | None]) -> None:
-    """Raises UsageError where the file that is to be written is one of those that are read.
+    """Raise UsageError if the output file is also an input.
 
     Args:
-        option: that names it.
-        read: files; None and what is not there do not count.
+        option: command-line option that names the output.
+        path: output file.
+        read: input files; None and missing files are ignored.
     """
     for one in read:
         if one and os.path.exists(one) and os.path.exists(path) and os.path.samefile(one, path):

@@ -1,4 +1,4 @@
-"""Finds the configs: inside an installed package, or in the repository that it is imported from."""
+"""Find configs in an installed package or in the clone that it is imported from."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from .errors import UsageError
 
 
 def find_config(name: str, installed: Path, repository: Path) -> str:
-    """The path of a config that is named by its place in the folder of configs.
+    """Return the path of a config.
 
     Args:
-        name: such as "folder/name.py".
-        installed: the folder in an installed package; it goes first.
-        repository: the folder in a clone.
+        name: path relative to the config folder, such as "folder/name.py".
+        installed: config folder of an installed package; takes precedence.
+        repository: config folder of a clone.
 
-    Raises UsageError for one that is not there, with names that are like it.
+    Raises:
+        UsageError: the config does not exist; the message suggests similar names.
     """
     folder = installed if installed.is_dir() else repository
     path = folder / name

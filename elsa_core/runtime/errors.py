@@ -1,20 +1,20 @@
-"""The one kind of error that a run is refused with, or ends with, in one sentence."""
+"""Errors that the user can fix."""
 
 from __future__ import annotations
 
 import re
 
-# How the text of a traceback ends that another process has handed over as a message.
+# Begins the last line of a traceback that another process passed on as a message.
 _LAST_LINE = re.compile(rf"^{re.escape(__name__)}\.\w+: ", re.MULTILINE)
-# What a terminal obeys or hides.
+# Characters that a terminal interprets or hides.
 UNPRINTABLE = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 class UsageError(ValueError):
-    """Something that the caller can put right, in one sentence, fit for a terminal.
+    """An error that the user can fix, described in one terminal-safe sentence.
 
-    A DataLoader's worker that raises one arrives as the same class, with the worker's whole
-    traceback as its message: what is kept of that is the sentence.
+    DataLoader re-raises a worker's UsageError with the worker's traceback as its message; only the
+    sentence is kept.
     """
 
     def __init__(self, message: str) -> None:
@@ -22,27 +22,27 @@ class UsageError(ValueError):
 
 
 class DamagedFileError(UsageError):
-    """A file that turned out to be damaged when it was read, in the middle of a run.
+    """A damaged file that was found during a run.
 
-    Unlike what is found before a run, other processes than the one that read it do not know.
+    Only the process that reads the file raises it; the other processes of the run do not know.
     """
 
 
 def printable(text: str) -> str:
-    """A text from a foreign file as a terminal may have it: ``\\x1b`` for the escape character.
+    """Return a terminal-safe copy of a text, with ``\\x1b`` for the escape character.
 
-    What a terminal obeys or hides is written out: control characters but tab and line feed, marks
-    that turn the direction of writing, and halves of a character, which cannot be printed at all.
+    Escapes control characters except tab and line feed, marks that change the text direction, and
+    lone surrogates, which cannot be printed.
     """
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def sentence_in(text: str) -> str | None:
-    """The sentence of the UsageError that a traceback's text ends with, None without one."""
+    """Return the message of the UsageError at the end of a traceback's text, or None."""
     ends = list(_LAST_LINE.finditer(text))
     return text[ends[-1].end() :].strip() if ends else None
 
 
 def one_line(error: BaseException) -> str:
-    """An exception's message on one line, without a KeyError's quotes."""
+    """Return an exception's message on one line, without the quotes of a KeyError."""
     return " ".join(str(error.args[0] if len(error.args) == 1 else error).split())

@@ -1,9 +1,8 @@
-"""Files that a kill at any moment, a full disk or a second writer leaves whole.
+"""Atomic writes: a kill, a full disk or a second writer leaves the old file or the new one.
 
-What is written has a name of its own in the same folder until it is complete,
-``.NAME.BOOT-PROCESS-RANDOM.part``, and is then renamed. An exception removes that file, and so does
-each signal that can be caught and would end the process; after SIGKILL or a power cut, the next
-process that writes the same file does.
+Data goes to a temporary file in the same folder, ``.NAME.BOOT-PROCESS-RANDOM.part``, which is
+renamed when it is complete. An exception or a signal that can be caught removes the temporary file.
+After SIGKILL or a power cut, the next process that writes the same target removes it.
 """
 
 from __future__ import annotations
@@ -26,15 +25,14 @@ from typing import IO, Any
 
 from .errors import UsageError
 
-# A temporary file's name: the target's, cut so that none becomes too long; the boot of the machine,
-# the process and a random part; an ending where the writer chooses the format by it.
+# Parts of a temporary file's name: the target's name, cut to LABEL_BYTES; machine boot, process and
+# a random number; the target's ending if the writer chooses the format by it.
 LABEL_BYTES = 100
 TEMPORARY = re.compile(r"\.(.*)\.([0-9a-f]{8})-[0-9]+-[0-9a-f]{8}\.part(\.[^.]*)?", re.DOTALL)
-# Seconds without a write after which a file of another machine, or from before a restart, is taken
-# for abandoned. Whether its process lives cannot be asked: not every network file system hands
-# locks on.
+# Seconds without a write after which a temporary file of another machine, or from before a restart,
+# counts as abandoned. Locks do not tell: some network file systems do not share them.
 ABANDONED = 24 * 3600
-# What ends a process that does not handle it; Ctrl-C is an exception already.
+# Signals that end a process by default. Ctrl-C normally raises an exception instead.
 SIGNALS = (
     signal.SIGTERM,
     signal.SIGHUP,
@@ -45,14 +43,14 @@ SIGNALS = (
     signal.SIGALRM,
     signal.SIGXCPU,
 )
-# What a system says of a folder whose names cannot be written to the disk on demand.
+# Error numbers of file systems that cannot sync a folder.
 NO_FOLDER_SYNC = (errno.EACCES, errno.EINVAL, errno.ENOTSUP)
 
-_unfinished: dict[str, int] = {}  # the temporary files, and the process that writes each
+_unfinished: dict[str, int] = {}  # temporary file -> process that writes it
 
 
 class Remembering:
-    """A file to write to that keeps the reason for a failure, or Ctrl-C, which torch.save drops."""
+    """A writable file that remembers the exception of a failed write, which torch.save drops."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self.file = file
@@ -71,17 +69,18 @@ class Remembering:
 
 @contextmanager
 def replacing(path: str | os.PathLike[str], *, sweeping: bool = True) -> Iterator[Remembering]:
-    """A binary file to write to, which takes the place of ``path`` when all went well.
+    """Open a binary file for writing that replaces ``path`` when the block succeeds.
 
-    A file that is there keeps its permissions. A symbolic link is replaced and what it names stays
-    as it is. Devices and pipes, such as /dev/stdout, are written to directly.
+    The new file keeps the permissions of the old one. A symbolic link is replaced; its target does
+    not change. Devices and pipes, such as /dev/stdout, are written directly.
 
     Args:
-        sweeping: looks for what killed processes have left of the same file. That lists the folder;
-            whoever writes thousands of files can call `sweep` once instead.
+        sweeping: remove temporary files that killed processes left of the same target. This lists
+            the folder: to write thousands of files, call `sweep` once instead.
 
-    Raises UsageError, with the system's reason, where ``path`` cannot be written; what was there
-    before stays.
+    Raises:
+        UsageError: ``path`` cannot be written. The message has the system's reason, and an existing
+            file does not change.
     """
     path, file = os.fspath(path), None
     with _naming(path):
@@ -101,8 +100,10 @@ def replacing(path: str | os.PathLike[str], *, sweeping: bool = True) -> Iterato
 
 @contextmanager
 def replacing_by_name(path: str | os.PathLike[str]) -> Iterator[str]:
-    """As `replacing`, for libraries that open a file themselves: the name of an empty file, which
-    has the ending of ``path``."""
+    """Variant of `replacing` for libraries that open files themselves.
+
+    Yields the name of an empty file with the ending of ``path``.
+    """
     path = os.fspath(path)
     with _naming(path):
         if in_place(path):
@@ -124,15 +125,15 @@ def make_folder(path: str, name: str) -> None:
 def sweep(
     folder: str | os.PathLike[str], label: str | None = None, own: str = "", now: float = 0
 ) -> None:
-    """Removes temporary files whose processes are dead.
+    """Remove temporary files of dead processes.
 
-    Their locks tell: the system releases them with the process. Files of other machines must be
-    `ABANDONED`, too.
+    A process holds a lock on its file, which the system releases when the process ends. Files of
+    other machines must also be `ABANDONED`.
 
     Args:
-        label: of the targets, None for all.
-        own: the name of the file that this process writes.
-        now: the time of the folder's file system; 0 leaves the files of other machines alone.
+        label: start of the target's name, as in the temporary file's; None for all targets.
+        own: temporary file of this process, which is kept.
+        now: current time of the folder's file system; 0 keeps all files of other machines.
     """
     with suppress(OSError), os.scandir(folder) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(f".{label or ''}")]
@@ -144,8 +145,8 @@ def sweep(
 
 
 def in_place(path: str) -> bool:
-    """Whether nothing can take the place of a file: of a pipe, a device, or what /proc names, such
-    as /dev/stdout. A folder is none that can be written either, and opening it says so."""
+    """Whether ``path`` must be written directly: a pipe, a device, or a link into /proc, such as
+    /dev/stdout. Also true for a folder, which fails with the right error when it is opened."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             return True
@@ -157,8 +158,8 @@ def in_place(path: str) -> bool:
 
 
 def lock(descriptor: int) -> bool | None:
-    """Locks an open file for as long as it is open; False where another has, None where the file
-    system cannot."""
+    """Lock a file while it is open. Return False if another process holds the lock, and None if
+    the file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -176,7 +177,7 @@ def _naming(path: str) -> Iterator[None]:
 
 @contextmanager
 def _beside(path: str, ending: str, sweeping: bool) -> Iterator[tuple[int, str]]:
-    """A new file in the folder of ``path`` that takes its place at the end: descriptor and name."""
+    """Yield descriptor and name of a temporary file that replaces ``path`` at the end."""
     folder, target = os.path.split(path)
     folder = folder or os.curdir
     old = _permissions(path)
@@ -203,7 +204,7 @@ def _beside(path: str, ending: str, sweeping: bool) -> Iterator[tuple[int, str]]
 
 
 def _permissions(path: str) -> int | None:
-    """Of the file that is replaced, None where there is none; OSError for an impossible name."""
+    """Return the permissions of an existing file, or None. OSError if the name is impossible."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -212,7 +213,7 @@ def _permissions(path: str) -> int | None:
 
 
 def _create(name: str, permissions: int) -> int:
-    """A new and locked file; -1 where `sweep` of another process came first."""
+    """Create and lock a file; return -1 if another process swept it away in between."""
     flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
     descriptor = os.open(name, flags, permissions)
     if lock(descriptor) is False or not os.fstat(descriptor).st_nlink:
@@ -223,7 +224,7 @@ def _create(name: str, permissions: int) -> int:
 
 @contextmanager
 def _removing(name: str) -> Iterator[None]:
-    """Removes a file at the end, also where an exception or a signal is the end."""
+    """Remove a file at the end of the block, also after an exception or a signal."""
     handled = []
     _unfinished[name] = os.getpid()
     try:
@@ -234,7 +235,7 @@ def _removing(name: str) -> Iterator[None]:
                     handled.append(number)
         yield
     finally:
-        with suppress(OSError):  # it has taken its place
+        with suppress(OSError):  # it has been renamed
             os.remove(name)
         for number in handled:
             if signal.getsignal(number) == _die:
@@ -243,7 +244,7 @@ def _removing(name: str) -> Iterator[None]:
 
 
 def _die(number: int, frame: FrameType | None) -> None:
-    """The signal does what it did before, but no temporary file is left."""
+    """Remove this process's temporary files, then let the signal end the process."""
     for name, process in list(_unfinished.items()):
         if process == os.getpid():
             with suppress(OSError):
@@ -265,7 +266,7 @@ def _remove_if_dead(name: str, same_boot: bool, now: float) -> None:
 
 
 def _sync_folder(folder: str) -> None:
-    """So that the new name, too, outlives a power cut."""
+    """Write the new name to the disk, so that it survives a power cut."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
         try:
@@ -279,7 +280,7 @@ def _sync_folder(folder: str) -> None:
 
 @functools.cache
 def _boot() -> str:
-    """Eight digits of this machine since it was started, the same in all its containers."""
+    """Eight hexadecimal digits for this boot of the machine, the same in all its containers."""
     try:
         with open("/proc/sys/kernel/random/boot_id", encoding="ascii") as file:
             return file.read(8)

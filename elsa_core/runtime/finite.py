@@ -1,14 +1,13 @@
-"""Keeps NaN and infinity out of a training's parameters, and ends a training that does not recover.
+"""Keep NaN and infinity out of the parameters, and end a training that does not recover.
 
-The rule, for every framework and precision:
+The rules are the same for every framework and precision:
 
-- An iteration is bad where any of its losses, in any process, is NaN or infinite.
-- A step of the optimizer with a gradient that is NaN or infinite is left out: parameters, momenta
-  and the optimizer's count of steps stay as they are. GradScaler does that in float16,
-  `FiniteWatch.guard` in every other precision.
-- Bad iterations in a row, or steps in a row that were left out, end the training when there are
-  `MAX_NONFINITE` of them. A step that GradScaler leaves out does not count while that lowers a
-  scale of 1 or more, as it does in the beginning of a training.
+- An iteration is bad if any loss, in any process, is NaN or infinite.
+- The optimizer skips a step if a gradient is NaN or infinite: parameters, momenta and its step
+  count do not change. GradScaler skips it in float16, `FiniteWatch.guard` in other precisions.
+- `MAX_NONFINITE` bad iterations or skipped steps in a row end the training. A step that GradScaler
+  skips does not count while it lowers a scale that stays at 1 or more, as at the beginning of a
+  training.
 """
 
 from __future__ import annotations
@@ -31,15 +30,16 @@ _STATISTICS = re.compile(r"(.*\.)?running_(mean|var)")
 
 
 class FiniteWatch:
-    """Counts bad iterations and steps of a training, the same in all of its processes.
+    """Counts bad iterations and skipped steps; the counts agree in all processes.
 
     Args:
-        limit: so many in a row end the training.
+        limit: number in a row that ends the training.
+        name: setting that the limit comes from, for error messages.
 
     Attributes:
-        losses, steps: bad iterations, and steps left out, in a row up to now.
+        losses, steps: current number of bad iterations, and of skipped steps, in a row.
         recovered: whether the last iteration was the first good one after bad ones, which may have
-            left NaN in the statistics of batch norm.
+            left NaN in the batch norm statistics.
     """
 
     def __init__(self, limit: int = MAX_NONFINITE, name: str = "max_nonfinite") -> None:
@@ -55,7 +55,7 @@ class FiniteWatch:
 
     @property
     def bad(self) -> bool:
-        """Whether the last iteration had a loss that is not finite, or its step was left out."""
+        """Whether the last iteration had a non-finite loss or its step was skipped."""
         return self.losses + self.steps > 0
 
     @property
@@ -63,10 +63,10 @@ class FiniteWatch:
         return max(self.losses, self.steps) >= self.limit
 
     def guard(self, optimizer: Optimizer, scaler: Any = None) -> None:
-        """From now on, the optimizer leaves out steps whose gradients are not finite.
+        """Make the optimizer skip steps whose gradients are not finite.
 
         Args:
-            scaler: a GradScaler that steps it, None without one.
+            scaler: GradScaler that steps the optimizer, or None.
         """
         self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
         self._scale = self._scaler.get_scale() if self._scaler else 0.0
@@ -75,23 +75,23 @@ class FiniteWatch:
     @torch.compiler.disable
     def _before_step(self, optimizer: Optimizer, *_: Any) -> None:
         self._stepped = True
-        if self._scaler:  # it has looked at the gradients
+        if self._scaler:  # which has checked the gradients
             return
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
-        # With FSDP, each process has a part of them.
+        # With FSDP, each process has a shard of the gradients.
         if max_over_ranks(not all_finite(gradients)):
             self._stepped = False
             for parameter in parameters:
-                parameter.grad = None  # which optimizers pass over
+                parameter.grad = None  # optimizers skip it
 
     def count(self, bad: Mapping[str, float], anywhere: bool, step_due: bool = True) -> str:
-        """Takes note of an iteration; returns what to warn of, "" if there is nothing.
+        """Count an iteration. Return a warning, or "" if the iteration was good.
 
         Args:
-            bad: this process's losses that are not finite, by name.
-            anywhere: whether any process has some.
-            step_due: the optimizer was to step, as it is not while gradients are accumulated.
+            bad: non-finite losses of this process, by name.
+            anywhere: whether any process has a non-finite loss.
+            step_due: whether the optimizer should have stepped; False while gradients accumulate.
         """
         before = self.bad
         self.losses = self.losses + 1 if anywhere else 0
@@ -109,7 +109,7 @@ class FiniteWatch:
         return f"{self._what} ({number} in a row, {self.limit} end the training)"
 
     def _step_taken(self) -> bool | None:
-        """None where that is not known, and where GradScaler finds a scale that suits."""
+        """Whether the optimizer stepped; None if unknown or while GradScaler adjusts its scale."""
         taken, self._stepped = self._stepped, None
         if self._scaler:
             before, self._scale = self._scale, self._scaler.get_scale()
@@ -118,11 +118,11 @@ class FiniteWatch:
         return taken
 
     def ended(self, done: int, checkpoint: str | None) -> TrainingEnded:
-        """The end of the training.
+        """Return the exception that ends the training.
 
         Args:
-            done: iterations up to now.
-            checkpoint: the last one of this training.
+            done: number of completed iterations.
+            checkpoint: last checkpoint of this training.
         """
         if self.losses >= self.steps:
             times, what = _times(self.losses, "iteration"), "losses"
@@ -133,7 +133,8 @@ class FiniteWatch:
 
 
 def spoilt(name: str, done: int, checkpoint: str | None) -> TrainingEnded:
-    """The end of a training that has NaN or infinity in ``name``, "" in another process."""
+    """Return the exception that ends a training with NaN or infinity in the tensor ``name``, ""
+    if only another process has it."""
     return _ended(
         done, f"because {name or 'a buffer of another process'} is not finite", checkpoint
     )
@@ -155,7 +156,7 @@ def _named(bad: Mapping[str, float]) -> str:
 
 
 def not_finite(losses: Mapping[str, Any]) -> dict[str, float]:
-    """Those of the tensors that are NaN or infinite, by name."""
+    """Return the means of the losses that are NaN or infinite, by name."""
     tensors = {name: value for name, value in losses.items() if isinstance(value, Tensor)}
     if all_finite(tensors.values()):
         return {}
@@ -164,10 +165,7 @@ def not_finite(losses: Mapping[str, Any]) -> dict[str, float]:
 
 
 def first_nonfinite(model: nn.Module) -> str:
-    """The name of something that a training changes and that has NaN or infinity, "" without.
-
-    That is a parameter or, of the buffers, the statistics of batch norm.
-    """
+    """Return the name of a parameter or batch norm statistic that is not finite, or ""."""
     tensors: dict[str, Tensor] = dict(model.named_parameters())
     tensors |= {name: b for name, b in model.named_buffers() if _STATISTICS.fullmatch(name)}
     if all_finite(tensors.values()):

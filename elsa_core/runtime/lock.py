@@ -1,6 +1,6 @@
-"""One training at a time in a folder.
+"""Allow one training at a time in a folder.
 
-Two would overwrite each other's checkpoints, and --resume could not tell them apart.
+Two trainings would overwrite each other's checkpoints, and --resume could not tell them apart.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ _held: dict[str, _Held] = {}  # by folder, in this process
 
 
 class TrainingLock:
-    """Keeps other trainings out of a folder; a second lock of one process changes nothing.
+    """Keeps other trainings out of a folder. Locking twice in one process has no effect.
 
-    The first process of a distributed run holds it for all. The system releases it with the
-    process, however that ends; processes that it forks, such as workers that load data, do not
-    keep it. Where the file system has no locks, a warning says so.
+    Rank 0 of a distributed run holds the lock for all ranks. The system releases it when that
+    process ends for any reason; forked processes, such as data loading workers, do not inherit it.
+    On a file system without locks, acquiring it only logs a warning.
 
     Args:
-        folder: made where it is not there.
+        folder: created if missing.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -47,8 +47,11 @@ class TrainingLock:
         self._key = ""
 
     def acquire(self) -> None:
-        """A collective; raises UsageError, which names the owner, where another training has the
-        lock, in all processes of this one, and where the training could not note its checkpoints.
+        """Acquire the lock. A collective: all ranks must call it.
+
+        Raises:
+            UsageError: in all ranks, if another training holds the lock (the message names its
+                process), or if the folder cannot be locked or hold `last_checkpoint`.
         """
         note = os.path.join(self.folder, "last_checkpoint")
         if os.path.isdir(note):
@@ -70,11 +73,11 @@ class TrainingLock:
         )
 
     def release(self) -> None:
-        """Does nothing without a lock of its own."""
+        """Release the lock if this object acquired it."""
         if held := _held.pop(self._key, None):
             self._key = ""
             with suppress(OSError):
-                os.remove(held.path)  # before the lock ends: afterwards it may be another's
+                os.remove(held.path)  # before unlocking: afterwards another training may own it
             os.close(held.descriptor)
 
     def __enter__(self) -> TrainingLock:
@@ -93,7 +96,7 @@ class TrainingLock:
             files.sweep(key)
 
     def _open(self, path: str) -> int:
-        """The descriptor of the locked file; BlockingIOError where another has locked it."""
+        """Return the descriptor of the locked file. BlockingIOError if another process has it."""
         flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
         while True:
             descriptor = os.open(path, flags, 0o666)
@@ -103,7 +106,7 @@ class TrainingLock:
                     f"the file system of {self.folder} has no locks: make sure that no other "
                     "training uses this folder"
                 )
-            # It is another file where an owner that has just ended has removed its own.
+            # The path names another file if the previous owner has just removed its own.
             if locked is not False and _is(descriptor, path):
                 break
             os.close(descriptor)
@@ -138,8 +141,7 @@ def _is(descriptor: int, path: str) -> bool:
 
 
 def _forget() -> None:
-    """A forked process has the open files, too, and with them the lock: it would outlive its
-    owner."""
+    """Close the inherited files in a forked process, or the lock would outlive its owner."""
     for held in _held.values():
         os.close(held.descriptor)
     _held.clear()

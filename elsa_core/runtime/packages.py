@@ -1,4 +1,4 @@
-"""Packages that only some commands need: one sentence about all that are missing."""
+"""Optional packages: import them, or name all that are missing in one message."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from types import ModuleType
 
 from .errors import UsageError, one_line
 
-# What pip installs for a module. Frameworks are left out: their guides have their commands.
+# Module -> pip package. Frameworks are not listed: their guides have the commands.
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "cityscapesscripts": "cityscapesscripts",
     "cv2": "opencv-python-headless",  # the builds of OpenCV with windows need libGL
-    "ftfy": "ftfy",  # MMSegmentation imports it and does not bring it, nor regex
+    "ftfy": "ftfy",  # MMSegmentation imports ftfy and regex but does not require them
     "matplotlib": "matplotlib",
     "numpy": "numpy",
     "onnx": "onnx",
@@ -34,7 +34,7 @@ DISTRIBUTIONS = {
 
 
 def need(module: str, purpose: str) -> ModuleType:
-    """The module. Raises UsageError where it cannot be imported, which says what to install."""
+    """Import a module. Raise UsageError, with the package to install, if that fails."""
     try:
         return importlib.import_module(module)
     except ImportError as error:
@@ -47,7 +47,7 @@ def need(module: str, purpose: str) -> ModuleType:
 
 
 def missing(modules: Iterable[str | None], others: Iterable[str] = ()) -> str:
-    """A sentence that names modules that are missing, and those of others that are, too."""
+    """Return a sentence that names the missing ``modules`` and those of ``others`` that are."""
     names = list(dict.fromkeys([*map(str, modules), *filter(is_missing, others)]))
     what = "package {} is" if len(names) == 1 else "packages {} are"
     sentence = f"the Python {what.format(', '.join(names))} missing in {sys.executable}"
@@ -55,7 +55,7 @@ def missing(modules: Iterable[str | None], others: Iterable[str] = ()) -> str:
 
 
 def is_missing(module: str) -> bool:
-    """Whether a module cannot be found; of "package.module", the package is imported."""
+    """Whether a module cannot be found. For "package.module", this imports the package."""
     try:
         return find_spec(module) is None
     except ImportError:

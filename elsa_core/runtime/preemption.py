@@ -1,4 +1,4 @@
-"""Ends a training between two iterations when a scheduler asks for it, in all its processes."""
+"""End a training in all processes, between two iterations, when a scheduler preempts it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import torch
 from torch import distributed
 from torch.utils.data import DataLoader
 
-# What a scheduler sends before it kills: SIGTERM, or with Slurm's --signal USR1@60 that one.
+# Sent by schedulers before they kill: SIGTERM, or SIGUSR1 with Slurm's --signal USR1@60.
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 FAILED, REFUSED = 1, 2
 
@@ -25,7 +25,7 @@ FAILED, REFUSED = 1, 2
 class TrainingEnded(SystemExit):
     """Ends a run with an exit status and a sentence that says why.
 
-    No Exception, so that no framework logs a trace of what is no mistake in a program.
+    It derives from SystemExit, so that frameworks log no traceback.
     """
 
     def __init__(self, status: int, sentence: str) -> None:
@@ -34,25 +34,24 @@ class TrainingEnded(SystemExit):
 
 
 def resume_hint(checkpoint: str | None) -> str:
-    """What follows the reason of an end: where --resume goes on, "" without a checkpoint."""
-    return f"; --resume goes on from {checkpoint}" if checkpoint else ""
+    """Return a clause that names the checkpoint that --resume uses, "" without one."""
+    return f"; --resume continues from {checkpoint}" if checkpoint else ""
 
 
 def ended_by_signal(number: int, checkpoint: str) -> TrainingEnded:
-    """The end of a run after the signal of this number, with the state saved in ``checkpoint``.
+    """Return the exception that ends a run after a signal, with its state saved in ``checkpoint``.
 
-    Its status is the one that a shell reports of a process which the signal has ended: 143 for
-    SIGTERM, 138 for SIGUSR1.
+    The status is the one that a shell reports for the signal: 143 for SIGTERM, 138 for SIGUSR1.
     """
     name = signal.Signals(number).name
     return TrainingEnded(128 + number, f"stopped by {name}{resume_hint(checkpoint)}")
 
 
 class StopSignals:
-    """Notes SIGTERM and SIGUSR1, which would otherwise end the process, while a training runs.
+    """Records SIGTERM and SIGUSR1 during a training instead of letting them end the process.
 
     Attributes:
-        received: number of the last of these signals, 0 if there was none.
+        received: number of the last signal received, or 0.
     """
 
     def __init__(self) -> None:
@@ -60,21 +59,21 @@ class StopSignals:
         self._before: dict[int, Any] = {}
 
     def listen(self) -> None:
-        """From now on; only the main thread may, in others nothing changes."""
+        """Start recording. Does nothing outside the main thread, which alone may set handlers."""
         if threading.current_thread() is threading.main_thread():
             for number in SIGNALS:
                 self._before[number] = signal.signal(number, self._note)
 
     def close(self) -> None:
-        """The signals do again what they did before `listen`."""
+        """Restore the signal handlers from before `listen`."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
 
     def any_rank_got(self) -> int:
-        """A signal that any process of the run has received, the same in all of them, or 0.
+        """Return a signal that any rank has received, the same in all ranks, or 0.
 
-        A collective: each process calls it equally often.
+        A collective: all ranks must call it.
         """
         return max_over_ranks(self.received)
 
@@ -84,9 +83,9 @@ class StopSignals:
 
 @contextmanager
 def forward_to_children() -> Iterator[None]:
-    """The process passes SIGTERM and SIGUSR1 on to those that it has started for a distributed run.
+    """Forward SIGTERM and SIGUSR1 to the child processes of a distributed run.
 
-    Before it has, the signals do to this one what they did before.
+    While there are no children, the signals act on this process as usual.
     """
 
     def forward(number: int, frame: FrameType | None) -> None:
@@ -109,7 +108,7 @@ def forward_to_children() -> Iterator[None]:
 
 
 def max_over_ranks(number: int) -> int:
-    """The largest of the numbers that the processes of a run call this with, in all of them."""
+    """Return the maximum of ``number`` over all ranks. A collective."""
     if not distributed.is_available() or not distributed.is_initialized():
         return number
     device = "cuda" if "nccl" in distributed.get_backend() else "cpu"
@@ -119,20 +118,20 @@ def max_over_ranks(number: int) -> int:
 
 
 def shield_workers(loader: DataLoader[Any]) -> None:
-    """Lets a loader's worker processes ignore the signals, which schedulers send to all processes.
+    """Make a loader's workers ignore the signals, which schedulers send to all processes.
 
-    Without, the training would fail for want of its workers before it can save. Takes effect when
-    the loader starts them; they end as ever when the loader or its process does.
+    Otherwise the training would lose its workers before it can save. Call it before the loader
+    starts its workers; they still end with the loader or its process.
     """
     closing = multiprocessing.RawValue("b", 0)
-    # Runs before multiprocessing sends SIGTERM to the workers that are left, and waits for them.
+    # Runs before multiprocessing sends SIGTERM to the remaining workers and waits for them.
     util.Finalize(None, setattr, args=(closing, "value", 1), exitpriority=10)
     loader.worker_init_fn = partial(_start_worker, closing=closing, before=loader.worker_init_fn)
 
 
 def _start_worker(worker: int, closing: Any, before: Callable[[int], None] | None) -> None:
     def obey(number: int, frame: FrameType | None) -> None:
-        if closing.value:  # the signal comes from the process that is about to end
+        if closing.value:  # the parent process is ending and has sent the signal
             os._exit(0)
 
     for number in SIGNALS:

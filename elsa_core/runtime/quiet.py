@@ -1,6 +1,6 @@
-"""What the frameworks warn of and a user of our tools can do nothing about.
+"""Hide framework warnings that users of the tools can do nothing about.
 
-Only the command lines leave it out, while they run: importing our packages changes no filter.
+Only the command lines hide them, while they run: importing the packages changes no filter.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ WARNINGS = (
     r"Image size \(\d+ pixels\) exceeds limit",  # Pillow's, of half of what we read
     r"Warning: The (bbox|polygon) is out of bounds",  # of MMEngine's painter, which clips them
 )
-# Beginnings of log records, and the loggers of PyTorch that have them; OpenMMLab's come with runs.
+# Beginnings of log records, and the PyTorch loggers that emit them; OpenMMLab's loggers are created
+# by each run.
 RECORDS = (
     "is_fx_tracing will return true",
     "No CUDA runtime is found, using CUDA_HOME",
@@ -35,19 +36,19 @@ RECORDS = (
     "The prefix is not set in metric class",
 )
 LOGGERS = ("torch.fx._symbolic_trace", "torch.utils.cpp_extension")
-# Whole lines that are printed: a package that OpenMMLab's data sets can do without.
+# Printed lines about an optional package of OpenMMLab's data sets.
 LINES = re.compile(r"Could not import OneDL(\. Skipping OneDL datasets\.)?")
 
 
 class HarmlessRecords(logging.Filter):
-    """Leaves RECORDS out of a logger."""
+    """Drops RECORDS from a logger."""
 
     def filter(self, record: logging.LogRecord) -> bool:
         return not record.getMessage().startswith(RECORDS)
 
 
 class _WithoutLines:
-    """A stream that LINES do not reach."""
+    """A stream that drops LINES."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream, self._skipped = stream, False
@@ -65,7 +66,7 @@ class _WithoutLines:
 
 @contextmanager
 def quiet_frameworks() -> Iterator[None]:
-    """Leaves out WARNINGS, RECORDS of LOGGERS and LINES of standard output."""
+    """Hide WARNINGS, RECORDS of LOGGERS and LINES on standard output."""
     records = HarmlessRecords()
     loggers = [logging.getLogger(name) for name in LOGGERS]
     with warnings.catch_warnings(), redirect_stdout(_WithoutLines(sys.stdout)):

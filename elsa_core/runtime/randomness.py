@@ -1,8 +1,8 @@
-"""Random numbers that follow from a seed and a place in the training, not from earlier ones.
+"""Random numbers that depend on the seed and the position in the training, not on earlier draws.
 
-A resumed training then draws what the uninterrupted one would have drawn, with any number of
-workers: an image's augmentation follows from its place in the order of the images, an iteration's
-dropout, stochastic depth and sampling of boxes from the number of the iteration.
+A resumed training draws the same numbers as an uninterrupted one, with any number of workers. An
+image's augmentation depends on its position in the sampler's order; dropout, stochastic depth and
+box sampling depend on the iteration number.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 
 class Placed(int):
-    """An index of a data set that knows the place at which a sampler gives it."""
+    """A data set index with its position in the sampler's order."""
 
     place: str
 
@@ -32,11 +32,11 @@ class Placed(int):
 
 
 class PlacedSampler:
-    """A sampler whose indices know their places, with the attributes of the one that it wraps.
+    """Wraps a sampler to yield `Placed` indices; forwards all other attributes.
 
     Args:
-        sampler: gives the same indices again for the same seed and epoch.
-        name: of this process's order, such as its rank.
+        sampler: yields the same indices for the same seed and epoch.
+        name: identifies this process's order, such as its rank.
     """
 
     def __init__(self, sampler: Any, name: str) -> None:
@@ -68,8 +68,8 @@ class PlacedSampler:
 
 
 class PlacedData(Dataset):
-    """A data set whose random transforms follow from the place of an index, with the attributes of
-    the one that it wraps."""
+    """Wraps a data set to seed its random transforms by the position of a `Placed` index; forwards
+    all other attributes."""
 
     def __init__(self, dataset: Any) -> None:
         self.__dict__["dataset"] = dataset
@@ -96,7 +96,7 @@ def _inner(wrapper: Any, attribute: str, name: str) -> Any:
 
 
 def seed_all(place: str) -> None:
-    """Seeds Python, PyTorch on all devices, and NumPy where it is in use."""
+    """Seed Python, PyTorch on all devices, and NumPy if it has been imported."""
     number = int.from_bytes(hashlib.sha256(place.encode()).digest()[:8], "little")
     random.seed(number)
     torch.manual_seed(number % 2**63)

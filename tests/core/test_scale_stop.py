@@ -42,7 +42,7 @@ def test_signals_are_noted_while_listening():
 def test_status_and_sentence(number, status):
     end = ended_by_signal(number, "out/a.pth")
     assert end.code == status and not isinstance(end, Exception)
-    assert end.sentence == f"stopped by {number.name}; --resume goes on from out/a.pth"
+    assert end.sentence == f"stopped by {number.name}; --resume continues from out/a.pth"
 
 
 def test_a_process_alone_agrees_with_itself():

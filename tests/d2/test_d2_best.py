@@ -101,4 +101,4 @@ def test_failures_end_the_training_in_a_sentence(tmp_path, case):
         training.train(0, 4)
     assert caught.value.code == expected[0]
     assert expected[1] in caught.value.sentence
-    assert caught.value.sentence.endswith("; --resume goes on from model_0000001.pth")
+    assert caught.value.sentence.endswith("; --resume continues from model_0000001.pth")
