@@ -25,6 +25,7 @@ from detectron2.utils.comm import get_world_size
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.packages import is_missing, need
 
+from .registration import entries, is_registered, wrong_form
 from .safe_loading import read_pair
 from .sem_seg import FILES_READ_BEFORE_A_RUN, IGNORE
 
@@ -106,34 +107,20 @@ def register_cityscapes_datasets(cfg: CfgNode) -> None:
             folders = {"image_dir": metadata.image_dir, "gt_dir": metadata.gt_dir}
             DatasetCatalog.remove(name)
             DatasetCatalog.register(name, partial(load_instances, **folders))
-    for entry in cfg.DATASETS.REGISTER_CITYSCAPES:
-        if (
-            not isinstance(entry, (list, tuple))
-            or len(entry) != 4
-            or not all(isinstance(part, str) for part in entry)
-            or entry[3] not in TASKS
-        ):
-            raise UsageError(
-                f"DATASETS.REGISTER_CITYSCAPES must be a list of {FORM}, got {entry!r}"
-            )
+    for entry in entries(cfg, "REGISTER_CITYSCAPES", FORM, (str,) * 4):
         name, root, part, task = entry
+        if task not in TASKS:
+            raise wrong_form("REGISTER_CITYSCAPES", FORM, entry)
         folders = {
             "image_dir": os.path.join(root, "leftImg8bit", part),
             "gt_dir": os.path.join(root, "gtFine", part),
         }
         description = {**folders, "evaluator_type": TASKS[task]}
-        if name not in DatasetCatalog:
+        if not is_registered("REGISTER_CITYSCAPES", name, description):
             load = load_instances if task == "instance_seg" else reader.load_cityscapes_semantic
             DatasetCatalog.register(name, partial(load, **folders))
             classes = _get_builtin_metadata("cityscapes")
             MetadataCatalog.get(name).set(ignore_label=IGNORE, **description, **classes)
-            continue
-        known = MetadataCatalog.get(name)
-        if any(known.get(key) != value for key, value in description.items()):
-            raise UsageError(
-                f"DATASETS.REGISTER_CITYSCAPES names {name!r}, which is registered as another "
-                "data set"
-            )
 
 
 def is_cityscapes(name: str) -> bool:

@@ -22,8 +22,10 @@ from elsa_core.runtime.errors import UsageError
 
 from .classes import class_names
 from .coco_json import load_coco_json
+from .registration import entries, is_registered
 
 logger = logging.getLogger(__name__)
+FORM = "[name, annotation file, image folder]"
 _Result = TypeVar("_Result")
 
 
@@ -66,35 +68,18 @@ def register_coco_datasets(cfg: CfgNode, classes: Sequence[str] | None = None) -
             of the first of DATASETS.TRAIN.
     """
     first = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else None
-    for entry in cfg.DATASETS.REGISTER_COCO:
-        if (
-            not isinstance(entry, (list, tuple))
-            or len(entry) != 3
-            or not all(isinstance(part, str) for part in entry)
-        ):
-            raise UsageError(
-                "DATASETS.REGISTER_COCO must be a list of [name, annotation file, image folder], "
-                f"got {entry!r}"
-            )
-        name, json_file, image_root = entry
+    for name, json_file, image_root in entries(cfg, "REGISTER_COCO", FORM, (str, str, str)):
         order = tuple(classes) if classes else None if name == first else first
         part = CocoPart(name, json_file, image_root, order)
-        if name in DatasetCatalog:
-            known = MetadataCatalog.get(name)
-            if (known.get("json_file"), known.get("image_root")) != (json_file, image_root):
-                raise UsageError(
-                    f"DATASETS.REGISTER_COCO names {name!r}, which is registered as another data "
-                    "set"
-                )
+        description = {"json_file": json_file, "image_root": image_root}
+        if is_registered("REGISTER_COCO", name, description):
             before = DatasetCatalog[name]
             if not isinstance(before, CocoPart) or before == part:
                 continue
             DatasetCatalog.remove(name)  # an earlier run of this process has other classes
             MetadataCatalog.remove(name)
         DatasetCatalog.register(name, part)
-        MetadataCatalog.get(name).set(
-            json_file=json_file, image_root=image_root, evaluator_type="coco"
-        )
+        MetadataCatalog.get(name).set(evaluator_type="coco", **description)
 
 
 def check_dataset(
@@ -119,8 +104,7 @@ def check_dataset(
     """
     if name not in DatasetCatalog:
         raise UsageError(
-            f"data set {name!r} is not registered: list it in DATASETS.REGISTER_COCO as "
-            "[name, annotation file, image folder]"
+            f"data set {name!r} is not registered: list it in DATASETS.REGISTER_COCO as {FORM}"
         )
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") != "coco":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -13,6 +14,7 @@ from elsa_core.data.images import ENDINGS
 from elsa_core.data.label_maps import IGNORE, only_none, pair_files
 from elsa_core.runtime.errors import UsageError
 
+from .registration import entries, is_registered
 from .safe_loading import read_pair
 
 FILES_READ_BEFORE_A_RUN = 32
@@ -26,14 +28,8 @@ def register_sem_seg_datasets(cfg: CfgNode) -> None:
     working directory. Raises UsageError for entries of another form, for a file of class names that
     cannot be read, and for a name that stands for another data set already.
     """
-    for entry in cfg.DATASETS.REGISTER_SEM_SEG:
-        kinds = (str, str, str, (str, list, tuple), bool)
-        if (
-            not isinstance(entry, (list, tuple))
-            or len(entry) != len(kinds)
-            or not all(map(isinstance, entry, kinds))
-        ):
-            raise UsageError(f"DATASETS.REGISTER_SEM_SEG must be a list of {FORM}, got {entry!r}")
+    kinds = (str, str, str, (str, list, tuple), bool)
+    for entry in entries(cfg, "REGISTER_SEM_SEG", FORM, kinds):
         name, images, labels, classes, reduce_zero_label = entry
         description = {
             "image_root": images,
@@ -41,16 +37,10 @@ def register_sem_seg_datasets(cfg: CfgNode) -> None:
             "stuff_classes": _class_names(name, classes),
             "reduce_zero_label": reduce_zero_label,
         }
-        if name not in DatasetCatalog:
-            DatasetCatalog.register(name, lambda entry=entry: _load(entry[1], entry[2], entry[4]))
+        if not is_registered("REGISTER_SEM_SEG", name, description):
+            DatasetCatalog.register(name, partial(_load, images, labels, reduce_zero_label))
             MetadataCatalog.get(name).set(
                 evaluator_type="sem_seg", ignore_label=IGNORE, **description
-            )
-            continue
-        known = MetadataCatalog.get(name)
-        if any(known.get(key) != value for key, value in description.items()):
-            raise UsageError(
-                f"DATASETS.REGISTER_SEM_SEG names {name!r}, which is registered as another data set"
             )
 
 
