@@ -5,21 +5,23 @@ from __future__ import annotations
 import os
 import re
 import sys
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
-from torch import Tensor
+from torch import Tensor, nn
 
 from elsa_core.data.classes import other_classes
-from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.files import replacing
 from elsa_core.runtime.finite import first_nonfinite
 from elsa_core.runtime.nonfinite import check_finite
 from elsa_core.weights import (
     attention_names,
+    check_complete,
     check_names,
     checkpoint_for,
     class_names,
@@ -193,6 +195,53 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:
             file.write(last_filename_basename.encode())
+
+
+class _Checker(AtomicCheckpointer):
+    """Keeps what does not match instead of logging and skipping it."""
+
+    incompatible: Any = None
+    read = staticmethod(read_ahead)
+
+    def _log_incompatible_keys(self, incompatible: Any) -> None:
+        self.incompatible = incompatible
+
+
+def check_checkpoint(file: str, model: nn.Module) -> list[str] | None:
+    """Loads a checkpoint, of which the model must have all parameters in their shapes.
+
+    Returns the class names in the file, None without. Raises UsageError for a file that cannot be
+    loaded or does not match.
+    """
+    checker = _Checker(model)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a model on the meta device takes no values
+            rest = checker.load(file, checkpointables=[])
+    except UsageError:
+        raise
+    except Exception as error:
+        raise UsageError(f"the checkpoint {file} cannot be loaded: {one_line(error)}") from error
+    # No result depends on a counter, and other tools' checkpoints may lack it.
+    wanted = {
+        name: tuple(value.shape)
+        for name, value in model.state_dict().items()
+        if not name.endswith("num_batches_tracked")
+    }
+    missing = set(checker.incompatible.missing_keys)
+    given = {name: shape for name, shape in wanted.items() if name not in missing}
+    for name, found, shape in checker.incompatible.incorrect_shapes:
+        given[name] = tuple(found)
+        detector = name.startswith("roi_heads.") and name.endswith("cls_score.weight")
+        segmentor = name == "sem_seg_head.predictor.weight"
+        if (detector or segmentor) and found[1:] == shape[1:]:
+            head = "ROI_HEADS" if detector else "SEM_SEG_HEAD"
+            raise UsageError(
+                f"the checkpoint {file} does not match the model: it has {found[0] - detector} "
+                f"classes, but MODEL.{head}.NUM_CLASSES is {shape[0] - detector}"
+            )
+    check_complete(wanted, given, file)
+    return class_names(rest)[0]
 
 
 def _iteration(path: Path) -> int:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Sequence
-from typing import Any
 from urllib.parse import urlparse
 
 import torch
@@ -26,7 +24,7 @@ import elsa_core.weights
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.files import make_folder
 from elsa_core.weights.resume import refuse_if_none_is_whole
-from elsa_d2.checkpoint import AtomicCheckpointer
+from elsa_d2.checkpoint import AtomicCheckpointer, check_checkpoint
 from elsa_d2.config import is_sem_seg
 from elsa_d2.data.augmentation import need_opencv, resize_class
 from elsa_d2.data.cityscapes import (
@@ -227,7 +225,7 @@ def _check_weights(
     checkpointer = AtomicCheckpointer(torch.nn.Identity(), cfg.OUTPUT_DIR)
     if resume and (last := checkpointer.get_checkpoint_file()):
         if model is not None:
-            return _check_fit(last, model)
+            return check_checkpoint(last, model)
         return None
     if resume:
         refuse_if_none_is_whole(cfg.OUTPUT_DIR, checkpointer.passed)
@@ -244,66 +242,9 @@ def _check_weights(
     if not os.path.exists(weights.path):
         raise UsageError(f"MODEL.WEIGHTS {weights.path} does not exist")
     if eval_only and model is not None:
-        return _check_fit(weights.path, model)
+        return check_checkpoint(weights.path, model)
     elsa_core.weights.read_ahead(weights.path)
     return None
-
-
-class _FitChecker(AtomicCheckpointer):
-    """Keeps what does not fit instead of logging and skipping it."""
-
-    incompatible: Any = None
-    read = staticmethod(elsa_core.weights.read_ahead)
-
-    def _log_incompatible_keys(self, incompatible: Any) -> None:
-        self.incompatible = incompatible
-
-
-def _check_fit(file: str, model: torch.nn.Module) -> list[str] | None:
-    """Raises UsageError unless the checkpoint has all parameters of the model, in their shapes.
-
-    Returns the class names that it holds, None without.
-    """
-    checker = _FitChecker(model)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the model takes no values: that is on purpose
-            rest = checker.load(file, checkpointables=[])
-    except UsageError:
-        raise
-    except Exception as error:
-        raise UsageError(f"the checkpoint {file} cannot be loaded: {one_line(error)}") from error
-    shapes = checker.incompatible.incorrect_shapes
-    # A counter that no result depends on and that other tools' checkpoints may lack.
-    counter = "num_batches_tracked"
-    missing = [key for key in checker.incompatible.missing_keys if not key.endswith(counter)]
-    for key, found, wanted in shapes:
-        if (
-            key.startswith("roi_heads.")
-            and key.endswith("cls_score.weight")
-            and found[1:] == wanted[1:]
-        ):
-            raise UsageError(
-                f"the checkpoint {file} does not fit the model: it knows {found[0] - 1} classes, "
-                f"but MODEL.ROI_HEADS.NUM_CLASSES is {wanted[0] - 1}"
-            )
-        if key == "sem_seg_head.predictor.weight" and found[1:] == wanted[1:]:
-            raise UsageError(
-                f"the checkpoint {file} does not fit the model: it knows {found[0]} classes, "
-                f"but MODEL.SEM_SEG_HEAD.NUM_CLASSES is {wanted[0]}"
-            )
-    if shapes:
-        key, found, wanted = shapes[0]
-        raise UsageError(
-            f"the checkpoint {file} does not fit the model: {len(shapes)} parameters have another "
-            f"shape, the first is {key} with {tuple(found)} instead of {tuple(wanted)}"
-        )
-    if missing:
-        raise UsageError(
-            f"the checkpoint {file} does not fit the model: it lacks {len(missing)} parameters, "
-            f"the first is {missing[0]}"
-        )
-    return elsa_core.weights.class_names(rest)[0]
 
 
 def _check_data(cfg: CfgNode, eval_only: bool, machines: int, stored: Sequence[str] | None) -> None:

@@ -13,9 +13,9 @@ from detectron2.utils.visualizer import ColorMode, Visualizer
 import elsa_d2
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.weights import forget_ahead
+from elsa_d2.checkpoint import check_checkpoint
 from elsa_d2.config import is_sem_seg
 from elsa_d2.data.classes import class_kind, class_names, number_of_classes
-from elsa_d2.engine import preflight
 
 from .inferencer import Inferencer
 from .results import Detections, Result, Segmentation
@@ -46,7 +46,7 @@ class Detectron2Inferencer(Inferencer):
             raise UsageError(f"the config {config} cannot be used: {one_line(error)}") from error
         self.model = self.predictor.model
         if weights is not None:
-            names = preflight._check_fit(weights, self.model)  # the model has its weights now
+            names = check_checkpoint(weights, self.model)  # the model has its weights now
             forget_ahead()
         data = [*cfg.DATASETS.TRAIN[:1], *cfg.DATASETS.TEST]
         listed = (class_names(name, class_kind(cfg)) for name in data)

@@ -157,7 +157,7 @@ def test_weights_for_another_number_of_classes_are_refused(digits, tmp_path, too
     keys += ["DATASETS.REGISTER_SEM_SEG", str(data), "MODEL.WEIGHTS", str(tmp_path / "w.pth")]
     assert tool.main(["--config-file", DIGITS, "--eval-only", *keys]) == 2
     error = capfd.readouterr().err
-    assert "it knows 11 classes, but MODEL.SEM_SEG_HEAD.NUM_CLASSES is 12" in error
+    assert "it has 11 classes, but MODEL.SEM_SEG_HEAD.NUM_CLASSES is 12" in error
 
 
 def test_parts_that_order_their_classes_differently_are_refused(digits, tmp_path, tool, capfd):

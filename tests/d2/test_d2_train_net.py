@@ -114,9 +114,9 @@ def misfits(state):
     less = {key: value for key, value in state.items() if "mask_head" not in key}
     wider = {**state, head: torch.zeros(16, 7)}
     return {
-        "classes": ({**state, **rows}, "it knows 8 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 10"),
-        "shape": (wider, f"1 parameters have another shape, the first is {head} with (16, 7)"),
-        "lacking": (less, "parameters, the first is roi_heads.mask_head"),
+        "classes": ({**state, **rows}, "it has 8 classes, but MODEL.ROI_HEADS.NUM_CLASSES is 10"),
+        "shape": (wider, f"another backbone: {head} has the shape (16, 7) instead of"),
+        "lacking": (less, "parameters, roi_heads.mask_head"),
         "damaged": (None, "is cut off"),
     }
 
