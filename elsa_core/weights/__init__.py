@@ -1,7 +1,4 @@
-"""Weights of ELSA-Swin models: read safely, recognised, and moved between the frameworks.
-
-torch is the only dependency.
-"""
+"""Read, recognise and convert ELSA-Swin checkpoints. torch is the only dependency."""
 
 from .convert import TARGETS, Conversion, convert
 from .files import checkpoint_for, convert_file, load_backbone

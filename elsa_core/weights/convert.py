@@ -1,4 +1,4 @@
-"""From one checkpoint to another: every tensor is converted, dropped for a reason, or an error."""
+"""Convert checkpoints. Each tensor is converted, dropped for a reason, or causes an error."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from .shapes import OPTIONAL_LEAF, HeadSizes, Shapes, backbone_shapes, model_sha
 from .source import BACKBONE, CLASSIFIER, DETECTRON2, SWIN, Source
 
 MODELS = (MASK_RCNN, CASCADE, UPERNET)
-# What each target can be made from.
+# Kinds of source for each target.
 TARGETS: dict[str, tuple[str, ...]] = {
-    "backbone": (),  # from everything that has one
+    "backbone": (),  # any kind
     "detectron2": MODELS,
     "mmdet": (MASK_RCNN, CASCADE),
     "mmseg": (UPERNET,),
     "mmpretrain": (CLASSIFIER,),
     "original": (*MODELS, CLASSIFIER, BACKBONE),
 }
-# Anchors of a position that all published models have: one size, three ratios.
+# Anchors per position in all published models: one size, three ratios.
 _PUBLISHED_ANCHORS = 3
 
 
@@ -62,18 +62,18 @@ class Conversion:
 def convert(
     source: Source, to: str, *, anchor_sizes: int | None = None, keep_norm: bool = False
 ) -> Conversion:
-    """What ``source`` is in the framework ``to``, one of `TARGETS`. No tensor is copied.
+    """Convert ``source`` to the target ``to``, one of `TARGETS`, without copying tensors.
 
     Args:
-        anchor_sizes: anchor sizes per pyramid level, each with all ratios. Needed between
-            Detectron2 and OpenMMLab where a position has other than three anchors, since the two
-            order anchors of several sizes differently.
-        keep_norm: a backbone made from a classifier gets the classifier's norm at its last output,
-            as another classifier wants it, not a new one, as detection and segmentation do.
+        anchor_sizes: anchor sizes per pyramid level, each with all ratios. Required between
+            Detectron2 and OpenMMLab unless a position has three anchors: the two frameworks order
+            anchors of several sizes differently.
+        keep_norm: use a classifier's norm as the last output norm of the backbone, for another
+            classifier. By default that norm is new, for detection and segmentation.
 
     Raises:
-        UsageError: ``source`` cannot become that, or lacks tensors, has unknown ones or ones of
-            wrong shapes, or with NaN or infinity.
+        UsageError: ``source`` cannot be converted to the target, or tensors are missing, unknown,
+            of the wrong shape, or have NaN or infinity.
     """
     if to not in TARGETS:
         raise UsageError(f"the target must be one of {', '.join(TARGETS)}, got {to}")
@@ -122,7 +122,7 @@ def _convert_model(result: Conversion, anchor_sizes: int | None) -> None:
 
 
 def _convert_classifier(result: Conversion) -> None:
-    """A classifier or a backbone to the original's or MMPretrain's names."""
+    """Convert a classifier or a backbone to the original's or MMPretrain's names."""
     source = result.source
     expected = _without_output_norms(backbone_shapes(source.arch))
     if source.kind == CLASSIFIER:
@@ -174,7 +174,7 @@ def _take_backbone(result: Conversion, keep_norm: bool) -> None:
     for name, (old, tensor) in taken.items():
         result.put(name, old, tensor)
     if not whole:
-        reason = "a new output norm, which a classifier has not: 1 and 0"
+        reason = "a new output norm, which a classifier does not have: 1 and 0"
         for name in sorted(missing):
             length = source.arch.num_features[int(name.split(".")[0].removeprefix("norm"))]
             make: Callable[..., Tensor] = torch.ones if name.endswith("weight") else torch.zeros
@@ -194,14 +194,16 @@ def _convert_swin(result: Conversion) -> None:
     _check(source, source.tensors, shared)
     for name, (old, tensor) in source.tensors.items():
         result.put(name, old, tensor)
-    result.absent += [(name, "ELSA's attention, which Swin has not") for name in sorted(attention)]
     result.absent += [
-        (name, "an output norm, which a classifier has not") for name in sorted(norms)
+        (name, "ELSA's attention, which Swin does not have") for name in sorted(attention)
+    ]
+    result.absent += [
+        (name, "an output norm, which a classifier does not have") for name in sorted(norms)
     ]
 
 
 def _check(source: Source, given: Mapping[str, tuple[str, Tensor]], expected: Shapes) -> None:
-    """Raises UsageError for missing, unknown or wrongly shaped tensors, with SRC's names."""
+    """Raise UsageError, with SRC's names, if tensors are missing, unknown or of wrong shape."""
     missing = [n for n in expected if n not in given and not n.endswith(OPTIONAL_LEAF)]
     if missing:
         raise UsageError(
@@ -226,7 +228,7 @@ def _check(source: Source, given: Mapping[str, tuple[str, Tensor]], expected: Sh
 
 
 def _in_source(source: Source, names: list[str]) -> list[str]:
-    """What tensors that are not there would be called in SRC."""
+    """Return the names that missing tensors would have in SRC."""
     if source.family == DETECTRON2 and source.kind in MODELS:
         renamed, _ = rename(dict.fromkeys(names, None), source.kind, "d2")
         return list(renamed)
@@ -254,7 +256,7 @@ def _without_output_norms(shapes: Shapes) -> Shapes:
 
 
 def _add_bookkeeping(result: Conversion, name: str, prefix: str) -> None:
-    """The original's ``relative_id`` after each ``rb``."""
+    """Add the original's ``relative_id`` after each ``rb``."""
     if name.startswith(prefix) and name.endswith(".attn.rb"):
         index = relative_position_id(result.source.arch.window_size)
         result.add(
@@ -265,7 +267,8 @@ def _add_bookkeeping(result: Conversion, name: str, prefix: str) -> None:
 def _reorder_anchors(
     named: Mapping[str, tuple[str, Tensor]], anchors: int, sizes: int | None, to: str
 ) -> dict[str, tuple[str, Tensor]]:
-    """Detectron2 orders a position's anchors by size, then ratio; OpenMMLab by ratio, then size."""
+    """Reorder the anchors of each position: by size, then ratio in Detectron2, by ratio, then size
+    in OpenMMLab."""
     if sizes is None and anchors != _PUBLISHED_ANCHORS:
         raise UsageError(
             f"its model has {anchors} anchors at each position, whose order differs between the "

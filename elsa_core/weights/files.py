@@ -1,4 +1,4 @@
-"""Whole files: converted to other files, or read straight into a model of another framework."""
+"""Convert checkpoint files, or load them straight into a model of another framework."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .source import BACKBONE, CLASSIFIER, DETECTRON2, OPENMMLAB, SWIN, Source
 
 
 def read_source(path: str | os.PathLike, *, trust: bool = False, ema: bool | None = None) -> Source:
-    """Raises UsageError, which names the file, where it cannot be read or is nothing known."""
+    """Read and recognise a checkpoint. Raise UsageError, naming the file, if either fails."""
     checkpoint = read_checkpoint(path, trust=trust)
     with naming(path):
         return recognise(checkpoint, ema=ema)
@@ -30,7 +30,7 @@ def read_source(path: str | os.PathLike, *, trust: bool = False, ema: bool | Non
 
 @contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Gives a UsageError about a file's content the file's name."""
+    """Add the file's name to a UsageError about its content."""
     try:
         yield
     except UsageError as error:
@@ -47,9 +47,10 @@ def convert_file(
     keep_training_state: bool = False,
     anchor_sizes: int | None = None,
 ) -> Conversion:
-    """Converts a checkpoint file; the arguments are those of `recognise` and `convert`.
+    """Convert a checkpoint file. The arguments are those of `recognise` and `convert`.
 
-    Raises UsageError where that is impossible, in one sentence; then nothing was written.
+    Raises:
+        UsageError: the conversion is not possible; nothing is written.
     """
     source, destination = os.fspath(source), os.fspath(destination)
     if keep_training_state and not destination.endswith(".pth"):
@@ -67,13 +68,14 @@ def convert_file(
 
 
 def load_backbone(backbone: ELSASwin, path: str | os.PathLike) -> Conversion:
-    """Loads what any convertible checkpoint has for an `elsa_core.ELSASwin`, and says what it was.
+    """Load the backbone weights of any convertible checkpoint into an `elsa_core.ELSASwin`.
 
-    A backbone that returns the last stage's map alone is taken for a classifier's and also gets the
-    norm of a classifier's checkpoint.
+    A backbone that returns only the last stage's map counts as a classifier's: it also gets the
+    final norm of a classifier's checkpoint.
 
-    Raises UsageError as `convert_file`, or where the checkpoint's backbone has another architecture
-    than ``backbone``; then nothing was loaded.
+    Raises:
+        UsageError: as in `convert_file`, or if the checkpoint's backbone has another architecture;
+            nothing is loaded.
     """
     source = read_source(path)
     keep = _returns_last_only(backbone)
@@ -93,18 +95,18 @@ def checkpoint_for(
     to: str = DETECTRON2,
     anchor_sizes: int | None = None,
 ) -> dict[str, Any]:
-    """``model``, the tensors of a checkpoint of any framework under the names of a model of
-    Detectron2 or OpenMMLab, and ``meta``, what the checkpoint says of itself.
+    """Return a checkpoint of any framework as a dict for a Detectron2 or OpenMMLab model.
 
-    The same kind of model gives all of its tensors, anything else the backbone alone and no
-    ``meta``.
+    ``model`` has the tensors under the model's names, ``meta`` the checkpoint's metadata. A
+    checkpoint of another kind of model gives only its backbone, and no ``meta``.
 
     Args:
-        content: of the file, where it has been read already.
-        to: whose names the model has, "detectron2" or "openmmlab".
-        anchor_sizes: of the model, as for `convert`.
+        content: content of the file if it has been read already.
+        to: framework of the model, "detectron2" or "openmmlab".
+        anchor_sizes: as in `convert`.
 
-    Raises UsageError as `load_backbone`, or where the model has not exactly one ELSA-Swin.
+    Raises:
+        UsageError: as in `load_backbone`, or if the model does not have exactly one ELSA-Swin.
     """
     names = model.state_dict()
     found = [(name, part) for name, part in model.named_modules() if isinstance(part, ELSASwin)]
@@ -137,15 +139,15 @@ def _returns_last_only(backbone: ELSASwin) -> bool:
 
 
 def _used(backbone: ELSASwin, conversion: Conversion) -> dict[str, Tensor]:
-    """The tensors without those of stages and norms that the backbone is built without."""
+    """Return the tensors except those of stages and norms that the backbone does not have."""
     tensors = dict(conversion.tensors)
     drop_unused_keys(tensors, "", backbone.out_indices, len(backbone.num_features))
     return tensors
 
 
 def _whole_model(names: Mapping[str, Tensor], prefix: str, source: Source, to: str) -> str:
-    """What to convert to where a model takes more than the backbone, the source's own family where
-    its names are the model's, "" for the backbone alone."""
+    """Return the conversion target if the model takes more than the backbone, the source's own
+    family if the names match already, or "" for the backbone alone."""
     if to == DETECTRON2:
         if prefix != D2_BACKBONES.get(source.kind) or not _has_heads(names, source.kind, "d2"):
             return ""
@@ -173,7 +175,7 @@ def _check_fit(
     names: Mapping[str, Tensor],
     prefix: str = "",
 ) -> None:
-    """Raises UsageError unless the tensors are those under ``prefix``, but for output norms."""
+    """Raise UsageError unless the tensors match those under ``prefix``; output norms may differ."""
     absent = {prefix + name for name, _ in conversion.absent}
     wrong = [
         name

@@ -1,4 +1,4 @@
-"""How much of a model a checkpoint has, by name and shape."""
+"""Check that a checkpoint matches a model, by name and shape."""
 
 from __future__ import annotations
 
@@ -10,36 +10,36 @@ from torch import nn
 from elsa_core import ELSASwin
 from elsa_core.runtime.errors import UsageError
 
-# A checkpoint with less of the attention's weights is of another backbone, though some vectors may
-# agree by chance. Stock Swin gives the small variant a quarter of them.
+# A checkpoint with a smaller part of the attention weights is of another backbone, even if some
+# vectors match by chance. Stock Swin has a quarter of the small variant's.
 LEAST_PART = 0.1
 
 
 def attention_names(model: nn.Module) -> set[str]:
-    """The parameters that no other backbone has: those of the ELSA-Swins' attention."""
+    """Return the names of the attention parameters of all ELSA-Swins in a model."""
     inside = _backbones(model)
     names = {name for name, _ in model.named_parameters() if ".attn." in name}
     return {name for name in names if name.startswith(inside)} if inside else set()
 
 
 def has_names_of(model: nn.Module, names: Collection[str]) -> bool:
-    """Whether a checkpoint needs no conversion: it names all of the attention's parameters as the
-    model does, and some of those outside of ELSA-Swin, which frameworks may call otherwise."""
+    """Whether a checkpoint needs no conversion: it has the model's names for all attention
+    parameters, and for some parameters outside ELSA-Swin, whose names differ between frameworks."""
     wanted, inside = {name for name, _ in model.named_parameters()}, _backbones(model)
     outside = {name for name in wanted if not name.startswith(inside)} if inside else wanted
     return attention_names(model) <= set(names) and not (outside and outside.isdisjoint(names))
 
 
 def _backbones(model: nn.Module) -> tuple[str, ...]:
-    """How the names of ELSA-Swins begin."""
+    """Return the name prefixes of the ELSA-Swins in a model."""
     named = model.named_modules()
     return tuple(f"{name}." if name else "" for name, one in named if isinstance(one, ELSASwin))
 
 
 def check_names(names: Iterable[Any], path: str) -> None:
-    """Raises UsageError for a name with control characters among a file's tensors.
+    """Raise UsageError if a tensor's name has control characters.
 
-    Frameworks print the names of tensors that a model has no place for, and a terminal obeys them.
+    Frameworks print the names of unexpected tensors, and a terminal would interpret them.
     """
     for name in names:
         if not str(name).isprintable():
@@ -50,13 +50,11 @@ def check_names(names: Iterable[Any], path: str) -> None:
 
 
 def coverage(model: nn.Module, given: Collection[str]) -> tuple[str, bool]:
-    """What part of a model's parameters a checkpoint has, in words, and whether that is enough.
-
-    It is not where no parameter has a value, or less than a tenth of the weights of ELSA-Swin's
-    attention.
+    """Return a text on the part of a model's parameters that a checkpoint has, and whether that is
+    enough: at least one parameter, and a tenth of ELSA-Swin's attention weights.
 
     Args:
-        given: the names that a checkpoint has in the model's shapes; others do not count.
+        given: names of the checkpoint's tensors whose shapes match the model.
     """
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     found = sizes.keys() & set(given)
@@ -74,11 +72,11 @@ def coverage(model: nn.Module, given: Collection[str]) -> tuple[str, bool]:
 def check_complete(
     wanted: Mapping[str, Sequence[int]], given: Mapping[str, Sequence[int]], path: str
 ) -> None:
-    """Raises UsageError unless a checkpoint has all parameters of a model in their shapes.
+    """Raise UsageError unless a checkpoint has all parameters of a model with the right shapes.
 
     Args:
-        wanted: the shapes of the model's parameters by name.
-        given: the shapes of the checkpoint's tensors by name.
+        wanted: shapes of the model's parameters by name.
+        given: shapes of the checkpoint's tensors by name.
     """
     for name, shape in wanted.items():
         if tuple(given.get(name, shape)) != tuple(shape):

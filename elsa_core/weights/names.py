@@ -1,8 +1,8 @@
-"""How the same tensors are called in Detectron2 and in OpenMMLab.
+"""Tensor names in Detectron2 and in OpenMMLab.
 
-The original release (mmdet 2.x, mmseg 0.x) uses OpenMMLab's names, and so do we inside this
-package. Each rule names one layer on both sides. ``{}`` stands for an index, which may be counted
-from another number in Detectron2.
+The original release (mmdet 2.x, mmseg 0.x) uses OpenMMLab's names, and so does this package
+internally. Each rule names one layer on both sides. ``{}`` stands for an index, which may start at
+another number in Detectron2.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ D2_BACKBONES = {
 
 @dataclass(frozen=True)
 class Rule:
-    """``d2`` and ``mm`` name the same layer; Detectron2's index is ours plus its ``offset``.
+    """One layer, named ``d2`` in Detectron2 and ``mm`` in OpenMMLab.
+
+    ``offsets``: added to OpenMMLab's indices to get Detectron2's.
 
     ``block``: a convolution that may have a norm. OpenMMLab keeps both in a ConvModule
     (``.conv.weight``, ``.bn.weight``), Detectron2 keeps the norm in the convolution
@@ -46,7 +48,7 @@ class Rule:
         object.__setattr__(self, "patterns", patterns)
 
     def translate(self, name: str, to: str, has_statistics: Callable[[str], bool]) -> str | None:
-        """The name on the side ``to``; None where the rule is about another layer."""
+        """Return the name on the side ``to``, or None if the rule is for another layer."""
         match = self.patterns["mm" if to == "d2" else "d2"].fullmatch(name)
         if not match:
             return None
@@ -129,10 +131,10 @@ RULES: dict[str, tuple[Rule, ...]] = {
 def rename(
     tensors: Mapping[str, _Value], kind: str, to: str
 ) -> tuple[dict[str, tuple[str, _Value]], list[str]]:
-    """Names of a whole model of ``kind`` on the side ``to``, "d2" or "mm".
+    """Rename the tensors of a whole model of ``kind`` for the side ``to``, "d2" or "mm".
 
     Returns {new name: (old name, value)} in the order of ``tensors``, and the names that no rule
-    knows. A norm is batch norm where it has running statistics, else group norm.
+    matches. A norm with running statistics is batch norm, any other is group norm.
     """
 
     def has_statistics(stem: str) -> bool:

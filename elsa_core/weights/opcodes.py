@@ -1,9 +1,9 @@
-"""Looks through the opcodes of a pickle before it is read, for what unpicklers do not bound.
+"""Check the opcodes of a pickle before it is read, because unpicklers do not limit their resources.
 
-A few bytes can ask for gigabytes (a memo index), for years (a tuple that holds another one twice,
-sixty deep, as a key of a dict) or for more stack than there is (nested tuples). `PickleLook`
-follows the opcodes without making any of the objects. It lets through only what picklers write, so
-that every unpickler makes the same of it, and refuses what checkpoints do not have.
+A few bytes can request gigabytes of memory (a memo index), years of time (a tuple that holds
+another one twice, sixty deep, as a dict key) or more stack than there is (nested tuples).
+`PickleLook` follows the opcodes without creating the objects. It accepts only what picklers write,
+so that all unpicklers agree on the result, and refuses what checkpoints do not have.
 
 Source of the opcodes' meaning: `pickletools` of the standard library.
 """
@@ -18,33 +18,33 @@ from collections import Counter, OrderedDict
 from types import SimpleNamespace
 from typing import Any
 
-# Opcodes of all pickles of a file, weighted by the time that they take, about ten microseconds for
-# each unit. A tensor has 24 units, one in training 90.
+# Limit on the opcodes of all pickles of a file, weighted by their time, about ten microseconds a
+# unit. A tensor takes 24 units, one with training state 90.
 MAX_OPCODES = 400_000
-_LIGHT, _CALL = 0.3, 3  # numbers, texts and the memo; functions; others have the weight 1
+_LIGHT, _CALL = 0.3, 3  # numbers, texts and the memo; function calls; all others weigh 1
 _WEIGHTS = {"BINPUT": 0.4, "LONG_BINPUT": 0.4, "LONG1": 0.6, "LONG4": 0.6}
-# Containers inside each other. Configs in checkpoints have some 15.
+# Nesting depth of containers. Configs in checkpoints reach about 15.
 MAX_DEPTH = 100
-# Elements with each reference counted, and elements that are hashed or given to functions.
+# Elements, counted once per reference, and elements that are hashed or passed to functions.
 MAX_PARTS = 10_000_000
-# Bytes of an integer: the number that begins files from before PyTorch 1.6 has 10.
+# Bytes of an integer. The magic number of files from before PyTorch 1.6 has 10.
 MAX_INT_BYTES = 64
-# Keys that may find their places taken, times their elements, times the keys of their dict or set:
-# each is compared with all others.
+# Keys that may collide, times their elements, times the keys of their dict or set: each colliding
+# key is compared with all others.
 MAX_COMPARED = 100_000_000
-# Bytes of one text or array, and those that all texts take in memory beside their letters, of which
-# each has up to four.
+# Bytes of one text or array, and extra bytes that all texts may take in memory: a character takes
+# up to four.
 MAX_TEXT = 2**27
 MAX_WIDE = 2**29
-# Bytes of text that functions may copy, beside twice those that the file has.
+# Bytes of text that functions may copy, in addition to twice the size of the file.
 MAX_GIVEN = 64 * 2**20
 _KEPT_TEXT = 200  # names of modules and attributes are shorter
 # Classes of configs, which are dicts.
 DICTS = {"CfgNode", "ConfigDict", "Dict", "EasyDict"}
-# Classes that hash the elements of what they are given, and those that hash the first of each pair.
+# Classes that hash the elements of their argument, and classes that hash the first of each pair.
 _HASHING = {"Counter", "set", "frozenset"}
 _HASHING_PAIRS = {"OrderedDict", *DICTS}
-# Classes that go through what they are given, and those whose objects take items and elements.
+# Classes that iterate over their argument, and classes whose objects take items and elements.
 _ITERATING = {*_HASHING, *_HASHING_PAIRS, "Size", "defaultdict", "deque"}
 _TAKING_ITEMS = {"OrderedDict", "Counter", "defaultdict", *DICTS}
 _TAKING_ELEMENTS = {"deque"}
@@ -60,39 +60,39 @@ _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 _LIST, _DICT, _SET, _TUPLE, _TEXT, _GLOBAL, _MADE = range(7)  # kinds of objects
 _CONTAINERS = {"EMPTY_LIST": _LIST, "EMPTY_DICT": _DICT, "EMPTY_SET": _SET, "EMPTY_TUPLE": _TUPLE}
 _TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
-# What `torch.load(weights_only=True)` reads, of protocol 2.
+# Opcodes of protocol 2 that `torch.load(weights_only=True)` reads.
 _OF_PYTORCH = {
     *("PROTO", "STOP", "MARK", "GLOBAL", "REDUCE", "NEWOBJ", "BUILD", "BINPERSID", "TUPLE"),
     *("APPEND", "APPENDS", "SETITEM", "SETITEMS", "BINFLOAT", "LONG1", "BININT", "BININT1"),
     *("BININT2", "BINUNICODE", "SHORT_BINSTRING", "BINPUT", "LONG_BINPUT"),
     *_GETS, *_CONSTANTS, *_CONTAINERS, *_TUPLES,
 }  # fmt: skip
-# What Python's picklers write from protocol 2 on.
+# Opcodes that Python's picklers write from protocol 2 on.
 _OF_PYTHON = _OF_PYTORCH - {"BINPERSID"} | _NUMBERS | _TEXTS | _PUTS
 _OF_PYTHON |= {"ADDITEMS", "FRAME", "FROZENSET", "STACK_GLOBAL"}
 _MARK = object()
 
 
 class _Object:
-    """What is known of an object that would be made."""
+    """What the opcodes tell about an object that unpickling would create."""
 
     __slots__ = ("depth", "items", "keys", "kind", "name", "parts", "placed", "size")
 
     def __init__(self, kind: int, name: str = "", size: int = 0) -> None:
         self.kind = kind
-        self.name = name  # of a class or function, or of the one that made this
+        self.name = name  # of a class or function, or of the one that creates this object
         self.items: list[Any] = []  # numbers, short texts and other objects
-        self.keys: list[Any] = []  # those that were set
+        self.keys: list[Any] = []  # keys that have been set
         self.depth = self.parts = 1
-        self.size = size  # bytes of a long text, or of those that a function got
-        self.placed = False  # in another object
+        self.size = size  # bytes of a long text, or of the texts passed to a function
+        self.placed = False  # whether another object holds it
 
 
 class PickleLook:
-    """A look through the pickles of one file, whose limits are for all of them.
+    """Checks the pickles of one file; the limits apply to all of them together.
 
     Args:
-        pytorch: whether they are read by `torch.load(weights_only=True)`, or else by `pickle`.
+        pytorch: whether `torch.load(weights_only=True)` reads the pickles, not `pickle`.
     """
 
     def __init__(self, *, pytorch: bool) -> None:
@@ -101,13 +101,13 @@ class PickleLook:
         self.read = self.wide = self.given = self.work = self.compared = 0
 
     def check(self, file: Any) -> None:
-        """Reads one pickle from a binary file, up to and including its end; makes nothing of it.
+        """Read one pickle from a binary file, through its end, without unpickling it.
 
-        Raises UnpicklingError for what the constants of this module rule out, and as `pickletools`
-        for what is no pickle.
+        Raises UnpicklingError if it exceeds a limit of this module, and as `pickletools` does if
+        it is not a pickle.
         """
         collects = gc.isenabled()
-        gc.disable()  # nothing here is garbage, and looking for it takes most of the time
+        gc.disable()  # nothing here is garbage, and collection would take most of the time
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -169,7 +169,7 @@ class PickleLook:
                 raise _refusal(f"more than {MAX_OPCODES} opcodes")
 
     def _make(self, name: str, value: Any) -> None:
-        """The opcodes that make objects, of others on the stack."""
+        """Follow an opcode that creates an object from others on the stack."""
         stack = self.stack
         if name == "MARK":
             stack.append(_MARK)
@@ -235,10 +235,10 @@ class PickleLook:
         raise IndexError("an opcode finds no mark")
 
     def _last(self, kind: int, makers: set[str] | None = None) -> _Object:
-        """The object on top of the stack, which an opcode changes.
+        """Return the object on top of the stack, which an opcode changes.
 
         Args:
-            makers: names of classes whose objects it may be instead.
+            makers: names of classes whose objects are allowed, too.
         """
         last = self.stack[-1]
         if isinstance(last, _Object):
@@ -247,7 +247,7 @@ class PickleLook:
         raise _refusal("items of an object that has none")
 
     def _hold(self, holder: _Object, items: list[Any]) -> _Object:
-        """``holder`` gets elements, as long as nothing holds it: so nothing can hold itself."""
+        """Add elements to ``holder``, which nothing may hold yet: so no object can hold itself."""
         if holder.placed:
             raise _refusal("an object that holds itself, or that is changed after its use")
         holder.items += items
@@ -268,10 +268,10 @@ class PickleLook:
         return holder
 
     def _call(self, function: Any, arguments: Any, new: bool) -> _Object:
-        """What a class or function makes of a tuple of arguments.
+        """Return the object that a class or function creates from a tuple of arguments.
 
         Args:
-            new: by ``__new__`` alone, in which dicts leave their arguments.
+            new: whether only ``__new__`` is called, in which dicts ignore their arguments.
         """
         if not isinstance(function, _Object) or function.kind != _GLOBAL:
             raise _refusal("a call of what is no class or function")
@@ -295,7 +295,7 @@ class PickleLook:
         return made
 
     def _check_attributes(self, holder: _Object, state: Any) -> None:
-        """They have short names, and those of a dict hide none of its methods."""
+        """Check that attributes have short names, and that those of a dict hide no methods."""
         states = state.items if isinstance(state, _Object) and state.kind == _TUPLE else [state]
         for one in states:
             keys = one.keys if isinstance(one, _Object) else []
@@ -309,7 +309,8 @@ class PickleLook:
                         raise _refusal(f"a dict with the attribute {key!r}")
 
     def _give(self, items: list[Any]) -> int:
-        """To a function, which may look at all elements and copy texts; the bytes of those."""
+        """Count what a function gets, which may read all elements and copy all texts. Return the
+        bytes of the texts."""
         self._spend(items)
         self.opcodes += _CALL - 1
         objects = [item for item in items if isinstance(item, _Object)]
@@ -326,9 +327,9 @@ class PickleLook:
             raise _refusal(f"more than {MAX_PARTS} elements that are hashed or given to functions")
 
     def _hash(self, keys: list[Any], before: int = 0) -> None:
-        """Keys of a dict, or elements of a set, that has ``before`` others.
+        """Count the keys of a dict, or elements of a set, that has ``before`` others.
 
-        Texts cannot be made to collide, and numbers in order take places of their own.
+        Texts cannot be crafted to collide, and numbers in order do not.
         """
         self._spend(keys)
         self.work += 4 * len(keys)  # a set takes four times what a list does

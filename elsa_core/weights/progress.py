@@ -1,29 +1,29 @@
-"""Progress bars of long reads and writes: on terminals, where tqdm is installed."""
+"""Progress bars for long reads and writes, shown on terminals if tqdm is installed."""
 
 from __future__ import annotations
 
 import io
 from typing import Any
 
-# Bytes below which a step is over before anybody could read the bar.
+# Below this number of bytes, a step ends before anybody could read the bar.
 WORTH_SHOWING = 64 * 2**20
 
 
 def progress_bar(what: str, size: int) -> Any:
-    """A bar of ``size`` bytes with tqdm's `update` and `close`."""
+    """Return a progress bar of ``size`` bytes with the `update` and `close` of tqdm."""
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
         return _NoBar()
-    disable = None if size >= WORTH_SHOWING else True  # None: where there is no terminal
+    disable = None if size >= WORTH_SHOWING else True  # None: hidden without a terminal
     return tqdm(desc=what, total=size, unit="B", unit_scale=True, disable=disable)
 
 
 class CountedFile(io.RawIOBase):
-    """A binary file whose reads and writes move a bar.
+    """A binary file whose reads and writes update a progress bar.
 
-    It has no descriptor: `torch.load` reads through this object, not around it. Closing it closes
-    the bar; the file stays open.
+    It has no file descriptor, so that `torch.load` cannot bypass it. `close` closes the bar, not
+    the file.
     """
 
     def __init__(self, file: Any, what: str, size: int) -> None:

@@ -1,8 +1,7 @@
-"""Reads checkpoint files of unknown origin: nothing in them is executed unless they are trusted.
+"""Read checkpoint files of unknown origin without executing code in them, unless they are trusted.
 
-There is one way: the kind of a file is decided by its first bytes, its pickles are looked through
-(`opcodes`), what they ask for and claim is compared with what the file has (`unpickle`), and
-`torch.load(weights_only=True)` reads what has passed.
+The first bytes decide the kind of the file. `opcodes` checks its pickles, `unpickle` compares their
+imports and sizes with the content of the file, and `torch.load(weights_only=True)` reads it.
 """
 
 from __future__ import annotations
@@ -28,16 +27,16 @@ from .unpickle import ClaimUnpickler, DataUnpickler, UnsafePickle, safe_globals
 TRUST_FLAG = "--trust-pickle"
 # Set to 0 to read an archive whose checksums are wrong or missing.
 CRC_VARIABLE = "ELSA_CHECK_CRC"
-# How files of torch.save from before PyTorch 1.6 begin: a protocol and a pickled number.
+# Beginning of torch.save files from before PyTorch 1.6: a protocol and a pickled number.
 _LEGACY_NUMBER = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."
 _LEGACY_VERSION = 1001
 _LEGACY_PICKLES = 5  # number, version, machine, content, keys of the storages
 _BLOCK = 2**20
-# Records of an archive, of which a checkpoint has one for each tensor and some more, and bytes of
-# each in the table.
+# Records of an archive (a checkpoint has one per tensor and a few more), and bytes of each in the
+# table.
 MAX_RECORDS = 25_000
 MAX_RECORD_BYTES = 512
-# The end of an archive: a record for large ones, of 56 bytes, a pointer to it, and the end itself.
+# End of an archive: a record of 56 bytes for large archives, a pointer to it, and the end record.
 _UTF_8 = 0x800  # the flag of a name
 _END, _POINTER, _LARGE_END = "<4s3HH2IH", "<4s4xQ4x", "<4s20x4Q"
 _DAMAGE = (
@@ -59,14 +58,14 @@ _DAMAGE = (
 )
 
 
-# What `read_ahead` has read last, under what tells the file and its content from others.
+# Identity of the file that `read_ahead` read last -> its content.
 _ahead: dict[tuple[int, ...], Any] = {}
 
 
 def read_ahead(path: str | os.PathLike) -> Any:
-    """As `read_checkpoint`, and the next `read_checkpoint` of the file takes the same object.
+    """Variant of `read_checkpoint` whose result the next `read_checkpoint` of the file returns.
 
-    A check before a run reads what the run then loads, so that both see the same, once.
+    A check before a run and the run itself then see the same content and read it once.
     """
     identity = _identity(path)
     content = read_checkpoint(path)
@@ -77,7 +76,7 @@ def read_ahead(path: str | os.PathLike) -> Any:
 
 
 def forget_ahead() -> None:
-    """Drops what `read_ahead` keeps, where nothing will take it."""
+    """Drop the content that `read_ahead` keeps, if nothing will read it."""
     _ahead.clear()
 
 
@@ -91,20 +90,21 @@ def _identity(path: str | os.PathLike) -> tuple[int, ...]:
 
 
 def read_checkpoint(path: str | os.PathLike, *, trust: bool = False) -> Any:
-    """What is in a .pth, .safetensors or Detectron2's .pkl file; the content decides, not the name.
+    """Return the content of a .pth, .safetensors or Detectron2 .pkl file.
 
-    Tensors are on the CPU. Objects of known data classes (argparse.Namespace, numpy scalars,
-    OpenMMLab's config objects, ...) become an `unpickle.StandIn`, dicts or lists, numpy arrays
-    `unpickle.Array`. A safetensors file gives ``{"state_dict": tensors, "meta": metadata}``.
+    The content decides the format, not the name. Tensors are on the CPU. Objects of known data
+    classes (argparse.Namespace, numpy scalars, OpenMMLab's config objects, ...) become an
+    `unpickle.StandIn`, dicts or lists, numpy arrays `unpickle.Array`. A safetensors file gives
+    ``{"state_dict": tensors, "meta": metadata}``.
 
-    The checksums of PyTorch's archives are compared unless the environment has ELSA_CHECK_CRC=0.
+    Checksums of PyTorch's archives are verified unless the environment has ELSA_CHECK_CRC=0.
 
     Args:
-        trust: execute whatever code the file asks for.
+        trust: execute any code that the file contains.
 
     Raises:
-        UsageError: the file cannot be read, is damaged, claims to be larger than it is, or needs
-            code to be executed and is not trusted.
+        UsageError: the file cannot be read, is damaged, claims to be larger than it is, or
+            contains code and is not trusted.
     """
     path = os.fspath(path)
     if not trust and (identity := _identity(path)) in _ahead:
@@ -131,7 +131,7 @@ def read_checkpoint(path: str | os.PathLike, *, trust: bool = False) -> Any:
 
 
 def _open_now(path: str, flags: int) -> int:
-    """Opens a pipe without waiting for somebody to write to it."""
+    """Open a file; do not wait for a writer if it is a pipe."""
     return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
 
 
@@ -159,13 +159,13 @@ def _read(file: IO[bytes], path: str, trust: bool) -> Any:
             return unpickler(source, encoding="latin1").load()
     try:
         with _again(file, size, "reading") as source:
-            if trust:  # only by --trust-pickle, which is there to execute a file of one's own
+            if trust:  # only with --trust-pickle, which executes a user's own file
                 return torch.load(source, map_location="cpu", weights_only=False)
             with warnings.catch_warnings(), torch.serialization.safe_globals(safe_globals(known)):
                 warnings.filterwarnings("ignore", "Detected pickle protocol")
                 return torch.load(source, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # PyTorch's reason, between its advice.
+        # Keep PyTorch's reason without its advice.
         why = one_line(error).rpartition("WeightsUnpickler error: ")[2].partition(" Check the ")[0]
         raise UsageError(
             f"{path} is refused by torch.load(weights_only=True) ({why[:200]}): if you trust its "
@@ -174,17 +174,17 @@ def _read(file: IO[bytes], path: str, trust: bool) -> Any:
 
 
 def _again(file: IO[bytes], size: int, what: str) -> io.BufferedReader:
-    """The file from its beginning, read in large pieces, with a progress bar."""
+    """Return the file at its beginning, with a large buffer and a progress bar."""
     file.seek(0)
     return io.BufferedReader(CountedFile(file, what, size), _BLOCK)
 
 
 def _check_zip(file: IO[bytes], path: str, size: int, trust: bool) -> dict[tuple[str, str], Any]:
-    """The classes and functions that an archive's pickle asks for."""
+    """Check an archive. Return the classes and functions that its pickle imports."""
     _check_end(file, path, size)
     with zipfile.ZipFile(file) as archive:
         entries = archive.infolist()
-        # Not filename, which zipfile cuts at a NUL and takes from what PyTorch does not look at.
+        # Not filename: zipfile cuts it at a NUL, and may take it from a field that PyTorch ignores.
         names = {entry.orig_filename: entry.file_size for entry in entries}
         root = next(iter(names), "").partition("/")[0] + "/"
         if f"{root}constants.pkl" in names:
@@ -201,19 +201,19 @@ def _check_zip(file: IO[bytes], path: str, size: int, trust: bool) -> dict[tuple
                 f"{path} claims {claimed} bytes of content and has {size}, "
                 "which no checkpoint of PyTorch does"
             )
-        # PyTorch finds entries without regard to case.
+        # PyTorch ignores case when it looks up entries,
         if len({name.lower() for name in names}) != len(entries):
             raise UsageError(f"{path} has two entries of one name, which no checkpoint has")
-        # And by their bytes.
+        # and compares their bytes.
         utf_8 = all(entry.flag_bits & _UTF_8 for entry in entries)
         if not all(name.isprintable() and (utf_8 or name.isascii()) for name in names):
-            raise UsageError(f"{path} has names in no encoding that is known")
+            raise UsageError(f"{path} has names in an unknown encoding")
         if os.environ.get(CRC_VARIABLE) != "0":
             _check_sums(archive, path, size)
         if trust:
             return {}
     file.seek(0)
-    # What PyTorch itself takes for the pickle, however the archive is crafted.
+    # The record that PyTorch itself takes for the pickle, however the archive is crafted.
     content = torch._C.PyTorchFileReader(file).get_record("data.pkl")
     PickleLook(pytorch=True).check(io.BytesIO(content))
     claims = ClaimUnpickler(io.BytesIO(content), encoding="utf-8")
@@ -228,8 +228,8 @@ def _check_zip(file: IO[bytes], path: str, size: int, trust: bool) -> dict[tuple
 
 
 def _check_end(file: IO[bytes], path: str, size: int) -> None:
-    """Finds the table of an archive's records, refuses what zipfile and PyTorch could read
-    differently, or for long."""
+    """Find the table of an archive's records. Refuse an archive that zipfile and PyTorch could read
+    differently, or that takes long to read."""
     lengths = [struct.calcsize(layout) for layout in (_LARGE_END, _POINTER, _END)]
     file.seek(max(0, size - sum(lengths)))
     large, pointer, end = (file.read(length) for length in lengths)
@@ -271,7 +271,7 @@ def _check_sums(archive: zipfile.ZipFile, path: str, size: int) -> None:
 
 
 def _check_legacy(file: IO[bytes], path: str, size: int) -> dict[tuple[str, str], Any]:
-    """The classes and functions that the pickles ask for."""
+    """Check a file from before PyTorch 1.6. Return the classes and functions that it imports."""
     with _again(file, size, "checking") as source:
         look = PickleLook(pytorch=True)
         for _ in range(_LEGACY_PICKLES):
@@ -286,7 +286,7 @@ def _check_legacy(file: IO[bytes], path: str, size: int) -> dict[tuple[str, str]
         raise pickle.UnpicklingError(
             f"its tensors claim {sum(claimed.values())} bytes, it has {size}"
         )
-    # PyTorch leaves what is not listed as it finds it in memory.
+    # PyTorch leaves storages that are not listed uninitialised.
     if not isinstance(stored, list) or sorted(stored) != sorted(claimed):
         raise pickle.UnpicklingError("the list of its storages is not that of its tensors'")
     return {key: value for one in claims for key, value in one.known.items()}

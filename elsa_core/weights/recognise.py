@@ -1,4 +1,4 @@
-"""Finds out what a checkpoint is, from its tensors alone."""
+"""Recognise a checkpoint from its tensors alone."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ TRAINING_STATE = set(
 )
 _WEIGHTS = ("state_dict", "model")
 _EMA = "state_dict_ema"
-# What torch.compile, FSDP and activation checkpointing put into names.
+# Parts that torch.compile, FSDP and activation checkpointing add to names.
 _WRAPPERS = re.compile(
     r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
 )
@@ -43,10 +43,10 @@ _WRAPPERS = re.compile(
 _BACKBONE_KEY = re.compile(
     r"((?:.*?\.)??)(?:backbone\.)?(?:bottom_up\.)?patch_embed\.(?:proj|projection)\.weight"
 )
-# MMEngine's EMAHook puts the averaged weights into state_dict and the trained ones here.
+# Key of the trained weights with MMEngine's EMAHook, which saves the averaged ones as state_dict.
 _NOT_AVERAGED = "ema_state_dict"
 _LONGEST_NAME = 400
-# RGB order, as Detectron2's older checkpoints store it: ours has the same input in every framework.
+# In RGB order, as in older Detectron2 checkpoints. The model has the same input in each framework.
 _PIXELS = {
     "pixel_mean": (123.675, 116.28, 103.53),
     "pixel_std": (58.395, 57.12, 57.375),
@@ -54,15 +54,14 @@ _PIXELS = {
 
 
 def recognise(checkpoint: Any, *, ema: bool | None = None) -> Source:
-    """What `elsa_core.weights.read.read_checkpoint` has read.
+    """Recognise the content that `elsa_core.weights.read.read_checkpoint` returns.
 
     Args:
-        ema: take the averaged weights of a classification training; None: where they are the
-            published ones, i.e. for the base variant, and where they are a checkpoint's own
-            ``state_dict``, as with OpenMMLab's EMAHook.
+        ema: use the averaged weights of a classification training. None: use them if they are the
+            published ones (base variant) or the checkpoint's ``state_dict`` (OpenMMLab's EMAHook).
 
     Raises:
-        UsageError: there is nothing that this package knows.
+        UsageError: the checkpoint is of no known kind.
     """
     if not isinstance(checkpoint, Mapping):
         kind = type(checkpoint).__name__
@@ -88,7 +87,7 @@ def recognise(checkpoint: Any, *, ema: bool | None = None) -> Source:
 
 
 def _unwrap(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str, Any]]:
-    """The named tensors, and what lies beside them."""
+    """Return the named tensors and the other entries of a checkpoint."""
     for key in _WEIGHTS:
         if isinstance(checkpoint.get(key), Mapping):
             if not checkpoint[key]:
@@ -101,7 +100,7 @@ def _unwrap(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str,
 
 
 def _trained(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The model's tensors in an EMAHook's state, without its count of steps."""
+    """Return the model's tensors in the state of an EMAHook, without its step count."""
     return {name: value for name, value in state.items() if str(name).startswith("module.")}
 
 
@@ -146,8 +145,8 @@ def _recognise(tensors: dict[str, Tensor]) -> Source:
 def _without_prefix(
     tensors: dict[str, Tensor],
 ) -> tuple[dict[str, Tensor], str, list[str]]:
-    """The model's tensors without what compiled, sharded and wrapped models put before their names,
-    that prefix, and the names that do not begin with it."""
+    """Return the model's tensors without the prefix of compiled, sharded and wrapped models, that
+    prefix, and the names without it."""
     tensors = {_WRAPPERS.sub(r"\1", name): value for name, value in tensors.items()}
     prefixes = sorted({found[1] for name in tensors if (found := _BACKBONE_KEY.fullmatch(name))})
     if not prefixes or "" in prefixes:
@@ -250,7 +249,7 @@ def _detectron2(tensors: dict[str, Tensor], tops: set[str]) -> Source:
 def _drop_bookkeeping(
     tensors: dict[str, Tensor], prefix: str
 ) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
-    """Without the buffers of the original that follow from the architecture."""
+    """Drop the original's buffers that follow from the architecture."""
     kept, dropped = {}, []
     for name, tensor in tensors.items():
         if name.startswith(prefix + "layers.") and name.endswith(".attn.relative_id"):

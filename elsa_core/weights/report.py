@@ -1,4 +1,4 @@
-"""What happened to each tensor, for people and for programs."""
+"""Reports of a conversion, for people and for programs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _SHOWN = 4
 
 
 def text(conversion: Conversion, *, verbose: bool = False) -> str:
-    """Lines for a terminal; ``verbose`` names every tensor."""
+    """Return the report as text; ``verbose`` lists every tensor."""
     source = conversion.source
     arch = source.arch
     lines = [
@@ -39,7 +39,7 @@ def text(conversion: Conversion, *, verbose: bool = False) -> str:
 
 
 def record(conversion: Conversion) -> dict[str, Any]:
-    """The whole report in JSON's types."""
+    """Return the whole report in JSON types."""
     source = conversion.source
     return {
         "source": str(source),

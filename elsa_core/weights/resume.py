@@ -1,4 +1,4 @@
-"""The checkpoint that a training goes on from, found by the same rules in both frameworks."""
+"""Find the checkpoint to resume from, by the same rules in both frameworks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from elsa_core.runtime.errors import UsageError
 
 from .read import read_ahead
 
-LONGEST_PATH = 4096  # bytes, Linux's limit; what else is in last_checkpoint is no path
+LONGEST_PATH = 4096  # bytes, Linux's limit; longer content of last_checkpoint is not a path
 
 
 def noted(folder: str | Path) -> str:
-    """The path in the file ``last_checkpoint`` of a folder; "" where there is none.
+    """Return the path in the file ``last_checkpoint`` of a folder, or "".
 
-    A longer file than a path can be is not read to its end.
+    Reads no more of the file than the longest path.
     """
     note = Path(folder, "last_checkpoint")
     try:
@@ -32,12 +32,12 @@ def noted(folder: str | Path) -> str:
 def first_whole(
     candidates: Iterable[Path], passed: list[str], *, folders: bool = False
 ) -> Path | None:
-    """The first of some checkpoints that can be read, None without one. `read_ahead` keeps it.
+    """Return the first checkpoint that can be read, or None. `read_ahead` keeps its content.
 
     Args:
-        candidates: the best first; each is asked for once those before it cannot be read.
-        passed: gets a sentence on each that is passed over.
-        folders: whether a folder is a checkpoint, as DeepSpeed's are, unless it is empty.
+        candidates: checkpoints, best first; consumed only up to the first readable one.
+        passed: receives a sentence for each checkpoint that is passed over.
+        folders: accept a folder that is not empty, such as a DeepSpeed checkpoint.
     """
     tried: set[Path] = set()
     for path in candidates:
@@ -58,14 +58,14 @@ def first_whole(
 
 
 def notes_on(passed: Sequence[str]) -> list[str]:
-    """For the log of a training that goes on from another checkpoint than these."""
+    """Return log messages for a training that resumes from another checkpoint than these."""
     return [f"passed over: {sentence}" for sentence in passed]
 
 
 def refuse_if_none_is_whole(folder: str, passed: Sequence[str]) -> None:
-    """Raises UsageError where a folder has checkpoints, and none of them can be read.
+    """Raise UsageError if a folder has checkpoints but none can be read.
 
-    A training that then started from the beginning would write over them.
+    A training that started from the beginning would overwrite them.
     """
     if passed:
         others = f" (and {len(passed) - 1} more)" if len(passed) > 1 else ""

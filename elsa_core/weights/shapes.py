@@ -1,4 +1,4 @@
-"""The tensors that a model has, with their shapes: all of it follows from a few of them."""
+"""Derive the tensors of a model, with their shapes, from a few of them."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPTIONAL_LEAF = "num_batches_tracked"
 
 @dataclass
 class HeadSizes:
-    """What the heads' tensors say about themselves; None or empty where there is no such part."""
+    """Sizes of the heads, from their tensors; None or empty for a part that does not exist."""
 
     num_classes: int | None = None
     channels: int | None = None
@@ -48,7 +48,7 @@ class ShapeTable:
             self.shapes[f"{name}.bias"] = (shape[0],)
 
     def block(self, name: str, *shape: int, norm: str) -> None:
-        """A ConvModule: the convolution has a bias where no norm follows."""
+        """Add a ConvModule. Its convolution has a bias if no norm follows."""
         self.layer(f"{name}.conv", *shape, bias=not norm)
         if norm:
             self.layer(f"{name}.{norm}", shape[0])
@@ -68,18 +68,19 @@ def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> list[in
 
 
 def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """How many indices follow ``prefix``."""
+    """Count the indices that follow ``prefix``."""
     found = {key[len(prefix) :].split(".")[0] for key in tensors if key.startswith(prefix)}
     return len({index for index in found if index.isdigit()})
 
 
 def read_arch(tensors: Mapping[str, Tensor], prefix: str = "") -> Arch:
-    """The architecture of the backbone whose names begin with ``prefix``.
+    """Return the architecture of the backbone whose names begin with ``prefix``.
 
-    The exponent and the factor of the ghost filters are not in the tensors: where there is one set
-    of filters, they are taken as additive with factor 1, as in all published models.
+    The tensors do not hold the exponent and factor of the ghost filters. A single set of filters is
+    taken as additive with factor 1, as in all published models.
 
-    Raises UsageError for tensors that contradict each other.
+    Raises:
+        UsageError: tensors contradict each other.
     """
     embed_dim = _shape(tensors, f"{prefix}patch_embed.proj.weight", 4)[0]
     stages = _count(tensors, f"{prefix}layers.")
@@ -117,15 +118,14 @@ def read_arch(tensors: Mapping[str, Tensor], prefix: str = "") -> Arch:
 
 
 def arch_name(arch: Arch) -> str:
-    """ "tiny", "small", "base" or "custom"."""
+    """Return "tiny", "small", "base" or "custom"."""
     return next((name for name, known in VARIANTS.items() if known == arch), "custom")
 
 
 def backbone_shapes(arch: Arch, prefix: str = "") -> Shapes:
-    """Of a backbone with all output norms, without the original's bookkeeping buffers.
+    """Return the shapes of a backbone with all output norms, without the original's buffers.
 
-    Written down instead of asking a model on the meta device, whose initialisation makes PyTorch
-    import 150 MB of modules.
+    They are written out, because a model on the meta device makes PyTorch import 150 MB of modules.
     """
     table = ShapeTable()
     last = len(arch.depths) - 1
@@ -168,12 +168,12 @@ def _add_window_attention(table: ShapeTable, name: str, arch: Arch, dim: int, he
 
 
 def read_sizes(tensors: Mapping[str, Tensor], kind: str) -> HeadSizes:
-    """Raises UsageError where a tensor that sizes are read from is missing or malformed."""
+    """Read the sizes of the heads. Raise UsageError if a tensor is missing or malformed."""
     return _segmentor_sizes(tensors) if kind == UPERNET else _detector_sizes(tensors, kind)
 
 
 def model_shapes(arch: Arch, sizes: HeadSizes, kind: str) -> Shapes:
-    """Of a whole model of ``kind`` with OpenMMLab's names."""
+    """Return the shapes of a whole model of ``kind``, with OpenMMLab's names."""
     table = ShapeTable(backbone_shapes(arch, "backbone."))
     if kind == UPERNET:
         _add_segmentor(table, arch, sizes)

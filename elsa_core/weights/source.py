@@ -1,4 +1,4 @@
-"""A checkpoint that has been understood: what it is, and its tensors under their new names."""
+"""A recognised checkpoint: its kind, and its tensors under unified names."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from elsa_core.variants import Arch
 from .names import CASCADE, MASK_RCNN, UPERNET
 from .shapes import arch_name
 
-# Families: whose names and habits the file follows.
+# Families: the code base whose names and conventions the file follows.
 ORIGINAL, OPENMMLAB, DETECTRON2, MMPRETRAIN, BACKBONE_FILE, SWIN = (
     "original",
     "openmmlab",
@@ -21,16 +21,16 @@ ORIGINAL, OPENMMLAB, DETECTRON2, MMPRETRAIN, BACKBONE_FILE, SWIN = (
     "backbone",
     "swin",
 )
-# Kinds that are no whole detector or segmentor.
+# Kinds that are not whole detectors or segmentors.
 CLASSIFIER, BACKBONE, OTHER = "classifier", "backbone", "other"
 
 
 @dataclass
 class Source:
-    """A checkpoint that has been understood.
+    """A recognised checkpoint.
 
-    ``tensors``: {name: (name in the file, tensor)}; the names are those that the backbone alone has
-    for a classifier or a backbone, and OpenMMLab's for everything else.
+    ``tensors``: {name: (name in the file, tensor)}. Classifiers and backbones have the names of
+    `ELSASwin`, all other models OpenMMLab's.
     ``dropped``: [(name in the file, reason)].
     """
 

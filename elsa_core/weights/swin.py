@@ -1,8 +1,8 @@
-"""ImageNet weights of stock Swin as a warm start for what ELSA-Swin shares with it.
+"""Use ImageNet weights of stock Swin as a warm start for the layers that ELSA-Swin shares with it.
 
-Public names are those of the Swin release and of timm, or OpenMMLab's own. Taken are the patch
-embedding, norms and MLPs of all blocks, the patch merging and the window attention of the last
-stage (reference: arXiv 2103.14030 and its code).
+These are the patch embedding, norms and MLPs of all blocks, the patch merging and the window
+attention of the last stage (arXiv 2103.14030 and its code). Checkpoints may have the names of the
+Swin release, of timm or of OpenMMLab.
 """
 
 from __future__ import annotations
@@ -34,15 +34,16 @@ _SLICES = [0, 2, 1, 3]
 
 
 def recognise_swin(tensors: dict[str, Tensor]) -> Source:
-    """A `Source` whose tensors have ELSA-Swin's names and layouts already.
+    """Return a `Source` whose tensors have ELSA-Swin's names and layouts.
 
-    Raises UsageError for anything but the whole ImageNet classifier of a Swin (version 1).
+    Raises:
+        UsageError: the tensors are not those of a whole Swin (version 1) ImageNet classifier.
     """
     tops = {name.split(".")[0] for name in tensors}
     if tops & {"neck", "roi_head", "roi_heads", "decode_head", "sem_seg_head", "bbox_head"}:
         raise UsageError(
-            "it holds a detector or segmentor with a stock Swin: of Swin, ImageNet checkpoints "
-            "alone can be used"
+            "it holds a detector or segmentor with a stock Swin: of Swin, only ImageNet "
+            "checkpoints can be used"
         )
     if any("logit_scale" in name or "cpb_mlp" in name for name in tensors):
         raise UsageError("it holds a Swin V2, which shares too little with ELSA-Swin")
@@ -75,7 +76,7 @@ def _our_name(name: str, mm: bool) -> str:
 def _downsample_after_blocks(
     named: dict[str, tuple[str, Tensor]],
 ) -> dict[str, tuple[str, Tensor]]:
-    """Newer timm has the merging at the start of stages 1..3 instead of the end of 0..2."""
+    """Move the merging from the start of stages 1..3, as in newer timm, to the end of 0..2."""
     if any(name.startswith("layers.0.downsample.") for name in named):
         return named
     return {
@@ -87,7 +88,7 @@ def _downsample_after_blocks(
 
 
 def _arch(tensors: dict[str, Tensor]) -> Arch:
-    """Of the ELSA-Swin that shares these sizes; its group width is not Swin's to say."""
+    """Return the architecture of an ELSA-Swin with these sizes; Swin does not tell group_width."""
     blocks: dict[int, set[int]] = {}
     for name in tensors:
         if match := re.match(r"layers\.(\d{1,3})\.blocks\.(\d{1,3})\.", name):
@@ -121,7 +122,7 @@ def _take_attention(
     taken: dict[str, tuple[str, Tensor]],
     dropped: list[tuple[str, str]],
 ) -> None:
-    """Window attention of the last stage; [query, key, value] becomes [value, query, key]."""
+    """Take the last stage's window attention; [query, key, value] becomes [value, query, key]."""
     stem, _, part = name.partition(".attn.")
     kind, _, leaf = part.partition(".")
     if kind == "qkv":
@@ -139,7 +140,7 @@ def _take_attention(
 
 
 def _four_slices(tensor: Tensor) -> Tensor:
-    """From the channel order of nn.Unfold, [..., C * 4], to that of four slices, [..., 4 * C]."""
+    """Reorder channels from nn.Unfold's, [..., C * 4], to those of four slices, [..., 4 * C]."""
     unfolded = tensor.unflatten(-1, (-1, 4))
     return unfolded.transpose(-1, -2)[..., _SLICES, :].flatten(-2).contiguous()
 

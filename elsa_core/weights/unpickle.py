@@ -1,4 +1,4 @@
-"""Reads pickles without running them: known data becomes inert stand-ins, the rest is refused."""
+"""Read pickles without executing them: known data becomes inert stand-ins, the rest is refused."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch._utils import IMPORT_MAPPING, NAME_MAPPING
 
 from .opcodes import DICTS
 
-# Classes of data that training tools leave in checkpoints. They are never imported.
+# Data classes that training tools save in checkpoints. They are never imported.
 DATA_CLASSES = {
     "addict.addict": {"Dict"},
     "argparse": {"Namespace"},
@@ -64,11 +64,11 @@ ELEMENTS = {
 
 
 class UnsafePickle(pickle.UnpicklingError):
-    """A pickle that wants something imported which is not known to be mere data."""
+    """A pickle that imports something not known to be plain data."""
 
 
 class StandIn(dict):
-    """In place of an object whose class is not imported: holds its parts, does nothing."""
+    """Stands for an object whose class is not imported: holds its parts, does nothing."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class StandIn(dict):
 
 
 class DType:
-    """A numpy element type: what pickles say of it."""
+    """A numpy element type, as described in a pickle."""
 
     def __init__(self, code: Any, *_: Any) -> None:
         if isinstance(code, bytes):  # Python 2
@@ -110,7 +110,7 @@ class DType:
 
 
 class Array:
-    """A numpy array; ``tensor`` has its values, without a copy."""
+    """A numpy array; ``tensor`` shares its values."""
 
     tensor: Tensor
 
@@ -120,7 +120,7 @@ class Array:
 
 
 def tensor_of(raw: Any, dtype: DType, shape: Any, order: str = "C") -> Tensor:
-    """Raises UnpicklingError where ``shape`` claims more elements than ``raw`` has."""
+    """Return ``raw`` as a tensor. UnpicklingError if ``shape`` claims more elements than it has."""
     if isinstance(raw, str):  # Python 2
         raw = raw.encode("latin1")
     if not isinstance(raw, (bytes, bytearray)):
@@ -142,7 +142,7 @@ def tensor_of(raw: Any, dtype: DType, shape: Any, order: str = "C") -> Tensor:
 
 
 def _product(shape: Any) -> int:
-    """The elements of a shape of at most 64 dimensions, each below 2^63."""
+    """Return the number of elements of a shape of at most 64 dimensions, each below 2^63."""
     if not isinstance(shape, (tuple, list, torch.Size)) or len(shape) > 64:
         raise pickle.UnpicklingError("a shape must be a tuple of at most 64 sizes")
     if not all(type(size) is int and 0 <= size < 2**63 for size in shape):
@@ -213,9 +213,9 @@ def _from_type(
 
 
 def _functions() -> dict[tuple[str, str], Any]:
-    """What takes the place of the functions that data is pickled with.
+    """Return stand-ins for the functions that data is pickled with.
 
-    New ones for every pickle, which may set attributes on what it is given.
+    Each pickle gets new ones, because it may set attributes on them.
     """
     functions: dict[tuple[str, str], Any] = {
         ("collections", "OrderedDict"): OrderedDict,
@@ -227,8 +227,8 @@ def _functions() -> dict[tuple[str, str], Any]:
             *args[:6]
         ),
         ("torch._utils", "_rebuild_parameter"): lambda data, *_: data,
-        # A tensor with attributes, as FSDP saves them: function, class, arguments and state. The
-        # class is named, never called.
+        # FSDP saves tensors with attributes: function, class, arguments and state. The class is
+        # named, never called.
         ("torch", "Tensor"): "torch.Tensor",
         ("torch._tensor", "_rebuild_from_type_v2"): lambda *args: _from_type(functions, *args),
         ("torch._utils", "_rebuild_parameter_with_state"): lambda data, *_: data,
@@ -254,7 +254,7 @@ def _functions() -> dict[tuple[str, str], Any]:
 class DataUnpickler(pickle.Unpickler):
     """An unpickler that imports nothing.
 
-    Raises UnsafePickle with the name of the first class or function that is no known data.
+    Raises UnsafePickle with the name of the first class or function that is not known data.
     """
 
     def __init__(self, file: Any, **options: Any) -> None:
@@ -278,10 +278,10 @@ class DataUnpickler(pickle.Unpickler):
 
 
 def safe_globals(known: Iterable[tuple[str, str]]) -> list[Any]:
-    """What `torch.serialization.safe_globals` takes, for the classes and functions of a pickle.
+    """Return stand-ins for a pickle's imports, for `torch.serialization.safe_globals`.
 
-    Stand-ins as those of `DataUnpickler`, but dicts and lists for classes that hold items: PyTorch
-    fills no others.
+    They are those of `DataUnpickler`, except that classes that hold items become dicts and lists:
+    PyTorch fills no other containers.
     """
     functions = _functions()
     found: list[Any] = [(Array, f"{Array.__module__}.{Array.__name__}")]
@@ -315,7 +315,7 @@ class _StorageType:
 class _Claim:
     """A storage or tensor of ``numel`` elements of ``itemsize`` bytes, not allocated."""
 
-    __slots__ = ("itemsize", "numel")  # and no attributes, which PyTorch's tensors take otherwise
+    __slots__ = ("itemsize", "numel")  # other attributes are refused, unlike on tensors
 
     def __init__(self, numel: int, itemsize: int) -> None:
         self.numel, self.itemsize = numel, itemsize
@@ -335,11 +335,11 @@ _KINDS = {
 
 
 class ClaimUnpickler(DataUnpickler):
-    """Allocates no tensor; checks that tensors stay inside their storages.
+    """Checks that tensors stay inside their storages, without allocating them.
 
-    ``claims`` has the bytes that each storage claims, by its key.
+    ``claims`` maps the key of each storage to the bytes that it claims.
 
-    Raises UnsafePickle as `DataUnpickler`, and UnpicklingError for tensors beyond their storage.
+    Raises UnsafePickle as `DataUnpickler`, and UnpicklingError if a tensor exceeds its storage.
     """
 
     def __init__(self, file: Any, **options: Any) -> None:
@@ -360,7 +360,7 @@ class ClaimUnpickler(DataUnpickler):
         return super().find_class(module, name)
 
     def persistent_load(self, pid: Any) -> Any:
-        # ("storage", kind, key, place, number of elements, [view]); anything else wants a module.
+        # ("storage", kind, key, place, number of elements, [view]); anything else needs a module.
         if not isinstance(pid, tuple) or len(pid) not in (5, 6) or pid[0] not in ("storage",):
             raise UnsafePickle("the source of a module")
         kind, key, numel = pid[1], pid[2], pid[4]
@@ -370,7 +370,7 @@ class ClaimUnpickler(DataUnpickler):
             raise pickle.UnpicklingError("a tensor's storage is not described as it should be")
         if len(pid) == 6 and pid[5] is not None:
             raise pickle.UnpicklingError("a storage inside another one, as PyTorch 0.1 had them")
-        # PyTorch takes the first description, or leaves memory as it finds it.
+        # PyTorch would use the first description, or leave memory uninitialised.
         if self.kinds.setdefault(key, (kind, numel)) != (kind, numel):
             raise pickle.UnpicklingError("two descriptions of one storage")
         self.claims[key] = numel * kind.itemsize

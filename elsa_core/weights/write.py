@@ -1,4 +1,4 @@
-"""Writes converted checkpoints: whole or not at all, and never over their source."""
+"""Write converted checkpoints atomically, and never over their source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _BLOCK = 2**20
 
 
 def check_destination(source: str, destination: str) -> None:
-    """Raises UsageError for a place that must not or cannot be written, before any work is done."""
+    """Raise UsageError, before any work, if the destination must not or cannot be written."""
     if not destination.endswith(SUFFIXES):
         raise UsageError(f"DST must end in {' or '.join(SUFFIXES)}, got {destination}")
     if os.path.isdir(destination):
@@ -52,7 +52,7 @@ def sha256(path: str) -> str:
 
 
 def metadata(conversion: Conversion, source_file: str, source_sha256: str) -> dict[str, Any]:
-    """What DST says of itself, in plain types; the same for the same source."""
+    """Return DST's metadata in plain types; the same for the same source."""
     source, sizes = conversion.source, conversion.sizes
     arch = {**dataclasses.asdict(source.arch), "name": arch_name(source.arch)}
     about: dict[str, Any] = {
@@ -71,20 +71,19 @@ def metadata(conversion: Conversion, source_file: str, source_sha256: str) -> di
     dataset = {"classes": classes, "palette": palette}
     if dataset := {key: value for key, value in dataset.items() if value}:
         meta["dataset_meta"] = dataset
-        if conversion.to == "original":  # the names that mmdet 2.x and mmseg 0.x look for
+        if conversion.to == "original":  # the keys of mmdet 2.x and mmseg 0.x
             meta |= {key.upper(): value for key, value in dataset.items()}
     return meta
 
 
 def class_names(checkpoint: Any) -> tuple[list[str] | None, list[list[int]] | None]:
-    """Names and colours of the classes in what `read_checkpoint` returns, None for what is not
-    there."""
+    """Return class names and colours from the content of a checkpoint; None if missing."""
     meta = checkpoint.get("meta") if isinstance(checkpoint, Mapping) else None
     return dataset_meta(meta) if isinstance(meta, Mapping) else (None, None)
 
 
 def dataset_meta(meta: Mapping[str, Any]) -> tuple[list[str] | None, list[list[int]] | None]:
-    """Class names and colours, wherever a checkpoint's ``meta`` keeps them."""
+    """Return class names and colours from any place that a checkpoint's ``meta`` has for them."""
     inner = meta.get("dataset_meta")
     if isinstance(inner, str):  # safetensors
         try:
@@ -99,7 +98,7 @@ def dataset_meta(meta: Mapping[str, Any]) -> tuple[list[str] | None, list[list[i
     classes, palette = found
     if not (classes and not isinstance(classes, str) and all(isinstance(c, str) for c in classes)):
         classes = None
-    else:  # logs and pictures have them
+    else:  # logs and pictures show them
         classes = [printable(name) for name in classes]
     try:
         palette = [[int(part) for part in colour] for colour in palette] if palette else None
@@ -114,9 +113,10 @@ def write_checkpoint(
     meta: Mapping[str, Any],
     training: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes DST in the container that its framework expects, atomically.
+    """Write DST atomically, in the container that its framework expects.
 
-    Raises UsageError where the place cannot be written; then nothing is left there.
+    Raises:
+        UsageError: the destination cannot be written; no file is left.
     """
     tensors = {name: _alone(tensor) for name, tensor in conversion.tensors.items()}
     size = sum(tensor.numel() * tensor.dtype.itemsize for tensor in tensors.values())
@@ -145,7 +145,7 @@ def _container(
         return {"model": tensors, "__author__": "elsa-swin", "meta": dict(meta), **training}
     checkpoint = {"meta": dict(meta), "state_dict": tensors, **training}
     if conversion.to == "backbone":
-        # The same tensors once more under the name by which Detectron2 looks for them.
+        # The same tensors again, under the key that Detectron2 expects.
         checkpoint |= {"model": tensors, "__author__": "elsa-swin", "matching_heuristics": True}
     if conversion.to == "original" and conversion.source.kind in (CLASSIFIER, BACKBONE):
         checkpoint["arch"] = f"elsa_swin_{arch_name(conversion.source.arch)}"
@@ -153,9 +153,10 @@ def _container(
 
 
 def training_state(conversion: Conversion) -> dict[str, Any]:
-    """SRC's training state as it is, for a DST of the same framework.
+    """Return SRC's training state, unchanged, for a DST of the same framework.
 
-    Raises UsageError where it would be wrong there, or is not plain data.
+    Raises:
+        UsageError: the state does not match DST's framework, or is not plain data.
     """
     source = conversion.source
     same = (source.family == DETECTRON2) == (conversion.to == "detectron2")
@@ -183,8 +184,8 @@ def _not_plain(value: Any) -> str | None:
 
 
 def _alone(tensor: Tensor) -> Tensor:
-    """Contiguous, with signs and conjugates taken, and not a piece of a larger storage, which
-    torch.save would write as a whole."""
+    """Return a contiguous tensor with signs and conjugates resolved and a storage of its own:
+    torch.save would write a larger storage as a whole."""
     tensor = tensor.resolve_conj().resolve_neg().contiguous()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.dtype.itemsize
     return tensor if whole else tensor.clone()
