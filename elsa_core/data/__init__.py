@@ -1,1 +1,1 @@
-"""The rules of annotation files, images and label maps, one for all commands and frameworks."""
+"""Rules for annotation files, images and label maps, shared by all commands and frameworks."""

@@ -1,6 +1,6 @@
-"""cityscapesscripts, with its evaluation of instances patched.
+"""Patches for the instance evaluation of cityscapesscripts.
 
-Import this only to evaluate: nothing else needs cityscapesscripts.
+Import it only to evaluate: nothing else needs cityscapesscripts.
 """
 
 import json
@@ -13,7 +13,7 @@ import numpy as np
 
 from elsa_core.runtime.files import replacing
 
-if not hasattr(np, "in1d"):  # cityscapesscripts' name for it, which NumPy 2.4 no longer has
+if not hasattr(np, "in1d"):  # used by cityscapesscripts, removed in NumPy 2.4
     vars(np)["in1d"] = np.isin
 
 MATCHES = "matches.json"
@@ -22,10 +22,10 @@ _evaluate, _their_write = evaluation.evaluateMatches, evaluation.writeDict2JSON
 
 @contextmanager
 def patched_evaluation(keep_matches: bool = False) -> Iterator[None]:
-    """Inside this context, the evaluation of instances does not fail and leaves no file behind.
+    """Patch the instance evaluation, so that it does not fail and leaves no file behind.
 
-    Unpatched, it fails where all predictions of a class lie in ignored regions, and with NumPy 2.4
-    where it writes NumPy's numbers to a file.
+    Unpatched, it fails if all predictions of a class lie in ignored regions, and with NumPy 2.4
+    when it writes NumPy numbers to a file.
 
     Args:
         keep_matches: write all matches, gigabytes, to matches.json in the working directory.
@@ -39,7 +39,7 @@ def patched_evaluation(keep_matches: bool = False) -> Iterator[None]:
 
 
 def _evaluate_matches(matches: dict[str, Any], args: Any) -> np.ndarray:
-    """Average precisions [distances, classes, overlaps]; 0 where all predictions are ignored."""
+    """Average precisions [distances, classes, overlaps]; 0 if all predictions are ignored."""
     try:
         return _evaluate(matches, args)
     except IndexError:

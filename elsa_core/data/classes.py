@@ -1,4 +1,4 @@
-"""Class names: which label a category of a file has, and whether two lists of names agree.
+"""Class names: map categories to labels by name, and compare lists of names.
 
 Ids and order differ between exports of one data set; names do not.
 """
@@ -10,19 +10,19 @@ from typing import Any
 
 from elsa_core.runtime.errors import UsageError
 
-# Of the names at the same place, so many may be spelt otherwise: Detectron2 and MMSegmentation
-# call 10 of ADE20K's 150 classes by words that have nothing in common.
+# Part of the names that may differ at the same position: Detectron2 and MMSegmentation use
+# unrelated words for 10 of ADE20K's 150 classes.
 _SPELT_OTHERWISE = 0.1
 
 
 def ordered_names(categories: Sequence[dict[str, Any]]) -> list[str]:
-    """Names by ascending id, which is the order of Detectron2's labels.
+    """Return the names by ascending id, which is the order of Detectron2's labels.
 
     Args:
-        categories: of a file in COCO's format.
+        categories: categories of a COCO file.
 
     Raises:
-        UsageError: where names or ids are missing or not unique, or ids mix numbers and text.
+        UsageError: names or ids are missing or not unique, or ids mix numbers and text.
     """
     seen: dict[Any, str] = {}
     for one in categories:
@@ -45,16 +45,16 @@ def ordered_names(categories: Sequence[dict[str, Any]]) -> list[str]:
 def labels_by_name(
     names: Sequence[str], categories: Sequence[dict[str, Any]], *, others: bool = False
 ) -> dict[Any, int]:
-    """{category id: place of its name in ``names``}, in the order of ``names``.
+    """Return {category id: index of its name in ``names``}, in the order of ``names``.
 
     Args:
-        names: of the classes, in the order of the model's labels.
-        categories: of a file in COCO's format.
-        others: whether the file may have categories that are not among the names.
+        names: class names in the order of the model's labels.
+        categories: categories of a COCO file.
+        others: allow categories that are not among the names.
 
     Raises:
-        UsageError: as `ordered_names`, where a class is missing or there twice, and for other
-            categories unless they are allowed.
+        UsageError: as in `ordered_names`, or if a class is missing or duplicated, or the file has
+            other categories that are not allowed.
     """
     found = ordered_names(categories)
     if twice := [name for place, name in enumerate(names) if name in names[:place]]:
@@ -75,12 +75,12 @@ def labels_by_name(
 def difference(
     names: Sequence[str], others: Sequence[str], *, spelling: bool = False
 ) -> tuple[int, str, str] | None:
-    """The first label that two lists of the same length call differently, with its two names.
+    """Return the first label whose names differ in two lists of the same length, with both names.
 
     Args:
-        spelling: one class in ten may be called otherwise, unless the name is that of another
-            class, and names in a list of synonyms ("road, route") stand for each other: for label
-            maps, whose labels are places in a list and whose names differ between frameworks.
+        spelling: for label maps, whose names differ between frameworks. Allow one name in ten to
+            differ, unless it is the name of another class, and treat names in a list of synonyms
+            ("road, route") as equal.
     """
     pairs = list(zip(names, others, strict=True))
     different = [label for label, (one, other) in enumerate(pairs) if one != other]
@@ -89,7 +89,7 @@ def difference(
         different = [i for i in different if not words[0][i] & words[1][i]]
         moved = [
             i for i in different if names[i] in others or others[i] in names
-        ]  # another class is called so
+        ]  # names of other classes
         different = moved or different
         if not moved and len(different) <= _SPELT_OTHERWISE * len(pairs):
             return None
@@ -100,12 +100,12 @@ def difference(
 
 
 def other_classes(stored: Sequence[str] | None, names: Sequence[str] | None) -> str:
-    """What to say of a training that begins with class layers of other classes, "" for nothing.
+    """Return a warning if a training starts from class layers of other classes, else "".
 
     Args:
-        stored: the classes of the checkpoint; None: not known. Those of another number have layers
-            of another shape, which are not loaded.
-        names: the classes of the training.
+        stored: classes of the checkpoint; None if unknown. Another number of classes gives no
+            warning: those layers have another shape and are not loaded.
+        names: classes of the training.
     """
     if not stored or not names or len(stored) != len(names):
         return ""

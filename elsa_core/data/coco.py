@@ -1,4 +1,4 @@
-"""Reads a file in COCO's format, and gives it the one meaning that training and evaluation use."""
+"""Read and normalise COCO files, the same way for training and evaluation."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ from .problems import ERROR
 
 
 def read_json(path: str) -> Any:
-    """Raises UsageError, which names the file, for one that is missing, empty or cut off, or whose
-    numbers or nesting go beyond what JSON's reader takes.
+    """Read a JSON file in UTF-8, 16 or 32, with or without a byte order mark.
 
-    UTF-8, 16 or 32; a byte order mark, which Windows' editors write, is left out.
+    Raises:
+        UsageError: the file is missing, empty or cut off, or has numbers or nesting beyond the
+            limits of Python's JSON reader; the message names the file.
     """
     try:
-        if stat.S_ISFIFO(os.stat(path).st_mode):  # reading it would wait for a writer
+        if stat.S_ISFIFO(os.stat(path).st_mode):  # reading would wait for a writer
             raise UsageError(f"{path} cannot be read: it is a pipe")
         with open(path, "rb") as file:
             content = file.read()
@@ -33,7 +34,7 @@ def read_json(path: str) -> Any:
     if not content.strip():
         raise UsageError(f"{path} is empty")
     try:
-        return json.loads(content)  # which knows UTF-8, 16 and 32 by their first bytes
+        return json.loads(content)  # detects UTF-8, 16 and 32 by the first bytes
     except RecursionError as error:
         raise UsageError(f"{path} nests lists or objects too deeply") from error
     except ValueError as error:  # UnicodeDecodeError is one
@@ -44,9 +45,10 @@ def read_json(path: str) -> Any:
 
 
 def read_coco(path: str) -> dict[str, Any]:
-    """A file with lists of images, annotations and categories.
+    """Read a file with lists of images, annotations and categories.
 
-    Raises UsageError, which names the file, as `read_json` does, and for another format.
+    Raises:
+        UsageError: as in `read_json`, or the file has another format.
     """
     coco = read_json(path)
     for key in ("images", "annotations", "categories"):
@@ -57,11 +59,11 @@ def read_coco(path: str) -> dict[str, Any]:
 
 
 def load_coco(path: str, masks: bool | None = False, name: str | None = None) -> dict[str, Any]:
-    """A file as training and evaluation see it: without errors, and `normalised`.
+    """Read a file as training and evaluation use it: without errors and `normalised`.
 
     Args:
-        masks: as for `first_problem`.
-        name: of the file in messages, where it is a copy of another one.
+        masks: as in `first_problem`.
+        name: name of the file in messages, if it is a copy of another one.
 
     Raises UsageError, which names the file, as `read_json` does, and for the first error in it;
     COCO's panoptic format is one.
@@ -76,12 +78,12 @@ def load_coco(path: str, masks: bool | None = False, name: str | None = None) ->
 
 
 def first_problem(coco: dict[str, Any], masks: bool | None = None) -> str | None:
-    """The first error that `problems` finds, in half a sentence, or None.
+    """Return the first error that `problems` finds, in half a sentence, or None.
 
     Args:
-        coco: with lists of images and categories; that of annotations may be missing.
-        masks: whether masks are needed (True), not looked at (False), or needed once one
-            annotation has one (None).
+        coco: content with lists of images and categories; the list of annotations may be missing.
+        masks: require masks (True), ignore them (False), or require them if any annotation has
+            one (None).
     """
     for key in ("images", "categories", "annotations"):
         entries = coco.get(key)
@@ -93,19 +95,19 @@ def first_problem(coco: dict[str, Any], masks: bool | None = None) -> str | None
 
 
 def normalised(coco: dict[str, Any], masks: bool | None = False) -> dict[str, Any]:
-    """Writes out what a file without errors leaves open; changes `coco` itself.
+    """Fill in missing values of a file without errors, in place.
 
-    - Annotation ids that are text, or below 1, become numbers from 1: pycocotools takes a match
-      with annotation 0 for none.
-    - `iscrowd` becomes 0 or 1. An annotation with `ignore` 1, VOC's "difficult", becomes a crowd:
-      no training learns it, and detections on it count as neither right nor wrong.
-    - An `area` that is missing, null or not above 0 is computed: the pixels of the mask, without a
-      mask those of the box in its image.
-    - Polygons of fewer than 3 points go. An annotation whose mask has errors, which only runs
-      without masks do not refuse, has no `segmentation`.
+    - Annotation ids that are text or below 1 become numbers from 1: for pycocotools, a match with
+      annotation 0 is no match.
+    - `iscrowd` becomes 0 or 1. An annotation with `ignore` 1 (VOC's "difficult") becomes a crowd:
+      it is not learnt, and detections on it count as neither right nor wrong.
+    - An `area` that is missing, null or not positive is computed from the mask's pixels, or
+      without a mask from the part of the box inside the image.
+    - Polygons of fewer than 3 points are removed, and so is the `segmentation` of an annotation
+      whose mask has errors, which only runs without masks accept.
 
     Args:
-        masks: as for `first_problem`, which found none.
+        masks: as in `first_problem`, which found no error.
     """
     entries = coco.get("annotations") or []
     sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
@@ -140,9 +142,9 @@ def _area(one: dict[str, Any], width: int, height: int) -> float:
 
 
 def missing_files(folder: str, names: Iterable[str]) -> list[str]:
-    """Those of the names that a folder has no file for.
+    """Return the names that have no file in a folder.
 
-    Reads each folder once: far cheaper than asking for every file on a network drive.
+    Lists each folder once, which is much faster than checking each file on a network drive.
     """
     listed: dict[str, set[str]] = {}
     missing = []

@@ -1,4 +1,4 @@
-"""COCO's average precision, from the same numbers by the same rule in both frameworks."""
+"""COCO average precision, computed the same way in both frameworks."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ from elsa_core.runtime.errors import UsageError
 from .coco_rules import has_area
 from .mask_rules import rle_of
 
-# What COCO counts of each image, however few a model may give.
+# COCO's limit of detections per image, used even if a model gives fewer.
 LEAST_LIMIT = 100
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 _SIZES = {"s": "small", "m": "medium", "l": "large"}
 
 
 class LimitedCOCOeval(COCOeval):
-    """COCOeval with one limit of detections for every average precision.
+    """COCOeval with the same limit of detections for all average precisions.
 
-    pycocotools takes AP at 100 detections of an image and the others at its largest limit.
+    pycocotools computes AP at 100 detections per image and the other precisions at its largest
+    limit.
 
-    ``stats`` holds `METRICS` and then recalls at 1, 10 and ``limit`` detections, and at ``limit``
-    for small, medium and large objects; -1 where there are no objects. They are rounded to 12
-    digits: pycocotools' precision of a single object is 1 - 2e-16 at most.
+    ``stats`` holds `METRICS`, then recalls at 1, 10 and ``limit`` detections, and at ``limit`` for
+    small, medium and large objects; -1 without objects. Values are rounded to 12 digits, because
+    pycocotools' precision of a single object is at most 1 - 2e-16.
 
     Args:
-        truth, found: annotations and detections, whose ids start at 1.
+        truth, found: annotations and detections, with ids from 1.
         task: "bbox" or "segm".
-        limit: of detections of a category in an image.
-        recalls: other numbers of detections, for `recall`.
+        limit: detections per category and image.
+        recalls: other numbers of detections for `recall`.
     """
 
     def __init__(
@@ -58,12 +59,12 @@ class LimitedCOCOeval(COCOeval):
     def precision(
         self, iou: float | None = None, area: str = "all", category: int | None = None
     ) -> float:
-        """Average precision at the limit, 0..1.
+        """Return the average precision at the limit, 0..1.
 
         Args:
-            iou: one threshold; None for the mean of all.
+            iou: threshold; None for the mean of all.
             area: "all", "small", "medium" or "large".
-            category: the place of one; None for the mean of all.
+            category: index of a category; None for the mean of all.
         """
         values = self.eval["precision"][..., self._area(area), self._limit(self.limit)]
         if iou is not None:
@@ -71,11 +72,11 @@ class LimitedCOCOeval(COCOeval):
         return _mean(values if category is None else values[..., category])
 
     def recall(self, number: int, area: str = "all") -> float:
-        """Average recall among the first detections of an image, 0..1."""
+        """Return the average recall of the first ``number`` detections of an image, 0..1."""
         return _mean(self.eval["recall"][..., self._area(area), self._limit(number)])
 
     def __str__(self) -> str:
-        """The lines that pycocotools prints."""
+        """Return the lines that pycocotools prints."""
         iou = f"{self.params.iouThrs[0]:0.2f}:{self.params.iouThrs[-1]:0.2f}"
         areas = ["all"] * 3 + list(_SIZES.values())
         lines = [("Precision", "(AP)", iou, area, self.limit) for area in areas]
@@ -109,24 +110,25 @@ def evaluate_detections(
     iou_thresholds: Sequence[float] | None = None,
     recalls: Collection[int] = (),
 ) -> LimitedCOCOeval:
-    """Average precision of detections, by category in the order of the labels.
+    """Evaluate detections by average precision; categories are in the order of the labels.
 
-    Objects that nothing can match are not counted: boxes without area and, for "segm", masks that
-    cover no pixel.
+    Objects that no detection can match are not counted: boxes without area and, for "segm", masks
+    without pixels.
 
     Args:
-        coco: a file's content, as `coco.load_coco` gives it.
-        labels: the model's label of each category id; other categories are left out.
-        detections: COCO's results, but with the label as "category_id", with "bbox" [x, y, width,
-            height] or, for "segm", an RLE as "segmentation". Labels that the file has no category
-            for count for nothing.
+        coco: content of a file, as `coco.load_coco` returns it.
+        labels: {category id: label of the model}; other categories are ignored.
+        detections: COCO results with the label as "category_id", and with "bbox" [x, y, width,
+            height] or, for "segm", an RLE as "segmentation". Labels without a category in the file
+            are ignored.
         task: "bbox" or "segm".
-        limit: of detections of a category in an image.
-        image_ids: only these images; None for all of the file.
+        limit: detections per category and image.
+        image_ids: images to evaluate; None for all.
         iou_thresholds: None for 0.5, 0.55, ..., 0.95.
         recalls: numbers of detections for `LimitedCOCOeval.recall`, besides 1, 10 and the limit.
 
-    Raises UsageError for detections on an image that is not in the file.
+    Raises:
+        UsageError: a detection is on an image that is not in the file.
     """
     numbers = {image["id"]: number for number, image in enumerate(coco["images"], start=1)}
     if unknown := [one["image_id"] for one in detections if one["image_id"] not in numbers]:
@@ -144,7 +146,7 @@ def evaluate_detections(
         sizes = [(image["width"], image["height"]) for image in coco["images"]]
         for one in truth:
             one["segmentation"] = rle_of(one["segmentation"], *sizes[one["image_id"] - 1])
-        # One by one: pycocotools' area of a list fails for more than 255.
+        # One by one: pycocotools fails for a list of more than 255 masks.
         truth = [one for one in truth if pycocotools.mask.area(one["segmentation"])]
         areas = [pycocotools.mask.area(one["segmentation"]) for one in found]
     else:
@@ -171,7 +173,7 @@ def evaluate_detections(
 
 
 def objects_per_image(coco: dict[str, Any]) -> Counter[Any]:
-    """How many objects each image id has that a model should find."""
+    """Count the objects that a model should find, by image id."""
     return Counter(
         one["image_id"]
         for one in coco.get("annotations") or []
@@ -180,10 +182,10 @@ def objects_per_image(coco: dict[str, Any]) -> Counter[Any]:
 
 
 def limit_warning(coco: dict[str, Any], limit: int, key: str) -> str | None:
-    """The sentence about images with more objects than a model may detect, None without.
+    """Return a warning if images have more objects than a model may detect, or None.
 
     Args:
-        key: the setting that holds the limit.
+        key: setting that holds the limit.
     """
     over = [number for number in objects_per_image(coco).values() if number > limit]
     if not over:
@@ -195,7 +197,7 @@ def limit_warning(coco: dict[str, Any], limit: int, key: str) -> str | None:
 
 
 def unseen_warning(coco: dict[str, Any], seen: Collection[Any]) -> str | None:
-    """The sentence about images that a model has not been given, None without."""
+    """Return a warning if images were not evaluated, or None."""
     unseen = {image["id"] for image in coco["images"]} - set(seen)
     if not unseen:
         return None
@@ -208,7 +210,7 @@ def unseen_warning(coco: dict[str, Any], seen: Collection[Any]) -> str | None:
 def _indexed(
     images: list[dict[str, Any]], categories: range, annotations: list[dict[str, Any]]
 ) -> COCO:
-    """pycocotools' index, with annotation ids from 1: 0 stands for no match there."""
+    """Index annotations for pycocotools, with ids from 1: there, 0 means no match."""
     for number, one in enumerate(annotations, start=1):
         one["id"] = number
     index = COCO()

@@ -1,4 +1,4 @@
-"""What a file in COCO's format must hold: the one list of rules, for the checker and for runs."""
+"""Rules for COCO files, shared by the checker and by runs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .mask_rules import mask_problems
 from .problems import ERROR, FARTHEST, WARNING, Problem, are_numbers, named, shown
 
 TOLERANCE = 1.0
-# Where COCO's widest range of areas ends: pycocotools leaves out what is larger.
+# End of COCO's widest area range; pycocotools ignores larger objects.
 LARGEST_AREA = 1e10
 
 
@@ -27,16 +27,16 @@ def problems(
     tolerance: float = TOLERANCE,
     deep: bool = False,
 ) -> Iterator[Problem]:
-    """All problems of a file's content, in the order of the file.
+    """Yield all problems of a file's content, in the order of the file.
 
     Args:
-        coco: with lists of objects as images and categories; that of annotations may be missing,
-            as in test sets.
-        masks: whether masks are needed (True), not looked at (False), or needed once one
-            annotation has one (None).
-        annotations: those of `coco`, as an iterable that shows progress.
-        tolerance: pixels that a box may reach over the edge of its image.
-        deep: also draws each mask to see whether it covers a pixel.
+        coco: content with lists of objects as images and categories. The list of annotations may
+            be missing, as in test sets.
+        masks: require masks (True), ignore them (False), or require them if any annotation has
+            one (None).
+        annotations: annotations of `coco`, as an iterable that shows progress.
+        tolerance: pixels that a box may extend beyond its image.
+        deep: also draw each mask to check that it covers a pixel.
     """
     sizes: dict[Any, tuple[int, int]] = {}
     yield from _images(coco["images"], sizes)
@@ -79,12 +79,12 @@ def problems(
         yield Problem(WARNING, "no-masks", "no annotation has a mask: fit for boxes only", "")
 
 
-# NUL ends a file's name, a line feed a line of a log; tab is one, too.
+# Control characters: NUL ends a file name, a line feed ends a line of a log.
 _CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
 
 
 def is_crowd(one: dict[str, Any]) -> bool:
-    """Whether an annotation is neither learnt nor counted: a crowd, or what VOC calls difficult."""
+    """Whether an annotation is neither learnt nor counted: a crowd, or VOC's "difficult"."""
     return bool(one.get("iscrowd") or one.get("ignore"))
 
 
@@ -93,9 +93,9 @@ def is_box(box: Any) -> bool:
 
 
 def has_area(box: list[float]) -> bool:
-    """Whether a box [x, y, width, height] keeps its size, to 1 %, in float32.
+    """Whether a box [x, y, width, height] keeps its size in float32 to within 1 %.
 
-    Both frameworks predict edges in float32: what is thinner than that can never be found.
+    Both frameworks predict edges in float32, so that thinner boxes can never be found.
     """
     x, y, width, height = box
     if width <= 0 or height <= 0:
@@ -107,7 +107,7 @@ def has_area(box: list[float]) -> bool:
 
 
 def _key(value: Any) -> Any:
-    """An id that can be looked up; True and 1.0 are none, though Python finds 1 by them."""
+    """Return an id for lookup. True and 1.0 are not ids, although Python treats them as 1."""
     return value if type(value) in (int, str) else float("nan")
 
 
@@ -137,7 +137,7 @@ def _ids(entries: list[dict], what: str) -> Iterator[Problem]:
 
 
 def _images(entries: list[dict], sizes: dict[Any, tuple[int, int]]) -> Iterator[Problem]:
-    """Fills in width and height by id; (0, 0) where they are no sizes."""
+    """Yield the problems of images; fill in width and height by id, (0, 0) if invalid."""
     yield from _ids(entries, "image")
     if not entries:
         yield Problem(ERROR, "no-images", "has no images", "images: []")

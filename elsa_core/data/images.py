@@ -1,15 +1,15 @@
-"""Images as every command reads them, and whether one can be read, to its last row.
+"""Read images the same way in all commands, and check that they are complete.
 
-The rule, for training, evaluation and prediction in both frameworks:
+Training, evaluation and prediction in both frameworks follow these rules:
 
-- 8-bit pixels stay as they are; grey, 1-bit, palette, CMYK and other files become RGB.
-- Transparency is dropped, and nothing is blended with a background.
-- Of 16 bits the high byte counts, as in OpenCV.
-- Float values are 0..1 and become 0..255, rounded; nothing is rescaled by its own content.
-- The picture is turned as its EXIF orientation says; of several frames the first counts.
-- Whole numbers of 32 bits or with a sign, float values outside 0..1, and images of more pixels than
-  Pillow takes (178,956,970) are refused.
-- A file is what its content says, whatever its ending, and one of `FORMATS`.
+- 8-bit pixels do not change; grey, 1-bit, palette, CMYK and other files become RGB.
+- Transparency is dropped without blending.
+- 16-bit values are reduced to their high byte, as in OpenCV.
+- Float values must be in 0..1 and become 0..255, rounded; the content does not affect the scale.
+- EXIF orientation is applied; only the first of several frames is read.
+- 32-bit or signed integers, float values outside 0..1, and images with more pixels than Pillow's
+  limit (178,956,970) are refused.
+- The content decides the format, not the ending; the format must be one of `FORMATS`.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from elsa_core.runtime.errors import UsageError
 
 from .problems import shown
 
-# Known endings, in lower case; files may have them in any case.
+# Known endings in lower case; the case of a file's ending does not matter.
 ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
-# Pillow's names of the formats that are read. It goes by the content and knows many more, among
-# them EPS, for which it starts Ghostscript: a program in a file that calls itself photo.jpg.
+# Allowed formats, as Pillow names them. Pillow detects many more by their content, such as EPS, for
+# which it starts Ghostscript: a photo.jpg could then hold a program.
 FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-# Of an image; and of a side, where JPEG ends and annotations, too, may.
+# Limits of an image and of its side; the latter is JPEG's, and applies to annotations, too.
 MOST_PIXELS, LONGEST_SIDE = 178_956_970, 65_500
-# The longer side of a training's image, in shorter ones: a resize to the usual 1333 pixels, or to
-# 480, leaves nothing of the shorter side beyond it.
+# Largest aspect ratio of a training image: beyond it, a resize of the longer side to the usual 1333
+# pixels, or to 480, leaves nothing of the shorter one.
 MOST_ELONGATED = 500
-# How a whole file begins and ends; what ends in another way is decoded to find out.
+# Beginning and end of a complete file; a file with another end is decoded to check it.
 _WHOLE = ((b"\xff\xd8", b"\xff\xd9"), (b"\x89PNG", b"IEND\xaeB`\x82"))
 _ORIENTATION = 0x0112
-# EXIF orientation -> from stored pixels [H, W, ...] to those that one sees.
+# EXIF orientation -> function from stored pixels [H, W, ...] to displayed ones.
 _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     2: lambda pixels: pixels[:, ::-1],
     3: lambda pixels: pixels[::-1, ::-1],
@@ -50,18 +50,19 @@ _TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
 
 
 def open_image(file: str | BinaryIO) -> Image.Image:
-    """Pillow's, of the known formats alone; nothing of ours opens images in another way."""
+    """Open an image of a known format with Pillow. All packages open images with this function."""
     return Image.open(file, formats=FORMATS)
 
 
 def read_image(file: str | BinaryIO) -> np.ndarray:
-    """RGB [H, W, 3], uint8, by this module's rule.
+    """Read an image as RGB [H, W, 3], uint8, by the rules of this module.
 
-    Raises UsageError, which does not name the file, for one that is damaged or refused.
+    Raises:
+        UsageError: the file is damaged or refused; the message does not name it.
     """
     if isinstance(file, str):
         try:
-            # Pillow maps files that it opens itself into memory, and then turns some TIFFs no more.
+            # Pillow maps files that it opens itself into memory, and then does not turn some TIFFs.
             with open(file, "rb") as opened:
                 return read_image(opened)
         except OSError as error:
@@ -69,7 +70,7 @@ def read_image(file: str | BinaryIO) -> np.ndarray:
     try:
         with open_image(file) as image:
             image.load()
-            # Not ImageOps.exif_transpose: it fails where other entries cannot be written back.
+            # Not ImageOps.exif_transpose: it fails if other entries cannot be written back.
             turn = _TURNS.get(_orientation(image))
             pixels = _pixels(image)
     except UsageError:
@@ -82,7 +83,7 @@ def read_image(file: str | BinaryIO) -> np.ndarray:
 def _orientation(image: Image.Image) -> int:
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # no whole EXIF block: the pixels are as good as they were
+    except Exception:  # damaged EXIF block: the pixels are still good
         return 1
 
 
@@ -106,7 +107,7 @@ def _pixels(image: Image.Image) -> np.ndarray:
 
 
 def image_problem(path: str) -> str | None:
-    """Decodes an image; what is wrong with it, or None."""
+    """Decode an image. Return its problem, or None."""
     try:
         read_image(path)
     except UsageError as error:
@@ -115,7 +116,7 @@ def image_problem(path: str) -> str | None:
 
 
 def size_problem(path: str, width: Any, height: Any) -> str | None:
-    """Decodes an image; what is wrong with it, or with the size that a file says it has."""
+    """Decode an image. Return a problem of it or of its annotated size, or None."""
     try:
         found = read_image(path).shape[1::-1]
     except UsageError as error:
@@ -129,9 +130,9 @@ def size_problem(path: str, width: Any, height: Any) -> str | None:
 
 
 def cut_off(path: str) -> str | None:
-    """What `image_problem` says, but from the ends of the file alone where they suffice.
+    """Variant of `image_problem` that reads only both ends of the file if they suffice.
 
-    OpenCV reads a JPEG that was cut off as an image whose rest is grey.
+    OpenCV reads a truncated JPEG as an image whose rest is grey.
     """
     try:
         with open(path, "rb") as file:
@@ -146,7 +147,7 @@ def cut_off(path: str) -> str | None:
 
 
 def reason(error: Exception, path: str = "") -> str:
-    """Why a file cannot be read, without its name, on one line."""
+    """Return why a file cannot be read, on one line without its name."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, Image.UnidentifiedImageError):

@@ -1,4 +1,4 @@
-"""Label maps: which image each belongs to, their values, and what is wrong with one."""
+"""Label maps: pair them with images, read and check them."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ IGNORE = 255
 def pair_files(
     images: str, maps: str | None, map_ending: str = ".png", stems: Collection[str] | None = None
 ) -> list[tuple[str, str | None]]:
-    """Each image in a folder and its subfolders, in order, with its label map.
+    """Return each image in a folder and its subfolders, in order, with its label map.
 
-    The map of SUB/X.JPG in the one folder is SUB/X and `map_ending` in the other. Images have any
-    of the known endings, which all may be in any case. Hidden files do not count.
+    The label map of SUB/X.JPG is SUB/X plus `map_ending`. Images have any of the known endings, in
+    any case. Hidden files are ignored.
 
     Args:
-        images: a folder.
-        maps: a folder; None for images without label maps.
-        stems: SUB/X of the images that count, from a list of them; None: all.
+        images: folder of images.
+        maps: folder of label maps; None for images without label maps.
+        stems: SUB/X of the images to use; None for all.
 
-    Raises UsageError for images without a label map and label maps without an image, for two images
-    of one name, and for listed images that are not there.
+    Raises:
+        UsageError: an image has no label map or a label map no image, two images have the same
+            name, or an image in ``stems`` is missing.
     """
     found: dict[str, str] = {}
     for name in _files(images, without=maps):
@@ -70,14 +71,15 @@ def _is_map(name: str, ending: str) -> bool:
 
 
 def _files(folder: str, without: str | None) -> Iterator[str]:
-    """Relative to the folder, in it and in its subfolders but for another folder in it."""
+    """Yield the files in a folder and its subfolders, relative to it, without those in the folder
+    ``without``."""
     other = os.path.abspath(without) if without and without != folder else None
     above: dict[str, tuple[str, ...]] = {os.path.abspath(folder): (os.path.realpath(folder),)}
     for place, folders, files in os.walk(folder, followlinks=True):
         chain = above.pop(os.path.abspath(place))
         visible = [os.path.join(place, name) for name in folders if not name.startswith(".")]
         real = {path: os.path.realpath(path) for path in visible if os.path.abspath(path) != other}
-        # No link to a folder above it.
+        # Do not follow links to a parent folder.
         inside = {path: to for path, to in real.items() if to not in chain}
         above |= {os.path.abspath(path): (*chain, to) for path, to in inside.items()}
         folders[:] = map(os.path.basename, inside)
@@ -87,9 +89,9 @@ def _files(folder: str, without: str | None) -> Iterator[str]:
 
 
 def read_map(file: str | BinaryIO, name: str) -> np.ndarray:
-    """The values in a label map [H, W], as wide as they are; with a palette, its indices.
+    """Return the values in a label map [H, W] in their own type, or the indices into its palette.
 
-    Raises UsageError, which names the file by `name`.
+    Raises UsageError, naming the file by `name`, if it cannot be read.
     """
     try:
         with open_image(file) as image:
@@ -112,18 +114,18 @@ def read_labels(
     ignore: int = IGNORE,
     size: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """A label map [H, W], uint8: 0..num_classes - 1, or `ignore` for no class.
+    """Return a label map [H, W], uint8: 0..num_classes - 1, or `ignore` for no class.
 
     Args:
-        file: an image of one channel; with a palette, its indices are the labels.
-        name: of the file, for errors.
+        file: image of one channel, or with a palette, whose indices are the labels.
+        name: name of the file in messages.
         num_classes: at most 255.
-        reduce_zero_label: in the file, 0 and 255 stand for no class and the classes begin at 1.
-        ignore: stands for no class; with `reduce_zero_label` it must be 255.
-        size: height and width of the image; None: not checked.
+        reduce_zero_label: in the file, 0 and 255 mean no class, and classes begin at 1.
+        ignore: label for no class; must be 255 with `reduce_zero_label`.
+        size: height and width of the image; None to skip the check.
 
-    Raises UsageError, which names the file, for one that is no such image, for other labels, and
-    for another size.
+    Raises:
+        UsageError: the file is not such an image, or has other labels or another size.
     """
     if num_classes > IGNORE:
         raise UsageError(f"label maps are for at most {IGNORE} classes, got {num_classes}")
@@ -147,10 +149,10 @@ def read_labels(
 
 
 def only_none(paths: Iterable[str], reduce_zero_label: bool) -> str | None:
-    """A sentence where all label maps hold nothing but 0 and 255, and 255; else None.
+    """Return a sentence if all label maps hold only 0 and 255, and 255 occurs; else None.
 
-    That is how masks are often saved, and 255 stands for no class. Reads up to the first map with
-    another value.
+    Masks are often saved this way, although 255 means no class. Stops at the first map with another
+    value.
     """
     found: set[int] = set()
     for path in paths:
@@ -165,11 +167,11 @@ def only_none(paths: Iterable[str], reduce_zero_label: bool) -> str | None:
 
 
 def labels_problem(path: str, allowed: Collection[int], image: str | None = None) -> str | None:
-    """Decodes a label map; what is wrong with it, or None.
+    """Decode a label map. Return its problem, or None.
 
     Args:
-        allowed: the values that it may have.
-        image: that it must be as large as.
+        allowed: values that it may have.
+        image: image that must have the same size.
     """
     try:
         labels = read_map(path, path)
@@ -184,7 +186,7 @@ def labels_problem(path: str, allowed: Collection[int], image: str | None = None
     try:
         size = read_image(image).shape[1::-1]
     except UsageError:
-        return None  # which the image's own check says
+        return None  # the check of the image reports it
     if size != labels.shape[::-1]:
         return "is {}x{} pixels, its image {}x{}".format(*labels.shape[::-1], *size)
     return None

@@ -1,4 +1,4 @@
-"""What the masks in a file in COCO's format must be: polygons, or RLE of both forms."""
+"""Rules for masks in COCO files: polygons, or compressed and uncompressed RLE."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import pycocotools.mask
 from .problems import ERROR, FARTHEST, WARNING, Problem, are_numbers, shown
 from .rle import compressed_counts
 
-# Pixels along a polygon: pycocotools takes 100 bytes of memory for each, and does not look.
+# Pixels along a polygon: pycocotools takes 100 bytes of memory for each, without a limit.
 LONGEST_OUTLINE = 2**20
 
 
 def polygon_parts(polygons: list) -> list:
-    """Those of an annotation's polygons that have 3 points or more."""
+    """Return the polygons that have 3 points or more."""
     return [part for part in polygons if len(part) >= 6 and len(part) % 2 == 0]
 
 
 def rle_of(mask: list | dict, width: int, height: int) -> dict[str, Any]:
-    """The compressed run lengths of a mask without problems: polygons, or RLE of both forms."""
+    """Return a mask without problems as compressed RLE."""
     if isinstance(mask, list):
         parts = pycocotools.mask.frPyObjects(polygon_parts(mask), height, width)
         return pycocotools.mask.merge(parts)
@@ -33,7 +33,7 @@ def rle_of(mask: list | dict, width: int, height: int) -> dict[str, Any]:
 def mask_problems(
     one: dict, name: str, width: int, height: int, needed: bool, deep: bool = False
 ) -> Iterator[Problem]:
-    """What is wrong with an annotation's mask, `needed` or not; `problems` has the arguments."""
+    """Yield the problems of an annotation's mask, `needed` or not; see `problems` for the rest."""
     mask = one.get("segmentation")
     if not mask:
         if needed:
@@ -59,7 +59,7 @@ def mask_problems(
 
 
 def _is_plain(polygon: Any, far: float) -> bool:
-    """Whether a polygon has none of the problems that `_polygon_problems` tells apart."""
+    """Whether a polygon has none of the problems that `_polygon_problems` reports."""
     if type(polygon) is not list or len(polygon) < 6 or len(polygon) % 2:
         return False
     if not set(map(type, polygon)) <= {int, float}:
@@ -97,7 +97,7 @@ def _polygon_problems(polygons: list, name: str, width: int, height: int) -> Ite
 
 
 def _outline(polygon: list[float]) -> float:
-    """Pixels along its edges as pycocotools counts them, or a bound where that is small enough."""
+    """Return the number of pixels along the edges as pycocotools counts them, or a low bound."""
     bound = len(polygon) * (max(polygon) - min(polygon))
     if bound <= LONGEST_OUTLINE:
         return bound
@@ -122,7 +122,7 @@ def _rle_problems(rle: dict, name: str, width: int, height: int) -> Iterator[Pro
         rest = f"must have RLE of the image's size [{height}, {width}], got {shown(size)}"
         yield Problem(ERROR, "rle-size", many, name, rest)
     elif width and sum(counts) != width * height:
-        # pycocotools would give what happens to be in memory for the rest.
+        # pycocotools would fill the rest with uninitialised memory.
         many = "{n} masks are broken RLE: counts do not add up to the size"
         rest = f"must have RLE whose counts add up to {width * height}, got {sum(counts)}"
         yield Problem(ERROR, "rle-broken", many, name, rest)

@@ -1,4 +1,4 @@
-"""What may be wrong in a file of annotations, once, and how foreign values are shown."""
+"""A problem of an annotation file, and functions to show foreign values in messages."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 ERROR, WARNING = "error", "warning"
-# How many times the longer side boxes and polygons may reach to: pycocotools counts in 32 bits.
+# How far boxes and polygons may reach, in longer sides of the image: pycocotools counts in 32 bits.
 FARTHEST = 10
 
 _SHORT = reprlib.Repr()
@@ -16,16 +16,16 @@ _SHORT.maxlevel, _SHORT.maxstring, _SHORT.maxother, _SHORT.maxlong = 3, 60, 60, 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong, once.
+    """One problem of one entry.
 
     Args:
         level: "error": training or evaluation would fail or be wrong; "warning": repaired in
             memory or left out, in both frameworks alike.
-        rule: its name for programs.
-        many: the sentence about all of the kind, with {n} for their number.
-        name: of the entry.
-        one: the rest of a sentence that begins with the entry's name; "" where `many` does.
-        value: what the entry has, after its name in the examples for `many`.
+        rule: name of the rule, for programs.
+        many: sentence about all problems of the kind, with {n} for their number.
+        name: name of the entry.
+        one: rest of a sentence that begins with the entry's name; "" to use `many`.
+        value: value of the entry, shown after its name in the examples for `many`.
     """
 
     level: str
@@ -44,19 +44,19 @@ class Problem:
 
 
 def shown(value: Any) -> str:
-    """A value for a message, of bounded length however large or deep it is."""
+    """Return a value as text of bounded length, for a message."""
     return _SHORT.repr(value)
 
 
 def named(value: Any) -> Any:
-    """An id or a name for a message, of bounded length."""
+    """Return an id or a name of bounded length, for a message."""
     if type(value) is str:
         return value if len(value) <= 200 else f"{value[:197]}..."
     return value if type(value) is int and value.bit_length() < 64 else shown(value)
 
 
 def are_numbers(values: list) -> bool:
-    """Whether all are numbers, finite and of a size that float32 holds."""
+    """Whether all values are finite numbers in the range of float32."""
     if not set(map(type, values)) <= {int, float}:
         return False
     return not values or (-1e30 < min(values) and max(values) < 1e30 and sum(values) == sum(values))

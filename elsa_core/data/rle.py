@@ -1,15 +1,15 @@
-"""COCO's compressed run lengths, read without trusting them."""
+"""Read COCO's compressed RLE from an untrusted file."""
 
 from __future__ import annotations
 
 
 def compressed_counts(text: str) -> list[int] | None:
-    """The run lengths of COCO's compressed RLE, or None for a text that is none.
+    """Return the run lengths of COCO's compressed RLE, or None if the text is invalid.
 
-    Each number is a row of characters of 5 bits from "0" on, lowest bits first; the sixth bit says
-    that more follow, the fifth of the last character is the sign. From the fourth number on, what
-    is stored is the difference to the number two before (pycocotools, `rleToString`). A number of
-    more than 35 bits is none: no image has so many pixels.
+    Each number is a sequence of characters from "0" on, with 5 bits each, lowest bits first. The
+    sixth bit says that more characters follow; the fifth bit of the last one is the sign. From the
+    fourth number on, the difference to the second last number is stored (pycocotools,
+    `rleToString`). Numbers of more than 35 bits are invalid: no image has so many pixels.
     """
     counts: list[int] = []
     value = shift = 0
