@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
-    pass
+    import supervision
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Detections:
                 entry["segmentation"] = _encode(mask, self.size)
         return entries
 
-    def to_supervision(self, classes: Sequence[str]) -> Detections:
+    def to_supervision(self, classes: Sequence[str]) -> supervision.Detections:
         """`supervision.Detections`, with ``classes`` as its ``class_name``."""
         from supervision import Detections
 
@@ -117,7 +117,7 @@ class Segmentation:
         entries = [{"class": classes[i], "id": i, "pixels": count} for i, count in pairs]
         return {"segmentation": {"classes": entries}}
 
-    def to_supervision(self, classes: Sequence[str]) -> Detections:
+    def to_supervision(self, classes: Sequence[str]) -> supervision.Detections:
         """`supervision.Detections`: the mask of each class that the image has, and its box."""
         from supervision import Detections, mask_to_xyxy
 
