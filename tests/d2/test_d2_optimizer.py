@@ -1,4 +1,4 @@
-"""Parameter groups: who is decayed, and by how much."""
+"""Parameter groups by Detectron2's keys; tests/parity/test_recipes.py has the recipes'."""
 
 import pytest
 import torch
@@ -30,31 +30,6 @@ def settings(model, optimizer, key):
     pairs = [(names[p], group[key]) for group in optimizer.param_groups for p in group["params"]]
     assert len(pairs) == len(dict(pairs))
     return dict(pairs)
-
-
-def test_every_parameter_is_in_one_group_with_the_recipes_rates(config, model):
-    optimizer = build_optimizer(config, model)
-    assert type(optimizer) is torch.optim.AdamW
-    rates, decays = (settings(model, optimizer, key) for key in ("lr", "weight_decay"))
-    assert set(decays) == {name for name, _ in model.named_parameters()}
-    assert set(rates.values()) == {config.SOLVER.BASE_LR}
-    assert {group["betas"] for group in optimizer.param_groups} == {(0.9, 0.999)}
-    free = {name for name, decay in decays.items() if decay == 0.0}
-    assert set(decays.values()) == {0.0, 0.05}
-    assert free == {
-        name for name in decays if name.startswith("backbone.bottom_up.") and "norm" in name
-    }
-    # Every norm of the backbone, and only those: 4 outputs, patch embedding, 3 downsamplings, and
-    # 2 for each of the 5 blocks, a weight and a bias each.
-    assert len(free) == 2 * (4 + 1 + 3 + 2 * 5)
-    for name in (
-        "backbone.bottom_up.layers.0.blocks.0.attn.ghost_head",
-        "backbone.bottom_up.layers.3.blocks.0.attn.rb",
-        "backbone.bottom_up.patch_embed.proj.bias",
-        "backbone.fpn_lateral2.norm.weight",
-        "roi_heads.box_head.conv1.norm.bias",
-    ):
-        assert decays[name] == 0.05
 
 
 def test_detectron2s_keys_keep_their_meaning(config, model):

@@ -1,6 +1,5 @@
 """tools/train_net.py: training, evaluation, interruption, several processes, refusals."""
 
-import importlib.util
 import json
 import math
 import os
@@ -13,6 +12,7 @@ import torch
 
 pytest.importorskip("detectron2")
 
+from conftest import load_tool
 from d2_tiny import CONFIG, TOOL, arguments_of, datasets, overrides, read_metrics
 from killing import PATIENCE, fork
 from killing_d2 import run_tool
@@ -20,10 +20,7 @@ from killing_d2 import run_tool
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("train_net", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("train_net")
 
 
 def train(folder, arguments):

@@ -9,10 +9,8 @@ pytest.importorskip("detectron2")
 from conftest import REPOSITORY
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import META_ARCH_REGISTRY, build_model
-from fvcore.common.param_scheduler import ParamScheduler
 
-from elsa_core.blocks import DropPath
-from elsa_d2 import UPerNetHead, UsageError, build_lr_scheduler, build_optimizer, load_config
+from elsa_d2 import UPerNetHead, UsageError, build_lr_scheduler, load_config
 from elsa_d2.engine.preflight import check_run
 from elsa_d2.modeling.norm import SyncBatchNorm
 from elsa_d2.solver.lr_scheduler import WarmupPoly
@@ -71,47 +69,19 @@ def test_size_is_the_published_one_and_mmsegmentations(variant):
 
 @leaf
 def test_leaf_is_short_and_builds_what_its_name_says(variant):
-    lines = (CONFIGS / LEAVES[variant]).read_text().splitlines()
-    assert 3 <= len(lines) <= 15
+    """tests/parity/test_recipes.py has the numbers."""
+    assert 3 <= len((CONFIGS / LEAVES[variant]).read_text().splitlines()) <= 15
     cfg = load(LEAVES[variant])
-    model = on_meta(cfg)
-    assert len(model.backbone.layers[2].blocks) == {"t": 6, "s": 18}[variant]
-    rates = [m.rate for m in model.modules() if isinstance(m, DropPath)]
-    assert max(rates) == pytest.approx(0.3)
-    top = model.sem_seg_head
-    assert (top.loss_weight, top.aux_loss_weight, top.aux_feature) == (1.0, 0.4, "res4")
-    assert (top.dropout.p, top.pool_scales, top.num_classes) == (0.1, (1, 2, 3, 6), 150)
-    assert (top.predictor.in_channels, top.aux_predictor.in_channels) == (512, 256)
-    assert isinstance(top.psp0.norm, SyncBatchNorm)
-    assert (cfg.SOLVER.MAX_ITER, cfg.SOLVER.IMS_PER_BATCH) == (160000, 16)
-    assert cfg.SOLVER.CHECKPOINT_PERIOD == cfg.TEST.EVAL_PERIOD == 16000
-    assert not cfg.SOLVER.AMP.ENABLED
+    top = on_meta(cfg).sem_seg_head
+    assert cfg.MODEL.ELSA_SWIN.ARCH == {"t": "tiny", "s": "small"}[variant]
+    assert top.aux_feature == "res4" and isinstance(top.psp0.norm, SyncBatchNorm)
     assert list(cfg.DATASETS.TRAIN) == ["ade20k_sem_seg_train"]
     assert list(cfg.DATASETS.TEST) == ["ade20k_sem_seg_val"]
-    optimizer = build_optimizer(cfg, model)
-    assert type(optimizer) is torch.optim.AdamW
-    assert {group["lr"] for group in optimizer.param_groups} == {6e-5}
-    names = {p: name for name, p in model.named_parameters()}
-    spared = {
-        names[p] for g in optimizer.param_groups if not g["weight_decay"] for p in g["params"]
-    }
-    assert spared == {n for n in names.values() if n.startswith("backbone.") and "norm" in n}
-    assert {group["weight_decay"] for group in optimizer.param_groups} == {0.0, 0.01}
 
 
 def test_digits_config_builds():
     cfg = load(DIGITS)
     assert on_meta(cfg).sem_seg_head.num_classes == len(cfg.DATASETS.REGISTER_SEM_SEG[0][3]) == 11
-
-
-def test_first_weights_are_mmsegmentations():
-    top = head(channels=256)
-    assert top.predictor.weight.std().item() == pytest.approx(0.01, rel=0.2)
-    assert not top.predictor.bias.any()
-    # He's, by the outputs of the convolution.
-    weight = top.psp_bottleneck.weight
-    assert weight.std().item() == pytest.approx((2 / (256 * 9)) ** 0.5, rel=0.05)
-    assert top.psp_bottleneck.bias is None
 
 
 def test_output_has_the_input_s_size_and_batches_are_independent_in_testing():
@@ -244,21 +214,6 @@ def test_schedule_is_the_originals_at_every_iteration(power, end):
     expected = [mmcv_rate(i, base, end, power, warmup, last) for i in range(last)]
     np.testing.assert_allclose(rates, expected, rtol=1e-10)
     assert rates[0] == pytest.approx(1e-6 * base) and rates[warmup] < base
-
-
-def test_published_schedule_at_given_iterations():
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=6e-5)
-    scheduler = build_lr_scheduler(load(LEAVES["s"]), optimizer)
-    factor = scheduler._multiplier
-    assert isinstance(factor, ParamScheduler)
-    for iteration, value in {
-        0: 1e-6,
-        750: (1 - 750 / 160000) * (1e-6 + (1 - 1e-6) / 2),
-        1500: 1 - 1500 / 160000,
-        80000: 0.5,
-        159999: 1 / 160000,
-    }.items():
-        assert factor(iteration / 160000) == pytest.approx(value, rel=1e-12)
 
 
 def test_training_shorter_than_the_warm_up_stays_in_it():
