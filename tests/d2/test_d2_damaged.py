@@ -1,6 +1,5 @@
 """Damaged data with tools/train_net.py: one sentence that names the file, status 2."""
 
-import importlib.util
 import json
 import shutil
 import uuid
@@ -14,6 +13,7 @@ pytest.importorskip("detectron2")
 import d2_sem_seg_tiny
 import d2_tiny
 import torch
+from conftest import load_tool
 from detectron2.modeling import build_model
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -25,16 +25,7 @@ pytestmark = pytest.mark.usefixtures("clean_catalog")
 
 @pytest.fixture(scope="module")
 def tool():
-    spec = importlib.util.spec_from_file_location("train_net", d2_tiny.TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture
-def copy(digits, tmp_path):
-    shutil.copytree(digits, tmp_path / "copy")
-    return tmp_path / "copy"
+    return load_tool("train_net")
 
 
 @pytest.fixture

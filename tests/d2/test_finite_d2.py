@@ -16,7 +16,7 @@ from detectron2.utils import comm
 
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.preemption import TrainingEnded
-from elsa_d2 import Trainer, load_config, register_coco_datasets
+from elsa_d2 import Trainer, load_config, register_coco_datasets, trainer_class
 from elsa_d2.data.sem_seg import register_sem_seg_datasets
 
 
@@ -24,7 +24,7 @@ def train(cfg, part, bad):
     """Trains with NaN in a part's outputs at some iterations, counted from 1."""
     register_coco_datasets(cfg)
     register_sem_seg_datasets(cfg)
-    trainer = Trainer(cfg)
+    trainer = trainer_class(cfg)(cfg)
 
     def spoil(module, inputs, output):
         if module.training and trainer.iter + 1 in bad:
