@@ -1,4 +1,4 @@
-"""Finds and loads the compiled operator."""
+"""Find and load the compiled operator."""
 
 import platform
 import sys
@@ -13,10 +13,10 @@ INSTALL = "pip install --no-build-isolation --no-cache-dir --force-reinstall --n
 
 
 def binaries() -> list[Path]:
-    """The compiled extension beside this file; empty where it was not built.
+    """Return the compiled extension beside this file, or an empty list if it was not built.
 
-    In the folder of a clone, Python imports the clone and not what was installed from it: where
-    this copy has no binary, that of another copy of the same version on ``sys.path`` is taken.
+    In the folder of a clone, Python imports the clone and not the installed package. If this copy
+    has no binary, that of another copy of the same version on ``sys.path`` is used.
     """
     here = Path(__file__).parent
     version = (here / "__init__.py").read_bytes()
@@ -28,10 +28,10 @@ def binaries() -> list[Path]:
 
 
 def load_extension() -> bool:
-    """Loads ``elsa_core/_C`` into the dispatcher; False, with one warning, where it cannot be.
+    """Load ``elsa_core/_C`` into the dispatcher. Return False, with one warning, if there is none.
 
     Raises:
-        ImportError: the file is there but does not load, as one of another platform.
+        ImportError: the file exists but does not load, for instance on another platform.
     """
     if numbers(torch.__version__) < TORCH_WITH_EXTENSION:
         _warn(

@@ -1,7 +1,7 @@
 """Default kernels of the operator in plain PyTorch, for devices without a compiled one.
 
-Both loop over the K*K offsets with buffers of the size of ``value``, and neither is
-differentiated, so that nothing of size C*K*K is ever held.
+Both loop over the K*K offsets with buffers of the size of ``value``. Autograd does not trace them,
+so that nothing of size C*K*K is ever held.
 """
 
 import torch
@@ -38,7 +38,7 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``elsa::attention_backward``: gradients of value, logits, ghost_add and ghost_mul.
 
-    A ghost filter that is not there has an empty gradient.
+    The gradient of a ghost filter that is None is empty.
     """
     check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad=grad)
     height, width = value.shape[1:3]

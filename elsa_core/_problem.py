@@ -1,4 +1,4 @@
-"""What a call of the operator must be like. csrc/problem.h refuses the same in the same words."""
+"""Checks of the operator's arguments. csrc/problem.h has the same checks and messages."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
-# Of (kernel_size - 1) * dilation. Kernels add it to sizes of the map and multiply it by numbers of
-# channels in 64 bits, and no map is as large.
+# Limit of (kernel_size - 1) * dilation. Kernels add it to map sizes and multiply it by channel
+# counts in 64 bits, and no map is as large.
 MOST_REACH = 2**31 - 1
 
 
@@ -23,17 +23,16 @@ def check_problem(
     grad: Tensor | None = None,
     autocast: torch.dtype | None = None,
 ) -> None:
-    """Refuse what does not fit together, in one sentence.
+    """Check the arguments of the operator.
 
     Args:
-        value, logits, ghost_add, ghost_mul, kernel_size, dilation: as ``elsa_attention`` takes
-            them.
-        grad: [B, H, W, C], where there is one.
-        autocast: the type that the tensors, but for those in double precision, will be cast to.
+        value, logits, ghost_add, ghost_mul, kernel_size, dilation: as in ``elsa_attention``.
+        grad: [B, H, W, C], or None in the forward pass.
+        autocast: dtype that all tensors except float64 ones will be cast to.
 
     Raises:
-        ValueError: shapes, devices, kernel_size or dilation.
-        TypeError: types and layouts.
+        ValueError: wrong shapes, devices, kernel_size or dilation.
+        TypeError: wrong dtypes or layouts.
     """
     if kernel_size < 1 or kernel_size % 2 == 0:
         raise ValueError(f"elsa_attention needs an odd, positive kernel_size, got {kernel_size}")
@@ -105,7 +104,7 @@ def _check_like(
 
 
 def is_cast(dtype: torch.dtype) -> bool:
-    """Whether autocast changes tensors of this type."""
+    """Whether autocast casts tensors of this dtype."""
     return dtype in DTYPES and dtype != torch.float64
 
 

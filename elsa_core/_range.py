@@ -1,4 +1,4 @@
-"""The versions that this package runs with. Read by setup.py, too, so that it imports nothing."""
+"""Supported versions of Python and PyTorch. setup.py reads this file, so it imports nothing."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ TORCH_WITH_EXTENSION = 2, 10
 
 
 def dotted(version: tuple[int, ...]) -> str:
-    """Such as 3.10."""
+    """Return a version as text, such as 3.10."""
     return ".".join(map(str, version))
 
 
 def numbers(version: str) -> tuple[int, int]:
-    """(major, minor) of a version such as 2.11.0+cu130."""
+    """Return (major, minor) of a version such as 2.11.0+cu130."""
     major, minor = version.split(".")[:2]
     return int(major), int(minor)
 
 
 def python_obstacle(version: tuple[int, ...]) -> str | None:
-    """Why this package does not run with that Python, in one sentence; None where it does."""
+    """Return a sentence if this version of Python is not supported, else None."""
     if PYTHON[0] <= version[:2] <= PYTHON[1]:
         return None
     least, most = map(dotted, PYTHON)
@@ -30,7 +30,7 @@ def python_obstacle(version: tuple[int, ...]) -> str | None:
 
 
 def torch_obstacle(version: str) -> str | None:
-    """Why this package does not run with that PyTorch, in one sentence; None where it does."""
+    """Return a sentence if this version of PyTorch is not supported, else None."""
     if numbers(version) >= TORCH:
         return None
     return f"elsa-swin needs PyTorch {dotted(TORCH)} or later, and this is PyTorch {version}"

@@ -1,4 +1,4 @@
-"""Imported before all else: says in one sentence what is missing or outside the range."""
+"""Raise ImportError, before other imports, if Python or PyTorch is missing or not supported."""
 
 import sys
 

@@ -101,8 +101,8 @@ class ELSASwin(nn.Module):
 
         for module in self.modules():
             if isinstance(module, nn.Linear):
-                # The original truncates at 2, a hundred deviations: to no effect, and the newest
-                # PyTorch looks at values for it, which a model without values (fake tensors) lacks.
+                # The original truncates at 2, a hundred standard deviations, which has no effect.
+                # The newest PyTorch reads values to truncate, which fake tensors do not have.
                 nn.init.normal_(module.weight, std=init_std)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
@@ -157,7 +157,7 @@ class ELSASwin(nn.Module):
         )
 
     def stage_maps(self, x: Tensor) -> list[Tensor]:
-        """The maps [B, H, W, C] of the patch embedding and of each stage, without output norms."""
+        """Return the maps [B, H, W, C] of the patch embedding and each stage, before the norms."""
         x = self.pos_drop(self.patch_embed(x))
         maps = [x]
         for stage in self.layers:

@@ -1,4 +1,4 @@
-"""What ELSA-Swin's stages are built from, all on channels-last maps [B, H, W, C]."""
+"""Building blocks of ELSA-Swin's stages, all for channels-last maps [B, H, W, C]."""
 
 from __future__ import annotations
 
@@ -112,11 +112,10 @@ class Block(nn.Module):
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution and the way down to the next one.
+    """Blocks of one resolution, followed by ``downsample`` to the next one.
 
-    Returns the map after the blocks and the next stage's input, which is the same map where
-    there is no ``downsample``. ``with_cp`` recomputes each block's activations in the backward
-    pass instead of keeping them.
+    Returns the map after the blocks and the input of the next stage, which is the same map without
+    ``downsample``. ``with_cp`` recomputes each block's activations in the backward pass.
     """
 
     def __init__(

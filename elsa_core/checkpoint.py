@@ -1,4 +1,4 @@
-"""What is known of the parameter names in original ELSA-Swin checkpoints."""
+"""Parameter names in original ELSA-Swin checkpoints."""
 
 from __future__ import annotations
 
@@ -20,12 +20,11 @@ def drop_unused_keys(
     out_indices: Collection[int],
     num_stages: int,
 ) -> None:
-    """Removes, in place, what the backbone under ``prefix`` has no use for.
+    """Remove, in place, tensors that the backbone under ``prefix`` does not use.
 
-    That is the original's bookkeeping buffers, the output norms of stages that exist but are not
-    among ``out_indices``, and what comes after the last of these: a published backbone loads
-    strictly into one with fewer outputs. Every other key stays, so that strict loading still
-    reports it.
+    These are the original's bookkeeping buffers, the output norms of stages that are not in
+    ``out_indices``, and all layers after the last of these: a published backbone loads strictly
+    into one with fewer outputs. All other keys stay, so that strict loading still reports them.
     """
     last = max(out_indices)
     unused_norms = set(range(num_stages)) - set(out_indices)
@@ -33,7 +32,7 @@ def drop_unused_keys(
     for key in [key for key in state_dict if key.startswith(prefix)]:
         name = key[len(prefix) :]
         norm, stage = _OUTPUT_NORM.fullmatch(name), _STAGE.fullmatch(name)
-        # The way down to a stage goes with it.
+        # The downsampling before a stage is removed with it.
         after = stage is not None and last < int(stage[1]) + bool(stage[2]) < num_stages
         if _BOOKKEEPING.fullmatch(name) or (norm and int(norm[1]) in unused_norms) or after:
             del state_dict[key]

@@ -1,4 +1,4 @@
-"""What this installation has, with self-checks: ``elsa doctor``, ``python -m elsa_core.doctor``."""
+"""Report on the installation and check it: ``elsa doctor`` or ``python -m elsa_core.doctor``."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .runtime.quiet import quiet_frameworks
 from .self_check import BACKBONE_TOLERANCE, TOLERANCE, check_backbone, check_operator
 
 FOLDER = Path(__file__).parent
-# What modules are for that nothing else of ours needs.
+# Optional modules and their purpose.
 OPTIONAL = {
     "pictures, INPUT.RESIZE_BACKEND cv2": ("cv2",),
     "COCO": ("pycocotools",),
@@ -35,7 +35,7 @@ OPTIONAL = {
 
 
 def _kernels(key: str) -> str:
-    """What the operator's compiled kernels for a dispatch key are compiled for."""
+    """Return the targets of the operator's compiled kernels for a dispatch key."""
     if not torch._C._dispatch_has_kernel_for_dispatch_key("elsa::attention", key):
         return "none, plain PyTorch instead"
     if key == "CPU":
@@ -68,7 +68,7 @@ def _devices() -> list[torch.device]:
 
 
 def describe_device(device: torch.device) -> str:
-    """Name and size of a device, in a few words."""
+    """Return the name and size of a device in a few words."""
     if device.type == "cpu":
         return f"{_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     capability = "".join(map(str, torch.cuda.get_device_capability(device)))
@@ -76,10 +76,10 @@ def describe_device(device: torch.device) -> str:
 
 
 def examine(frameworks: bool = True) -> Report:
-    """Everything that the doctor says; ``faults`` is empty where all is right.
+    """Return the doctor's report; its ``faults`` are empty if the installation is right.
 
     Args:
-        frameworks: whether those that are installed are imported and tried, too.
+        frameworks: also import and try the installed frameworks.
     """
     report = Report()
     report.lines = [

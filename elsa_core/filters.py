@@ -1,4 +1,4 @@
-"""What an ELSA layer attends to: the filters that it applies at single positions of an image."""
+"""Filters that an ELSA layer applies at single positions of an image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Filters:
     output: Tensor
 
     def neighbourhoods(self) -> Tensor:
-        """The values that each position sees, [n, C, K, K], with zeros outside of the map."""
+        """Return the values that each position sees, [n, C, K, K], with zeros outside the map."""
         size = self.effective.shape[-1]
         margin = size // 2
         padded = F.pad(self.value, (0, 0, margin, margin, margin, margin))
@@ -45,17 +45,17 @@ class Filters:
 def neighbourhood_filters(
     backbone: ELSASwin, image: Tensor, stage: int, block: int, pixels: Sequence[tuple[int, int]]
 ) -> Filters:
-    """What a block attends to at some pixels of an image.
+    """Return the filters that a block applies at some pixels of an image.
 
     Args:
-        backbone: in any mode; it is run in evaluation mode.
+        backbone: model in any mode; it is run in evaluation mode.
         image: [3, H, W] or [1, 3, H, W], normalised as for training.
-        stage: 0 for the first one; the last stage has window attention and no such filters.
-        block: of the stage, 0 for the first one.
-        pixels: (x, y) of each, in pixels of ``image`` from its upper left corner.
+        stage: index from 0; the last stage has window attention and no such filters.
+        block: index from 0 in the stage.
+        pixels: (x, y) of each pixel, from the upper left corner of ``image``.
 
     Raises:
-        ValueError: a stage, block or pixel that is not there.
+        ValueError: the stage, block or pixel does not exist.
     """
     image = image.unsqueeze(0) if image.dim() == 3 else image
     layer = _find_layer(backbone, stage, block)
@@ -112,7 +112,7 @@ def _find_layer(backbone: ELSASwin, stage: int, block: int) -> ELSA:
 
 @torch.no_grad()
 def _record(backbone: ELSASwin, layer: ELSA, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Value [H, W, C], logits [H, W, G*K*K] and output [H, W, C] of the layer's operator."""
+    """Return value [H, W, C], logits [H, W, G*K*K] and output [H, W, C] of the layer's operator."""
     seen: dict[str, Tensor] = {}
 
     def keep(name: str, tensor: Tensor) -> None:

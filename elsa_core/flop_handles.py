@@ -1,7 +1,7 @@
-"""Multiply-adds and activations of the operators that counters of traced graphs do not know.
+"""Multiply-adds and activations of operators that counters of traced graphs do not know.
 
-fvcore and MMEngine take the handles in `MULTIPLY_ADDS` and `ACTIVATIONS`.
-PyTorch's counter is in `elsa_core.flops`.
+`MULTIPLY_ADDS` and `ACTIVATIONS` are for fvcore and MMEngine; `elsa_core.flops` uses PyTorch's
+counter.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ Handle = Callable[[list[Any], list[Any]], int]
 
 
 def attention(value: Shape, kernel_size: int, ghosts: bool) -> int:
-    """Of `elsa::attention`: one a tap for the value, and one for the ghost filters."""
+    """Count `elsa::attention`: one multiply-add per tap for the value, one for ghost filters."""
     return prod(value) * kernel_size**2 * (1 + ghosts)
 
 
 def scaled_dot_product_attention(query: Shape, key: Shape, value: Shape) -> int:
-    """Of [..., L, E], [..., S, E] and [..., S, C]: both matrix products."""
+    """Count both matrix products of [..., L, E], [..., S, E] and [..., S, C]."""
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
 
 
@@ -40,7 +40,7 @@ def _size_of_output(inputs: list[Any], outputs: list[Any]) -> int:
 
 
 def _shape(value: Any) -> Any:
-    """Of a tensor in a traced graph; None for a None."""
+    """Return the shape of a tensor in a traced graph; None for None."""
     return value.type().sizes() if value.isCompleteTensor() else None
 
 
@@ -53,7 +53,7 @@ ACTIVATIONS: dict[str, Handle] = dict.fromkeys(MULTIPLY_ADDS, _size_of_output)
 
 
 def register_handles(module: ModuleType, **tables: dict[str, Handle]) -> None:
-    """Adds handles to tables in a counter's module, by their names, and replaces none."""
+    """Add handles to tables in a counter's module, by table name, without replacing any."""
     for name, handles in tables.items():
         known: dict[str, Any] = getattr(module, name, {})
         for operator, handle in handles.items():

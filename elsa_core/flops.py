@@ -1,7 +1,7 @@
-"""FLOPs of models as papers on backbones count them, without memory or arithmetic.
+"""Count FLOPs as papers on backbones do, without allocating or computing tensors.
 
-One is a multiply-add in a convolution, a linear layer or a matrix product; normalisation,
-activations and resizing are left out.
+One FLOP is a multiply-add in a convolution, a linear layer or a matrix product; normalisation,
+activations and resizing do not count.
 """
 
 from __future__ import annotations
@@ -22,12 +22,13 @@ from .flop_handles import attention
 
 
 def count_flops(run: Callable[[Tensor], Any], size: tuple[int, int]) -> int:
-    """Multiply-adds of ``run`` with one image [1, 3, H, W].
+    """Count the multiply-adds of ``run`` with one image [1, 3, H, W].
 
     Args:
         size: (H, W) in pixels.
 
-    Raises NotImplementedError for an operator of ours that has no formula.
+    Raises:
+        NotImplementedError: an operator of this package has no formula.
     """
     with _counting() as counter:
         run(torch.empty(1, 3, *size))
@@ -37,10 +38,10 @@ def count_flops(run: Callable[[Tensor], Any], size: tuple[int, int]) -> int:
 def count_flops_by_module(
     model: nn.Module, run: Callable[[Tensor], Any], size: tuple[int, int]
 ) -> dict[str, int]:
-    """As `count_flops`, for each module of ``model`` by its name.
+    """Count as `count_flops`, for each module of ``model`` by name.
 
-    A module's number is its own: those of its children are theirs. The name "" stands for ``model``
-    itself and for what happens outside of all its modules.
+    The number of a module does not include its children. The name "" stands for ``model`` itself
+    and for operations outside all its modules.
     """
 
     class Root(nn.Module):  # the counter's names begin at the outermost module that is called
@@ -86,7 +87,7 @@ _FORMULAS = {torch.ops.elsa.attention: _counted_attention}
 
 
 class _RefuseUnknown(TorchDispatchMode):
-    """No operator of ours is left out unnoticed."""
+    """Refuses operators of this package that have no formula."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "elsa" and func.overloadpacket not in _FORMULAS:
@@ -97,6 +98,6 @@ class _RefuseUnknown(TorchDispatchMode):
 @contextmanager
 def _counting() -> Iterator[FlopCounterMode]:
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
-    # Of models on real tensors too, so that any model can be counted.
+    # Models may hold real tensors, too.
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter, _RefuseUnknown():
         yield counter

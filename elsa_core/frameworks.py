@@ -1,6 +1,6 @@
-"""What the doctor finds out about the frameworks: versions, and whether ours works in them.
+"""The doctor's checks of the frameworks: their versions, and a backbone in each.
 
-They are imported when a check asks for it, and by no other part of elsa_core.
+Only these checks import the frameworks; no other part of elsa_core does.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .runtime.errors import one_line
 from .runtime.packages import DISTRIBUTIONS, is_missing
 from .self_check import ARCH, BACKBONE_TOLERANCE, check_backbone
 
-# The distributions that bring a module. Only one of them may be installed.
+# Distributions that provide a module. Only one of them may be installed.
 PUBLISHED = {
     "detectron2": ("detectron2", "sal-detectron2"),
     "mmengine": ("mmengine", "mmengine-lite", "onedl-mmengine"),
@@ -28,7 +28,7 @@ PUBLISHED = {
     "mmpretrain": ("mmpretrain", "onedl-mmpretrain"),
 }
 TOOLBOXES = ("mmdet", "mmseg", "mmpretrain")
-# Beginnings of what fails, and what to do. The page is docs/troubleshooting.md.
+# Beginnings of error messages, and the remedy. See docs/troubleshooting.md.
 REMEDIES = {
     r"No module named 'pkg_resources'": "run pip install 'setuptools>=64,<81'",
     r"libGL": "run pip uninstall -y opencv-python; pip install opencv-python-headless",
@@ -39,7 +39,7 @@ REMEDIES = {
 
 
 class Report:
-    """Lines for people, and what is wrong: a fault and what to do, one sentence each."""
+    """Lines for people, and faults: one sentence each, with the remedy."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -47,12 +47,12 @@ class Report:
 
 
 def versions() -> dict[str, str]:
-    """Of the modules that are installed, by the first distribution that is there."""
+    """Return the versions of the installed modules, from the first distribution found."""
     return {module: found[0][1] for module in PUBLISHED if (found := list(_distributions(module)))}
 
 
 def check_frameworks(report: Report) -> None:
-    """A small backbone through Detectron2's registry and through those of OpenMMLab."""
+    """Build and run a small backbone through the registries of Detectron2 and OpenMMLab."""
     known = versions()
     if not known and is_missing("detectron2") and is_missing("mmengine"):
         report.lines.append("frameworks: none, elsa_core needs none")
@@ -96,7 +96,7 @@ def _distributions(module: str) -> Iterator[tuple[str, str]]:
 
 
 def _import(report: Report, module: str, known: dict[str, str]) -> bool:
-    """Imports a module; what fails is a fault."""
+    """Import a module; a failure is a fault."""
     try:
         importlib.import_module(module)
     except Exception as error:  # any, from assertions on versions to undefined symbols

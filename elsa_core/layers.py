@@ -41,8 +41,8 @@ class ELSA(nn.Module):
     over the KxK neighbourhood; `elsa_attention` normalises them, combines them with the ghost
     filters and applies them to the value. ``lam`` and ``gamma`` as in `elsa_core.variants.Arch`.
 
-    ``attn_drop`` > 0 leaves the fused operator while training: it never materialises what the
-    dropout acts on, so a slower path is taken that holds [B, H, W, C, K*K] values.
+    With ``attn_drop`` > 0, training uses a slower path that holds [B, H, W, C, K*K] values, because
+    the fused operator never materialises the attention that the dropout acts on.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class ELSA(nn.Module):
         return nn.Parameter(torch.empty(shape if filters == 1 else (2, *shape)))
 
     def reset_parameters(self) -> None:
-        """Draws the ghost filters anew; the layers in it have a method of their own."""
+        """Initialise the ghost filters; child layers have their own method."""
         add, mul = self._stored_filters()
         if mul is not None:
             nn.init.normal_(mul)
@@ -94,14 +94,14 @@ class ELSA(nn.Module):
             nn.init.normal_(add, std=0.02)
 
     def _stored_filters(self) -> tuple[Tensor | None, Tensor | None]:
-        """Additive and multiplicative filters as parameters, each [C, K, K] or None."""
+        """Return the additive and multiplicative filters as parameters, each [C, K, K] or None."""
         if self.ghost_head is None:
             return None, None
         filters = self.ghost_head.reshape(-1, *self.ghost_head.shape[-3:])
         return (filters[-1] if self.gamma else None), (filters[0] if self.lam else None)
 
     def ghost_filters(self) -> tuple[Tensor | None, Tensor | None]:
-        """The effective additive and multiplicative filters, each [C, K, K] or None."""
+        """Return the effective additive and multiplicative filters, each [C, K, K] or None."""
         add, mul = self._stored_filters()
         if add is not None and self.gamma != 1:
             add = self.gamma * add
@@ -172,7 +172,7 @@ class WindowAttention(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def reset_parameters(self) -> None:
-        """Draws the position bias anew, and fills the buffer, which no checkpoint has."""
+        """Initialise the position bias, and fill the buffer, which checkpoints do not have."""
         nn.init.normal_(self.rb, std=0.02)
         self.relative_id.copy_(relative_position_id(self.window_size))
 
@@ -214,7 +214,7 @@ class WindowAttention(nn.Module):
 
 
 def relative_position_id(window_size: int) -> Tensor:
-    """Index into ``rb`` for each (query, key) pair of a window, flat: [window_size**4]."""
+    """Return the index into ``rb`` of each (query, key) pair of a window: [window_size**4]."""
     span = torch.arange(window_size)
     rows, columns = span.repeat_interleave(window_size), span.repeat(window_size)
     delta_rows = rows[None, :] - rows[:, None] + window_size - 1
@@ -225,7 +225,7 @@ def relative_position_id(window_size: int) -> Tensor:
 def shift_mask(
     rows: int, columns: int, window_size: int, shift: int, device: torch.device
 ) -> Tensor:
-    """-100 between positions that only the cyclic shift made neighbours, else 0.
+    """Return -100 between positions that are neighbours only by the cyclic shift, else 0.
 
     For ``rows`` x ``columns`` windows: [rows * columns, window_size**2, window_size**2].
     """

@@ -1,9 +1,9 @@
-"""Linear layers with the exact GELU before or after them, on the fastest path that PyTorch has.
+"""Linear layers with an exact GELU before or after, on the fastest path that PyTorch has.
 
-In eager float32 on the CPU that is oneDNN's matrix product, which PyTorch itself keeps for other
-types and for compiled models: it is a quarter faster where MKL does not know the processor, and it
-applies the GELU while it writes the product. Everywhere else, and under compilers, tracers,
-dispatch modes, function transforms and autocast, it is plain PyTorch.
+Eager float32 on the CPU uses oneDNN's matrix product, which PyTorch itself uses only for other
+dtypes and compiled models. It applies the GELU while it writes the product, and is a quarter faster
+on processors that MKL does not know. Everything else is plain PyTorch: other devices and dtypes,
+compilers, tracers, dispatch modes, function transforms and autocast.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ def linear(
     """[..., C_in] -> [..., C_out] with weight [C_out, C_in] and bias [C_out].
 
     Args:
-        gelu_before: apply the exact GELU to ``x``. The backward pass computes it again, so that
-            what lies between two layers is kept once.
+        gelu_before: apply the exact GELU to ``x``. The backward pass recomputes it, so that only
+            its input is kept.
         gelu_after: apply the exact GELU to the result.
     """
     if not _is_fast(x, weight):
@@ -47,7 +47,7 @@ def linear(
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` by way of `linear`, whose options `forward` takes."""
+    """`torch.nn.Linear` computed by `linear`; `forward` takes the same options."""
 
     def forward(self, input: Tensor, **gelu: bool) -> Tensor:
         return linear(input, self.weight, self.bias, **gelu)
@@ -78,7 +78,7 @@ def _product(x: Tensor, weight: Tensor, bias: Tensor | None, then: str = "none")
 
 
 class _Linear(torch.autograd.Function):
-    """`linear` without ``gelu_after``; keeps its input as it came."""
+    """`linear` without ``gelu_after``; saves its input unchanged."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:

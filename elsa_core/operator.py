@@ -1,7 +1,7 @@
 """Enhanced local self-attention (arXiv 2112.12786) as a PyTorch operator.
 
-The compiled kernels register themselves; this file has the front end and what is written once for
-all devices: default kernels, autograd, autocast and the fake kernels that torch.compile sees.
+The compiled kernels register themselves. This file has the front end and the parts shared by all
+devices: default kernels, autograd, autocast and the fake kernels for torch.compile.
 """
 
 from typing import Any
@@ -51,10 +51,10 @@ def elsa_attention(
         [B, H, W, C], of the type of value (under autocast: of the autocast type).
 
     Raises:
-        ValueError: shapes, kernel_size or dilation that do not fit together.
-        TypeError: tensors of different types, of others than float32, float64, float16 and
-            bfloat16, or not strided.
-        NotImplementedError: forward-mode differentiation, as by ``torch.func.jvp``, and a second
+        ValueError: shapes, kernel_size or dilation do not match.
+        TypeError: tensors differ in dtype, are not float32, float64, float16 or bfloat16, or are
+            not strided.
+        NotImplementedError: forward-mode differentiation, as in ``torch.func.jvp``, or a second
             backward pass.
     """
     device_type = value.device.type
@@ -66,7 +66,7 @@ def elsa_attention(
 
 
 def _define(library: torch.library.Library) -> None:
-    """The schema of csrc/elsa.cpp, for where no extension brings it."""
+    """Define the schema of csrc/elsa.cpp if there is no extension."""
     for function in (_fallback.attention, _fallback.attention_backward):
         library.define(
             function.__name__ + torch.library.infer_schema(function, mutates_args=()),
@@ -110,7 +110,7 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
 
 
 def _autograd(name: str, backward: Any, setup_context: Any) -> Any:
-    """What ``torch.library.register_autograd`` registers, which drops tangents without a word."""
+    """Variant of ``torch.library.register_autograd`` that refuses tangents, which that drops."""
     operator = getattr(torch.ops.elsa, name).default
     kernel = make_autograd_impl(operator, Info(backward, setup_context))
 

@@ -51,11 +51,11 @@ def elsa_attention_reference(
 
 
 def windows(kernel_size: int, dilation: int, length: int) -> tuple[int, list[int]]:
-    """Zeros to add at either end of an axis, and where the window of each offset begins then."""
+    """Return the padding at both ends of an axis, and the start of each offset's window in it."""
     radius = kernel_size // 2
     margin = radius * dilation
-    if dilation > 1:  # else as it is, since in an exported graph the length may be a symbol
-        # A window further away would read as many zeros; and none is no padding for PyTorch 2.6.
+    if dilation > 1:  # not otherwise: in an exported graph the length may be a symbol
+        # A window further away would read only zeros, too. An empty map needs a row for PyTorch 2.6.
         margin = min(margin, length + 1)
     starts = [(k - radius) * dilation for k in range(kernel_size)]
     return margin, [margin + max(-margin, min(start, margin)) for start in starts]

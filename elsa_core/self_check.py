@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from . import ELSASwin, elsa_attention, elsa_attention_reference
 
-# Largest error, relative to the largest number, that the operator may have.
+# Largest error of the operator, relative to the largest number.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
-# Of a backbone in float32: GPUs convolve in TF32 unless told otherwise.
+# The same for a backbone in float32: by default, GPUs convolve in TF32.
 BACKBONE_TOLERANCE = 1e-2
 ARCH = dict(embed_dim=32, depths=(1, 1, 1), num_heads=(1, 2, 4), group_width=8)
 
@@ -19,14 +19,14 @@ ARCH = dict(embed_dim=32, depths=(1, 1, 1), num_heads=(1, 2, 4), group_width=8)
 def check_operator(
     device: torch.device, dtype: torch.dtype, multiplied: bool
 ) -> tuple[float, float]:
-    """Errors of the operator's result and of its gradients, each relative to the largest number.
+    """Return the errors of the operator's result and gradients, relative to the largest number.
 
-    Compared with the reference in double precision on the CPU, at a shape that has borders, two
-    heads of 32 channels and an incomplete vector.
+    The reference is computed in double precision on the CPU, at a shape with borders, two heads of
+    32 channels and an incomplete vector.
 
     Args:
-        multiplied: with both ghost filters, for which CUDA devices have general kernels; else with
-            the additive one alone as in the published models, for which they have fast ones.
+        multiplied: use both ghost filters, which CUDA devices compute with general kernels; else
+            only the additive ones, as in the published models, which have fast kernels.
     """
     generator = torch.Generator().manual_seed(0)
 
@@ -49,12 +49,12 @@ def check_operator(
 
 
 def check_backbone(device: torch.device, model: nn.Module | None = None) -> float:
-    """Largest error, relative to the largest number, of a small backbone in float32.
+    """Return the largest error of a small float32 backbone, relative to the largest number.
 
-    Compared with `ELSASwin` in double precision on the CPU, from a state dict that it has loaded.
+    The reference is `ELSASwin` in double precision on the CPU, with the same state dict.
 
     Args:
-        model: of ARCH with all its outputs, as a framework builds it; None: `ELSASwin`.
+        model: model of ARCH with all outputs, built by a framework; None for `ELSASwin`.
     """
     stages = range(len(ARCH["depths"]))  # type: ignore[arg-type]
     exact = ELSASwin(ARCH, out_indices=stages).eval()
@@ -68,6 +68,6 @@ def check_backbone(device: torch.device, model: nn.Module | None = None) -> floa
 
 
 def _error(result: Tensor, expected: Tensor) -> float:
-    # As infinity, NaN is the largest of several errors.
+    # Make NaN infinity, so that it is the largest error.
     difference = (result.cpu().double() - expected).abs().nan_to_num(nan=math.inf).max()
     return (difference / expected.abs().max()).item()

@@ -1,4 +1,4 @@
-"""ELSA-Swin among timm's models: ``import elsa_core.timm``, then ``timm.create_model``.
+"""Register ELSA-Swin in timm: ``import elsa_core.timm``, then ``timm.create_model``.
 
 `elsa_swin_tiny`, `elsa_swin_small` and `elsa_swin_base` are classifiers, with the parameter names
 of the original ImageNet checkpoints; with ``features_only=True`` they are the backbone, with those
@@ -37,7 +37,7 @@ def _feature_info(arch: Arch) -> list[dict[str, Any]]:
 
 
 def _stages(indices: int | Sequence[int] | None, number: int) -> tuple[int, ...]:
-    """Stages that timm's users name from the end too, or as the number of the last ones."""
+    """Return stage indices; they may be negative, or one number for that many last stages."""
     if indices is None:
         return tuple(range(number))
     if isinstance(indices, int):
@@ -46,7 +46,7 @@ def _stages(indices: int | Sequence[int] | None, number: int) -> tuple[int, ...]
 
 
 class _Training(nn.Module):
-    """What timm's training script asks a model for."""
+    """Methods that timm's training script calls on a model."""
 
     layers: nn.ModuleList
 
@@ -54,7 +54,7 @@ class _Training(nn.Module):
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that put parameters into layers, for layer-wise learning rates."""
+        """Return patterns that group parameters by layer, for layer-wise learning rates."""
         blocks = [
             (r"^layers\.(\d+)\.blocks\.(\d+)", None),
             (r"^layers\.(\d+)\.downsample", MATCH_PREVIOUS_GROUP),
@@ -131,7 +131,7 @@ class ELSASwin(_Training):
         self.register_load_state_dict_pre_hook(_drop_unused_keys)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """A new classifier, and pooling unless ``global_pool`` is None."""
+        """Replace the classifier, and the pooling unless ``global_pool`` is None."""
         self.num_classes = num_classes
         if global_pool is None:
             global_pool = self.global_pool.pool_type
@@ -154,15 +154,15 @@ class ELSASwin(_Training):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps after the stages in ``indices``, and the last map [B, H, W, C], normalised.
+        """Return the normalised last map [B, H, W, C] and the maps after the stages in ``indices``.
 
         Args:
-            indices: stages, from the end if negative; an integer: that many of the last.
-            norm: normalise the last stage's map, too.
-            stop_early: leave out the stages after the last of ``indices``; the map that comes with
-                the intermediates is then that stage's.
-            output_fmt: "NCHW" or "NHWC", of the intermediates.
-            intermediates_only: give the list alone.
+            indices: stages, from the end if negative; an integer means that many last stages.
+            norm: normalise the last stage's map in the list, too.
+            stop_early: skip the stages after the last of ``indices``; the last map is then that
+                stage's.
+            output_fmt: "NCHW" or "NHWC", layout of the maps in the list.
+            intermediates_only: return only the list.
         """
         wanted = _stages(indices, len(self.layers))
         if not wanted or not set(wanted) <= set(range(len(self.layers))):
@@ -187,7 +187,7 @@ class ELSASwin(_Training):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> tuple[int, ...]:
-        """Removes what the maps of ``indices`` do not need; gives these from the start."""
+        """Remove layers that the maps of ``indices`` do not need. Return indices from the start."""
         wanted = _stages(indices, len(self.layers))
         self.layers = self.layers[: max(wanted) + 1]
         if prune_norm or len(self.layers) <= self.last_stage:
@@ -205,7 +205,7 @@ class ELSASwin(_Training):
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """[B, H, W, C] -> [B, num_classes], or what the classifier is given."""
+        """[B, H, W, C] -> [B, num_classes], or the classifier's input if ``pre_logits``."""
         x = F.dropout(self.global_pool(x), self.drop_rate, self.training)
         return x if pre_logits else self.head(x)
 
@@ -221,7 +221,7 @@ def _drop_unused_keys(
 
 
 class ELSASwinFeatures(backbone.ELSASwin, _Training):
-    """`elsa_core.ELSASwin` as timm's ``features_only=True`` gives it.
+    """`elsa_core.ELSASwin` for timm's ``features_only=True``.
 
     Returns a list of maps [B, C, H, W], each through its output norm as in detectors and
     segmentors; ``feature_info`` has their channels and strides. ``drop_rate``, of a classifier,
@@ -254,9 +254,9 @@ class ELSASwinFeatures(backbone.ELSASwin, _Training):
 
 
 def _filter_checkpoint(state_dict: dict[str, Any], model: nn.Module) -> dict[str, Any]:
-    """The tensors for a model, from a checkpoint of the original release, of a backbone or of timm.
+    """Return a model's tensors from a checkpoint of the original release, of a backbone or of timm.
 
-    Raises ValueError for one that lacks more than output norms and classifier.
+    Raises ValueError if more than output norms and classifier are missing.
     """
     for container in ("state_dict", "model"):
         state_dict = state_dict.get(container, state_dict)

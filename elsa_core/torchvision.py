@@ -1,4 +1,4 @@
-"""ELSA-Swin under torchvision's detectors: `elsa_swin_fpn_backbone`."""
+"""ELSA-Swin as a backbone of torchvision's detectors: `elsa_swin_fpn_backbone`."""
 
 from __future__ import annotations
 
@@ -48,21 +48,20 @@ def elsa_swin_fpn_backbone(
     norm_layer: Callable[..., nn.Module] | None = None,
     **options: Any,
 ) -> ELSASwinFPN:
-    """What torchvision's `FasterRCNN`, `MaskRCNN`, ... take as their backbone.
+    """Build a backbone for torchvision's `FasterRCNN`, `MaskRCNN`, ...
 
-    Args as those of torchvision's ``resnet_fpn_backbone``:
-        trainable_layers: how many layers, from the last, are not frozen: 5 all, 4 all but the patch
-            embedding, 0 none.
-        returned_layers: the stages, counted from 1, whose maps the pyramid is made of.
+    Args:
+        arch, options: as in `elsa_core.ELSASwin`, such as ``drop_path_rate``.
+        out_channels: channels of each map.
+        trainable_layers: number of layers, from the last, that are not frozen: 5 all, 4 all but
+            the patch embedding, 0 none. This and the following are as in torchvision's
+            ``resnet_fpn_backbone``.
+        returned_layers: stages, counted from 1, whose maps the pyramid uses.
         extra_blocks: default: one more map, half as large as the last (``LastLevelMaxPool``).
-        norm_layer: of the pyramid.
-
-    and besides:
-        arch, options: those of `elsa_core.ELSASwin`, such as ``drop_path_rate``.
-        out_channels: of each map.
+        norm_layer: norm of the pyramid.
 
     Raises:
-        ValueError: an unknown ``arch``, or layers that it has not.
+        ValueError: an unknown ``arch``, or layers that it does not have.
     """
     stages = len(Arch.from_spec(arch).depths)
     if trainable_layers not in range(stages + 2):

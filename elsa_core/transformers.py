@@ -42,7 +42,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ElsaSwinConfig(BackboneConfigMixin, PretrainedConfig):
-    """What an ELSA-Swin is made of; the defaults are ELSA-Swin-T.
+    """Configuration of an ELSA-Swin; the defaults are ELSA-Swin-T.
 
     As in transformers' Swin, ``stage1`` is the first stage, with index 1. The maps of ``stem`` are
     not among a backbone's features.
@@ -59,7 +59,7 @@ class ElsaSwinConfig(BackboneConfigMixin, PretrainedConfig):
         options: those of `PretrainedConfig`, such as ``num_labels`` or ``id2label``.
 
     Raises:
-        ValueError: an unknown or contradictory ``arch``, or stages that it has not.
+        ValueError: an unknown or contradictory ``arch``, or stages that it does not have.
     """
 
     model_type = "elsa_swin"
@@ -90,7 +90,7 @@ class ElsaSwinConfig(BackboneConfigMixin, PretrainedConfig):
         super().__init__(**options)
 
     def find_stages(self, names: Sequence[str] | None, indices: Sequence[int] | None) -> list[int]:
-        """Indices into `stage_names` of a backbone's maps; ValueError for what it cannot give."""
+        """Return indices into `stage_names` of a backbone's maps. ValueError for other stages."""
         known = self.stage_names
         if indices is not None:
             found = [index + len(known) if index < 0 else index for index in indices]
@@ -151,7 +151,7 @@ class ElsaSwinPreTrainedModel(PreTrainedModel):
         return self._make((len(self.config.num_features) - 1,), always_shift=False)
 
     def _init_weights(self, module: nn.Module) -> None:
-        """What a checkpoint does not bring, as `ELSASwin` initialises it."""
+        """Initialise what a checkpoint does not have, as `ELSASwin` does."""
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=self.config.initializer_range)
             if module.bias is not None:
@@ -175,7 +175,7 @@ class ElsaSwinPreTrainedModel(PreTrainedModel):
     def _run(
         self, pixel_values: Tensor, output_hidden_states: bool | None
     ) -> tuple[dict[int, Tensor], tuple[Tensor, ...] | None]:
-        """The normalised maps [B, C, H, W] by stage, and all maps before them if wanted."""
+        """Return the normalised maps [B, C, H, W] by stage, and all hidden maps if requested."""
         core = self.elsa_swin
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
@@ -190,7 +190,7 @@ class ElsaSwinPreTrainedModel(PreTrainedModel):
 
 
 class ElsaSwinModel(ElsaSwinPreTrainedModel):
-    """Features without a task, of the published classifiers.
+    """Features of the published classifiers, without a head.
 
     ``last_hidden_state`` [B, H/32 * W/32, C] is the last stage's normalised map, row after row,
     ``pooler_output`` [B, C] its mean; ``hidden_states`` are the maps [B, C, H, W] of the patch
@@ -269,10 +269,11 @@ class ElsaSwinBackbone(BackboneMixin, ElsaSwinPreTrainedModel):
 
 
 def make_image_processor(**changes: Any) -> ConvNextImageProcessor:
-    """Prepares images as the published classifiers want them, for ``save_pretrained`` beside one.
+    """Return the image processor of the published classifiers, to save beside a model.
 
-    The shorter side becomes 248 pixels, the middle 224x224 of which are taken; RGB, with ImageNet's
-    mean and deviation. ``changes``: other arguments of `ConvNextImageProcessor`.
+    The shorter side is resized to 248 pixels, then the middle 224x224 pixels are cropped; RGB with
+    ImageNet's mean and standard deviation. ``changes``: other arguments of
+    `ConvNextImageProcessor`.
     """
     options: dict[str, Any] = {
         "size": {"shortest_edge": 224},

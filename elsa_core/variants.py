@@ -1,4 +1,4 @@
-"""The ELSA-Swin variants as data (arXiv 2112.12786), and the checks for custom ones."""
+"""The ELSA-Swin variants as data (arXiv 2112.12786), and checks for custom ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _positive_integers(name: str, values: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Arch:
-    """What distinguishes one ELSA-Swin from another.
+    """Architecture of an ELSA-Swin.
 
     Stage i has ``embed_dim * 2**i`` channels, ``depths[i]`` blocks and ``num_heads[i]`` heads.
     The last stage uses (shifted-)window attention, all stages before it use ELSA.
@@ -49,7 +49,7 @@ class Arch:
     take both signs and a fractional power of a negative number does not exist.
     ``window_size``: side of the last stage's windows.
 
-    Raises ValueError for values that contradict each other or these rules.
+    Raises ValueError if values contradict each other or these rules.
     """
 
     embed_dim: int
@@ -100,7 +100,7 @@ class Arch:
 
     @classmethod
     def from_spec(cls, spec: str | Mapping[str, Any] | Arch) -> Arch:
-        """A variant's name, or a mapping with this class's field names, as an `Arch`."""
+        """Return an `Arch` from a variant's name or a mapping with this class's field names."""
         if isinstance(spec, Arch):
             return spec
         if isinstance(spec, str):
