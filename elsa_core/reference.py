@@ -55,7 +55,7 @@ def windows(kernel_size: int, dilation: int, length: int) -> tuple[int, list[int
     radius = kernel_size // 2
     margin = radius * dilation
     if dilation > 1:  # not otherwise: in an exported graph the length may be a symbol
-        # A window further away would read only zeros, too. An empty map needs a row for PyTorch 2.6.
+        # A window further away would read only zeros, too. Empty maps need a row for PyTorch 2.6.
         margin = min(margin, length + 1)
     starts = [(k - radius) * dilation for k in range(kernel_size)]
     return margin, [margin + max(-margin, min(start, margin)) for start in starts]
