@@ -158,14 +158,14 @@ class AtomicCheckpointer(DetectionCheckpointer):
         check_finite({n: t for n, t in given.items() if isinstance(t, Tensor)}, self._file)
         incompatible = super()._load_model(checkpoint)
         names = {name for name, _ in self.model.named_parameters()}
-        given = names - set(incompatible.missing_keys)
-        counts, enough = coverage(self.model, given)
+        taken = names - set(incompatible.missing_keys)
+        counts, enough = coverage(self.model, taken)
         if not enough:
             raise UsageError(
                 f"the checkpoint {self._file} does not match the model: by name and shape, "
                 f"it has {counts}"
             )
-        if given != names:
+        if taken != names:
             self.logger.info(f"{self._file} has {counts}")
         return incompatible
 
@@ -201,7 +201,7 @@ class _Checker(AtomicCheckpointer):
     """Keeps what does not match instead of logging and skipping it."""
 
     incompatible: Any = None
-    read = staticmethod(read_ahead)
+    read: Any = staticmethod(read_ahead)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
         self.incompatible = incompatible

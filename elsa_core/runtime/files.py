@@ -68,7 +68,7 @@ class Remembering:
 
 
 @contextmanager
-def replacing(path: str | os.PathLike[str], *, sweeping: bool = True) -> Iterator[Remembering]:
+def replacing(path: str | os.PathLike[str], *, sweeping: bool = True) -> Iterator[Any]:
     """Open a binary file for writing that replaces ``path`` when the block succeeds.
 
     The new file keeps the permissions of the old one. A symbolic link is replaced; its target does

@@ -39,7 +39,7 @@ FEW_IMAGES = 64
 BUILTIN = "detectron2.data.datasets.builtin"  # where Detectron2 registers its own
 # What newer versions of Detectron2 import cityscapesscripts from: a package that is not published.
 UNPUBLISHED = "deeplearning.projects.cityscapesApi"
-SCRIPTS = ("", ".helpers", ".helpers.labels", ".evaluation")
+SCRIPTS: tuple[str, ...] = ("", ".helpers", ".helpers.labels", ".evaluation")
 SCRIPTS += tuple(f".evaluation.eval{kind}LevelSemanticLabeling" for kind in ("Instance", "Pixel"))
 
 

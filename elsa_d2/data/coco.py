@@ -176,8 +176,9 @@ def _check_names(
     if classes is None:
         return
     _understood(name, json_file, labels_by_name, classes, categories)
-    if names != list(classes) and not isinstance(DatasetCatalog[name], CocoPart):
-        label, wanted, found = difference(classes, names)
+    moved = difference(classes, names)
+    if moved and not isinstance(DatasetCatalog[name], CocoPart):
+        label, wanted, found = moved
         raise UsageError(
             f"data set {name!r} has {found!r} as class {label} by ascending id, where the model "
             f"has {wanted!r}: list it in DATASETS.REGISTER_COCO, which goes by the names"

@@ -66,9 +66,9 @@ def load_coco_json(
         if has_area(one["bbox"]):
             annotations = records[one["image_id"]]["annotations"]
             annotations.append(_instance(one, labels[one["category_id"]]))
-    found = sum(len(record["annotations"]) for record in records.values())
-    rest = f", {len(entries) - found} boxes without area left out" if found < len(entries) else ""
-    logger.info(f"{json_file}: {len(records)} images, {found} annotations{rest}")
+    kept = sum(len(record["annotations"]) for record in records.values())
+    rest = f", {len(entries) - kept} boxes without area left out" if kept < len(entries) else ""
+    logger.info(f"{json_file}: {len(records)} images, {kept} annotations{rest}")
     return list(records.values())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
@@ -39,15 +40,15 @@ def check_proposals(cfg: CfgNode, eval_only: bool = False) -> None:
 def _check_file(what: str, file: str, name: str) -> None:
     if not os.path.isfile(file):
         raise UsageError(f"{what} does not exist (working directory: {os.getcwd()})")
-    content = read_checkpoint(file)
+    content: Any = read_checkpoint(file)
     content = content if isinstance(content, Mapping) else {}
     found = [next((key for key in keys if key in content), None) for keys in FIELDS]
     if None in found:
         raise UsageError(f"{what} holds no proposals: it has no {FIELDS[found.index(None)][0]}")
-    sizes = [len(content[key]) for key in found]  # type: ignore[index]
+    sizes = [len(content[key]) for key in found]
     if len(set(sizes)) > 1:
         raise UsageError(f"{what} must have boxes and scores for each of {sizes[0]} images")
-    known = set(map(str, content[found[0]]))  # type: ignore[index]
+    known = set(map(str, content[found[0]]))
     images = [str(record["image_id"]) for record in DatasetCatalog.get(name)]
     if missing := [image for image in images if image not in known]:
         raise UsageError(

@@ -77,12 +77,13 @@ class DataOrderHook(HookBase):
 def continue_order(loader: DataLoader, batch_size: int) -> DataOrderHook | None:
     """Puts a `ContinuedSampler` into a training loader, whose images' augmentation follows from
     their places in the order; None where its sampler is a special one."""
-    sampler = getattr(loader.dataset, "sampler", None)
+    dataset: Any = loader.dataset
+    sampler: Any = getattr(dataset, "sampler", None)
     if type(sampler) is not TrainingSampler:
         return None
     continued = ContinuedSampler(sampler._size, sampler._shuffle, sampler._seed)
-    loader.dataset.sampler = continued
-    loader.dataset.dataset = PlacedData(loader.dataset.dataset)
+    dataset.sampler = continued
+    dataset.dataset = PlacedData(dataset.dataset)
     return DataOrderHook(continued, batch_size)
 
 

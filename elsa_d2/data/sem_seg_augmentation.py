@@ -75,7 +75,7 @@ class RandomCropCategoryArea(T.Augmentation):
     def _is_mixed(self, labels: np.ndarray) -> bool:
         counts = np.bincount(labels.ravel(), minlength=self.ignore_value + 1)
         counts[self.ignore_value] = 0
-        return np.count_nonzero(counts) > 1 and counts.max() / counts.sum() < self.max_ratio
+        return bool((counts > 0).sum() > 1 and counts.max() / counts.sum() < self.max_ratio)
 
 
 class PhotometricDistortion(T.Augmentation):

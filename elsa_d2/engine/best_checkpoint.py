@@ -66,7 +66,7 @@ class BestCheckpointHook(HookBase):
 
     def _compare(self, iteration: int) -> None:
         end = self._save(iteration) if comm.is_main_process() else None
-        if status := max_over_ranks(end.code if end else 0):
+        if status := max_over_ranks(end.status if end else 0):
             end = end or TrainingEnded(status, f"{NAME}.pth cannot be written by the main process")
             if comm.is_main_process():
                 logger.error(end.sentence)

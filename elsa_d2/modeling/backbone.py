@@ -51,7 +51,7 @@ class ELSASwin(elsa_core.ELSASwin, Backbone):
         self._out_feature_channels = {names[i]: self.num_features[i] for i in stages}
         self._out_feature_strides = {names[i]: 2 ** (i + 2) for i in stages}
 
-    def forward(self, x: Tensor) -> dict[str, Tensor]:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
         """Maps [B, C_i, H_i, W_i] of an image [B, 3, H, W], contiguous in this order.
 
         As in OpenMMLab, so that what follows rounds in the same way there and here.

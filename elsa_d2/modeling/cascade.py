@@ -125,7 +125,7 @@ class ClassSpecificCascadeROIHeads(Float32Pooling, CascadeROIHeads):
         images: ImageList,
         features: Features,
         proposals: list[Instances],
-        targets: list[Instances] | None = None,
+        targets: Any = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
         """As `ROIHeads.forward`; the losses are called loss_{cls,box_reg,mask}_stage{k}."""
         if not self.training:

@@ -40,7 +40,7 @@ class Float32Pooling:
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
-        options = super().from_config(cfg, input_shape)
+        options: dict[str, Any] = super().from_config(cfg, input_shape)  # type: ignore[misc]
         for pooler in options.values():
             if isinstance(pooler, ROIPooler):
                 pooler.level_poolers = nn.ModuleList(map(_in_float32, pooler.level_poolers))

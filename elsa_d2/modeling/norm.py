@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from detectron2.utils import comm
@@ -41,9 +42,10 @@ class SyncBatchNorm(nn.BatchNorm2d):
         variance = differentiable_all_reduce(centred.square().sum(dims)) / number
         if total[-1] > 0:
             unbiased = variance.detach() * number / (number - 1).clamp(min=1)
-            self.running_mean.lerp_(mean.detach(), self.momentum)
-            self.running_var.lerp_(unbiased, self.momentum)
-            self.num_batches_tracked += 1
+            statistics: Any = self
+            statistics.running_mean.lerp_(mean.detach(), self.momentum)
+            statistics.running_var.lerp_(unbiased, self.momentum)
+            statistics.num_batches_tracked += 1
         scale = self.weight * torch.rsqrt(variance + self.eps)
         return (centred * scale.reshape(shape) + self.bias.reshape(shape)).to(input.dtype)
 

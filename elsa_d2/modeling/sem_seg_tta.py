@@ -49,7 +49,7 @@ class SegmentorWithTTA(nn.Module):
     def _mean(self, entry: dict[str, Any]) -> Tensor:
         image = read_image(entry["file_name"], self.image_format)
         height, width = image.shape[:2]
-        total: Tensor | int = 0
+        total: Any = 0
         for resize in self.resizes:
             resized = to_tensor(resize.get_transform(image).apply_image(image))
             for flip in self.flips:

@@ -147,7 +147,7 @@ class UPerNetHead(nn.Module):
         }
 
     def forward(
-        self, features: Mapping[str, Tensor], targets: Tensor | None = None
+        self, features: Mapping[str, Tensor], targets: Any = None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
         """As `SemanticSegmentor` calls it.
 
@@ -203,12 +203,13 @@ class UPerNetHead(nn.Module):
         that are not ignored.
         """
         logits = resize(logits, targets.shape[-2:])
+        weight: Any = self.class_weight
         total = F.cross_entropy(
-            logits, targets, self.class_weight, ignore_index=self.ignore_value, reduction="sum"
+            logits, targets, weight, ignore_index=self.ignore_value, reduction="sum"
         )
-        if self.class_weight is None:
+        if weight is None:
             return total / targets.numel()
-        weights = self.class_weight[targets[targets != self.ignore_value]].sum()
+        weights = weight[targets[targets != self.ignore_value]].sum()
         return total / weights.clamp(min=torch.finfo(weights.dtype).eps)
 
 
