@@ -1,4 +1,4 @@
-"""Checkpoints that a kill at any moment leaves whole."""
+"""Checkpoints that stay whole when the process is killed at any moment."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
     # Deviation of the linear layers' first weights: 0.02 as published, about 0.1 for narrow models.
     node.INIT_STD = 0.02
 
-    # "AdamW", or "SGD": Detectron2's own optimizer, which none of the following keys concern.
+    # "AdamW", or "SGD": Detectron2's own optimizer, which ignores the two following keys.
     cfg.SOLVER.OPTIMIZER = "AdamW"
     cfg.SOLVER.BETAS = (0.9, 0.999)
     # Parameters of the ELSA-Swin backbone whose name contains one of these are not decayed.
@@ -48,15 +48,15 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
     # "float16", "bfloat16", or "": float16 on CUDA and bfloat16 elsewhere.
     cfg.SOLVER.AMP.DTYPE = ""
 
-    # So many iterations in a row with a loss that is NaN or infinite end a training, as do so many
-    # steps in a row that are left out for such gradients (see elsa_core.runtime.finite).
+    # A training ends after this many iterations in a row with NaN or infinite losses, or steps in a
+    # row that are skipped because of such gradients (see elsa_core.runtime.finite).
     cfg.SOLVER.MAX_NONFINITE = MAX_NONFINITE
 
-    # The model takes each batch in so many parts, one after the other; IMS_PER_BATCH images still
-    # make one step of the optimizer.
+    # Gradient accumulation: the model takes each batch in this many parts, one after the other, and
+    # the optimizer steps once for all IMS_PER_BATCH images.
     cfg.SOLVER.ACCUMULATE_STEPS = 1
-    # The IMS_PER_BATCH that BASE_LR and BASE_LR_END are for: they change in proportion to the one
-    # in use, nothing else does. 0: they are taken as they are.
+    # The batch size of BASE_LR and BASE_LR_END, which are scaled in proportion to IMS_PER_BATCH.
+    # 0: they are not scaled.
     cfg.SOLVER.BASE_BATCH_SIZE = 0
 
     # Of MMDetRPN: the IoU from which the best anchors of a box are positive.
@@ -69,8 +69,8 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
 
     # What resizes images: "pil" as in Detectron2, "cv2" as in OpenMMLab.
     cfg.INPUT.RESIZE_BACKEND = "pil"
-    # In training, with the probability PROB and before everything else: resize to a short edge from
-    # MIN_SIZES, crop to between CROP_SIZE[0] and CROP_SIZE[1] pixels in each direction.
+    # Applied in training with the probability PROB, before the usual resize: resize to a short edge
+    # from MIN_SIZES, then crop each side to between CROP_SIZE[0] and CROP_SIZE[1] pixels.
     cfg.INPUT.MULTI_SCALE_CROP = CfgNode(
         {"ENABLED": False, "PROB": 0.5, "MIN_SIZES": (400, 500, 600), "CROP_SIZE": (384, 600)}
     )
@@ -103,13 +103,13 @@ def _add_sem_seg_config(cfg: CfgNode) -> None:
 
     # Images for a SemanticSegmentor; MIN_SIZE_*, MAX_SIZE_* and CROP have no effect on them.
     node = cfg.INPUT.SEM_SEG = CfgNode()
-    # Long and short side, in pixels, of the box that an image is enlarged or reduced to fit into,
-    # and in training the range of the factor that is drawn for the box.
+    # Long and short side, in pixels, of the box that images are resized to fit into; in training,
+    # the box is multiplied by a random factor from RATIO_RANGE.
     node.SCALE = [2048, 512]
     node.RATIO_RANGE = [0.5, 2.0]
     # Height and width of the training crops. Images that are smaller are padded to it.
     node.CROP_SIZE = [512, 512]
-    # Other crops are tried, 10 at most, while one class has this part of the labelled pixels.
+    # Up to 10 other crops are tried while a class covers this part of the labelled pixels or more.
     node.MAX_CATEGORY_RATIO = 0.75
     # Random brightness, contrast, saturation and hue.
     node.COLOR_AUG = True
@@ -157,7 +157,7 @@ def get_config_file(name: str) -> str:
 def load_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode:
     """Detectron2's defaults and ours, then a file's keys, then KEY VALUE pairs.
 
-    Raises UsageError for a file or for keys that do not fit.
+    Raises UsageError for a file or a pair that is not valid.
     """
     cfg = get_cfg()
     add_elsa_swin_config(cfg)
@@ -165,14 +165,14 @@ def load_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode
         if config_file:
             cfg.merge_from_file(config_file, allow_unsafe=False)
     except Exception as error:  # yacs and PyYAML raise a dozen kinds, all about this one file
-        raise UsageError(f"config file {config_file} does not fit: {one_line(error)}") from error
+        raise UsageError(f"config file {config_file} is not valid: {one_line(error)}") from error
     if len(overrides) % 2:
         raise UsageError(f"overrides must be pairs of KEY VALUE, got {' '.join(overrides)}")
     for key, value in zip(overrides[::2], overrides[1::2], strict=True):
         try:
             cfg.merge_from_list([key, value])
         except Exception as error:
-            raise UsageError(f"{key} {value} does not fit: {one_line(error)}") from error
+            raise UsageError(f"{key} {value} is not valid: {one_line(error)}") from error
     return cfg
 
 

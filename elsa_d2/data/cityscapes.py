@@ -69,9 +69,9 @@ def provide_cityscapesscripts() -> None:
 def load_instances(image_dir: str, gt_dir: str) -> list[dict[str, Any]]:
     """Detectron2's records of images and their instances.
 
-    Its own function of the kind leaves the processes that read the files to a SIGTERM, which they
-    take for a scheduler's and wait out while a training runs. Here they end by themselves, and few
-    files are read without any.
+    Detectron2's own function ends its worker processes by SIGTERM. In a training, they take that
+    for a preemption and do not end. Here the workers end by themselves, and few files are read
+    without workers.
     """
     provide_cityscapesscripts()
     from cityscapesscripts.helpers.labels import labels
@@ -124,14 +124,14 @@ def register_cityscapes_datasets(cfg: CfgNode) -> None:
 
 
 def is_cityscapes(name: str) -> bool:
-    """Whether a registered data set is judged by cityscapesscripts."""
+    """Whether a registered data set is evaluated by cityscapesscripts."""
     return MetadataCatalog.get(name).get("evaluator_type") in TASKS.values()
 
 
 def check_cityscapes_dataset(
     cfg: CfgNode, name: str, sem_seg: bool, evaluated: bool, machines: int = 1
 ) -> None:
-    """Raises UsageError unless a data set is there, fits the model, and some of it can be read.
+    """Raises UsageError unless a data set exists, matches the model, and a sample can be read.
 
     Every image must have its annotations. At most 32 of them are read, spread over the whole.
 
@@ -150,7 +150,9 @@ def check_cityscapes_dataset(
             f"one of the task {tasks[1]}"
         )
     if not sem_seg and not cfg.MODEL.MASK_ON:
-        raise UsageError(f"data set {name!r} is judged by its masks: it needs MODEL.MASK_ON True")
+        raise UsageError(
+            f"data set {name!r} is evaluated by its masks: it needs MODEL.MASK_ON True"
+        )
     _check_classes(cfg, name, sem_seg)
     if evaluated and machines > 1:
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Proposals that were computed before, which MODEL.LOAD_PROPOSALS trains and evaluates with."""
+"""Checks the files of precomputed proposals that MODEL.LOAD_PROPOSALS uses."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ FIELDS = (("ids", "indexes"), ("boxes",), ("objectness_logits", "scores"))
 def check_proposals(cfg: CfgNode, eval_only: bool = False) -> None:
     """Raises UsageError unless each data set of a run has a file with proposals for its images.
 
-    Detectron2 reads these files with pickle, which executes code that they ask for: a local file
-    that asks for any is refused. Addresses are not looked at.
+    Detectron2 reads these files with pickle, which can execute code: a local file
+    that would is refused. URLs are not checked.
     """
     if not cfg.MODEL.LOAD_PROPOSALS:
         return

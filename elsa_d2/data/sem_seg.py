@@ -64,7 +64,7 @@ def _load(images: str, labels: str, reduce_zero_label: bool) -> list[dict[str, A
 
 
 def check_sem_seg_dataset(name: str, num_classes: int) -> None:
-    """Raises UsageError unless a registered data set is there, fits, and some of it can be read.
+    """Raises UsageError unless a registered data set exists, matches, and a sample can be read.
 
     Every image must have a label map, and every label map an image. At most 32 of them are read,
     spread over the whole, and more only where those have no value but 0 and 255.

@@ -61,7 +61,7 @@ class SemSegMapper:
         }
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Raises UsageError, which names the file, for one that is not whole or does not fit."""
+        """Raises UsageError, which names the file, for one that is damaged or does not match."""
         if self.is_train:
             image, labels = read_pair(record, self.image_format, self.num_classes)
         else:

@@ -25,7 +25,7 @@ class BestCheckpointHook(HookBase):
 
     The score is in the file, so that a resumed training compares with it. Detectron2's own
     BestCheckpointer forgets it, makes --resume go on from the best checkpoint, and writes the last
-    iteration's number one too high. Belongs right after the hook that evaluates.
+    iteration's number one too high. Register this one right after the hook that evaluates.
 
     Args:
         checkpointer: saves the state.

@@ -1,4 +1,4 @@
-"""What can be known to go wrong is found before a run begins, not hours into it."""
+"""Checks a run before it begins: processes, model, solver, weights, data and output folder."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def _check_processes(cfg: CfgNode, processes: int, machines: int) -> None:
 
 
 def _check_batch(cfg: CfgNode, images: int) -> None:
-    """Args: images: of a process in an iteration."""
+    """Args: images: the number that a process takes in an iteration."""
     solver = cfg.SOLVER
     if solver.ACCUMULATE_STEPS < 1 or images % solver.ACCUMULATE_STEPS:
         raise UsageError(
@@ -165,7 +165,7 @@ def _model_class(cfg: CfgNode) -> type[torch.nn.Module]:
 
 
 def _check_features(cfg: CfgNode, available: list[str]) -> None:
-    """Whether the backbone, with its neck, gives what the heads take."""
+    """Checks that the backbone with its neck has the features that the heads need."""
     model = _model_class(cfg)
     if cfg.MODEL.MASK_ON and issubclass(model, RetinaNet):
         raise UsageError("RetinaNet finds no masks: it needs MODEL.MASK_ON False, got True")
@@ -199,7 +199,7 @@ def _check_solver(cfg: CfgNode) -> None:
     except UsageError:
         raise
     except Exception as error:
-        raise UsageError(f"SOLVER does not fit: {one_line(error)}") from error
+        raise UsageError(f"SOLVER is not valid: {one_line(error)}") from error
 
 
 def _check_evaluation(cfg: CfgNode) -> None:

@@ -1,4 +1,4 @@
-"""Trainings that end between two iterations and can be resumed there."""
+"""Hooks that end a training between two iterations, where it can be resumed."""
 
 from __future__ import annotations
 
@@ -60,12 +60,14 @@ class FinalEvalHook(hooks.EvalHook):
 
 
 class StopHook(HookBase):
-    """Ends a training in all processes when one has been sent SIGTERM or SIGUSR1, or cannot save,
-    or when losses or gradients are not finite too often in a row.
+    """Ends a training in all processes, on a preemption or a failure of one.
 
-    The iteration in progress is finished and saved. An evaluation between two iterations is broken
-    off in a single process, several processes finish it first; the last evaluation of all is left
-    to the signal. Belongs right after the checkpointer's hook.
+    A preemption is SIGTERM or SIGUSR1: the iteration in progress is finished and saved. A single
+    process aborts an evaluation between two iterations; several processes finish it first. After
+    the last iteration, the signal ends the run without the final evaluation. Failures are a
+    checkpoint that cannot be saved, and losses or gradients that are not finite too often in a row.
+
+    Register it right after the checkpointer's hook.
 
     Args:
         checkpointer: saves the state.

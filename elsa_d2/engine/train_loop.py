@@ -1,4 +1,4 @@
-"""Training steps in every precision and of parts of a batch, on a GPU or on a CPU."""
+"""Training steps with mixed precision and gradient accumulation, on GPUs and on CPUs."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ class AutocastTrainer(SimpleTrainer):
         device_type: "cuda", "cpu", ...
         dtype: float16, whose loss is scaled, bfloat16, which needs no scaling, or float32 for full
             precision.
-        parts: the model takes each batch in so many equal parts, one after the other, and the
-            optimizer steps once. A loss is the mean over the parts, as it is over the processes
+        parts: how many equal parts of each batch the model takes one after the other before the
+            optimizer steps. A loss is the mean over the parts, as it is over the processes
             of a distributed training.
         watch: counts the iterations whose losses or gradients are not finite; they are not logged,
             and the optimizer does not step. `StopHook` ends the training.

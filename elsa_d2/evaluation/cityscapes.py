@@ -13,7 +13,7 @@ from elsa_d2.data.cityscapes import INSTANCES, SEM_SEG, provide_cityscapesscript
 
 
 class InstanceEvaluator(CityscapesInstanceEvaluator):
-    """Detectron2's, but predictions where nothing is judged score 0 and do not end it."""
+    """Detectron2's, but predictions in ignored areas alone score 0 instead of raising an error."""
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """AP and AP50 of masks in percent; None in processes other than the first."""

@@ -27,17 +27,17 @@ from .files import PREFIX
 
 
 class COCOEvaluator(Detectron2Evaluator):
-    """COCOEvaluator whose AP, AP50, AP75, APs, APm and APl are right for every valid file.
+    """COCOEvaluator whose AP, AP50, AP75, APs, APm and APl are correct for every valid file.
 
-    All six count up to ``limit`` detections of an image, never fewer than COCO's 100, of the truth
-    of `elsa_core.data.coco.normalised`. A model that detects nothing has AP 0. Keypoints and
-    proposals are evaluated as Detectron2 does.
+    All six count up to ``limit`` detections of an image, and 100 or more, as COCO does. The ground
+    truth is that of `elsa_core.data.coco.normalised`. A model that detects nothing has AP 0.
+    Keypoints and proposals are evaluated by Detectron2's own code.
 
     Args:
         dataset_name: with a COCO file as its metadata's ``json_file``; another data set is
             written as one into `output_dir`.
         tasks: of "bbox", "segm" and "keypoints".
-        limit: of the model's detections of an image.
+        limit: how many detections of an image the model returns at most.
         output_dir: for instances_predictions.pth and coco_instances_results.json; None for none.
         distributed: whether to gather the predictions of all processes.
         kpt_oks_sigmas: of the keypoints, empty for COCO's.

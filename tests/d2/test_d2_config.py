@@ -77,9 +77,9 @@ def test_unknown_arch():
         ("MODEL:\n  ELSA_SWIN:\n    ARHC: tiny\n", "ELSA_SWIN.ARHC"),
         ("MODEL:\n  ELSA_SWIN:\n    DROP_PATH_RATE: high\n", "MODEL.ELSA_SWIN.DROP_PATH_RATE"),
         ("MODEL: [unclosed\n", "expected"),
-        ("", "does not fit"),
+        ("", "is not valid"),
         ("_BASE_: missing.yaml\n", "missing.yaml"),
-        ("- a list\n", "does not fit"),
+        ("- a list\n", "is not valid"),
     ],
 )
 def test_a_file_that_does_not_fit(tmp_path, text, message):
@@ -87,7 +87,7 @@ def test_a_file_that_does_not_fit(tmp_path, text, message):
     file.write_text(text)
     with pytest.raises(UsageError, match=message) as error:
         load_config(str(file))
-    assert str(error.value).startswith(f"config file {file} does not fit: ")
+    assert str(error.value).startswith(f"config file {file} is not valid: ")
     assert "\n" not in str(error.value)
 
 
@@ -98,7 +98,7 @@ def test_a_file_that_is_missing():
 
 @pytest.mark.parametrize("pair", [["SOLVER.NO_KEY", "1"], ["SEED", "often"], ["SEED.LUCK", "1"]])
 def test_a_pair_that_does_not_fit(pair):
-    with pytest.raises(UsageError, match=f"^{' '.join(pair)} does not fit: .+"):
+    with pytest.raises(UsageError, match=f"^{' '.join(pair)} is not valid: .+"):
         load_config(overrides=["SOLVER.MAX_ITER", "3", *pair])
 
 

@@ -220,7 +220,7 @@ REFUSALS = {
     "missing config file": (
         ["--config-file", "nowhere.yaml"],
         {},
-        "config file nowhere.yaml does not fit: Config file 'nowhere.yaml' does not exist!",
+        "config file nowhere.yaml is not valid: Config file 'nowhere.yaml' does not exist!",
     ),
     "unknown key": ([], {"SOLVER__LERNING_RATE": 1}, "Non-existent key: SOLVER.LERNING_RATE"),
     "wrong type": ([], {"SOLVER__MAX_ITER": "many"}, "SOLVER.MAX_ITER"),

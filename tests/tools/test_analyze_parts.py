@@ -113,7 +113,7 @@ def test_modules_own_what_their_children_do_not():
         (["gone.yaml"], "the config file gone.yaml does not exist"),
         (["README.md"], "a config is a .yaml file of Detectron2 or a .py file of OpenMMLab"),
         (["tests/helpers/mm_tiny.py"], "tests/helpers/mm_tiny.py cannot be used"),
-        (["pyproject.yaml"], "config file .*pyproject.yaml does not fit"),
+        (["pyproject.yaml"], "config file .*pyproject.yaml is not valid"),
         (["--arch", "tiny", "--size", "0", "5"], "--size must be positive, got 0 5"),
         (["--arch", "tiny", "--json", "/proc/a.json"], "/proc/a.json cannot be written"),
     ],
