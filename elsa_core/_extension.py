@@ -28,7 +28,7 @@ def binaries() -> list[Path]:
 
 
 def load_extension() -> bool:
-    """Load ``elsa_core/_C`` into the dispatcher. Return False, with one warning, if there is none.
+    """Load ``elsa_core/_C`` into the dispatcher. Return False, with one warning, without one.
 
     Raises:
         ImportError: the file exists but does not load, for instance on another platform.

@@ -67,7 +67,7 @@ def labels_by_name(
         )
     unknown = [name for name in found if name not in names]
     if unknown and not others:
-        raise UsageError(f"category {unknown[0]!r} is none of the classes {_few(names)}")
+        raise UsageError(f"category {unknown[0]!r} is not among the classes {_few(names)}")
     ids = {one["name"]: one["id"] for one in categories}
     return {ids[name]: label for label, name in enumerate(names)}
 

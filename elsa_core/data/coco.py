@@ -65,8 +65,8 @@ def load_coco(path: str, masks: bool | None = False, name: str | None = None) ->
         masks: as in `first_problem`.
         name: name of the file in messages, if it is a copy of another one.
 
-    Raises UsageError, which names the file, as `read_json` does, and for the first error in it;
-    COCO's panoptic format is one.
+    Raises:
+        UsageError: as in `read_json`, or the file has an error or COCO's panoptic format.
     """
     coco = read_json(path)
     for key in ("images", "categories"):

@@ -70,6 +70,6 @@ def refuse_if_none_is_whole(folder: str, passed: Sequence[str]) -> None:
     if passed:
         others = f" (and {len(passed) - 1} more)" if len(passed) > 1 else ""
         raise UsageError(
-            f"no checkpoint in {folder} can be resumed from: {passed[0]}{others}; to begin anew, "
+            f"no checkpoint in {folder} can be resumed from: {passed[0]}{others}; to start over, "
             "train in another folder"
         )

@@ -34,7 +34,10 @@ def test_categories_become_labels_by_name(given):
     [
         (categories(cat=1, dog=2), "no category is called 'owl': the categories are cat, dog"),
         (categories(cat=1), "'dog', 2 of the 3 classes are missing"),
-        (categories(cat=1, dog=2, owl=3, pet=0), "category 'pet' is none of the classes cat, dog"),
+        (
+            categories(cat=1, dog=2, owl=3, pet=0),
+            "category 'pet' is not among the classes cat, dog",
+        ),
         ([{"id": 1, "name": "cat"}, {"id": 2, "name": "cat"}], "categories 1 and 2 .* name 'cat'"),
         ([{"id": 1, "name": "cat"}, {"id": 1, "name": "dog"}], "each there once, got 1"),
         ([{"name": "cat"}], "numbers or text, each there once, got None"),

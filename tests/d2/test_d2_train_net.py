@@ -334,7 +334,7 @@ def test_a_checkpoint_that_vanished_is_refused(digits, tmp_path, tool, capfd):
     assert tool.main(["--config-file", CONFIG, "--resume", *keys]) == 2
     line = capfd.readouterr().err.strip().splitlines()[-1]
     assert line.startswith(f"train_net: no checkpoint in {tmp_path} can be resumed from: ")
-    end = "; to begin anew, train in another folder"
+    end = "; to start over, train in another folder"
     assert line.endswith(f"model_0000009.pth cannot be read: No such file or directory{end}")
 
 
