@@ -75,7 +75,7 @@ def test_a_full_disk_ends_the_training_in_one_sentence(folder):
     assert statuses == [1] and "Traceback" not in text, text[-3000:]
     name, reason = r"out/model_(\d+)\.pth", os.strerror(errno.EFBIG)
     sentence = rf"^train_net: the checkpoint {name} cannot be written: {reason}; "
-    (number,) = re.findall(sentence + f"--resume goes on from out/{last}$", text, re.MULTILINE)
+    (number,) = re.findall(sentence + f"--resume continues from out/{last}$", text, re.MULTILINE)
     assert int(number) > iteration - 1
     assert last_iteration(output) == iteration and not list(output.rglob("*.part"))
     done = len(trainings.losses())

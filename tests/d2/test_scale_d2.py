@@ -196,7 +196,7 @@ def test_two_machines_stop_together(digits, tmp_path):
     logs = [(tmp_path / f"{rank}/log.txt").read_text() for rank in (0, 1)]
     assert statuses == [143, 143], logs
     last = (output / "last_checkpoint").read_text()
-    assert f"train_net: stopped by SIGTERM; --resume goes on from out/{last}" in logs[0]
+    assert f"train_net: stopped by SIGTERM; --resume continues from out/{last}" in logs[0]
     state = torch.load(output / last, weights_only=False)
     assert last == f"model_{state['iteration']:07d}.pth"
     assert read_metrics(output)[-1]["iteration"] == state["iteration"]

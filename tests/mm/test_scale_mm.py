@@ -142,7 +142,7 @@ def test_one_signal_stops_all_processes_at_a_whole_step(folder):
     iteration = torch.load(last, weights_only=False)["meta"]["iter"]
     assert last.name == f"iter_{iteration}.pth" and iteration % 3 == 0
     assert max(read_losses(folder))[0] == iteration
-    assert log.count("train: stopped by SIGUSR1; --resume goes on from ") == 1
+    assert log.count("train: stopped by SIGUSR1; --resume continues from ") == 1
     assert f"from {last.resolve()}\n" in log
 
 
