@@ -143,11 +143,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ProcessExitedException as error:  # the sentence is that of its main process
         if error.exit_code < 0:
             name = error.signal_name
-            report(f"a process was killed by {name}; --resume goes on from the last checkpoint")
+            report(f"a process was killed by {name}; --resume continues from the last checkpoint")
             return 128 - error.exit_code
         return error.exit_code
     except KeyboardInterrupt:
-        fail("interrupted; --resume goes on from the last checkpoint")
+        fail("interrupted; --resume continues from the last checkpoint")
         return 130
     return 0
 

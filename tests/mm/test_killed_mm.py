@@ -87,7 +87,8 @@ def test_a_full_disk_ends_the_training_in_one_sentence(folder):
     assert statuses == [1] and "Traceback" not in text, text[-3000:]
     name, reason = r"/.*/out/iter_(\d+)\.pth", os.strerror(errno.EFBIG)
     sentence = rf"^train: the checkpoint {name} cannot be written: {reason}; "
-    (number,) = re.findall(sentence + f"--resume continues from /.*/out/{last}$", text, re.MULTILINE)
+    sentence += f"--resume continues from /.*/out/{last}$"
+    (number,) = re.findall(sentence, text, re.MULTILINE)
     assert int(number) > iteration
     assert last_iteration(output) == iteration and not list(output.rglob("*.part"))
     done = len(trainings.losses())
