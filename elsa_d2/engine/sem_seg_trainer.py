@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.data import build_detection_test_loader, build_detection_train_loader
+from detectron2.data import build_detection_train_loader
 from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
@@ -24,15 +24,11 @@ class SemSegTrainer(Trainer):
     """`Trainer` of a `SemanticSegmentor`, which is evaluated by its IoU."""
 
     for_sem_seg = True
+    mapper = SemSegMapper
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
-        return shielded(build_detection_train_loader(cfg, mapper=SemSegMapper(cfg, True)))
-
-    @classmethod
-    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
-        mapper = SemSegMapper(cfg, False)
-        return shielded(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
+        return shielded(build_detection_train_loader(cfg, mapper=cls.mapper(cfg, True)))
 
     @classmethod
     def build_evaluator(

@@ -52,6 +52,7 @@ class Trainer(DefaultTrainer):
     """
 
     for_sem_seg = False
+    mapper: Any = DetectionMapper
 
     def __init__(self, cfg: CfgNode) -> None:
         self.check_task(cfg)
@@ -151,12 +152,12 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def build_train_loader(cls, cfg: CfgNode) -> Iterable[Any]:
-        mapper, dataset = DetectionMapper(cfg, True), training_dicts(cfg)
+        mapper, dataset = cls.mapper(cfg, True), training_dicts(cfg)
         return shielded(build_detection_train_loader(cfg, mapper=mapper, dataset=dataset))
 
     @classmethod
     def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> Iterable[Any]:
-        mapper = DetectionMapper(cfg, False)
+        mapper = cls.mapper(cfg, False)
         return shielded(build_detection_test_loader(cfg, dataset_name, mapper=mapper))
 
     @classmethod
