@@ -193,6 +193,7 @@ def test_frozen_stages_stay_frozen(frozen_stages):
         assert (parameter.grad is None) is frozen, name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen_stages", [-1, 1])
 def test_recomputation_gives_the_same_gradients(frozen_stages):
     image = torch.randn(2, 3, 40, 44)
@@ -283,6 +284,7 @@ def test_input_of_another_shape_is_an_error(shape):
         make()(torch.randn(shape))
 
 
+@pytest.mark.slow
 def test_variant_runs_at_full_size():
     with torch.no_grad():
         outputs = ELSASwin("tiny").eval()(torch.randn(1, 3, 64, 64))

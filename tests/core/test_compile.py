@@ -27,6 +27,7 @@ def outputs_and_gradients(model, image):
     return [*outs, *(p.grad.clone() for p in model.parameters())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{}, {"with_cp": True}, {"drop_path_rate": 0.3, "drop_rate": 0.1}], ids=str
 )
@@ -42,6 +43,7 @@ def test_training_without_graph_break(options):
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_training_in_autocast_without_graph_break():
     model = make_model()
     image = torch.randn(1, 3, 32, 32)
@@ -52,6 +54,7 @@ def test_training_in_autocast_without_graph_break():
         torch.testing.assert_close(result, reference, rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 def test_attention_dropout_without_graph_break():
     layer = ELSA(12, 3, 3, 4, attn_drop=0.5)
     out = torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(1, 5, 6, 12))
@@ -59,6 +62,7 @@ def test_attention_dropout_without_graph_break():
     assert layer.ghost_head.grad.isfinite().all()
 
 
+@pytest.mark.slow
 def test_one_compilation_for_every_size():
     """Inference: the first size, then once more for all the others."""
     model = make_model().eval()
@@ -72,6 +76,7 @@ def test_one_compilation_for_every_size():
     assert counter.frame_count <= 3
 
 
+@pytest.mark.slow
 def test_export_with_dynamic_size():
     model = make_model().eval()
     dynamic = torch.export.Dim.DYNAMIC
@@ -85,6 +90,7 @@ def test_export_with_dynamic_size():
         torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_inductor():
     """The default compiler: its code relies on the strides that the fake kernels promise."""
 

@@ -106,6 +106,7 @@ assert not torch.cuda.is_initialized()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc, the CUDA compiler")
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a PyTorch that is built with CUDA")
 def test_kernels_compile_link_and_register(tmp_path):

@@ -17,6 +17,8 @@ from torch.utils.cpp_extension import include_paths, library_paths
 
 from elsa_core._range import TORCH_WITH_EXTENSION as TARGET
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests/cuda_emulation"
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))

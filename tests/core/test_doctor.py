@@ -73,6 +73,7 @@ def test_a_wrong_backbone_is_found(monkeypatch, capsys):
     assert "a small backbone WRONG" in out
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not has_extension, reason="there is no compiled operator to take")
 @pytest.mark.parametrize("same", [True, False], ids=["this version", "another version"])
 def test_a_clone_takes_the_operator_that_was_installed_from_it(tmp_path, same):

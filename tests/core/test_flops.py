@@ -43,6 +43,7 @@ def mmengine(model, image):
     return counts, activations
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arch", ARCHS.values(), ids=ARCHS)
 @pytest.mark.parametrize("count", [fvcore, mmengine])
 def test_all_counters_agree(count, arch):
@@ -70,6 +71,7 @@ def test_what_a_counter_knows_is_not_replaced(monkeypatch):
     assert theirs == {**MULTIPLY_ADDS, "aten::scaled_dot_product_attention": len}
 
 
+@pytest.mark.slow
 def test_get_flops_of_mmdetection(digits, tmp_path):
     mmdet = pytest.importorskip("mmdet")
     tool = Path(mmdet.__file__).parent / ".mim/tools/analysis_tools/get_flops.py"

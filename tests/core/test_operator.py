@@ -310,6 +310,7 @@ for shape in [(1, 1, 32), (1, 64, 32), (64, 64, 32)]:
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_map_whatever_the_dilation():
     command = [sys.executable, "-c", MEMORY]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -317,6 +318,7 @@ def test_memory_is_bounded_by_the_map_whatever_the_dilation():
     assert len(used) == 3 and max(used[:2]) < 20 and used[2] < 60, done.stdout
 
 
+@pytest.mark.slow
 def test_without_extension(tmp_path):
     """A package without its binary imports, says so once, computes and trains."""
     source = Path(elsa_core.__file__).parent

@@ -175,6 +175,7 @@ undefined(torch.nan, 7), undefined(-torch.inf, 7), undefined(torch.inf, 3), exac
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("limit, expected", [("default", "portable"), ("avx2", "avx2")])
 def test_narrower_kernels(limit, expected):
     """The kernels that this machine would not choose."""

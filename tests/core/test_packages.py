@@ -34,6 +34,7 @@ def run_without(hidden, code):
     return json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not find_spec("detectron2"), reason="Detectron2 is not installed")
 def test_detectron2_without_opencv(tmp_path):
     """The backbone and Detectron2's own resize work; OpenMMLab's resize says what to install."""
@@ -96,6 +97,7 @@ COMMANDS = {
 }
 
 
+@pytest.mark.slow
 def test_commands_name_all_that_is_missing():
     hidden = ["PIL", "cv2", "matplotlib", "onnx", "onnx_ir", "onnxruntime", "onnxscript"]
     hidden += ["pycocotools", "skimage", "sklearn", "tqdm"]

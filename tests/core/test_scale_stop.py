@@ -49,6 +49,7 @@ def test_a_process_alone_agrees_with_itself():
     assert max_over_ranks(0) == 0 and max_over_ranks(15) == 15
 
 
+@pytest.mark.slow
 def test_without_children_a_forwarded_signal_ends_the_process():
     code = (
         "import os, signal\n"
@@ -79,6 +80,7 @@ def test_workers_survive_a_scheduler():
     assert torch.cat([first, *batches]).tolist() == list(range(8))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["main process", "child"])
 def test_workers_end_with_their_process(tmp_path, kind):
     (tmp_path / "script.py").write_text(

@@ -115,6 +115,7 @@ def config(leaf, keys=()):
 # --- short runs of the published configs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["t", "s"])
 @pytest.mark.parametrize("leaf", [DETECTOR, SEGMENTOR], ids=["mask_rcnn", "upernet"])
 def test_a_shrunk_leaf_trains_evaluates_saves_and_resumes(
@@ -144,6 +145,7 @@ def test_a_shrunk_leaf_trains_evaluates_saves_and_resumes(
         shutil.rmtree(output, ignore_errors=True)  # a gigabyte
 
 
+@pytest.mark.slow
 def test_evaluation_alone_and_at_several_scales(cityscapes, tmp_path, tool):
     """A folder anywhere, and a model so small that the mean over scales takes no time."""
     keys = own(
@@ -340,6 +342,7 @@ SPOILT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spoil, message", SPOILT.values(), ids=SPOILT)
 def test_spoilt_data_is_refused(copy, tmp_path, tool, capfd, spoil, message):
     spoil(copy)
@@ -395,6 +398,7 @@ def test_instances_need_no_train_ids(copy, tmp_path):
         check_cityscapes_dataset(cfg, "instance_seg_val", sem_seg=False, evaluated=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("few", [0, 64], ids=["in other processes", "in this one"])
 def test_instances_are_read_while_a_training_listens_for_signals(few, builtin, monkeypatch):
     """Detectron2's own pool is ended with SIGTERM, which its processes would then wait out."""

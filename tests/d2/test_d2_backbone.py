@@ -134,6 +134,7 @@ def test_wrong_pyramid_inputs(features):
         build_backbone(cfg)
 
 
+@pytest.mark.slow
 def test_lazy_config_of_a_free_architecture(tmp_path):
     """Written and read, changed by the command line, built, trained for a step; it detects."""
     model = model_zoo.get_config("common/models/mask_rcnn_fpn.py").model

@@ -281,6 +281,7 @@ def normalise_in_two_processes(folder):
         torch.save(results, folder / "results.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_normalise_as_one(tmp_path):
     in_two_processes(tmp_path, normalise_in_two_processes, tmp_path)
     whole = nn.BatchNorm2d(4)

@@ -138,6 +138,7 @@ def shrunk(data, output, **changes):
 
 
 # Both are as narrow, so that the variants differ in nothing but their rate of drop path.
+@pytest.mark.slow
 @pytest.mark.parametrize("method, variant", [("mask_rcnn", "t"), ("cascade_mask_rcnn", "s")])
 def test_a_shrunk_leaf_trains_evaluates_saves_and_resumes(
     few, tmp_path, tool, monkeypatch, method, variant

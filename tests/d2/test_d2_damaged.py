@@ -64,6 +64,7 @@ def shrink(folder):
         Image.open(file).resize((40, 50)).save(file)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil, workers, words",
     [
@@ -99,6 +100,7 @@ def edit(root, change):
     return file
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change, problem",
     [
@@ -147,6 +149,7 @@ def test_masks_that_cannot_be_used(refusal, copy):
     assert sentence.startswith(f"the annotations of image {copy}/images/training/"), sentence
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     "folder, content, words",

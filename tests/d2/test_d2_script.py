@@ -48,6 +48,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_script_and_its_processes_have_our_keys_and_data_sets(digits, tmp_path):
     script = tmp_path / "train_net.py"
     script.write_text(SCRIPT)

@@ -66,6 +66,7 @@ def ade20k(digits, tmp_path):
             yield root
 
 
+@pytest.mark.slow
 def test_published_model_trains_evaluates_saves_and_resumes(ade20k, tmp_path, tool, monkeypatch):
     """The leaf, narrow and on images of 48x32 pixels: an iteration, after --resume another one."""
     output = tmp_path / "out"
@@ -91,6 +92,7 @@ def test_published_model_trains_evaluates_saves_and_resumes(ade20k, tmp_path, to
     assert saved == [("model_final", 1, {2})]
 
 
+@pytest.mark.slow
 def test_evaluation_alone_and_at_several_scales(digits, tmp_path, tool):
     output = tmp_path / "out"
     keys = overrides(

@@ -45,6 +45,7 @@ def trained(digits, tmp_path_factory):
     return folder / "out", log
 
 
+@pytest.mark.slow
 def test_training_ends_with_an_evaluation_in_the_metrics(trained):
     output, log = trained
     *training, evaluation = read_metrics(output)
@@ -57,6 +58,7 @@ def test_training_ends_with_an_evaluation_in_the_metrics(trained):
     assert "no CUDA device found: MODEL.DEVICE is cpu instead of cuda" in log
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ids", ["as trained", "turned round"])
 def test_evaluation_alone_gives_the_same_numbers(trained, digits, tool, tmp_path, ids):
     output, _ = trained
@@ -153,6 +155,7 @@ def test_an_evaluation_of_weights_that_do_not_fit_is_refused(
     assert line.startswith("train_net: ") and sentence in line and str(file) in line
 
 
+@pytest.mark.slow
 def test_test_time_augmentation(trained, digits, tool, tmp_path):
     output, _ = trained
     keys = overrides(
@@ -173,6 +176,7 @@ def test_test_time_augmentation(trained, digits, tool, tmp_path):
         assert json.loads((tmp_path / folder / "coco_instances_results.json").read_text())
 
 
+@pytest.mark.slow
 def test_resuming_a_finished_run_evaluates_it_again(trained, digits, tool, capsys):
     output, _ = trained
     before = read_metrics(output)
@@ -183,6 +187,7 @@ def test_resuming_a_finished_run_evaluates_it_again(trained, digits, tool, capsy
     assert after[-1]["bbox/AP"] == pytest.approx(before[-1]["bbox/AP"])
 
 
+@pytest.mark.slow
 def test_resuming_without_a_checkpoint_says_so(digits, tmp_path, tool, capsys):
     keys = overrides(digits, OUTPUT_DIR=str(tmp_path), SOLVER__MAX_ITER=1, MODEL__DEVICE="cpu")
     assert tool.main(["--config-file", CONFIG, "--resume", *keys]) == 0
@@ -191,6 +196,7 @@ def test_resuming_without_a_checkpoint_says_so(digits, tmp_path, tool, capsys):
     assert "training starts at iteration 0 from random weights" in log
 
 
+@pytest.mark.slow
 def test_two_processes_train_and_evaluate(digits, tmp_path):
     flags = ["--num-gpus", "2", "--dist-url", "auto"]
     changes = {"OUTPUT_DIR": "out", "SOLVER__MAX_ITER": 2, "TEST__BEST_METRIC": "bbox/AP"}
@@ -362,6 +368,7 @@ def test_spoilt_annotations_are_refused(digits, tmp_path, part, spoil, tool, cap
     assert len(lines) == 1 and expected in lines[0] and str(file) in lines[0]
 
 
+@pytest.mark.slow
 def test_exit_status_and_output_of_the_command(digits, tmp_path):
     arguments = arguments_of(digits, "--eval-only", OUTPUT_DIR="out")
     result = subprocess.run(

@@ -139,6 +139,7 @@ def train_in_two_processes(data, output):
         torch.save({"before": before, "after": after, "images": images}, output / "result.pt")
 
 
+@pytest.mark.slow
 def test_two_processes_agree(digits, tmp_path):
     in_two_processes(tmp_path, train_in_two_processes, digits, tmp_path)
     result = torch.load(tmp_path / "result.pt")

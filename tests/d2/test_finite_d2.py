@@ -60,6 +60,7 @@ def config(digits, output, task, **changes):
     return load_config(CONFIG, overrides(digits, **keys))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task, part, dtype",
     [
@@ -95,6 +96,7 @@ def train_with_nan_in_the_second_process(cfg, output):
     (output / f"end{comm.get_rank()}").write_text(f"{end.value.code} {end.value.sentence}")
 
 
+@pytest.mark.slow
 def test_nan_in_one_of_two_processes_ends_both(digits, tmp_path):
     cfg = config(digits, tmp_path / "out", "sem_seg")
     (tmp_path / "out").mkdir()

@@ -15,6 +15,8 @@ from killing import Trainings, check_alone, check_curve, check_kills, fork, stat
 
 from elsa_d2 import AtomicCheckpointer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(digits, tmp_path_factory):

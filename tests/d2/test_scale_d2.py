@@ -162,6 +162,7 @@ def test_the_order_of_the_data_goes_on():
     assert list(itertools.islice(sampler, 10)) == images[20:]
 
 
+@pytest.mark.slow
 def test_two_machines_stop_together(digits, tmp_path):
     """A signal to all processes of one machine, workers included, ends and saves the training.
 

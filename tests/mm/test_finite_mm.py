@@ -19,6 +19,8 @@ from elsa_mm import cli
 from elsa_mm.checkpoint import find_last_checkpoint
 from examples.digits.imagenet_layout import write_layout
 
+pytestmark = pytest.mark.slow
+
 PARTS = {
     "mmdet": "neck=dict(in_channels=[8, 16, 32, 64])",
     "mmpretrain": "head=dict(in_channels=64)",

@@ -12,6 +12,8 @@ from killing import Trainings, check_alone, check_curve, check_kills, fork, read
 
 from elsa_mm.checkpoint import find_last_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(digits, tmp_path_factory):

@@ -93,6 +93,7 @@ def train_twice(arch, root):
         assert last_state()["meta"]["iter"] == epochs
 
 
+@pytest.mark.slow
 def test_short_training_evaluates_saves_and_resumes(imagenet):
     train_twice("tiny", imagenet)
     state = last_state()
@@ -123,6 +124,7 @@ def trained_weights(checkpoint):
     return {n.removeprefix("module."): t for n, t in state.items() if n.startswith("module.")}
 
 
+@pytest.mark.slow
 def test_averaged_weights_are_the_checkpoint(averaged, imagenet):
     checkpoint = torch.load(averaged, weights_only=False)
     mean, trained = checkpoint["state_dict"], trained_weights(checkpoint)
@@ -190,6 +192,7 @@ def test_checkpoint_is_converted(averaged, capsys, option):
     assert equal(torch.load("back.pth")["state_dict"], dict(wanted))
 
 
+@pytest.mark.slow
 def test_test_tool_agrees_paints_and_keeps_predictions(folders):
     options = of(folders, images=1000) | {"train_cfg.max_iters": 2}
     options |= {"test_dataloader.batch_size": 3}
@@ -211,6 +214,7 @@ def test_test_tool_agrees_paints_and_keeps_predictions(folders):
     assert len(list(Path("painted").glob("*.png"))) == 4
 
 
+@pytest.mark.slow
 def test_mirrored_images_are_averaged(imagenet):
     options = published(imagenet, 1)
     options |= {"tta_pipeline.1.scale": 70, "tta_pipeline.2.crop_size": 64}
@@ -230,6 +234,7 @@ def test_mirrored_images_are_averaged(imagenet):
     assert torch.allclose(scores["augmented"].sum(1), torch.ones(4))
 
 
+@pytest.mark.slow
 def test_mmpretrains_own_tools_run_the_configs(imagenet, monkeypatch):
     options = published(imagenet, 2) | {"optim_wrapper.type": "OptimWrapper"}  # no GPU, no AMP
     options = [f"{key}={value}" for key, value in options.items()]
@@ -254,6 +259,7 @@ def test_refusals_before_anything_is_built(refusal, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting, place", [("model.head", "model.head"), ("data_preprocessor", "data_preprocessor")]
 )

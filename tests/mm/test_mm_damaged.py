@@ -84,6 +84,7 @@ READ = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework, folder, spoil, workers, words", READ.values(), ids=READ)
 def test_a_file_that_training_meets(refusal, copy, framework, folder, spoil, workers, words):
     spoil(copy / folder)
@@ -93,6 +94,7 @@ def test_a_file_that_training_meets(refusal, copy, framework, folder, spoil, wor
     assert any(words.format(name) in sentence for name in names), sentence
 
 
+@pytest.mark.slow
 def test_a_file_that_an_evaluation_meets(refusal, copy, checkpoint):
     cut_all(copy / "images/validation")
     values = options("mmseg", copy, test_dataloader__num_workers=1)
@@ -100,6 +102,7 @@ def test_a_file_that_an_evaluation_meets(refusal, copy, checkpoint):
     assert sentence.startswith(f"image {copy}/images/validation/")
 
 
+@pytest.mark.slow
 def test_a_label_map_that_an_evaluation_at_several_scales_meets(refusal, copy, checkpoint):
     paint(100)(copy / "annotations/validation")
     sentence = refusal(
@@ -214,6 +217,7 @@ def test_every_step_that_reads_is_replaced_in_a_config():
         Compose([wrapped])({"img_path": "a.jpg"})
 
 
+@pytest.mark.slow
 def test_the_process_ends_when_a_worker_has_met_damage(copy, tmp_path):
     cut_all(copy / "images/training")
     values = options("mmseg", copy, train_dataloader__num_workers=2, **SMALL)

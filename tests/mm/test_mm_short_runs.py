@@ -152,6 +152,7 @@ RUNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 @pytest.mark.parametrize("model", RUNS)
 def test_short_training_evaluates_saves_and_resumes(model, request, tmp_path):

@@ -69,6 +69,7 @@ def kill_and_resume(framework, digits, folder):
     return folder, number, output.read_text(), resumed
 
 
+@pytest.mark.slow
 @frameworks
 def test_killed_training_goes_on_from_its_checkpoint(trained, framework):
     _, number, killed, resumed = trained(framework)
@@ -100,6 +101,7 @@ def test_resumed_training_has_the_state_of_the_killed_one(trained, framework):
     assert not list((folder / "runs").glob("*.part"))
 
 
+@pytest.mark.slow
 @frameworks
 def test_training_evaluates_and_the_test_tool_agrees(trained, framework, digits):
     folder, number, _, resumed = trained(framework)
@@ -130,6 +132,7 @@ def test_training_evaluates_and_the_test_tool_agrees(trained, framework, digits)
     assert len(painted) == 4
 
 
+@pytest.mark.slow
 @frameworks
 def test_the_frameworks_own_tool_runs_the_config(digits, tmp_path, framework):
     tool = Path(find_spec(framework).origin).parent / ".mim/tools/train.py"
@@ -140,6 +143,7 @@ def test_the_frameworks_own_tool_runs_the_config(digits, tmp_path, framework):
     assert set(last_metrics(output, framework)) == set(METRICS[framework])
 
 
+@pytest.mark.slow
 @frameworks
 def test_two_processes_in_mixed_precision(digits, tmp_path, framework):
     values = options(framework, digits, train_cfg__max_iters=2)
@@ -156,6 +160,7 @@ def test_two_processes_in_mixed_precision(digits, tmp_path, framework):
     assert not [name for name in state["state_dict"] if name.startswith("module.")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nodes, readers", [(1, {"0"}), (2, {"0", "1"})])
 def test_the_first_process_of_a_node_checks_the_data_for_all(digits, tmp_path, nodes, readers):
     content = json.loads((digits / "annotations/instances_training.json").read_text())

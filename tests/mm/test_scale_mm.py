@@ -92,6 +92,7 @@ def strategies():
     yield pytest.param("deepspeed", marks=missing)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(strategies()))
 def test_strategies_train_as_two_plain_processes_do(folder, name):
     plain, sharded = folder / "plain", folder / "sharded"
@@ -127,6 +128,7 @@ def test_strategies_train_as_two_plain_processes_do(folder, name):
             assert torch.allclose(value, second[key], rtol=1e-3, atol=1e-4), key
 
 
+@pytest.mark.slow
 def test_one_signal_stops_all_processes_at_a_whole_step(folder):
     config = SHORT.format(10000) + "optim_wrapper = dict(accumulative_counts=3)\n"
     environments = two_ranks()
@@ -146,6 +148,7 @@ def test_one_signal_stops_all_processes_at_a_whole_step(folder):
     assert f"from {last.resolve()}\n" in log
 
 
+@pytest.mark.slow
 def test_two_machines_through_torchrun(folder):
     (folder / "config.py").write_text(
         killing_mm.config_text(folder, SHORT.format(2) + "custom_hooks = []\n")
@@ -173,6 +176,7 @@ def test_two_machines_through_torchrun(folder):
     assert find_last_checkpoint(folder / "out").name == "iter_2.pth"
 
 
+@pytest.mark.slow
 def test_tensorboard(folder):
     backends = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
     config = SHORT.format(3) + f"visualizer = dict(vis_backends={backends!r})\n"

@@ -23,6 +23,8 @@ from elsa_core.weights import convert_file
 from elsa_tools.verify import d2, mm
 from examples.digits import cityscapes_layout as layout
 
+pytestmark = pytest.mark.slow
+
 CLASSES = {"mask_rcnn": 8, "upernet": 19}
 
 

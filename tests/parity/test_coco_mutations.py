@@ -155,6 +155,7 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("mutations")
 
 
+@pytest.mark.slow
 def test_the_checker_and_the_law_never_disagree(cfg, folder, clean_catalog):
     seen = {"accepted": 0, "refused": 0}
 

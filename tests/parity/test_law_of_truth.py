@@ -196,6 +196,7 @@ def checker_errors(coco_file):
     return [one for one in validate(str(coco_file), coco) if one.level == "error"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [*KINDS, "names in a file with a byte order mark"])
 def test_truth_scores_100(cfg, tmp_path, kind):
     coco = content()

@@ -23,6 +23,8 @@ from parity import (
     scene,
 )
 
+pytestmark = pytest.mark.slow
+
 SIZE = (288, 352)
 PROPOSALS, DETECTIONS = 60, 30
 NAMES = {"loss_cls": "loss_cls", "loss_box_reg": "loss_bbox", "loss_mask": "loss_mask"}

@@ -106,6 +106,7 @@ def mmdet_proposals(boxes):
     return [InstanceData(bboxes=item) for item in boxes]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objects", ["usual", "hard"])
 def test_head_losses_and_their_gradients(models, scenes, boxes, objects):
     first, second, ours, theirs = models
@@ -132,6 +133,7 @@ def test_head_losses_and_their_gradients(models, scenes, boxes, objects):
     assert (ours - theirs).norm() < 1e-2 * theirs.norm()
 
 
+@pytest.mark.slow
 def test_detections(models, boxes):
     first, second, ours, theirs = models
     try:

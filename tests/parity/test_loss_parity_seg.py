@@ -171,6 +171,7 @@ def training_batches(records, theirs):
 LOSSES = {"loss_sem_seg": "decode.loss_ce", "loss_sem_seg_aux": "aux.loss_ce"}
 
 
+@pytest.mark.slow
 def test_training_losses_and_gradients_agree(models, records):
     """From the files on."""
     ours, theirs = models
@@ -272,6 +273,7 @@ def test_logits_agree(models, records):
         torch.testing.assert_close(mine["sem_seg"], expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_multi_scale_and_flip_testing_agrees(models, records):
     ours, theirs = (model.eval() for model in models)
     resizes = [

@@ -44,6 +44,7 @@ def equal(left, right):
     return left == right
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize("method", METHODS)
 def test_first_weights(framework, method):

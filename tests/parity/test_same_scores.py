@@ -29,6 +29,8 @@ from elsa_mm import cli
 from elsa_tools.verify.compare import Outcome, match
 from examples.digits.layouts import make_layout
 
+pytestmark = pytest.mark.slow
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 CHECKPOINT = Path(__file__).parents[1] / "data/digits_mask_rcnn.safetensors"
 CONFIG = str(REPOSITORY / "configs/detectron2/digits/mask_rcnn_elsa_swin_digits.yaml")

@@ -63,6 +63,7 @@ def spread(tensors, kind):
     return tensors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind, photograph",
     [
@@ -88,6 +89,7 @@ def test_same_results_on_photographs(tmp_path, kind, photograph):
     assert numbers["scores"] < 1e-3 and numbers["boxes"] < 0.05 and numbers["mask IoU"] >= 0.99
 
 
+@pytest.mark.slow
 def test_verify_sees_a_wrong_checkpoint(tmp_path, capsys):
     """The tool's exit status, and that one wrong tensor is enough."""
     path = save(tmp_path, {"state_dict": detecting("upernet")})
@@ -262,6 +264,7 @@ def annotate(cfg, checkpoint, digits, path):
     path.write_text(json.dumps(coco))
 
 
+@pytest.mark.slow
 def test_same_average_precision_in_both_directions(digits, tmp_path):
     """Converted to Detectron2, and trained a little in MMDetection and converted again; the
     detectors are judged by objects that the first of them finds."""
@@ -301,6 +304,7 @@ def test_same_average_precision_in_both_directions(digits, tmp_path):
     assert min(results) > 0.05, results
 
 
+@pytest.mark.slow
 def test_same_mean_iou_in_both_directions(digits, tmp_path):
     """On the training part: all classes are in it, and the frameworks average differently over
     classes that are not."""

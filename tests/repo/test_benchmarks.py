@@ -28,6 +28,7 @@ def test_shapes_are_those_of_the_published_models():
     assert (56, 56, 96, 3) in shapes and (50, 84, 512, 16) in shapes
 
 
+@pytest.mark.slow
 def test_ratios_and_peak_memory():
     cpu = torch.device("cpu")
     assert 4 <= peak_memory(lambda: torch.empty(2**20), cpu) < 4.1
@@ -37,6 +38,7 @@ def test_ratios_and_peak_memory():
     assert second.ratio == pytest.approx(second.median_ms / first.median_ms)
 
 
+@pytest.mark.slow
 def test_writes_table_plot_and_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(operator, "HEADLINES", [(8, 9, 64, 2)])
     threads = torch.get_num_threads()
@@ -66,6 +68,7 @@ def test_wrong_use_is_one_sentence(arguments, message, capsys):
     assert capsys.readouterr().err == f"benchmarks: {message}\n"
 
 
+@pytest.mark.slow
 def test_two_checkouts_take_turns(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(operator, "HEADLINES", [(8, 9, 64, 2)])
     monkeypatch.setattr(operator, "stage_shapes", lambda: [(4, 5, 32, 1)])

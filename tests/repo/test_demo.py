@@ -66,6 +66,7 @@ def test_finished_training_is_not_repeated(training, tmp_path, capsys):
     assert "Quick, Counting: done before" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_failed_training_is_explained_and_resumed(training, tmp_path, capsys):
     training.status = 3
     run = Run(training, tmp_path, "mark")
@@ -85,6 +86,7 @@ def test_training_without_its_metrics_has_failed(training, tmp_path):
         Run(training, tmp_path, "mark")()
 
 
+@pytest.mark.slow
 def test_results_of_other_configs_are_stale(training, tmp_path):
     Run(training, tmp_path, "mark")()
     other = Run(training, tmp_path, "another mark")
@@ -149,6 +151,7 @@ def test_table_has_a_row_a_framework():
     assert lines[3].split() == ["B", "u", "-", "-", "-", "-", "61.0", "100", "3.00", "M"]
 
 
+@pytest.mark.slow
 def test_pictures_show_truth_and_predictions(digits, tmp_path, monkeypatch):
     """Of an untrained model, which sees next to nothing."""
     (tmp_path / "last_checkpoint").write_text("iter_1.pth")

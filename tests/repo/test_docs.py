@@ -111,6 +111,7 @@ def runner():
     runner.stop()
 
 
+@pytest.mark.slow
 @page
 def test_commands_of_a_page_run_in_order(path, runner, digits, tmp_path):
     if not any(block.runs for block in read_page(path)):

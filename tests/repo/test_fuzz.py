@@ -35,6 +35,7 @@ def fuzz(*arguments):
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_crash_memory_time_and_wrong_outcomes_are_findings(tmp_path):
     (tmp_path / "toy_cases.py").write_text(TOY)
     options = ("toy", "--folder", tmp_path, "--memory", 0.1, "--seconds", 1, "--jobs", 6)
@@ -67,6 +68,7 @@ def test_wrong_arguments_are_refused(arguments, message):
     assert done.returncode == 2 and re.search(message, done.stderr), done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["checkpoint", "operator"])
 def test_random_input_is_right_or_refused(target):
     done = fuzz(target, "--cases", 60, "--jobs", 2)

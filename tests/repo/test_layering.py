@@ -84,6 +84,7 @@ def test_the_scan_sees_every_form_of_import(tmp_path):
     assert imported_packages(file) == {"a", "c", "i", "k"}
 
 
+@pytest.mark.slow
 def test_no_file_imports_itself_by_way_of_others():
     files = modules()
     graph = {name: imported_modules(name, path, set(files)) for name, path in files.items()}
@@ -106,6 +107,7 @@ def test_adapters_know_their_own_framework_only(package):
         assert not imported_packages(file) & FORBIDDEN[package], file
 
 
+@pytest.mark.slow
 def test_importing_elsa_core_is_lean():
     result = run(
         "import sys, torch\n"
@@ -121,6 +123,7 @@ def test_importing_elsa_core_is_lean():
     assert result.returncode == 0, result.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", [name for name in ADAPTERS if sources(name)])
 def test_importing_an_adapter_initialises_no_cuda_and_changes_nothing(package):
     """Neither in the warnings' filters nor in the framework's modules, but for new entries."""

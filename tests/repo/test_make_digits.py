@@ -31,6 +31,7 @@ def small(folder, *more):
     return [str(a) for a in ("--out", folder, "--train", 3, "--val", 2, "--size", 64, *more)]
 
 
+@pytest.mark.slow
 def test_command_makes_the_same_data_set_as_the_library(tmp_path, capsys):
     run = command(*small(tmp_path / "a"))
     assert run.returncode == 0, run.stderr
@@ -78,6 +79,7 @@ def test_interruption_reaches_the_shell(tmp_path, capsys, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_disk_that_takes_no_more_is_an_error(tmp_path):
     def forbid_files_over_1_kib():
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
@@ -100,6 +102,7 @@ def wait_for(condition, process):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_killed_run_is_not_taken_for_whole_and_the_next_one_is(tmp_path):
     out, partial = tmp_path / "data", tmp_path / ".data.partial"
     many = ["--out", out, "--train", 100000, "--val", 1, "--size", 64]

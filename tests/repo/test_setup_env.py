@@ -244,6 +244,7 @@ def test_change_redoes_what_depends_on_it(project, changed, redone):
     assert project.setup()[0] == [*redone, "verify"]
 
 
+@pytest.mark.slow
 def test_second_set_up_waits_for_what_is_left_of_the_first(project):
     project.setup()
     first = subprocess.Popen(["flock", ".", "sh", "-c", "sleep 2; touch done"], cwd=project.root)

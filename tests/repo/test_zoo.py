@@ -60,6 +60,7 @@ def edit(root):
     return change
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "framework, config, dataset, giga",
     [

@@ -75,6 +75,7 @@ def test_parts_by_hand():
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arch, parameters, giga",
     [("tiny", 28_373_322, 4.8), ("small", 52_106_970, 9.6), ("base", 91_659_256, 16.7)],
@@ -85,6 +86,7 @@ def test_published_backbones(arch, parameters, giga):
     assert round(sum(part.operations for part in parts) / 1e9, 1) == giga
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_both_frameworks_have_the_same_parts(method):
     pytest.importorskip("detectron2")
@@ -98,6 +100,7 @@ def test_both_frameworks_have_the_same_parts(method):
     assert (totals[0], round(totals[1] / 1e9)) == (parameters, giga)
 
 
+@pytest.mark.slow
 def test_modules_own_what_their_children_do_not():
     model = bare_backbone(read_arch("tiny")).module
     own = count_flops_by_module(model, model, (32, 32))
@@ -139,6 +142,7 @@ def test_model_that_the_size_does_not_fit():
         count_parts(subject)
 
 
+@pytest.mark.slow
 def test_importing_it_loads_no_framework():
     code = (
         "import sys, elsa_tools.inspect.cli, elsa_tools.inspect.counting\n"

@@ -166,6 +166,7 @@ def test_interruption(tmp_path, capfd, monkeypatch):
     )
 
 
+@pytest.mark.slow
 def test_the_tool_needs_no_framework(tmp_path):
     """On its own, with the real counts, from another folder."""
     coco(tmp_path / "data/coco")
@@ -183,6 +184,7 @@ def test_the_tool_needs_no_framework(tmp_path):
     assert "has 402 of 118,287 files *.jpg" in result.stdout
 
 
+@pytest.mark.slow
 def test_control_c(tmp_path):
     coco(tmp_path / "data/coco")
     code = (

@@ -103,6 +103,7 @@ def test_what_is_there_stays_and_the_rest_is_made(folder):
     assert files[0].read_bytes() == b"mine"
 
 
+@pytest.mark.slow
 def test_several_processes_make_the_same(folder, tmp_path):
     cityscapes(tmp_path / "again")
     derive("cityscapes", str(folder))

@@ -77,6 +77,7 @@ def test_what_pytorch_lacks_is_one_sentence(setting, arguments):
     assert re.fullmatch(r"elsa: .*PyTorch 2\.6 or later.*\n", done.stderr), done.stderr
 
 
+@pytest.mark.slow
 def test_the_installed_command_and_what_it_imports():
     """A command's module, and no framework before that asks for it."""
     scripts = '[project.scripts]\nelsa = "elsa_tools.__main__:main"\n\n'

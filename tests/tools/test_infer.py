@@ -71,6 +71,7 @@ def results(folder):
     return json.loads((folder / "results.json").read_text())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", DET)
 def test_detections_are_drawn_and_recorded(framework, weights, images, tmp_path):
     out = tmp_path / "out"
@@ -110,6 +111,7 @@ def test_both_frameworks_find_the_same(weights, images):
     assert np.abs(found[0].scores[:3] - found[1].scores[:3]).max() < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", SEG)
 def test_segmentations_are_drawn_and_recorded(framework, weights, images, tmp_path):
     out = tmp_path / "out"
@@ -142,6 +144,7 @@ def video(digits, tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_a_video_becomes_a_video(weights, video, tmp_path):
     out = tmp_path / "out"
     arguments = [str(video), "--config", SEG["mmseg"], "--weights", weights["segmentation"]]
@@ -159,6 +162,7 @@ def test_a_video_becomes_a_video(weights, video, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["digits.mp4", "results.json"]
 
 
+@pytest.mark.slow
 def test_broken_inputs_are_named_and_the_others_done(weights, images, tmp_path, capsys):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
@@ -183,6 +187,7 @@ def test_broken_inputs_are_named_and_the_others_done(weights, images, tmp_path, 
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["detectron2", "mmdet", "mmseg"])
 def test_an_odd_image_does_not_end_a_run(model, weights, images, tmp_path):
     folder, out = tmp_path / "in", tmp_path / "out"
@@ -220,6 +225,7 @@ def test_an_odd_image_does_not_end_a_run(model, weights, images, tmp_path):
         assert max(width, height) <= max(4000, *sizes.get(name, (96, 96)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["detectron2", "mmdet", "mmseg"])
 def test_large_images_take_bounded_memory(model, weights, images, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("elsa_tools.predict.inferencer.MOST_PAINTED", 800 * 600)

@@ -46,6 +46,7 @@ def outputs(path, image):
     return session.run(None, {"image": image.numpy()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes, always_shift",
     [
@@ -70,6 +71,7 @@ def test_the_backbone_is_the_same(changes, always_shift, tmp_path):
             assert np.abs(a - b.numpy()).max() <= TOLERANCE
 
 
+@pytest.mark.slow
 def test_some_outputs_only(tmp_path):
     backbone = randomised(ELSASwin(SMALL, out_indices=(1, 2)))
     path = str(tmp_path / "two.onnx")
@@ -80,6 +82,7 @@ def test_some_outputs_only(tmp_path):
     assert sides == ["batch", 24, "ceil(height/8)", "ceil(width/8)"]
 
 
+@pytest.mark.slow
 def test_a_variant_is_the_same(tmp_path, capsys, monkeypatch):
     """Small, but with the windows and kernels of the published variants."""
     changes = dict(kernel_size=7, window_size=7)
@@ -95,6 +98,7 @@ def test_a_variant_is_the_same(tmp_path, capsys, monkeypatch):
     assert {p.key: p.value for p in model.metadata_props}["input"] == "RGB, normalised"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("framework", SEG)
 def test_upernet_is_the_same(framework, tmp_path):
     torch.manual_seed(0)
@@ -128,6 +132,7 @@ def test_a_detector_gives_its_backbone(tmp_path):
         wrap(inferencer, "model")
 
 
+@pytest.mark.slow
 def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
     backbone = randomised(ELSASwin(SMALL))
     path = tmp_path / "wrong.onnx"
@@ -139,6 +144,7 @@ def test_a_wrong_graph_is_not_written(tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["wrong.onnx"]
 
 
+@pytest.mark.slow
 def test_the_comparison_sees_a_difference(tmp_path):
     path = str(tmp_path / "one.onnx")
     export(Backbone(randomised(ELSASwin(SMALL)), None), path, sizes=[(32, 32)])
@@ -153,6 +159,7 @@ class Pools(torch.nn.Module):
         return tuple(torch.nn.functional.adaptive_avg_pool2d(x, cells) for cells in self.cells)
 
 
+@pytest.mark.slow
 def test_adaptive_pooling(tmp_path):
     path = str(tmp_path / "pools.onnx")
     dynamic = torch.export.Dim.DYNAMIC

@@ -55,6 +55,7 @@ def pretrained(part, file):
     return [f"{part}.init_cfg.type=Pretrained", f"{part}.init_cfg.checkpoint={file}"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", MM)
 def test_openmmlab(files, refusal, digits, tmp_path, way):
     work = tmp_path / "work"
@@ -81,6 +82,7 @@ D2 = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backbone", ["ours", "stock"])
 @pytest.mark.parametrize("way", D2)
 def test_detectron2(files, digits, tmp_path, capfd, way, backbone):

@@ -64,6 +64,7 @@ def test_the_attack_is_a_real_one(tmp_path, monkeypatch):
     assert (tmp_path / attack_files.MARK).is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("zipped", [False, True], ids=["pickle", "zip"])
 @pytest.mark.parametrize("name", attack_files.EXHAUSTING)
 def test_nothing_is_exhausted(tmp_path, name, zipped):
@@ -123,6 +124,7 @@ def test_dicts_that_are_made_of_their_items_are_let_through(tmp_path):
     assert read_checkpoint(tmp_path / "a.pth") == {"a": 1}
 
 
+@pytest.mark.slow
 def test_the_order_of_a_large_data_set_is_let_through(tmp_path):
     order = list(range(1_300_000))
     assert read_checkpoint(save(tmp_path, order)) == order

@@ -42,6 +42,7 @@ def accounted(conversion, checkpoint):
     assert all(reason for _, reason in conversion.dropped + conversion.added)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["tiny", "small"])
 @every_kind
 def test_round_trips_of_published_models_are_exact(kind, variant):

@@ -262,6 +262,7 @@ def child(*arguments, **options):
     )
 
 
+@pytest.mark.slow
 def test_system_that_stops_the_writing(tmp_path, source):
     result = child(source, tmp_path / "a.pth", "--to", "mmdet", preexec_fn=limited)
     assert result.returncode == 2 and result.stderr.count("\n") == 1
@@ -285,6 +286,7 @@ def test_folder_that_only_looks_writable(tmp_path, source, capsys, monkeypatch):
     assert "Permission denied" in message
 
 
+@pytest.mark.slow
 def test_killed_while_writing(tmp_path):
     """The old file or the new one, never half."""
     arch = VARIANTS["tiny"]
@@ -316,6 +318,7 @@ def detector_of(arch, kind="mask_rcnn"):
     return detector(kind, arch, published_sizes(kind))
 
 
+@pytest.mark.slow
 def test_large_checkpoint_is_converted_in_little_memory(tmp_path):
     """A cascade of 110M parameters: at most 1.2 times its size beyond what torch takes.
 
@@ -384,6 +387,7 @@ def test_trusted_pickles(tmp_path, capsys):
     assert run(*arguments, "--trust-pickle") == 0
 
 
+@pytest.mark.slow
 def test_the_tool_has_help():
     result = child("--help")
     assert result.returncode == 0
