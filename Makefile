@@ -61,6 +61,9 @@ IN_extension = $(call pins,$(COMPILED_WITH)); cat setup.py $(filter-out %.md,$(w
 INSTALL = PIP_USER=0 $(VENV)/python -m pip --no-input --disable-pip-version-check install --no-deps \
 	--no-build-isolation --no-compile
 begin = @echo "Set-up, $(1)"
+# Shows how far pip is; what it says is in STEP.log, whose end is shown after a failure.
+watched = { $(1); } 2>&1 | $(VENV)/python tools/setup_env.py --watch $@.log --total $(2) || \
+	{ tail -n 20 $@.log >&2; exit 1; }
 # A process of the compiler needs 1.5 GB.
 COMPILE = PATH="$(CURDIR)/$(VENV):$$PATH" CXX="$${CXX:-$$(command -v c++ || command -v g++ || \
 	command -v clang++)}" MAX_JOBS="$${MAX_JOBS:-$$(awk '/^MemTotal/ {jobs = int($$2 / 1.5e6); \
@@ -103,14 +106,15 @@ $(SETUP)/packages:
 	$(call begin,1 of 6: packages)
 	$(call pins,$(COMPILED_WITH)) | sed '/^torch==/,/[^\\]$$/d' > $@.tools
 	again=$$(test ! -e $@.begun || echo --ignore-installed); touch $@.begun; \
-		$(INSTALL) $$again --require-hashes -r $@.tools && $(INSTALL) $$again --require-hashes -r $@.in
+		$(call watched,$(INSTALL) $$again --require-hashes -r $@.tools && \
+		$(INSTALL) $$again --require-hashes -r $@.in,$$(cat $@.tools $@.in | grep -c ==))
 	rm $@.begun; touch $@
 
 # A wheel of Python files that is tagged for Python 3.10 alone.
 $(SETUP)/detectron2:
 	$(call begin,2 of 6: Detectron2)
-	$(INSTALL) --require-hashes -r $@.in --only-binary=:all: --python-version 3.10 --upgrade \
-		--target "$$($(VENV)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")"
+	$(call watched,$(INSTALL) --require-hashes -r $@.in --only-binary=:all: --python-version 3.10 --upgrade \
+		--target "$$($(VENV)/python -c "import sysconfig; print(sysconfig.get_paths()['purelib'])")",1)
 	touch $@
 
 $(SETUP)/mmcv:
@@ -118,12 +122,12 @@ $(SETUP)/mmcv:
 	rm -rf $@.wheel
 	$(COMPILE) $(VENV)/python tools/build_mmcv.py --out $@.wheel \
 		$$($(call pins,onedl-mmcv) | tr -d '\\')
-	$(INSTALL) --force-reinstall $@.wheel/*.whl
+	$(call watched,$(INSTALL) --force-reinstall $@.wheel/*.whl,1)
 	touch $@
 
 $(SETUP)/project:
 	$(call begin,4 of 6: this project)
-	ELSA_BUILD_EXTENSION=0 $(INSTALL) -q -e .
+	$(call watched,ELSA_BUILD_EXTENSION=0 $(INSTALL) -e .,1)
 	touch $@
 
 # Not through pip, which starts from nothing each time: ninja compiles only what changed.

@@ -272,7 +272,8 @@ SEES_COMPILED = Step("its compiled part", "python -c 'import detectron2._C'")
 D2_OF_REGISTRY = Step(
     "Detectron2",
     "$INSTALL cloudpickle 'fvcore<0.1.6' hydra-core iopath matplotlib 'omegaconf<2.4' "
-    "opencv-python-headless packaging pycocotools tabulate tensorboard termcolor tqdm yacs && "
+    "opencv-python-headless packaging pycocotools safetensors tabulate tensorboard termcolor tqdm "
+    "yacs && "
     "pip install --no-deps --only-binary=:all: --python-version 3.10 --target $SITE "
     "sal-detectron2==0.7.2",
     counted=True,

@@ -62,6 +62,22 @@ def check_machine() -> None:
         raise SetupError(f"{ROOT} needs {DISK_GB} GB of disk space, {free:.1f} are free")
 
 
+def watch(log: str, total: int) -> None:
+    """Shows how many of ``total`` packages pip has, from what it says, which goes to a file."""
+    starts = ("Collecting ", "Ignoring ", "Processing ", "Requirement already ")
+    done, end = 0, "\r" if sys.stdout.isatty() else "\n"
+    with open(log, "w") as file:
+        for line in sys.stdin:
+            file.write(line)
+            file.flush()
+            counts = line.startswith(starts)
+            done += counts
+            if line.startswith("Installing ") or (counts and (end == "\r" or done % 50 == 0)):
+                what = "installing" if line.startswith("Installing ") else "downloading"
+                print(f"  {what}: {min(done, total)} of {total} packages   ", end=end, flush=True)
+    print(end="\n" if end == "\r" and done else "")
+
+
 def verify() -> None:
     """Imports every framework, and runs mmcv's and torchvision's compiled operators."""
     # Of an extension that does not load.
@@ -90,9 +106,14 @@ def verify() -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--verify", action="store_true", help="check what was made")
+    parser.add_argument("--watch", metavar="LOG", help="show how far pip is, keep what it says")
+    parser.add_argument("--total", type=int, default=1, help="packages that pip is to install")
+    options = parser.parse_args(arguments)
     try:
-        if parser.parse_args(arguments).verify:
+        if options.verify:
             verify()
+        elif options.watch:
+            watch(options.watch, options.total)
         else:
             check_python(sys.version_info, sys.executable)
             check_machine()
