@@ -1,6 +1,7 @@
 """tools/setup_env.py, the Makefile and .ci/run; nothing here is downloaded."""
 
 import importlib.metadata
+import io
 import os
 import re
 import shutil
@@ -119,6 +120,7 @@ PYTHON = """#!/bin/sh
 case "$*" in
     "-m venv"*) mkdir -p .venv/bin; cp "$0" .venv/bin/python; exit;;
     "-c import pip") exit;;
+    *--watch*) cat > "$3"; exit;;
     -c*) echo site-packages; exit;;
 esac
 echo "$*" >> log
@@ -192,6 +194,22 @@ def test_every_step_is_done_once(project):
         "sal-detectron2==1 \\\n    --hash=sha256:a \\\n    --hash=sha256:b\n"
     )
     assert project.setup() == ([], "")
+
+
+def test_progress_of_pip_is_shown_and_what_it_says_is_kept(tmp_path, monkeypatch, capsys):
+    said = [f"Collecting package{number}==1\n  Downloading it\n" for number in range(100)]
+    said += ["Ignoring package: markers\n", "Installing collected packages: all\n"]
+    monkeypatch.setattr(sys, "stdin", io.StringIO("".join(said)))
+    assert env.main(["--watch", str(tmp_path / "log"), "--total", "101"]) == 0
+    lines = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    steps = [f"downloading: {number} of 101 packages" for number in (50, 100)]
+    assert lines == [*steps, "installing: 101 of 101 packages"]
+    assert (tmp_path / "log").read_text() == "".join(said)
+
+
+def test_the_end_of_what_pip_says_is_shown_after_a_failure(project):
+    project.write("failing", "packages.in")
+    assert "the reason" in project.setup(status=2)[1]
 
 
 def test_failed_set_up_goes_on_where_it_stopped(project):
