@@ -1,8 +1,6 @@
 """A Detectron2 training that is killed goes on from its last whole checkpoint."""
 
-import errno
 import os
-import re
 import signal
 
 import pytest
@@ -11,7 +9,7 @@ import torch
 pytest.importorskip("detectron2")
 
 import killing_d2
-from killing import Trainings, check_alone, check_curve, check_kills, fork, statuses_of
+from killing import Trainings, check_alone, check_curve, check_full_disk, check_kills
 
 from elsa_d2 import AtomicCheckpointer
 
@@ -66,20 +64,12 @@ def test_two_trainings_in_one_folder(folder):
 
 def test_a_full_disk_ends_the_training_in_one_sentence(folder):
     trainings = Trainings(killing_d2.train, folder / "full")
-    output, log = trainings.folder / "out", trainings.folder / "log.txt"
-    assert trainings.kill(signal.SIGTERM, resume=False) == 143
-    iteration, last = last_iteration(output), (output / "last_checkpoint").read_text()
-    before = len(log.read_text())
-    size = (output / last).stat().st_size
-    process = fork(killing_d2.train_on_full_disk, str(trainings.folder), size * 3 // 4)
-    statuses = statuses_of([process])
-    text = log.read_text()[before:]
-    assert statuses == [1] and "Traceback" not in text, text[-3000:]
-    name, reason = r"out/model_(\d+)\.pth", os.strerror(errno.EFBIG)
-    sentence = rf"^train_net: the checkpoint {name} cannot be written: {reason}; "
-    (number,) = re.findall(sentence + f"--resume continues from out/{last}$", text, re.MULTILINE)
+    iteration, number = check_full_disk(
+        trainings,
+        killing_d2.train_on_full_disk,
+        last_iteration,
+        lambda output: (output / "last_checkpoint").read_text(),
+        r"^train_net: the checkpoint out/model_(\d+)\.pth cannot be written: {reason}; "
+        r"--resume continues from out/{last}$",
+    )
     assert int(number) > iteration - 1
-    assert last_iteration(output) == iteration and not list(output.rglob("*.part"))
-    done = len(trainings.losses())
-    assert trainings.kill(signal.SIGTERM) == 143
-    assert trainings.losses()[done][0] == iteration + 1

@@ -5,6 +5,7 @@ writes what it did into its folder: `losses.txt`, a line for each iteration, and
 comes before a file is opened or renamed, so that no test depends on how long anything takes.
 """
 
+import errno
 import functools
 import gc
 import multiprocessing
@@ -194,6 +195,34 @@ def check_alone(trainings, evaluate):
     assert trainings.kill(signal.SIGTERM) == STOPPED[signal.SIGTERM], trainings
     left = [path.name for path in folder.glob("out/.*")]
     assert not left, left
+
+
+def check_full_disk(trainings, train_on_full_disk, last_iteration, last_name, sentence):
+    """A disk that fills up while a checkpoint is written ends the training with status 1 and one
+    sentence, the previous checkpoint stays whole, and a resumed training continues from it.
+
+    Args:
+        train_on_full_disk: a function of (folder, bytes that fit).
+        last_iteration, last_name: functions of the output folder.
+        sentence: a pattern in the log, with {reason} and {last}.
+
+    Returns the iterations of the previous checkpoint, and what the sentence's group has found.
+    """
+    output, log = trainings.folder / "out", trainings.folder / "log.txt"
+    assert trainings.kill(signal.SIGTERM, resume=False) == STOPPED[signal.SIGTERM]
+    iteration, last = last_iteration(output), last_name(output)
+    before = len(log.read_text())
+    size = (output / last).stat().st_size
+    statuses = statuses_of([fork(train_on_full_disk, str(trainings.folder), size * 3 // 4)])
+    text = log.read_text()[before:]
+    assert statuses == [1] and "Traceback" not in text, text[-3000:]
+    pattern = sentence.format(reason=os.strerror(errno.EFBIG), last=last)
+    (found,) = re.findall(pattern, text, re.MULTILINE)
+    assert last_iteration(output) == iteration and not list(output.rglob("*.part"))
+    done = len(trainings.losses())
+    assert trainings.kill(signal.SIGTERM) == STOPPED[signal.SIGTERM]
+    assert trainings.losses()[done][0] == iteration + 1
+    return iteration, found
 
 
 def statuses_of_killed(process):

@@ -1,14 +1,21 @@
 """An OpenMMLab training that is killed goes on from its last whole checkpoint."""
 
-import errno
 import os
-import re
 import signal
 
 import killing_mm
 import pytest
 import torch
-from killing import Trainings, check_alone, check_curve, check_kills, fork, read_losses, statuses_of
+from killing import (
+    Trainings,
+    check_alone,
+    check_curve,
+    check_full_disk,
+    check_kills,
+    fork,
+    read_losses,
+    statuses_of,
+)
 
 from elsa_mm.checkpoint import find_last_checkpoint
 
@@ -78,21 +85,12 @@ def test_two_trainings_in_one_folder(folder):
 
 def test_a_full_disk_ends_the_training_in_one_sentence(folder):
     trainings = Trainings(killing_mm.train, folder / "full")
-    output, log = trainings.folder / "out", trainings.folder / "log.txt"
-    assert trainings.kill(signal.SIGTERM, resume=False) == 143
-    iteration, last = last_iteration(output), find_last_checkpoint(output).name
-    before = len(log.read_text())
-    size = (output / last).stat().st_size
-    process = fork(killing_mm.train_on_full_disk, str(trainings.folder), size * 3 // 4)
-    statuses = statuses_of([process])
-    text = log.read_text()[before:]
-    assert statuses == [1] and "Traceback" not in text, text[-3000:]
-    name, reason = r"/.*/out/iter_(\d+)\.pth", os.strerror(errno.EFBIG)
-    sentence = rf"^train: the checkpoint {name} cannot be written: {reason}; "
-    sentence += f"--resume continues from /.*/out/{last}$"
-    (number,) = re.findall(sentence, text, re.MULTILINE)
+    iteration, number = check_full_disk(
+        trainings,
+        killing_mm.train_on_full_disk,
+        last_iteration,
+        lambda output: find_last_checkpoint(output).name,
+        r"^train: the checkpoint /.*/out/iter_(\d+)\.pth cannot be written: {reason}; "
+        r"--resume continues from /.*/out/{last}$",
+    )
     assert int(number) > iteration
-    assert last_iteration(output) == iteration and not list(output.rglob("*.part"))
-    done = len(trainings.losses())
-    assert trainings.kill(signal.SIGTERM) == 143
-    assert trainings.losses()[done][0] == iteration + 1
