@@ -134,7 +134,7 @@ $(SETUP)/project:
 $(SETUP)/extension:
 	$(call begin,5 of 6: the extension)
 	$(COMPILE) $(VENV)/python -W ignore setup.py -q build_ext --inplace --force 2>&1 | \
-		sed -u 's/^\(\[[0-9]*.[0-9]*\]\).* -o \([^ ]*\).*/\1 \2/'
+		sed -u '/No CUDA runtime is found/d; s/^\(\[[0-9]*.[0-9]*\]\).* -o \([^ ]*\).*/\1 \2/'
 	touch $@
 
 $(SETUP)/verify: $(STEPS:%=$(SETUP)/%)

@@ -64,7 +64,7 @@ def check_machine() -> None:
 
 def watch(log: str, total: int) -> None:
     """Shows how many of ``total`` packages pip has, from what it says, which goes to a file."""
-    starts = ("Collecting ", "Ignoring ", "Processing ", "Requirement already ")
+    starts = ("Collecting ", "Ignoring ", "Obtaining ", "Processing ", "Requirement already ")
     done, end = 0, "\r" if sys.stdout.isatty() else "\n"
     with open(log, "w") as file:
         for line in sys.stdin:

@@ -5,6 +5,7 @@ import io
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections import namedtuple
@@ -89,6 +90,14 @@ def test_missing_compiler_is_named(monkeypatch, tmp_path):
         env.check_machine()
 
 
+@pytest.mark.parametrize("name", ["g++", "clang++"])
+def test_another_compiler_than_cxx_is_found(monkeypatch, tmp_path, name):
+    (tmp_path / name).symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    env.check_machine()
+
+
 def test_missing_venv_module_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "ensurepip", None)
     with pytest.raises(env.SetupError, match=r"virtual environments: install python3\.\d+-venv"):
@@ -124,9 +133,12 @@ case "$*" in
     -c*) echo site-packages; exit;;
 esac
 echo "$*" >> log
+case "$*" in *"$(cat endless 2>/dev/null || echo nothing)"*) touch begun; sleep 1000;; esac
 case "$*" in *"$(cat failing 2>/dev/null || echo nothing)"*) echo "the reason"; exit 3;; esac
 case "$*" in
-    *build_mmcv*) mkdir -p .venv/setup/mmcv.wheel; touch .venv/setup/mmcv.wheel/mmcv.whl;;
+    *build_mmcv*)
+        echo "$CXX" > compiler
+        mkdir -p .venv/setup/mmcv.wheel; touch .venv/setup/mmcv.wheel/mmcv.whl;;
     *build_ext*) touch elsa_core/_C.so;;
 esac
 """
@@ -162,17 +174,22 @@ class Project:
         (self.root / name).parent.mkdir(parents=True, exist_ok=True)
         (self.root / name).write_text(text)
 
-    def setup(self, status=0):
+    def start(self, **options):
+        command = ["make", "-C", self.root, "--no-print-directory", "setup", "PYTHON=./python"]
+        return subprocess.Popen(command, **options)
+
+    def setup(self, status=0, **options):
         """The steps that were run, and what was printed."""
         self.write("log", "")
-        command = ["make", "-C", self.root, "--no-print-directory", "setup", "PYTHON=./python"]
-        result = subprocess.run(command, text=True, capture_output=True)
-        assert (result.returncode != 0) == (status != 0), result.stderr
+        pipes = dict.fromkeys(("stdout", "stderr"), subprocess.PIPE)
+        process = self.start(text=True, **pipes, **options)
+        said = "".join(process.communicate())
+        assert (process.returncode != 0) == (status != 0), said
         self.log = (self.root / "log").read_text().splitlines()
         ran = []
         for line in self.log:
             ran.append([name for name, part in STEPS.items() if part in line][-1])
-        return ran, result.stdout + result.stderr
+        return ran, said
 
 
 @pytest.fixture
@@ -219,6 +236,30 @@ def test_failed_set_up_goes_on_where_it_stopped(project):
     assert "the reason" in said and "run the same command again: it goes on from that" in said
     project.write("failing", "nothing")
     assert project.setup()[0] == ["extension", "verify"]
+
+
+@pytest.mark.parametrize("step", ["packages", "mmcv"])
+def test_interrupt_leaves_no_process_and_the_next_set_up_repeats_the_step(project, step):
+    project.write("endless", STEPS[step])
+    process = project.start(start_new_session=True, stderr=subprocess.DEVNULL)
+    while not (project.root / "begun").exists():
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() != 0
+    # Every process that set-up has started holds its lock.
+    subprocess.run(["flock", "--wait", "100", project.root, "true"], check=True)
+    project.write("endless", "nothing")
+    assert step in project.setup()[0]
+
+
+def test_a_compiler_of_another_name_compiles(project):
+    tools = "awk bash cat cmp cp flock grep head ls make mkdir mv nproc rm sed sh tail touch"
+    for name in tools.split():
+        (project.root / "bin" / name).parent.mkdir(exist_ok=True)
+        (project.root / "bin" / name).symlink_to(shutil.which(name))
+    (project.root / "bin/clang++").symlink_to("/bin/true")
+    project.setup(env={"PATH": f"{project.root}/bin"})
+    assert (project.root / "compiler").read_text() == f"{project.root}/bin/clang++\n"
 
 
 def test_install_after_an_interrupted_one_trusts_nothing(project):
