@@ -133,7 +133,7 @@ case "$*" in
     -c*) echo site-packages; exit;;
 esac
 echo "$*" >> log
-case "$*" in *"$(cat endless 2>/dev/null || echo nothing)"*) touch begun; sleep 1000;; esac
+case "$*" in *"$(cat endless 2>/dev/null || echo nothing)"*) touch begun; exec sleep 1000;; esac
 case "$*" in *"$(cat failing 2>/dev/null || echo nothing)"*) echo "the reason"; exit 3;; esac
 case "$*" in
     *build_mmcv*)
@@ -246,7 +246,7 @@ def test_interrupt_leaves_no_process_and_the_next_set_up_repeats_the_step(projec
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
     assert process.wait() != 0
-    # Every process that set-up has started holds its lock.
+    # Every process that set-up has started holds its lock: when it is free, all have ended.
     subprocess.run(["flock", "--wait", "100", project.root, "true"], check=True)
     project.write("endless", "nothing")
     assert step in project.setup()[0]
