@@ -5,35 +5,23 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 pytest.importorskip("detectron2", reason="Detectron2 is not installed")
 pytest.importorskip("mmdet", reason="MMDetection is not installed")
 
+from digit_models import DET, DIGITS, SEG, untrained
+
 import elsa_tools.predict.cli
 from elsa_core.runtime.errors import UsageError
-from elsa_tools.predict import Detections, Segmentation, load_inferencer
+from elsa_tools.predict import Detections, Segmentation
 from elsa_tools.predict.inputs import read_image
-
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-DET = {
-    "detectron2": str(CONFIGS / "detectron2/digits/mask_rcnn_elsa_swin_digits.yaml"),
-    "mmdet": str(CONFIGS / "mmdet/digits/mask-rcnn_elsa-swin_fpn_digits.py"),
-}
-UPERNET = str(CONFIGS / "mmseg/digits/elsa-swin_upernet_digits.py")
 
 
 @pytest.fixture(scope="module", params=DET)
 def inferencer(request):
-    """With scores far enough from 1 / 11 that some pass a threshold."""
-    torch.manual_seed(3)
-    inferencer = load_inferencer(DET[request.param], None, device="cpu")
-    for name, parameter in inferencer.model.named_parameters():
-        if name.endswith(("fc_cls.weight", "cls_score.weight")):
-            torch.nn.init.normal_(parameter, std=0.3)
-    return inferencer
+    return untrained(DET[request.param])
 
 
 @pytest.fixture
@@ -77,7 +65,7 @@ def test_demo_writes_coco_results(inferencer, path, digits, tmp_path, monkeypatc
     for annotation in content["annotations"]:
         annotation["category_id"] = 90 - annotation["category_id"]
     (tmp_path / "annotations.json").write_text(json.dumps(content))
-    inferencer.classes = [str(digit) for digit in range(10)]
+    inferencer.classes = DIGITS
     monkeypatch.setattr("elsa_tools.predict.load.load_inferencer", lambda *_, **__: inferencer)
     best = inferencer.predict(read_image(str(path))).above(0)
     threshold = (best.scores[4] + best.scores[5]) / 2
@@ -149,7 +137,7 @@ def test_sahi_refuses_what_it_cannot_use():
 
     with pytest.raises(UsageError, match="INPUT.MIN_SIZE_TEST 800, got image_size=512"):
         ElsaDetectionModel(DET["detectron2"], None, image_size=512)
-    segmentor = load_inferencer(UPERNET, None, device="cpu")
+    segmentor = untrained(SEG["mmseg"])
     with pytest.raises(UsageError, match="SAHI needs a detector, got a model for segmentation"):
         ElsaDetectionModel("", None, model=segmentor, device="cpu")
 

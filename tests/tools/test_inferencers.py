@@ -1,12 +1,11 @@
 """The frameworks' own predictors with our configs: what their users call directly."""
 
-from pathlib import Path
-
 import cv2
 import numpy as np
 import pytest
 import torch
 from detectron2.engine import DefaultPredictor
+from digit_models import DET, DIGITS, SEG, save_untrained
 from mmdet.apis import DetInferencer, inference_detector, init_detector
 from mmengine.registry import DefaultScope
 from mmseg.apis import MMSegInferencer
@@ -16,10 +15,8 @@ import elsa_d2
 from elsa_tools.predict import Detections, load_inferencer
 from elsa_tools.predict.inputs import read_image
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-MMDET = str(CONFIGS / "mmdet/digits/mask-rcnn_elsa-swin_fpn_digits.py")
-MMSEG = str(CONFIGS / "mmseg/digits/elsa-swin_upernet_digits.py")
-D2 = str(CONFIGS / "detectron2/digits/mask_rcnn_elsa_swin_digits.yaml")
+D2, MMDET = DET["detectron2"], DET["mmdet"]
+MMSEG = SEG["mmseg"]
 
 
 @pytest.fixture(scope="module")
@@ -27,27 +24,14 @@ def image(digits):
     return str(sorted((digits / "images/validation").glob("*.jpg"))[0])
 
 
-def make(config, path, names):
-    torch.manual_seed(5)
-    model = load_inferencer(config, None, device="cpu").model
-    for name, parameter in model.named_parameters():
-        if name.endswith(("fc_cls.weight", "conv_seg.weight")):
-            torch.nn.init.normal_(parameter, std=0.3)
-    meta = {"dataset_meta": {"classes": names}}
-    torch.save({"meta": meta, "state_dict": model.state_dict()}, path)
-    return str(path)
-
-
 @pytest.fixture(scope="module")
 def detector(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "detector.pth"
-    return make(MMDET, path, [str(digit) for digit in range(10)])
+    return save_untrained(MMDET, tmp_path_factory.mktemp("weights") / "detector.pth")
 
 
 @pytest.fixture(scope="module")
 def segmentor(tmp_path_factory):
-    path = tmp_path_factory.mktemp("weights") / "segmentor.pth"
-    return make(MMSEG, path, ["background", *(str(digit) for digit in range(10))])
+    return save_untrained(MMSEG, tmp_path_factory.mktemp("weights") / "segmentor.pth")
 
 
 def test_det_inferencer_finds_what_the_test_pipeline_finds(detector, image):
@@ -66,7 +50,7 @@ def test_inference_detector_finds_what_the_test_pipeline_finds(detector, image):
     with DefaultScope.overwrite_default_scope("mmdet"):
         model = init_detector(MMDET, detector, device="cpu")
         found = inference_detector(model, image).pred_instances
-    assert model.dataset_meta["classes"] == [str(digit) for digit in range(10)]
+    assert model.dataset_meta["classes"] == DIGITS
     assert np.allclose(found.scores, ours.scores, atol=1e-5)
     assert np.allclose(found.bboxes, ours.boxes, atol=1e-3)
 
@@ -75,7 +59,7 @@ def test_mmseg_inferencer_finds_what_the_test_pipeline_finds(segmentor, image):
     ours = load_inferencer(MMSEG, segmentor, device="cpu").predict(cv2.imread(image))
     with DefaultScope.overwrite_default_scope("mmseg"):
         inferencer = MMSegInferencer(
-            MMSEG, segmentor, device="cpu", classes=["background", *"0123456789"],
+            MMSEG, segmentor, device="cpu", classes=["background", *DIGITS],
             palette=[[index * 20] * 3 for index in range(11)],
         )  # fmt: skip
         found = inferencer(image, show=False)["predictions"]
@@ -103,8 +87,8 @@ def test_default_predictor_reads_blue_first_as_its_users_expect(detector, image,
 
 
 def test_predictor_takes_weights_of_openmmlab(segmentor, image):
-    config = str(CONFIGS / "detectron2/digits/upernet_elsa_swin_digits.yaml")
-    cfg = elsa_d2.load_config(config, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", segmentor])
+    overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", segmentor]
+    cfg = elsa_d2.load_config(SEG["detectron2"], overrides)
     predictor = elsa_d2.Predictor(cfg)
     assert predictor.cfg.MODEL.WEIGHTS == segmentor
     found = predictor(read_image(image))["sem_seg"].argmax(0).numpy()

@@ -1,12 +1,12 @@
 """ONNX files compared with PyTorch: the backbone and UPerNet of both frameworks, at any size."""
 
-from pathlib import Path
-
 import numpy as np
 import onnx
 import onnxruntime
 import pytest
 import torch
+from digit_models import DET, SEG
+from weights_models import TINY
 
 from elsa_core import ELSASwin
 from elsa_core.runtime.errors import UsageError
@@ -17,20 +17,7 @@ from elsa_tools.export.cli import main
 from elsa_tools.export.onnx import SIZES, TOLERANCE, Backbone, compare, export, wrap
 from elsa_tools.predict import load_inferencer
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs"
-SEG = {
-    "detectron2": str(CONFIGS / "detectron2/digits/upernet_elsa_swin_digits.yaml"),
-    "mmseg": str(CONFIGS / "mmseg/digits/elsa-swin_upernet_digits.py"),
-}
-DET = str(CONFIGS / "mmdet/digits/mask-rcnn_elsa-swin_fpn_digits.py")
-SMALL = dict(
-    embed_dim=12,
-    depths=[1, 1, 1, 2],
-    num_heads=[1, 2, 3, 4],
-    group_width=4,
-    kernel_size=3,
-    window_size=3,
-)
+SMALL = vars(TINY)
 
 
 def randomised(backbone, seed=0):
@@ -125,7 +112,7 @@ def test_upernet_is_the_same(framework, tmp_path):
 
 
 def test_a_detector_gives_its_backbone(tmp_path):
-    inferencer = load_inferencer(DET, None, device="cpu")
+    inferencer = load_inferencer(DET["mmdet"], None, device="cpu")
     module = wrap(inferencer, "auto")
     assert type(module) is Backbone and module.names == ["res2", "res3", "res4", "res5"]
     with pytest.raises(UsageError, match="UPerNet alone"):
