@@ -94,6 +94,14 @@ def renamed(what, new):
     return change
 
 
+def all_renamed(new):
+    def change(coco):
+        for what in ("images", "categories", "annotations"):
+            renamed(what, new)(coco)
+
+    return change
+
+
 def masks(compressed):
     def change(coco):
         sizes = {image["id"]: (image["width"], image["height"]) for image in coco["images"]}
@@ -162,17 +170,9 @@ def twice(coco):
 KINDS = {
     "plain": lambda coco: None,
     "annotation ids from 0": renamed("annotations", lambda i: i - 1),
-    "all ids from 0": lambda coco: [
-        renamed(what, lambda i: i - 1)(coco) for what in ("images", "categories", "annotations")
-    ],
-    "ids with gaps": lambda coco: [
-        renamed(what, lambda i: i * i * 10**9 + 5)(coco)
-        for what in ("images", "categories", "annotations")
-    ],
-    "ids of text": lambda coco: [
-        renamed(what, lambda i: f"id {9 - i}")(coco)
-        for what in ("images", "categories", "annotations")
-    ],
+    "all ids from 0": all_renamed(lambda i: i - 1),
+    "ids with gaps": all_renamed(lambda i: i * i * 10**9 + 5),
+    "ids of text": all_renamed(lambda i: f"id {9 - i}"),
     "categories backwards": lambda coco: coco["categories"].reverse(),
     "an unused category": lambda coco: coco["categories"].insert(1, {"id": 0, "name": "none"}),
     "crowds": crowds,
@@ -237,12 +237,9 @@ def mask_of(segmentation, height, width):
 def write(folder: Path, coco, encoding="utf-8"):
     """The file, and an empty file for each image."""
     for image in coco["images"]:
-        if (
-            isinstance(image, dict)
-            and image.get("file_name")
-            and isinstance(image["file_name"], str)
-        ):
-            path = folder / "images" / image["file_name"]
+        name = image.get("file_name") if isinstance(image, dict) else None
+        if name and isinstance(name, str):
+            path = folder / "images" / name
             path.parent.mkdir(parents=True, exist_ok=True)
             path.touch()
     file = folder / "annotations.json"
