@@ -60,18 +60,39 @@ def _pickles(content: bytes) -> list[bytes]:
     return [*parts, content[file.tell() :]]
 
 
+def with_pickle(path: Path, content: bytes) -> None:
+    """An archive of torch.save with another pickle."""
+    _write_zip(path, [(n, content if n.endswith("data.pkl") else data) for n, data in _zip()])
+
+
+def _with_part(path: Path, part: int, content: bytes) -> None:
+    """A file from before PyTorch 1.6 with another pickle in one of its five places."""
+    parts = _pickles(_legacy())
+    parts[part] = content
+    path.write_bytes(b"".join(parts))
+
+
+def _with_record(path: Path, name: str) -> None:
+    """An archive with another record in front."""
+    entries = [(n.partition("/")[2], data) for n, data in _zip()]
+    _write_zip(path, [(name, EVIL), *((f"archive/{n}", data) for n, data in entries)])
+
+
+def _pickle_in_a_zip(value: object) -> bytes:
+    ((_, content),) = [e for e in _zip(value) if e[0].endswith("data.pkl")]
+    return content
+
+
 def plain(path: Path) -> None:
     path.write_bytes(EVIL)
 
 
 def in_a_zip(path: Path) -> None:
-    _write_zip(path, [(n, EVIL if n.endswith("data.pkl") else data) for n, data in _zip()])
+    with_pickle(path, EVIL)
 
 
 def in_a_legacy_file(path: Path) -> None:
-    parts = _pickles(_legacy())
-    parts[3] = EVIL
-    path.write_bytes(b"".join(parts))
+    _with_part(path, 3, EVIL)
 
 
 def as_safetensors(path: Path) -> None:
@@ -81,20 +102,16 @@ def as_safetensors(path: Path) -> None:
 
 def doubled_entry(path: Path) -> None:
     """`zipfile` reads the last of two entries, PyTorch the first."""
-    entries = [(n.partition("/")[2], data) for n, data in _zip()]
-    _write_zip(path, [("archive/data.pkl", EVIL), *((f"archive/{n}", data) for n, data in entries)])
+    _with_record(path, "archive/data.pkl")
 
 
 def entry_of_other_case(path: Path) -> None:
     """PyTorch finds entries without regard to case."""
-    entries = [(n.partition("/")[2], data) for n, data in _zip()]
-    _write_zip(path, [("archive/DATA.pkl", EVIL), *((f"archive/{n}", data) for n, data in entries)])
+    _with_record(path, "archive/DATA.pkl")
 
 
 def fifth_pickle(path: Path) -> None:
-    parts = _pickles(_legacy())
-    parts[4] = EVIL
-    path.write_bytes(b"".join(parts))
+    _with_part(path, 4, EVIL)
 
 
 def tar_and_legacy(path: Path) -> None:
@@ -122,11 +139,6 @@ EXECUTING: dict[str, Callable[[Path], None]] = {
 }
 
 
-def with_pickle(path: Path, content: bytes) -> None:
-    """An archive of torch.save with another pickle."""
-    _write_zip(path, [(n, content if n.endswith("data.pkl") else data) for n, data in _zip()])
-
-
 _TWICE = b"q\x00h\x00\x86"
 # Floats of one hash, as places of the memo, and 30,000 tuples of them.
 _FLOATS = b"".join(
@@ -140,47 +152,33 @@ _LARGE = b"(" + b"K\x01" * 9 + b"tq\x28(" + b"h\x28" * 9 + b"tq\x29(" + b"h\x29"
 _LARGE_KEYS = b"".join(b"h\x2ah%ch%c\x86\x86N" % (n % 33, n // 33) for n in range(900))
 _TEXT = b"X" + struct.pack("<I", 2**23) + b"a" * 2**23
 _EQUAL = "may have to be compared"
+_COUNTED = "each reference counted"
 
 # What a pickle can ask for: [its content between protocol and end, words of the refusal].
 EXHAUSTING: dict[str, tuple[bytes, str]] = {
     "memo index": (b"}r" + struct.pack("<I", 10**9), "1000000000 places of memory"),
-    "key of 2^60 parts": (b"})" + _TWICE * 60 + b"K\x01s", "each reference counted"),
-    "set of 2^60 parts": (
-        b"cbuiltins\nset\n(])" + _TWICE * 60 + b"atR",
-        "each reference counted",
-    ),
-    "frozenset of 2^60 parts": (
-        b"cbuiltins\nfrozenset\n])" + _TWICE * 60 + b"a\x85R",
-        "each reference counted",
-    ),
-    "dtype of 2^40 parts": (
-        b"cnumpy\ndtype\n)" + _TWICE * 40 + b"\x85R",
-        "each reference counted",
-    ),
+    "key of 2^60 parts": (b"})" + _TWICE * 60 + b"K\x01s", _COUNTED),
+    "set of 2^60 parts": (b"cbuiltins\nset\n(])" + _TWICE * 60 + b"atR", _COUNTED),
+    "frozenset of 2^60 parts": (b"cbuiltins\nfrozenset\n])" + _TWICE * 60 + b"a\x85R", _COUNTED),
+    "dtype of 2^40 parts": (b"cnumpy\ndtype\n)" + _TWICE * 40 + b"\x85R", _COUNTED),
     "key of a storage of 2^40 parts": (
         b"(X\x07\x00\x00\x00storagectorch\nFloatStorage\n)"
         + _TWICE * 40
         + b"X\x03\x00\x00\x00cpuK\x01tQ",
-        "each reference counted",
+        _COUNTED,
     ),
     "key of 500,000 tuples": (b"})" + b"\x85" * 500_000 + b"K\x01s", "more than 100 deep"),
     "200,000 lists": (b"]" * 200_000 + b"a" * 199_999, "more than 100 deep"),
     "a list in itself": (b"]q\x00h\x00a", "holds itself"),
     "a list changed after its use": (b"]q\x00]h\x00ah\x00]a", "changed after its use"),
-    "an integer of 255 bytes": (
-        b"\x8a\xff" + b"\x01" * 255,
-        "an integer of 255 bytes",
-    ),
+    "an integer of 255 bytes": (b"\x8a\xff" + b"\x01" * 255, "an integer of 255 bytes"),
     "a shape of large integers": (
         b"cnumpy.core.multiarray\n_reconstruct\n)R"
         + b"(K\x01(" + b"\x8a\x20" + b"\x01" * 32 + b"K\x02tcnumpy\ndtype\n(X\x02\x00\x00\x00f4tR"
         + b"\x89X\x04\x00\x00\x00\x00\x00\x00\x00tb",
         "below 2^63",
     ),
-    "a set of equal hashes": (
-        _FLOATS + b"cbuiltins\nset\n](" + _COLLIDING + b"e\x85R",
-        _EQUAL,
-    ),
+    "a set of equal hashes": (_FLOATS + b"cbuiltins\nset\n](" + _COLLIDING + b"e\x85R", _EQUAL),
     "a frozenset by NEWOBJ": (
         _FLOATS + b"cbuiltins\nfrozenset\n](" + _COLLIDING + b"e\x85\x81",
         _EQUAL,
@@ -321,7 +319,7 @@ def two_sizes(path: Path) -> None:
 def two_types(path: Path) -> None:
     """PyTorch takes the first one, or gives the second tensor memory as it finds it."""
     tensors = [torch.zeros(4), torch.zeros(4, dtype=torch.int32)]
-    ((_, content),) = [e for e in _zip(tensors) if e[0].endswith("data.pkl")]
+    content = _pickle_in_a_zip(tensors)
     with_pickle(path, content.replace(b"X\1\0\0\0001", b"X\1\0\0\0000"))
 
 
@@ -335,9 +333,7 @@ def storage_in_a_storage(path: Path) -> None:
 
 def other_version(path: Path) -> None:
     """PyTorch writes whatever stands there into its message."""
-    parts = _pickles(_legacy())
-    parts[1] = pickle.dumps([1001], 2)
-    path.write_bytes(b"".join(parts))
+    _with_part(path, 1, pickle.dumps([1001], 2))
 
 
 def _framed(content: bytes, end: int) -> Callable[[Path], None]:
@@ -365,7 +361,7 @@ def _beyond(old: bytes, new: bytes) -> Callable[[Path], None]:
     """Changes a tensor of four elements: its offset, size and stride begin as K 0, K 4, K 1."""
 
     def write(path: Path) -> None:
-        ((_, content),) = [e for e in _zip(torch.zeros(4)) if e[0].endswith("data.pkl")]
+        content = _pickle_in_a_zip(torch.zeros(4))
         assert old in content
         with_pickle(path, content.replace(old, new))
 
