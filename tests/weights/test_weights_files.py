@@ -5,7 +5,6 @@ import json
 import os
 import resource
 import signal
-import stat
 import subprocess
 import sys
 import time
@@ -16,7 +15,6 @@ import pytest
 import torch
 from weights_models import (
     CLASSES,
-    KINDS,
     classification,
     detector,
     original,
@@ -194,11 +192,6 @@ def test_damage_is_one_sentence(tmp_path, capsys, checkpoint, to, reason):
     assert reason in message and str(path) in message
 
 
-def test_truncated_source(tmp_path, source, capsys):
-    source.write_bytes(source.read_bytes()[:-1000])
-    assert "cut off" in refused(capsys, tmp_path, source, tmp_path / "a.pth", "--to", "mmdet")
-
-
 def test_interrupted(tmp_path, source, capsys, monkeypatch):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
@@ -360,15 +353,6 @@ def test_progress_is_shown_on_terminals_only(tmp_path, source, capsys, monkeypat
     err = capsys.readouterr().err
     for step in ("reading", "hashing", "writing"):
         assert f"\r{step}:" in err
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_permissions_of_new_files_are_the_usual_ones(tmp_path, kind):
-    path = save(tmp_path, original(kind))
-    convert_file(path, tmp_path / "a.pth", "original")
-    (tmp_path / "touched").touch()
-    mode = stat.S_IMODE((tmp_path / "a.pth").stat().st_mode)
-    assert mode == stat.S_IMODE((tmp_path / "touched").stat().st_mode)
 
 
 def test_options_that_need_verify(tmp_path, source, capsys):
