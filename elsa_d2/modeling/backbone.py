@@ -17,10 +17,10 @@ from elsa_d2.config import elsa_swin_arch
 
 
 class ELSASwin(elsa_core.ELSASwin, Backbone):
-    """`elsa_core.ELSASwin` with named outputs; parameters and their names are the same.
+    """`elsa_core.ELSASwin` with named outputs and the same parameter names.
 
-    Maps an image [B, in_chans, H, W] of any size to a dict of [B, C_i, H_i, W_i]: stage i is called
-    "res{i+2}" and has the stride 2**(i+2).
+    Maps images [B, in_chans, H, W] of any size to a dict of maps [B, C_i, H_i, W_i]. Stage i is named
+    "res{i+2}" and has stride 2**(i+2).
 
     Args:
         arch: as in `elsa_core.ELSASwin`.
@@ -52,9 +52,9 @@ class ELSASwin(elsa_core.ELSASwin, Backbone):
         self._out_feature_strides = {names[i]: 2 ** (i + 2) for i in stages}
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        """Maps [B, C_i, H_i, W_i] of an image [B, 3, H, W], contiguous in this order.
+        """Returns the feature maps [B, C_i, H_i, W_i], contiguous, of images [B, in_chans, H, W].
 
-        As in OpenMMLab, so that what follows rounds in the same way there and here.
+        OpenMMLab's adapter returns contiguous maps, too: heads then round alike in both frameworks.
         """
         maps = (feature.contiguous() for feature in super().forward(x))
         return dict(zip(self._out_features, maps, strict=True))
@@ -62,7 +62,7 @@ class ELSASwin(elsa_core.ELSASwin, Backbone):
 
 @BACKBONE_REGISTRY.register()
 def build_elsa_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ELSASwin:
-    """ELSA-Swin from MODEL.ELSA_SWIN."""
+    """Builds the backbone that MODEL.ELSA_SWIN describes."""
     node = cfg.MODEL.ELSA_SWIN
     return ELSASwin(
         elsa_swin_arch(cfg),
@@ -79,9 +79,10 @@ def build_elsa_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ELSASwin:
 
 @BACKBONE_REGISTRY.register()
 def build_elsa_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
-    """ELSA-Swin under MODEL.FPN, with one level more by max pooling: "p2".."p6" for four stages.
+    """Builds the backbone under MODEL.FPN, which adds a level by max pooling ("p2".."p6").
 
-    Raises ValueError for MODEL.FPN.IN_FEATURES that are not consecutive outputs of the backbone.
+    Raises:
+        ValueError: if MODEL.FPN.IN_FEATURES are not consecutive outputs of the backbone.
     """
     bottom_up = build_elsa_swin_backbone(cfg, input_shape)
     wanted, available = list(cfg.MODEL.FPN.IN_FEATURES), list(bottom_up.output_shape())

@@ -1,7 +1,7 @@
-"""Anchors and boxes with MMDetection's arithmetic: the same weights give the same bits.
+"""Anchors and boxes in MMDetection's arithmetic, equal to the last bit.
 
-In the last bits alone Detectron2's differ, but a suppression keeps another box where an overlap is
-rounded to the other side of its threshold: of a trained model, about one image in 20.
+Detectron2's differ in the last bits only. But where an IoU rounds to the other side of the
+threshold, NMS keeps another box: in about one image in 20 of a trained model.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 @ANCHOR_GENERATOR_REGISTRY.register()
 class MMDetAnchorGenerator(DefaultAnchorGenerator):
-    """DefaultAnchorGenerator, in the same order, that computes in float32 as MMDetection does."""
+    """DefaultAnchorGenerator, in its order, that computes in float32 as MMDetection does."""
 
     def _calculate_anchors(
         self, sizes: Sequence[Sequence[float]], aspect_ratios: Sequence[Sequence[float]]
@@ -36,10 +36,10 @@ class MMDetAnchorGenerator(DefaultAnchorGenerator):
 
 
 class MMDetBoxTransform(Box2BoxTransform):
-    """Box2BoxTransform that limits the logarithm of shrinking as it does that of growing."""
+    """Box2BoxTransform that clamps log sizes from below as well as from above."""
 
     def apply_deltas(self, deltas: Tensor, boxes: Tensor) -> Tensor:
-        """Boxes [N, 4] moved by deltas [N, k*4], as [N, k*4] in pixels."""
+        """Applies deltas [N, k*4] to boxes [N, 4]; returns boxes [N, k*4], in pixels."""
         deltas = deltas.float()
         scaled = deltas.unflatten(1, (-1, 4)) * deltas.new_tensor([1 / w for w in self.weights])
         shift, growth = scaled.split(2, dim=2)

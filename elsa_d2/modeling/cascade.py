@@ -1,7 +1,7 @@
-"""Cascade Mask R-CNN's heads as the published ELSA-Swin models have them.
+"""The heads of the published Cascade Mask R-CNN models with ELSA-Swin.
 
-Cascade R-CNN (arXiv 1712.00726) in the form that Swin's detectors made common: boxes are regressed
-for each class, each stage has a mask head, and losses are on decoded boxes.
+Cascade R-CNN (arXiv 1712.00726) as Swin's detectors use it: class-specific box regression, a mask
+head for each stage, and losses on decoded boxes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Predictions = tuple[Tensor, Tensor]
 
 
 class TolerantOutputLayers(Float32OutputLayers):
-    """Float32OutputLayers whose box loss is NaN for deltas with NaN, which fvcore's asserts on."""
+    """Float32OutputLayers whose box loss is NaN for deltas with NaN; fvcore's would assert."""
 
     def losses(self, predictions: Predictions, proposals: list[Instances]) -> dict[str, Tensor]:
         logits, deltas = predictions
@@ -43,10 +43,10 @@ class TolerantOutputLayers(Float32OutputLayers):
 
 
 class StageMaskHeads(nn.ModuleList):
-    """A mask head for each stage; called as one, at test time, they average their masks."""
+    """A mask head for each stage; at test time, one module that averages their masks."""
 
     def forward(self, x: Tensor, instances: list[Instances]) -> list[Instances]:
-        """Sets ``pred_masks`` (R_i, 1, M, M), probabilities, of instances with features x."""
+        """Sets ``pred_masks`` [R_i, 1, M, M], probabilities, from features x [R, C, h, w]."""
         stages = []
         for head in self:
             head(x, instances)
@@ -58,11 +58,11 @@ class StageMaskHeads(nn.ModuleList):
 
 @ROI_HEADS_REGISTRY.register()
 class ClassSpecificCascadeROIHeads(Float32Pooling, CascadeROIHeads):
-    """CascadeROIHeads with a box regression for each class and a mask head for each stage.
+    """CascadeROIHeads with class-specific box regression and a mask head for each stage.
 
-    What else differs from Detectron2's: each stage samples its boxes anew, ground truth included,
-    and weighs its losses (ROI_BOX_CASCADE_HEAD.LOSS_WEIGHTS) instead of scaling gradients; at test
-    time the stages' class logits are averaged, not their probabilities.
+    Other differences from Detectron2's: each stage samples its boxes again, with the ground truth,
+    and weights its losses (ROI_BOX_CASCADE_HEAD.LOSS_WEIGHTS) instead of scaling gradients. At test
+    time the class logits of the stages are averaged, not their probabilities.
     """
 
     @configurable
@@ -127,7 +127,7 @@ class ClassSpecificCascadeROIHeads(Float32Pooling, CascadeROIHeads):
         proposals: list[Instances],
         targets: Any = None,
     ) -> tuple[list[Instances], dict[str, Tensor]]:
-        """As `ROIHeads.forward`; the losses are called loss_{cls,box_reg,mask}_stage{k}."""
+        """As `ROIHeads.forward`; names the losses loss_{cls,box_reg,mask}_stage{k}."""
         if not self.training:
             return super().forward(images, features, proposals)
         losses: dict[str, Tensor] = {}
@@ -145,7 +145,7 @@ class ClassSpecificCascadeROIHeads(Float32Pooling, CascadeROIHeads):
     def _forward_box(
         self, features: Features, proposals: list[Instances], targets: None = None
     ) -> list[Instances]:
-        """Detections of the last stage, scored by the mean logits of all; at test time only."""
+        """Returns the detections of the last stage, scored by the mean logits of all stages."""
         *earlier, last = range(self.num_cascade_stages)
         logits = []
         for stage in earlier:
@@ -158,7 +158,7 @@ class ClassSpecificCascadeROIHeads(Float32Pooling, CascadeROIHeads):
         return detections
 
     def _run_stage(self, features: Features, proposals: list[Instances], stage: int) -> Predictions:
-        """Class logits [R, K+1] and box deltas [R, K*4] of all images' proposals."""
+        """Returns class logits [R, K+1] and box deltas [R, K*4] of the proposals of all images."""
         maps = [features[name] for name in self.box_in_features]
         pooled = self.box_pooler(maps, [item.proposal_boxes for item in proposals])
         return self.box_predictor[stage](self.box_head[stage](pooled))
@@ -176,7 +176,7 @@ class ClassSpecificCascadeROIHeads(Float32Pooling, CascadeROIHeads):
     def _sample(
         self, stage: int, proposals: list[Instances], targets: list[Instances]
     ) -> list[Instances]:
-        """`label_and_sample_proposals` with the stage's matcher; says which boxes are targets."""
+        """`label_and_sample_proposals` with the matcher of the stage; marks ground-truth boxes."""
         flagged = []
         for items, value in ((proposals, 0), (targets, 1)):
             copies = [Instances(item.image_size, **item.get_fields()) for item in items]
@@ -195,15 +195,15 @@ class ClassSpecificCascadeROIHeads(Float32Pooling, CascadeROIHeads):
     def _refine(
         self, stage: int, predictions: Predictions, proposals: list[Instances]
     ) -> list[Instances]:
-        """Proposals for the next stage: boxes moved by the regression of their class.
+        """Returns the proposals of the next stage: boxes regressed for their class.
 
-        That is the most likely one that is not the background or, in training, the class of the
-        target that a box matches. Boxes that are targets themselves are left out.
+        The class is the most likely foreground class or, in training, that of the matched target.
+        In training, ground-truth boxes are dropped.
         """
         logits, deltas = predictions
         classes = logits[:, :-1].argmax(1)
         if self.training:
-            deltas = _zeros_for_nan(deltas)  # Boxes asserts on NaN, which the losses show
+            deltas = _zeros_for_nan(deltas)  # the losses show NaN, Boxes would fail on it
             known = torch.cat([item.gt_classes for item in proposals])
             classes = torch.where(known == self.num_classes, classes, known)
         rows = torch.arange(len(deltas), device=deltas.device)
@@ -216,18 +216,18 @@ class ClassSpecificCascadeROIHeads(Float32Pooling, CascadeROIHeads):
                 moved = moved[~item.is_target]
             new = Instances(item.image_size, proposal_boxes=Boxes(moved))
             new.proposal_boxes.clip(item.image_size)
-            # Sampling with the ground truth wants this field; its value has no effect.
+            # Sampling with the ground truth needs this field and ignores its value.
             new.objectness_logits = moved.new_zeros(len(moved))
             refined.append(new)
         return refined
 
 
 def _zeros_for_nan(deltas: Tensor) -> Tensor:
-    """Infinity counts as NaN."""
+    """Replaces NaN and infinity by 0."""
     return deltas.nan_to_num(0, 0, 0)
 
 
 def _matcher(cfg: CfgNode, iou: float) -> Matcher | ProposalMatcher:
-    """Of a stage, whose proposals are positive from an IoU on."""
+    """The matcher of a stage whose proposals are positive from this IoU on."""
     matcher = Matcher([iou], [0, 1], allow_low_quality_matches=False)
     return ProposalMatcher(matcher) if cfg.MODEL.ROI_HEADS.PROPOSAL_APPEND_GT else matcher

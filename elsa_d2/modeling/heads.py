@@ -1,4 +1,4 @@
-"""Detectron2's heads with what MMDetection's compute and begin with."""
+"""Detectron2's heads with MMDetection's targets, arithmetic and initialization."""
 
 from __future__ import annotations
 
@@ -24,19 +24,19 @@ from .norm import resolve_norm
 
 
 class Float32ROIAlign(ROIAlign):
-    """ROIAlign that computes in float32, with coordinates that mixed precision does not round.
+    """ROIAlign that computes in float32 whatever the dtype of the features.
 
-    Detectron2's own converts the coordinates to the type of the features: at 1000 pixels, float16
-    rounds them to halves and bfloat16 to multiples of 4.
+    Detectron2's converts coordinates to the dtype of the features: near 1000 pixels, float16 rounds
+    them to multiples of 0.5 and bfloat16 to multiples of 4.
     """
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        """[R, C, *output_size], in the type of the features [B, C, H, W], for rois [R, 5]."""
+        """Pools features [B, C, H, W] at rois [R, 5] into [R, C, *output_size], in their dtype."""
         return super().forward(input.float(), rois.float()).to(input.dtype)
 
 
 class Float32Pooling:
-    """Mixin for StandardROIHeads and its subclasses: their poolers use Float32ROIAlign."""
+    """Mixin that gives the poolers of StandardROIHeads and its subclasses Float32ROIAlign."""
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict[str, Any]:
@@ -56,21 +56,20 @@ def _in_float32(level: nn.Module) -> nn.Module:
 
 
 class Float32OutputLayers(FastRCNNOutputLayers):
-    """FastRCNNOutputLayers whose logits and deltas are float32: half precision makes ties between
-    scores."""
+    """FastRCNNOutputLayers with float32 outputs, since half precision makes scores tie."""
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Class logits [R, K+1] and box deltas [R, K*4] of features [R, C]."""
+        """Returns class logits [R, K+1] and box deltas [R, K*4] of features [R, C]."""
         logits, deltas = super().forward(x)
         return logits.float(), deltas.float()
 
 
 @ROI_HEADS_REGISTRY.register()
 class MMDetROIHeads(Float32Pooling, StandardROIHeads):
-    """StandardROIHeads with targets and boxes of MMDetection's Mask R-CNN, pooling in float32.
+    """StandardROIHeads with the targets and boxes of MMDetection's Mask R-CNN, pooled in float32.
 
-    The proposals that overlap most with an object are trained for this object if the overlap makes
-    them positive, even where they overlap more with another one. Boxes are MMDetBoxTransform's.
+    An object claims the proposals that overlap most with it if their IoU makes them positive, even
+    those that overlap more with another object. `MMDetBoxTransform` decodes the boxes.
     """
 
     @classmethod
@@ -92,9 +91,9 @@ class MMDetROIHeads(Float32Pooling, StandardROIHeads):
 
 @ROI_BOX_HEAD_REGISTRY.register()
 class MMDetBoxHead(FastRCNNConvFCHead):
-    """FastRCNNConvFCHead that starts from Xavier's weights.
+    """FastRCNNConvFCHead with Xavier initialization of its linear layers.
 
-    Its NORM "SyncBN" works on CPUs and without boxes, too.
+    NORM "SyncBN" is `norm.SyncBatchNorm`, which works on CPUs and without boxes.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -110,10 +109,10 @@ class MMDetBoxHead(FastRCNNConvFCHead):
 
 @ROI_MASK_HEAD_REGISTRY.register()
 class MMDetMaskHead(MaskRCNNConvUpsampleHead):
-    """MaskRCNNConvUpsampleHead whose predictor starts from Kaiming's weights, not near 0.
+    """MaskRCNNConvUpsampleHead with Kaiming initialization of its predictor and float32 logits.
 
-    Its logits are float32. Detectron2 pastes masks at coordinates in their own type, and bfloat16
-    moves these by up to 1/256 of a box.
+    Detectron2 pastes masks at coordinates in the masks' dtype, and bfloat16 shifts these by up to
+    1/256 of a box.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -121,5 +120,5 @@ class MMDetMaskHead(MaskRCNNConvUpsampleHead):
         nn.init.kaiming_normal_(self.predictor.weight, mode="fan_out", nonlinearity="relu")
 
     def layers(self, x: Tensor) -> Tensor:
-        """Logits [R, K, 2h, 2w] of features [R, C, h, w]."""
+        """Returns logits [R, K, 2h, 2w] of features [R, C, h, w]."""
         return super().layers(x).float()

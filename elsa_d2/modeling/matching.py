@@ -1,4 +1,4 @@
-"""Matchers that give anchors and proposals the targets of MMDetection's MaxIoUAssigner."""
+"""Matchers that assign targets as MMDetection's MaxIoUAssigner does."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class MaxIoUMatcher(Matcher):
-    """Matcher whose low-quality matches have a lower limit, and change the target.
+    """Matcher whose low-quality matches need a minimum IoU and change the target.
 
-    The boxes that overlap most with an object are positive from ``min_quality`` on, and this object
-    becomes their target, the last one of several. Detectron2's Matcher has no limit and keeps the
-    target that such a box overlaps most with.
+    The boxes that overlap most with an object are positive from ``min_quality`` on, and take this
+    object as their target, the last of several. Detectron2's Matcher has no minimum, and keeps the
+    object that such a box overlaps most with.
 
     Args:
         thresholds, labels: as in Matcher.
@@ -28,7 +28,7 @@ class MaxIoUMatcher(Matcher):
         self.min_quality = min_quality
 
     def __call__(self, match_quality_matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets [N] and labels [N], int8, from the IoU [M, N] of M objects with N boxes."""
+        """Returns targets [N] and int8 labels [N] from the IoU [M, N] of M objects and N boxes."""
         matches, labels = super().__call__(match_quality_matrix)
         if match_quality_matrix.numel():
             best = match_quality_matrix.max(dim=1, keepdim=True).values
@@ -40,9 +40,9 @@ class MaxIoUMatcher(Matcher):
 
 
 class ProposalMatcher(Matcher):
-    """Applies a matcher to proposals that are followed by the M objects themselves.
+    """Applies a matcher to proposals to which the M objects were appended.
 
-    An object is its own target, and no proposal competes with it for the best overlap.
+    An appended object is its own target, and does not compete with proposals for the best overlap.
     """
 
     def __init__(self, matcher: Matcher) -> None:
@@ -50,7 +50,7 @@ class ProposalMatcher(Matcher):
         self.thresholds, self.labels = matcher.thresholds, matcher.labels
 
     def __call__(self, match_quality_matrix: Tensor) -> tuple[Tensor, Tensor]:
-        """Targets [N] and labels [N], int8, from the IoU [M, N]; the last M boxes are objects."""
+        """Returns targets [N] and int8 labels [N] from the IoU [M, N]; the last M are objects."""
         objects, boxes = match_quality_matrix.shape
         matches, labels = self.matcher(match_quality_matrix[:, : boxes - objects])
         themselves = torch.arange(objects, device=matches.device)

@@ -1,4 +1,4 @@
-"""Batch normalisation over all processes that works on CPUs and with empty inputs, too."""
+"""Synchronized batch normalization that also works on CPUs and with empty inputs."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from torch import Tensor, nn
 
 
 class SyncBatchNorm(nn.BatchNorm2d):
-    """BatchNorm2d with the mean and variance of all processes' inputs, on any device.
+    """BatchNorm2d with mean and variance over the inputs of all processes, on any device.
 
-    Maps [N, C, H, W] to the same shape. Processes may have different N, also 0, which
-    `nn.SyncBatchNorm` refuses on CPUs; where all have 0, the running statistics stay as they are.
+    Maps [N, C, H, W] to the same shape. N may differ between processes and may be 0, which
+    `nn.SyncBatchNorm` refuses on CPUs; if it is 0 everywhere, the running statistics do not change.
 
     Detectron2's naiveSyncBN_N takes such inputs, too, but its running variance is biased (by 7%
-    with the 16 cells of UPerNet's coarsest pooling on 8 GPUs) and it subtracts squares in the
-    input's precision, which costs bfloat16 a decimal.
+    with the 16 cells of UPerNet's coarsest pooling on 8 GPUs), and it subtracts squares in the
+    dtype of the input, which costs bfloat16 a decimal.
     """
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and comm.get_world_size() > 1:
             return self._synced(input)
         if input.numel() == 0:
-            # Depends on the parameters, so that these have a gradient in each process.
+            # Gives the parameters a gradient in each process.
             return input + 0 * (self.weight.sum() + self.bias.sum()).to(input.dtype)
         return super().forward(input)
 
@@ -51,5 +51,5 @@ class SyncBatchNorm(nn.BatchNorm2d):
 
 
 def resolve_norm(name: str) -> str | Callable[[int], nn.Module]:
-    """What to give to Detectron2's ``get_norm`` for a NORM key: "SyncBN" is `SyncBatchNorm`."""
+    """Returns what Detectron2's ``get_norm`` takes for a NORM key; "SyncBN" is `SyncBatchNorm`."""
     return SyncBatchNorm if name == "SyncBN" else name

@@ -1,4 +1,4 @@
-"""A region proposal network that is trained and ranks its boxes exactly as MMDetection's does."""
+"""A region proposal network that trains and ranks boxes exactly as MMDetection's does."""
 
 from __future__ import annotations
 
@@ -21,24 +21,22 @@ from .matching import MaxIoUMatcher
 class MMDetRPN(RPN):
     """RPN (arXiv 1506.01497) with MMDetection's labels, losses and ranking.
 
-    Labels: the best anchors of a box are positive from MODEL.RPN.MIN_POS_IOU on, and then this box
-    is their target. Anchors outside the image (MODEL.RPN.BOUNDARY_THRESH) or in the padding of the
-    batch (MODEL.RPN.PAD_DIVISOR) are left out before the matching. Losses are divided by the number
-    of anchors sampled.
+    Labels: the best anchors of an object are positive from MODEL.RPN.MIN_POS_IOU on, with this
+    object as their target. Anchors outside the image (MODEL.RPN.BOUNDARY_THRESH) or in the padding
+    of the batch (MODEL.RPN.PAD_DIVISOR) are not matched. Losses are divided by the number of
+    sampled anchors.
 
-    Ranking is by probability instead of its logarithmic odds. In float32 a probability merges
-    neighbouring odds. Whoever of two such boxes comes first suppresses the other one, and then
-    other boxes survive: about one image in 200 of a model trained in one framework would give other
-    detections in the other one. So whatever has an influence on the order is as in MMDetection:
-    probabilities, the order of the anchors, which equal ones keep, the arithmetic of boxes, and
-    boxes of other levels that are moved aside for the suppression, and so rounded. In mixed
-    precision, too, a probability is that of a float32 number.
+    Ranking: by probability instead of logit. In float32 neighbouring logits give one probability;
+    the order of such boxes decides which one suppresses the other, and about one image in 200 would
+    get other detections than in MMDetection. So everything that affects the order is MMDetection's:
+    float32 probabilities (in mixed precision too), the order of the anchors, which ties keep, the
+    arithmetic of boxes, and the offsets that separate levels during suppression.
 
     Args:
-        pad_divisor: an image's own padding ends at the next multiple of it; anchors beyond are not
-            trained. 0: anchors in all of the batch's padding are.
-        anchor_ratios: of the anchors of each size. Detectron2 has the anchors of a position in the
-            order of their sizes, MMDetection of their ratios.
+        pad_divisor: an image is padded to a multiple of it; anchors beyond are not trained.
+            0: anchors in all of the batch's padding are trained.
+        anchor_ratios: aspect ratios for each size. Detectron2 sorts the anchors of a position by
+            size, MMDetection by ratio.
         options: as in RPN.
     """
 
@@ -65,11 +63,11 @@ class MMDetRPN(RPN):
     def label_and_sample_anchors(
         self, anchors: list[Boxes], gt_instances: list[Instances]
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Labels [R], 1, 0 or -1 for not trained, and target boxes [R, 4] of each image.
+        """Returns labels [R] (1, 0, or -1: not trained) and target boxes [R, 4] of each image.
 
         Args:
-            anchors: boxes of each of L levels, R in all.
-            gt_instances: with ``gt_boxes``, of N images.
+            anchors: boxes of L levels, R in all.
+            gt_instances: N images' objects, with ``gt_boxes``.
         """
         everything = Boxes.cat(anchors)
         labels, targets = [], []
@@ -84,7 +82,7 @@ class MMDetRPN(RPN):
         return labels, targets
 
     def _trained(self, anchors: list[Boxes], size: tuple[int, int]) -> Tensor:
-        """Which anchors [R] of an image of (height, width) are trained."""
+        """Returns a mask [R] of the anchors that an image of (height, width) trains."""
         everything = Boxes.cat(anchors)
         trained = torch.ones(len(everything), dtype=torch.bool, device=everything.device)
         if self.anchor_boundary_thresh >= 0:
@@ -98,7 +96,7 @@ class MMDetRPN(RPN):
                 ]
             )
             height, width = (math.ceil(side / self.pad_divisor) * self.pad_divisor for side in size)
-            # Cells begin at whole pixels, but for rounding.
+            # Cells begin at whole pixels up to rounding.
             trained &= (cells.round() < cells.new_tensor([width, height])).all(1)
         return trained
 
@@ -110,9 +108,9 @@ class MMDetRPN(RPN):
         pred_anchor_deltas: list[Tensor],
         gt_boxes: list[Tensor],
     ) -> dict[str, Tensor]:
-        """ "loss_rpn_cls" and "loss_rpn_loc", means over the anchors sampled.
+        """Returns "loss_rpn_cls" and "loss_rpn_loc", averaged over the sampled anchors.
 
-        MMDetection counts at least one positive and one negative anchor of each image.
+        As in MMDetection, each image counts at least one positive and one negative anchor.
         """
         losses = super().losses(
             anchors, pred_objectness_logits, gt_labels, pred_anchor_deltas, gt_boxes
@@ -129,16 +127,15 @@ class MMDetRPN(RPN):
         pred_anchor_deltas: list[Tensor],
         image_sizes: list[tuple[int, int]],
     ) -> list[Instances]:
-        """The best boxes of each image, best first, with ``proposal_boxes`` and
-        ``objectness_logits``.
+        """Returns the best ``proposal_boxes`` of each image with ``objectness_logits``, best first.
+
+        Boxes and scores that are not finite are dropped; in training the losses show them.
 
         Args:
-            anchors: boxes of each of L levels.
+            anchors: boxes of L levels.
             pred_objectness_logits: L of [N, A_i].
             pred_anchor_deltas: L of [N, A_i, 4].
             image_sizes: (height, width) of N images, to which boxes are clipped.
-
-        Boxes and scores that are not finite are left out; a training sees them in its losses.
         """
         with torch.no_grad():
             return [
@@ -152,7 +149,7 @@ class MMDetRPN(RPN):
             ]
 
     def _by_ratio(self, values: Tensor) -> Tensor:
-        """What a level's anchors have [A, ...], in MMDetection's order."""
+        """Sorts the values [A, ...] of a level's anchors into MMDetection's order."""
         sizes = self.anchor_generator.num_anchors[0] // self.anchor_ratios
         grid = values.unflatten(0, (-1, sizes, self.anchor_ratios))
         return grid.transpose(1, 2).flatten(0, 2)
@@ -164,9 +161,9 @@ class MMDetRPN(RPN):
         deltas: list[Tensor],
         size: tuple[int, int],
     ) -> Instances:
-        """Of one image, from all anchors [A_i, 4], logits [A_i] and deltas [A_i, 4] of levels."""
+        """Proposals of one image from anchors [A_i, 4], logits [A_i] and deltas [A_i, 4]."""
         most = self.pre_nms_topk[self.training]
-        # Once, for all numbers of a level: a vectorised sigmoid rounds by the number's place, too.
+        # Of a whole level at once: how a vectorized sigmoid rounds depends on the position.
         chances = [level.float().sigmoid() for level in logits]
         tops = [_order(level)[:most] if most < len(level) else slice(None) for level in chances]
         anchor, delta, logit, probability = (
@@ -189,16 +186,16 @@ class MMDetRPN(RPN):
 
 
 def _order(probabilities: Tensor) -> Tensor:
-    """Indices, most probable first."""
+    """Indices in descending order of probability."""
     return probabilities.sort(descending=True).indices
 
 
 def _suppress(boxes: Tensor, probabilities: Tensor, levels: Tensor, threshold: float) -> Tensor:
-    """Indices of boxes [N, 4] that survive those of their own level, most probable first."""
+    """Indices of the boxes [N, 4] that survive NMS within their level, most probable first."""
     if not len(boxes):
         return levels.long()
     apart = boxes + (levels * (boxes.max() + 1))[:, None]
     order = _order(probabilities)
-    # Ranks are different numbers, so the suppression has no tie to break.
+    # Ranks are distinct, so that NMS has no ties to break.
     ranks = torch.arange(len(order), 0, -1, device=boxes.device, dtype=torch.float)
     return order[nms(apart[order].float(), ranks, threshold)]

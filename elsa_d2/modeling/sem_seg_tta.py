@@ -1,4 +1,4 @@
-"""Segmentors at several scales, and with mirrored images."""
+"""Test-time augmentation of segmentors: several scales, and flipped images."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from elsa_d2.data.sem_seg_augmentation import ResizeToFit
 
 
 class SegmentorWithTTA(nn.Module):
-    """Mean of the class probabilities at several scales, and of mirrored images too.
+    """Averages class probabilities over several scales and, optionally, flipped images.
 
-    Each image is resized to multiples of INPUT.SEM_SEG.SCALE. The logits are resized to the image's
-    own size before they become probabilities, as in MMSegmentation's SegTTAModel.
+    Each image is resized to multiples of INPUT.SEM_SEG.SCALE. Logits are resized to the size of the
+    image before the softmax, as in MMSegmentation's SegTTAModel.
 
     Args:
-        cfg: its TEST.AUG, INPUT.SEM_SEG and INPUT.FORMAT.
+        cfg: a config with TEST.AUG, INPUT.SEM_SEG and INPUT.FORMAT.
         model: a `SemanticSegmentor`.
-        ratios: the multiples; None: TEST.AUG.RATIOS.
-        flip: whether images are mirrored too; None: TEST.AUG.FLIP.
+        ratios: multiples of the scale; None: TEST.AUG.RATIOS.
+        flip: whether to add flipped images; None: TEST.AUG.FLIP.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class SegmentorWithTTA(nn.Module):
         self.flips = (False, True) if mirrored else (False,)
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
-        """As the model's, but reads the images from "file_name", and gives probabilities."""
+        """As the model's, but reads images from "file_name" and returns probabilities."""
         return [{"sem_seg": self._mean(x)} for x in batched_inputs]
 
     def _mean(self, entry: dict[str, Any]) -> Tensor:
@@ -65,7 +65,7 @@ class SegmentorWithTTA(nn.Module):
 
 
 def at_test_ratios(cfg: CfgNode, model: nn.Module) -> nn.Module:
-    """A `SemanticSegmentor` that is evaluated at TEST.SEM_SEG_RATIOS."""
+    """Returns a `SemanticSegmentor` that is evaluated at TEST.SEM_SEG_RATIOS."""
     ratios = list(cfg.TEST.SEM_SEG_RATIOS)
     if isinstance(model, SegmentorWithTTA) or ratios == [1.0]:
         return model

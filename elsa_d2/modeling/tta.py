@@ -1,4 +1,4 @@
-"""Test-time augmentation of detectors: several sizes and mirror images, merged."""
+"""Test-time augmentation of detectors: several sizes, and flipped images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from elsa_d2.data.augmentation import resize_class
 
 
 class DetectionMapperTTA(DatasetMapperTTA):
-    """DatasetMapperTTA with INPUT.RESIZE_BACKEND, for images in the size of their file."""
+    """DatasetMapperTTA with INPUT.RESIZE_BACKEND; takes images in the size of their file."""
 
     @configurable
     def __init__(self, *, resize: type[T.ResizeShortestEdge], **options: Any) -> None:
@@ -29,7 +29,7 @@ class DetectionMapperTTA(DatasetMapperTTA):
         return {**super().from_config(cfg), "resize": resize_class(cfg)}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> list[dict[str, Any]]:
-        """Copies of an entry with other "image" [C, H, W], and "transforms" that made them."""
+        """Returns copies of an entry with an augmented "image" [C, H, W] and its "transforms"."""
         image = dataset_dict["image"].permute(1, 2, 0).numpy()
         rest = {key: value for key, value in dataset_dict.items() if key != "image"}
         entries = []
@@ -43,9 +43,10 @@ class DetectionMapperTTA(DatasetMapperTTA):
 
 
 def with_test_time_augmentation(cfg: CfgNode, model: nn.Module) -> tuple[CfgNode, nn.Module]:
-    """The model under TEST.AUG, and the config of a test loader that leaves images as they are.
+    """Returns the config of a test loader that does not resize, and the model under TEST.AUG.
 
-    Raises UsageError for models other than GeneralizedRCNN.
+    Raises:
+        UsageError: for models other than GeneralizedRCNN.
     """
     if cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN":
         raise UsageError(

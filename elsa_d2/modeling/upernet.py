@@ -1,7 +1,7 @@
-"""UPerNet (https://arxiv.org/abs/1807.10221) as a semantic segmentation head of Detectron2.
+"""UPerNet (arXiv 1807.10221) as a semantic segmentation head of Detectron2.
 
-The head and its auxiliary head compute what MMSegmentation 1.x's UPerHead and FCNHead compute, and
-have as many parameters.
+The head and its auxiliary classifier compute what MMSegmentation 1.x's UPerHead and FCNHead do, with
+as many parameters.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from .norm import resolve_norm
 
 
 def resize(x: Tensor, size: Sequence[int]) -> Tensor:
-    """Bilinear, [B, C, h, w] -> [B, C, *size]; corner pixels are not aligned."""
+    """Resizes [B, C, h, w] to [B, C, *size], bilinear, corners not aligned."""
     return F.interpolate(x, tuple(size), mode="bilinear", align_corners=False)
 
 
@@ -33,22 +33,23 @@ class UPerNetHead(nn.Module):
     """Pyramid pooling on the coarsest map, a feature pyramid below it, and an auxiliary classifier.
 
     Args:
-        input_shape: of the features to use: two or more.
+        input_shape: shapes of the backbone's features.
+        in_features: names of the features to use, two or more.
         num_classes: K.
-        channels: of all maps in the head.
+        channels: channels of all maps in the head.
         pool_scales: sides of the pooled maps, in cells.
-        norm: of every convolution but the classifiers', as Detectron2 names it.
-        dropout: of whole channels before each classifier.
-        ignore_value: label of pixels that are not learnt from.
-        loss_weight: of the head's loss.
-        aux_feature: name of the feature that the auxiliary classifier works on; "" for none.
-        aux_channels: of the map before that classifier.
-        aux_loss_weight: of its loss.
-        class_weight: K weights of the classes in both losses; empty: all are 1.
+        norm: Detectron2's name of the norm after each convolution but the classifiers.
+        dropout: probability of dropping a channel before each classifier.
+        ignore_value: label of pixels that the losses ignore.
+        loss_weight: weight of the head's loss.
+        aux_feature: name of the auxiliary classifier's feature; "": no such classifier.
+        aux_channels: channels of the map before that classifier.
+        aux_loss_weight: weight of its loss.
+        class_weight: K weights of the classes in both losses; empty: all 1.
 
     Raises:
-        ValueError: for fewer than two features, for a feature that is not there, and for another
-            number of class weights.
+        ValueError: for fewer than two features, for a feature that the backbone does not have, and
+            for a number of class weights other than 0 and K.
     """
 
     @configurable
@@ -149,14 +150,14 @@ class UPerNetHead(nn.Module):
     def forward(
         self, features: Mapping[str, Tensor], targets: Any = None
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """As `SemanticSegmentor` calls it.
+        """Computes what `SemanticSegmentor` asks of a head.
 
         Args:
             features: maps [B, C_i, H_i, W_i] by name.
             targets: labels [B, H, W], needed in training.
 
         Returns:
-            In training None and the losses; else logits [B, K, s * H_0, s * W_0], where s is the
+            In training, None and the losses. Else logits [B, K, s * H_0, s * W_0], where s is the
             stride of the finest map, and no losses.
         """
         if self.training:
@@ -165,7 +166,7 @@ class UPerNetHead(nn.Module):
         return resize(logits, [self.common_stride * side for side in logits.shape[-2:]]), {}
 
     def logits(self, features: Mapping[str, Tensor]) -> Tensor:
-        """[B, K, H_0, W_0] at the finest map's size, in single precision."""
+        """Returns float32 logits [B, K, H_0, W_0] at the size of the finest map."""
         *finer, coarsest = (features[name] for name in self.in_features)
         maps = [self._pool(coarsest)]
         for stage, feature in zip(reversed(self.stages), reversed(finer), strict=True):
@@ -178,11 +179,11 @@ class UPerNetHead(nn.Module):
         return self.predictor(self.dropout(merged)).float()
 
     def aux_logits(self, features: Mapping[str, Tensor]) -> Tensor:
-        """[B, K, H_i, W_i] at the size of the feature that the auxiliary classifier works on."""
+        """Returns float32 logits [B, K, H_i, W_i] at the size of the auxiliary feature."""
         return self.aux_predictor(self.dropout(self.aux_conv(features[self.aux_feature]))).float()
 
     def losses(self, features: Mapping[str, Tensor], targets: Tensor) -> dict[str, Tensor]:
-        """ "loss_sem_seg" and, with an auxiliary classifier, "loss_sem_seg_aux"."""
+        """Returns "loss_sem_seg" and, with an auxiliary classifier, "loss_sem_seg_aux"."""
         losses = {"loss_sem_seg": self.loss_weight * self._loss(self.logits(features), targets)}
         if self.aux_feature:
             loss = self._loss(self.aux_logits(features), targets)
@@ -197,10 +198,10 @@ class UPerNetHead(nn.Module):
         return self.psp_bottleneck(torch.cat([x, *pooled], dim=1))
 
     def _loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        """Cross entropy; its mean is over all pixels, those to be ignored included.
+        """Cross entropy with MMSegmentation's mean.
 
-        This is MMSegmentation's mean, and with class weights it is the weighted mean of the pixels
-        that are not ignored.
+        It is over all pixels, ignored ones included; with class weights, it is the weighted mean of
+        the pixels that are not ignored.
         """
         logits = resize(logits, targets.shape[-2:])
         weight: Any = self.class_weight
@@ -215,11 +216,10 @@ class UPerNetHead(nn.Module):
 
 @META_ARCH_REGISTRY.register()
 class WholeImageSegmentor(SemanticSegmentor):
-    """`SemanticSegmentor` whose test logits are stretched over exactly the input's pixels.
+    """`SemanticSegmentor` that resizes test logits to the size of the input (mode "whole").
 
-    Detectron2's own enlarges them by the stride and cuts off what is too much, which shifts them
-    where the stride does not divide the image. This is MMSegmentation's way ("whole" inference).
-    The head must have `logits`.
+    Detectron2's multiplies their size by the stride and crops, which shifts them where the stride
+    does not divide the image. The head must have `logits`.
     """
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
