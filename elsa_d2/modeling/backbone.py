@@ -19,8 +19,8 @@ from elsa_d2.config import elsa_swin_arch
 class ELSASwin(elsa_core.ELSASwin, Backbone):
     """`elsa_core.ELSASwin` with named outputs and the same parameter names.
 
-    Maps images [B, in_chans, H, W] of any size to a dict of maps [B, C_i, H_i, W_i]. Stage i is named
-    "res{i+2}" and has stride 2**(i+2).
+    Maps images [B, in_chans, H, W] of any size to a dict of maps [B, C_i, H_i, W_i]. Stage i is
+    named "res{i+2}" and has stride 2**(i+2).
 
     Args:
         arch: as in `elsa_core.ELSASwin`.

@@ -1,7 +1,7 @@
 """UPerNet (arXiv 1807.10221) as a semantic segmentation head of Detectron2.
 
-The head and its auxiliary classifier compute what MMSegmentation 1.x's UPerHead and FCNHead do, with
-as many parameters.
+The head and its auxiliary classifier compute what MMSegmentation 1.x's UPerHead and FCNHead do,
+with as many parameters.
 """
 
 from __future__ import annotations
