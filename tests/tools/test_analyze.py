@@ -117,16 +117,9 @@ def test_picture_has_the_weights_in_their_place_and_colours(position):
     filters = np.zeros(shape)
     filters[1, row, column], filters[1, 4, 1] = 1.0, -1.0
     photo = np.full((80, 120, 3), (40, 200, 40), np.uint8)
-    view = attention.View(
-        photo,
-        [(100, 60), (50, 33)],
-        stride,
-        np.abs(filters),
-        {"added": filters[1]},
-        filters,
-        "",
-        "",
-    )
+    pixels = [(100, 60), (50, 33)]
+    ghosts = {"added": filters[1]}
+    view = attention.View(photo, pixels, stride, np.abs(filters), ghosts, filters, "", "")
     figure = picture.draw(view)
     FigureCanvasAgg(figure).draw()
     pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3].astype(int)
@@ -167,13 +160,14 @@ def test_command_line_draws_a_checkpoint(weights, tmp_path, capsys):
     assert [path.name for path in out.parent.iterdir()] == ["filters.png"]
 
 
+SMALL = "{'embed_dim': 12, 'depths': [1, 1], 'num_heads': [1, 2], 'group_width': 4}"
+UNTRAINED = ["filters", "--image", str(COFFEE), "--max-size", "64", "--arch", SMALL]
+
+
 def test_untrained_weights_are_called_so_and_are_the_same_each_time(tmp_path, capsys):
-    spec = "{'embed_dim': 12, 'depths': [1, 1], 'num_heads': [1, 2], 'group_width': 4}"
-    out = tmp_path / "filters.png"
-    arguments = ["filters", "--image", str(COFFEE), "--max-size", "64", "--out", str(out)]
-    assert cli.main([*arguments, "--arch", spec]) == 0
+    assert cli.main([*UNTRAINED, "--out", str(tmp_path / "filters.png")]) == 0
     assert "blocks 1-1, untrained random weights: stage 1" in capsys.readouterr().out
-    first, second = (attention.untrained_backbone(read_arch(spec))[0] for _ in range(2))
+    first, second = (attention.untrained_backbone(read_arch(UNTRAINED[-1]))[0] for _ in range(2))
     assert torch.equal(first.patch_embed.proj.weight, second.patch_embed.proj.weight)
 
 
@@ -227,13 +221,10 @@ def test_full_disk_leaves_no_picture(tmp_path, monkeypatch, capsys):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    spec = "{'embed_dim': 12, 'depths': [1, 1], 'num_heads': [1, 2], 'group_width': 4}"
     out = tmp_path / "a.png"
-    arguments = ["--arch", spec, "--image", str(COFFEE), "--max-size", "64", "--out", str(out)]
-    assert cli.main(["filters", *arguments]) == 2
-    assert capsys.readouterr().err == (
-        f"analyze: {out} cannot be written: No space left on device\n"
-    )
+    assert cli.main([*UNTRAINED, "--out", str(out)]) == 2
+    said = f"analyze: {out} cannot be written: No space left on device\n"
+    assert capsys.readouterr().err == said
     assert not list(tmp_path.iterdir())
 
 

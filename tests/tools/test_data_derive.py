@@ -114,14 +114,6 @@ def test_several_processes_make_the_same(folder, tmp_path):
         assert (folder / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
 
 
-def test_made_files_can_be_read_by_others(folder):
-    derive("cityscapes", str(folder))
-    for file in (*folder.rglob("*_labelTrainIds.png"), *folder.rglob("instancesonly*")):
-        plain = folder / "plain"
-        plain.touch()
-        assert file.stat().st_mode == plain.stat().st_mode
-
-
 @pytest.mark.parametrize(
     "name, content, message",
     [

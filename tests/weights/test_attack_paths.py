@@ -1,11 +1,11 @@
 """Files that execute code when they are unpickled, in every way in which a run loads one."""
 
-import importlib.util
 import os
 
 import attack_files
 import d2_tiny
 import pytest
+from conftest import load_tool
 from mm_tiny import CONFIGS, options
 from PIL import Image
 
@@ -86,7 +86,7 @@ D2 = {
 @pytest.mark.parametrize("backbone", ["ours", "stock"])
 @pytest.mark.parametrize("way", D2)
 def test_detectron2(files, digits, tmp_path, capfd, way, backbone):
-    tool = _train_net()
+    tool = load_tool("train_net")
     key, *flags = D2[way]
     changes = [] if backbone == "ours" else ["MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone"]
     if backbone == "stock":
@@ -105,13 +105,6 @@ def test_detectron2(files, digits, tmp_path, capfd, way, backbone):
             assert tool.main([*arguments, *changes, "OUTPUT_DIR", str(output)]) == 2
             line = capfd.readouterr().err.strip().splitlines()[-1]
             assert line.startswith("train_net: ") and name in line
-
-
-def _train_net():
-    spec = importlib.util.spec_from_file_location("train_net", d2_tiny.TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.mark.parametrize("config", [d2_tiny.CONFIG, str(CONFIGS["mmdet"])])
