@@ -1,4 +1,4 @@
-"""``python -m benchmarks.against CHECKOUT``: this operator beside that of another checkout.
+"""``python -m benchmarks.against CHECKOUT``: compare the operator with that of another checkout.
 
 Both must be built. Each runs in a process of its own, and they take turns at every shape.
 """
@@ -53,7 +53,7 @@ class Worker:
 
 
 def serve(device: str, dtype: str) -> None:
-    """Reads shapes, a line each, and answers with the seconds of each step."""
+    """Reads shapes, one per line, and writes the seconds of each step."""
     import torch
 
     sys.path.append(str(ROOT / "benchmarks"))

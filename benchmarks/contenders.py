@@ -1,4 +1,4 @@
-"""The backbone and Mask R-CNN, inference and training step, beside the stock Swin of mmdet."""
+"""Times the backbone and Mask R-CNN against mmdet's stock Swin: inference and training step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ CONFIGS = Path(__file__).resolve().parents[1] / "configs/mmdet/elsa_swin"
 CONFIG = "mask-rcnn_elsa-swin-{}-p4-w7_fpn_amp-ms-crop-1x_coco.py"
 
 
-def measure_backbones(
+def measure_models(
+    part: str,
     clock: Clock,
     dtype: torch.dtype,
     names: Sequence[str],
@@ -28,59 +29,43 @@ def measure_backbones(
     rounds: int,
     budget: float,
 ) -> list[Row]:
+    """Times the variants ``names`` of a part, "backbone" or "mask rcnn"."""
+    build, steps = _PARTS[part]
     rows = []
     for name in names:
-        image = torch.randn(1, 3, *size, device=clock.device)
-        ours = ELSASwin(name).to(clock.device)
-        stock = _stock_swin(name).to(clock.device)
+        ours, stock = (build(name, which).to(clock.device) for which in ("elsa", "swin"))
         case = f"{name} {size[0]}x{size[1]}"
-        for step, make in {"inference": _inference, "training step": _training}.items():
-            plain = make(ours, image, dtype)
-            runs = {"elsa": plain, "stock swin": make(stock, image, dtype)}
-            runs |= _on_unfold_path(plain)
-            rows += compare("backbone", case, step, runs, clock, rounds, budget)
-    return rows
-
-
-def measure_detectors(
-    clock: Clock,
-    dtype: torch.dtype,
-    names: Sequence[str],
-    size: tuple[int, int],
-    rounds: int,
-    budget: float,
-) -> list[Row]:
-    rows = []
-    for name in names:
-        ours, stock = (_detector(name, which).to(clock.device) for which in ("elsa", "swin"))
-        case = f"{name} {size[0]}x{size[1]}"
-        for step, make in {"inference": _detection, "training step": _detector_training}.items():
+        for step, make in steps.items():
             plain = make(ours, size, clock, dtype)
             runs = {"elsa": plain, "stock swin": make(stock, size, clock, dtype)}
             runs |= _on_unfold_path(plain)
-            rows += compare("mask rcnn", case, step, runs, clock, rounds, budget)
+            rows += compare(part, case, step, runs, clock, rounds, budget)
     return rows
 
 
 def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Models keep float32 parameters and compute in dtype, as in training."""
+    """Computes in ``dtype`` with float32 parameters, as in training."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def _inference(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Run:
+def _inference(model: nn.Module, size: tuple[int, int], clock: Clock, dtype: torch.dtype) -> Run:
+    image = torch.randn(1, 3, *size, device=clock.device)
+
     def run() -> None:
         model.eval()
-        with torch.no_grad(), _autocast(image.device, dtype):
+        with torch.no_grad(), _autocast(clock.device, dtype):
             model(image)
 
     return run
 
 
-def _training(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Run:
+def _training(model: nn.Module, size: tuple[int, int], clock: Clock, dtype: torch.dtype) -> Run:
+    image = torch.randn(1, 3, *size, device=clock.device)
+
     def run() -> None:
         model.train()
         model.zero_grad(set_to_none=True)
-        with _autocast(image.device, dtype):
+        with _autocast(clock.device, dtype):
             outs = model(image)
         sum(out.float().mean() for out in outs).backward()
 
@@ -88,7 +73,7 @@ def _training(model: nn.Module, image: Tensor, dtype: torch.dtype) -> Run:
 
 
 def _on_unfold_path(run: Run) -> dict[str, Run]:
-    """The same model with the unfold path for every operator, and with torch.compile of it."""
+    """Runs the model with the unfold path for every operator, plain and with torch.compile."""
 
     def with_operator(path: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Run:
         def attention(
@@ -126,20 +111,20 @@ def _stock_options(name: str) -> dict[str, object]:
     }
 
 
-def _stock_swin(name: str) -> nn.Module:
+def _backbone(name: str, which: str) -> nn.Module:
     from mmdet.models.backbones import SwinTransformer
 
-    return SwinTransformer(**_stock_options(name))
+    return ELSASwin(name) if which == "elsa" else SwinTransformer(**_stock_options(name))
 
 
-def _detector(name: str, backbone: str) -> nn.Module:
+def _detector(name: str, which: str) -> nn.Module:
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
     from mmengine.config import Config
 
     register_all_modules(init_default_scope=True)
     config = Config.fromfile(CONFIGS / CONFIG.format(name[0]))
-    if backbone == "swin":
+    if which == "swin":
         config.model.backbone = {"type": "SwinTransformer", **_stock_options(name)}
     else:
         config.model.backbone.drop_path_rate = 0.0
@@ -149,7 +134,7 @@ def _detector(name: str, backbone: str) -> nn.Module:
 
 
 def _boxes(size: tuple[int, int]) -> Tensor:
-    """Of the 8 objects of an image, each half as wide and as high: [8, 4], in pixels."""
+    """Returns the boxes of an image's 8 objects, half as wide and high as it: [8, 4], in pixels."""
     height, width = size
     corner = torch.linspace(0, 0.5, 8)[:, None]
     boxes = torch.cat([corner * width, corner * height], 1)
@@ -157,7 +142,7 @@ def _boxes(size: tuple[int, int]) -> Tensor:
 
 
 def _proposals(size: tuple[int, int], device: torch.device) -> object:
-    """1000 of an image: a quarter near its objects, more than are sampled, the others far off."""
+    """Returns 1000 proposals: a quarter near the objects (more than are sampled), the rest far."""
     from mmengine.structures import InstanceData
 
     height, width = size
@@ -170,7 +155,7 @@ def _proposals(size: tuple[int, int], device: torch.device) -> object:
 
 
 def _samples(size: tuple[int, int], device: torch.device) -> list[object]:
-    """One image's ground truth: 8 boxes with their masks."""
+    """Returns the ground truth of one image: 8 boxes with their masks."""
     import numpy
     from mmdet.structures import DetDataSample
     from mmdet.structures.mask import BitmapMasks
@@ -183,10 +168,7 @@ def _samples(size: tuple[int, int], device: torch.device) -> list[object]:
         mask[top:bottom, left:right] = 1
     sample = DetDataSample(
         metainfo={
-            "img_shape": size,
-            "ori_shape": size,
-            "pad_shape": size,
-            "batch_input_shape": size,
+            **dict.fromkeys(("img_shape", "ori_shape", "pad_shape", "batch_input_shape"), size),
             "scale_factor": (1.0, 1.0),
         }
     )
@@ -199,11 +181,11 @@ def _samples(size: tuple[int, int], device: torch.device) -> list[object]:
 
 
 def _detection(model: nn.Module, size: tuple[int, int], clock: Clock, dtype: torch.dtype) -> Run:
-    """What untrained heads find is chance, and with it the work: it is replaced by what is given.
+    """Runs inference with fixed proposals and scores, because those of untrained heads are random.
 
-    The RPN and the box head compute what they do otherwise. Then every model goes on with the same
-    1000 proposals, and with the same class scores and boxes before the last NMS, of which 100
-    become detections with masks.
+    The RPN and the box head compute as usual. Then every model continues with the same 1000
+    proposals, and with the same class scores and boxes before the last NMS, of which 100 become
+    detections with masks.
     """
     image = torch.randn(1, 3, *size, device=clock.device)
     propose, decode = model.rpn_head.predict, model.roi_head.bbox_head.predict_by_feat
@@ -239,7 +221,7 @@ def _detector_training(
     propose = model.rpn_head.loss_and_predict
 
     def propose_the_same(*arguments: Any, **options: Any) -> tuple[Any, Any]:
-        """The proposals of an untrained model are chance, and with them the work of its heads."""
+        """Replaces the proposals, which are random in an untrained model."""
         losses, found = propose(*arguments, **options)
         return losses, [_proposals(size, clock.device) for _ in found]
 
@@ -256,3 +238,10 @@ def _detector_training(
         total.backward()
 
     return run
+
+
+# For each part: the function that builds a model, and the steps to time.
+_PARTS: dict[str, tuple[Callable[[str, str], nn.Module], dict[str, Callable[..., Run]]]] = {
+    "backbone": (_backbone, {"inference": _inference, "training step": _training}),
+    "mask rcnn": (_detector, {"inference": _detection, "training step": _detector_training}),
+}

@@ -1,4 +1,4 @@
-"""Comparisons, memory and the machine's description; every figure comes from interleaved runs."""
+"""Compares contenders in interleaved runs, measures memory and describes the machine."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Row:
 
 
 def peak_memory(run: Run, device: torch.device) -> float:
-    """Most memory that PyTorch's allocator held at once during the call, beyond the start, MiB."""
+    """Returns the peak memory of PyTorch's allocator during the call, beyond the start, in MiB."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -62,9 +62,9 @@ def compare(
     rounds: int,
     seconds: float,
 ) -> list[Row]:
-    """Rows of all contenders, one call of each per round; the first is what ratios refer to.
+    """Times all contenders, one call of each per round; ratios refer to the first one.
 
-    A contender that has used up ``seconds`` sits out the rest, after 2 rounds at least.
+    A contender that has used up ``seconds`` skips the remaining rounds, but runs in 2 at least.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks = {}
@@ -91,7 +91,7 @@ def compare(
 
 
 def limits(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
-    """What the machine can do at best: copying and a square matrix product, measured."""
+    """Measures the limits of the machine: a copy and a square matrix product."""
     device = clock.device
     source = torch.ones(2**26, dtype=dtype, device=device)  # far larger than any cache
     target = torch.empty_like(source)
@@ -110,7 +110,7 @@ def limits(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
 
 
 def describe(clock: Clock, dtype: torch.dtype) -> dict[str, object]:
-    """The machine and the software, for results that are read later and elsewhere."""
+    """Describes the machine and the software, for later readers of the results."""
     report = doctor.examine(frameworks=False)
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {

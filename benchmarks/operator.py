@@ -1,4 +1,4 @@
-"""The operator at the stage shapes of the published models, beside other ways to compute it."""
+"""Times the operator at the stage shapes of the published models, against alternatives."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from .clock import Clock, Run
 from .measure import Row, compare
 
 KERNEL = 7
-# (height, width) of the image; and the two shapes that the project's targets are about.
+# Image sizes (height, width), and the two shapes of the project's targets.
 IMAGES = [(224, 224), (512, 512), (800, 1344)]
 HEADLINES = [(100, 152, 96, 3), (50, 76, 384, 12)]
 Shape = tuple[int, int, int, int]  # height, width, channels, heads
 
 
 def stage_shapes() -> Iterator[Shape]:
-    """Of all ELSA stages of T (S has the same) and B at every image size, largest maps last."""
+    """Yields the shapes of all ELSA stages of T (S has the same) and B, largest maps last."""
     found = set()
     for arch, (height, width) in product(VARIANTS.values(), IMAGES):
         for stage, heads in enumerate(arch.num_heads[:-1]):
@@ -33,9 +33,9 @@ def stage_shapes() -> Iterator[Shape]:
 
 
 def unfold_path(value: Tensor, logits: Tensor, ghost_add: Tensor) -> Tensor:
-    """Every K*K neighbourhood laid out in memory, as without a kernel of one's own.
+    """Computes the operator with F.unfold, which copies every K*K neighbourhood.
 
-    Channels first, its own layout: value [B, C, H, W], logits [B, G * K * K, H, W], ghost filters
+    Channels come first: value [B, C, H, W], logits [B, G * K * K, H, W], ghost filters
     [C, K, K] -> [B, C, H, W].
     """
     batch, channels, height, width = value.shape
@@ -49,7 +49,7 @@ def unfold_path(value: Tensor, logits: Tensor, ghost_add: Tensor) -> Tensor:
 
 
 def unfold_bytes(shape: Shape, dtype: torch.dtype) -> int:
-    """What the unfold path's forward and backward hold at once, about."""
+    """Returns the approximate peak memory of the unfold path's forward and backward, in bytes."""
     height, width, channels, _ = shape
     return 5 * height * width * channels * KERNEL**2 * dtype.itemsize
 
@@ -57,8 +57,9 @@ def unfold_bytes(shape: Shape, dtype: torch.dtype) -> int:
 def machine_limits(
     shape: Shape, device: torch.device, dtype: torch.dtype
 ) -> dict[str, tuple[Run, Run]]:
-    """What no kernel can be much faster than: a copy of as many bytes as the operator must read
-    and write, and a square matrix product of as many multiply-adds; forward, and with backward."""
+    """Returns lower bounds on the time of any kernel: a copy of the bytes that the operator must
+    read and write, and a square matrix product of as many multiply-adds; forward, and with
+    backward."""
     height, width, channels, heads = shape
     value, logits = height * width * channels, height * width * heads * KERNEL**2
     # The backward pass reads a gradient beside the inputs and writes two.
@@ -85,7 +86,7 @@ def machine_limits(
 def _contenders(
     shape: Shape, device: torch.device, dtype: torch.dtype, memory: int, compiled: bool
 ) -> dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor]]:
-    """Name -> function, its inputs and a gradient of its output, all in the layout it likes."""
+    """Returns {name: (function, inputs, gradient of the output)}, each in its native layout."""
     height, width, channels, heads = shape
 
     def draw(*size: int) -> Tensor:
@@ -119,9 +120,9 @@ def _contenders(
 def measure_operator(
     clock: Clock, dtype: torch.dtype, quick: bool, memory: int, rounds: int, seconds: float
 ) -> list[Row]:
-    """Forward, and forward with backward, at every shape.
+    """Times forward, and forward with backward, at every shape.
 
-    On the CPU only the headline shapes meet torch.compile, which takes up to a minute for each.
+    On the CPU, torch.compile runs at the headline shapes only: it takes up to a minute for each.
     """
     shapes = HEADLINES if quick else [*HEADLINES, *stage_shapes()]
     rows: list[Row] = []

@@ -1,4 +1,4 @@
-"""One plot per part: how many times the median of ELSA each contender takes."""
+"""Plots the median time of each contender relative to ELSA, one plot per part."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .measure import Row
 
 
 def draw(path: Path, part: str, rows: list[Row], machine: dict[str, object]) -> None:
-    """Bars of every contender for every case and step."""
+    """Draws a bar of every contender for every case and step."""
     mine = [row for row in rows if row.contender != "elsa"]
     groups = list(dict.fromkeys((row.case, row.step) for row in mine))
     names = list(dict.fromkeys(row.contender for row in mine))

@@ -16,7 +16,7 @@ import torch
 from elsa_core.runtime.errors import UsageError
 
 from .clock import Clock
-from .contenders import measure_backbones, measure_detectors
+from .contenders import measure_models
 from .measure import Row, describe
 from .operator import measure_operator
 from .plots import draw
@@ -79,23 +79,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def measure(
     options: argparse.Namespace, clock: Clock, dtype: torch.dtype
 ) -> Iterator[tuple[str, list[Row]]]:
-    """Each part's name and rows, as soon as they are there."""
-    height, width = options.size or ((512, 512) if options.device == "cpu" else (800, 1344))
+    """Yields the name and rows of each part as soon as it is done."""
+    size = tuple(options.size or ((512, 512) if options.device == "cpu" else (800, 1344)))
     rounds, seconds, quick = options.rounds, options.seconds, options.quick
     names = options.variant or (["tiny"] if quick else ["tiny", "small"])
     if "operator" in options.part:
         memory = int(options.memory_gib * 2**30)
         yield "operator", measure_operator(clock, dtype, quick, memory, rounds, seconds)
-    if "backbone" in options.part:
-        size = (height, width)
-        yield "backbone", measure_backbones(clock, dtype, names, size, rounds, seconds)
-    if "detector" in options.part:
-        size = (height, width)
-        yield "detector", measure_detectors(clock, dtype, names, size, rounds, seconds)
+    for part, models in {"backbone": "backbone", "detector": "mask rcnn"}.items():
+        if part in options.part:
+            yield part, measure_models(models, clock, dtype, names, size, rounds, seconds)
 
 
 def write(folder: Path, part: str, rows: list[Row], machine: dict[str, object]) -> None:
-    """<part>.csv and <part>.png, and the machine beside them."""
+    """Writes <part>.csv, <part>.png and machine.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
     with (folder / f"{part}.csv").open("w", newline="") as file:
