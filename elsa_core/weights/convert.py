@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -124,15 +124,17 @@ def _convert_model(result: Conversion, anchor_sizes: int | None) -> None:
 def _convert_classifier(result: Conversion) -> None:
     """Convert a classifier or a backbone to the original's or MMPretrain's names."""
     source = result.source
-    expected = _without_output_norms(backbone_shapes(source.arch))
+    shapes = backbone_shapes(source.arch)
+    expected = {name: shape for name, shape in shapes.items() if not name.startswith("norm")}
     if source.kind == CLASSIFIER:
         dim = source.arch.num_features[-1]
-        classes = source.tensors["head.weight"][1].shape[:1] if _has(source, "head.weight") else ()
+        head = source.tensors.get("head.weight")
+        classes = head[1].shape[:1] if head else ()
         expected |= {"norm.weight": (dim,), "norm.bias": (dim,)}
         expected |= {"head.weight": (*classes, dim), "head.bias": (*classes,)}
     else:
         expected |= {name: tuple(t.shape) for name, (_, t) in source.tensors.items()
-                     if name in backbone_shapes(source.arch)}  # fmt: skip
+                     if name in shapes}  # fmt: skip
     _check(source, source.tensors, expected)
     last = len(source.arch.depths) - 1
     for name, (old, tensor) in source.tensors.items():
@@ -155,8 +157,10 @@ def _take_backbone(result: Conversion, keep_norm: bool) -> None:
     if not whole:
         missing = {
             name
-            for name in _output_norms(expected)
-            if not _has(source, name) and not (keep_norm and name.startswith(last))
+            for name in expected
+            if name.startswith("norm")
+            and name not in source.tensors
+            and not (keep_norm and name.startswith(last))
         }
         expected = {name: shape for name, shape in expected.items() if name not in missing}
     taken: dict[str, tuple[str, Tensor]] = {}
@@ -189,7 +193,7 @@ def _convert_swin(result: Conversion) -> None:
         for name in expected
         if ".attn." in name and not name.startswith(f"layers.{len(source.arch.depths) - 1}.")
     }
-    norms = set(_output_norms(expected))
+    norms = {name for name in expected if name.startswith("norm")}
     shared = {n: shape for n, shape in expected.items() if n not in attention | norms}
     _check(source, source.tensors, shared)
     for name, (old, tensor) in source.tensors.items():
@@ -241,18 +245,6 @@ def _count(names: list[str], what: str) -> str:
 
 def _first(names: list[str]) -> str:
     return f": {names[0]}" if len(names) == 1 else f", the first is {names[0]}"
-
-
-def _has(source: Source, name: str) -> bool:
-    return name in source.tensors
-
-
-def _output_norms(names: Iterable[str]) -> list[str]:
-    return [name for name in names if name.startswith("norm")]
-
-
-def _without_output_norms(shapes: Shapes) -> Shapes:
-    return {name: shape for name, shape in shapes.items() if not name.startswith("norm")}
 
 
 def _add_bookkeeping(result: Conversion, name: str, prefix: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from types import SimpleNamespace
 from typing import Any
 
 # Below this number of bytes, a step ends before anybody could read the bar.
@@ -14,7 +15,7 @@ def progress_bar(what: str, size: int) -> Any:
     try:
         from tqdm import tqdm
     except ModuleNotFoundError:
-        return _NoBar()
+        return SimpleNamespace(update=lambda count: None, close=lambda: None)
     disable = None if size >= WORTH_SHOWING else True  # None: hidden without a terminal
     return tqdm(desc=what, total=size, unit="B", unit_scale=True, disable=disable)
 
@@ -57,11 +58,3 @@ class CountedFile(io.RawIOBase):
     def close(self) -> None:
         self.bar.close()
         super().close()
-
-
-class _NoBar:
-    def update(self, count: int) -> None:
-        pass
-
-    def close(self) -> None:
-        pass

@@ -47,8 +47,6 @@ _DAMAGE = (
     ImportError,
     LookupError,
     MemoryError,
-    NotImplementedError,
-    RecursionError,
     RuntimeError,
     TypeError,
     ValueError,

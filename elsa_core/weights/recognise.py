@@ -47,10 +47,7 @@ _BACKBONE_KEY = re.compile(
 _NOT_AVERAGED = "ema_state_dict"
 _LONGEST_NAME = 400
 # In RGB order, as in older Detectron2 checkpoints. The model has the same input in each framework.
-_PIXELS = {
-    "pixel_mean": (123.675, 116.28, 103.53),
-    "pixel_std": (58.395, 57.12, 57.375),
-}
+PIXELS = {"pixel_mean": (123.675, 116.28, 103.53), "pixel_std": (58.395, 57.12, 57.375)}
 
 
 def recognise(checkpoint: Any, *, ema: bool | None = None) -> Source:
@@ -136,15 +133,19 @@ def _with_rest(source: Source, rest: dict[str, Any]) -> Source:
 
 def _recognise(tensors: dict[str, Tensor]) -> Source:
     tensors, prefix, outside = _without_prefix(tensors)
-    source = _recognise_named(tensors)
+    if any(".attn.pre_proj." in name for name in tensors):
+        source = _elsa(tensors)
+    elif any(".attn.qkv." in name or ".attn.w_msa.qkv." in name for name in tensors):
+        source = recognise_swin(tensors)
+    else:
+        names = ", ".join(list(tensors)[:3])
+        raise UsageError(f"it holds no ELSA-Swin, nor a Swin: its tensors have names like {names}")
     source.dropped += [(name, f"outside of {prefix}, with which the model's names begin")
                        for name in outside]  # fmt: skip
     return source
 
 
-def _without_prefix(
-    tensors: dict[str, Tensor],
-) -> tuple[dict[str, Tensor], str, list[str]]:
+def _without_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str, list[str]]:
     """Return the model's tensors without the prefix of compiled, sharded and wrapped models, that
     prefix, and the names without it."""
     tensors = {_WRAPPERS.sub(r"\1", name): value for name, value in tensors.items()}
@@ -156,15 +157,6 @@ def _without_prefix(
     (prefix,) = prefixes
     named = {n.removeprefix(prefix): t for n, t in tensors.items() if n.startswith(prefix)}
     return named, prefix, [name for name in tensors if not name.startswith(prefix)]
-
-
-def _recognise_named(tensors: dict[str, Tensor]) -> Source:
-    if any(".attn.pre_proj." in name for name in tensors):
-        return _elsa(tensors)
-    if any(".attn.qkv." in name or ".attn.w_msa.qkv." in name for name in tensors):
-        return recognise_swin(tensors)
-    names = ", ".join(list(tensors)[:3])
-    raise UsageError(f"it holds no ELSA-Swin, nor a Swin: its tensors have names like {names}")
 
 
 def _elsa(tensors: dict[str, Tensor]) -> Source:
@@ -269,12 +261,12 @@ def _drop_pixels_and_anchors(
 ) -> tuple[dict[str, Tensor], list[tuple[str, str]]]:
     kept, dropped = {}, []
     for name, tensor in tensors.items():
-        if name in _PIXELS:
-            wanted = torch.tensor(_PIXELS[name])
+        if name in PIXELS:
+            wanted = torch.tensor(PIXELS[name])
             got = tensor.flatten().float()
             if got.shape != wanted.shape or not torch.allclose(got, wanted, atol=1e-3):
                 raise UsageError(
-                    f"its {name} must be ImageNet's in RGB order, {list(_PIXELS[name])}, "
+                    f"its {name} must be ImageNet's in RGB order, {list(PIXELS[name])}, "
                     f"got {got[:6].tolist()}"
                 )
             dropped.append((name, "stands in the config"))

@@ -15,12 +15,13 @@ def text(conversion: Conversion, *, verbose: bool = False) -> str:
     """Return the report as text; ``verbose`` lists every tensor."""
     source = conversion.source
     arch = source.arch
+    values = sum(conversion.tensors[name].numel() for name in conversion.moved)
     lines = [
         f"source: {source}",
         f"  embed_dim {arch.embed_dim}, depths {_join(arch.depths)}, heads {_join(arch.num_heads)}"
         f", window {arch.window_size}"
         + (f", {conversion.sizes.num_classes} classes" if conversion.sizes else ""),
-        f"converted: {len(conversion.moved)} tensors, {_millions(conversion)}M values",
+        f"converted: {len(conversion.moved)} tensors, {values / 1e6:.1f}M values",
     ]
     if verbose:
         lines += [f"  {old} -> {new}" for new, old in conversion.moved.items()]
@@ -56,7 +57,3 @@ def record(conversion: Conversion) -> dict[str, Any]:
 
 def _join(numbers: tuple[int, ...]) -> str:
     return "-".join(map(str, numbers))
-
-
-def _millions(conversion: Conversion) -> str:
-    return f"{sum(conversion.tensors[name].numel() for name in conversion.moved) / 1e6:.1f}"

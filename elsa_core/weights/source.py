@@ -13,14 +13,8 @@ from .names import CASCADE, MASK_RCNN, UPERNET
 from .shapes import arch_name
 
 # Families: the code base whose names and conventions the file follows.
-ORIGINAL, OPENMMLAB, DETECTRON2, MMPRETRAIN, BACKBONE_FILE, SWIN = (
-    "original",
-    "openmmlab",
-    "detectron2",
-    "mmpretrain",
-    "backbone",
-    "swin",
-)
+ORIGINAL, OPENMMLAB, DETECTRON2 = "original", "openmmlab", "detectron2"
+MMPRETRAIN, BACKBONE_FILE, SWIN = "mmpretrain", "backbone", "swin"
 # Kinds that are not whole detectors or segmentors.
 CLASSIFIER, BACKBONE, OTHER = "classifier", "backbone", "other"
 

@@ -8,6 +8,7 @@ Swin release, of timm or of OpenMMLab.
 from __future__ import annotations
 
 import re
+from collections import Counter
 
 import torch
 from torch import Tensor
@@ -89,27 +90,26 @@ def _downsample_after_blocks(
 
 def _arch(tensors: dict[str, Tensor]) -> Arch:
     """Return the architecture of an ELSA-Swin with these sizes; Swin does not tell group_width."""
-    blocks: dict[int, set[int]] = {}
-    for name in tensors:
-        if match := re.match(r"layers\.(\d{1,3})\.blocks\.(\d{1,3})\.", name):
-            stage, block = map(int, match.groups())
-            blocks.setdefault(stage, set()).add(block)
-    depths = {stage: len(found) for stage, found in blocks.items()}
+    pattern = re.compile(r"layers\.(\d{1,3})\.blocks\.(\d{1,3})\.")
+    blocks = {(int(m[1]), int(m[2])) for name in tensors if (m := pattern.match(name))}
+    depths = sorted(Counter(stage for stage, _ in blocks).items())
     try:
-        heads = [
-            tensors[f"layers.{stage}.blocks.0.attn.relative_position_bias_table"].shape[1]
-            for stage in sorted(depths)
+        tables = [
+            tensors[f"layers.{stage}.blocks.0.attn.relative_position_bias_table"]
+            for stage, _ in depths
         ]
-        table = tensors[f"layers.{max(depths)}.blocks.0.attn.relative_position_bias_table"]
         embed_dim = tensors["patch_embed.proj.weight"].shape[0]
-        sizes = (embed_dim, tuple(depths[stage] for stage in sorted(depths)), tuple(heads))
-        for known in VARIANTS.values():
-            if sizes == (known.embed_dim, known.depths, known.num_heads):
-                group_width = known.group_width
-                break
-        else:
-            group_width = 8
-        window = (round(table.shape[0] ** 0.5) + 1) // 2
+        heads = tuple(table.shape[1] for table in tables)
+        sizes = (embed_dim, tuple(depth for _, depth in depths), heads)
+        group_width = next(
+            (
+                known.group_width
+                for known in VARIANTS.values()
+                if sizes == (known.embed_dim, known.depths, known.num_heads)
+            ),
+            8,
+        )
+        window = (round(tables[-1].shape[0] ** 0.5) + 1) // 2
         return Arch(*sizes, group_width=group_width, window_size=window)
     except (IndexError, KeyError, ValueError) as error:
         raise UsageError(f"it looks like a Swin, but {error} is missing or malformed") from error
