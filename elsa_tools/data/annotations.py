@@ -14,7 +14,7 @@ from .report import EXAMPLES, Finding
 
 
 class Findings:
-    """Counts what is wrong, by rule, with the first few examples of each."""
+    """Counts problems by rule and keeps the first few examples of each."""
 
     def __init__(self, where: str) -> None:
         self.where = where
@@ -40,13 +40,13 @@ def validate(
     tolerance: float = TOLERANCE,
     progress: bool = False,
 ) -> list[Finding]:
-    """What is wrong with the content of a file; image files are not looked at.
+    """Returns the problems of a file's content, without a look at the image files.
 
     Args:
-        path: the file's, for the findings.
-        coco: what `coco.read_coco` gave.
-        categories: how many there must be.
-        tolerance: pixels that a box may reach over the edge of its image.
+        path: path of the file in the findings.
+        coco: result of `coco.read_coco`.
+        categories: required number of categories.
+        tolerance: pixels by which a box may exceed its image.
     """
     findings = Findings(path)
     if categories is not None and len(coco["categories"]) != categories:
@@ -60,7 +60,7 @@ def validate(
 
 
 def missing_images(path: str, coco: dict[str, Any], folder: str) -> list[Finding]:
-    """Whether each image has a file; reads each folder once."""
+    """Returns a finding if images have no file; lists each folder once."""
     names = [str(one["file_name"]) for one in coco["images"] if "file_name" in one]
     findings = Findings(path)
     for name in missing_files(folder, names):

@@ -1,4 +1,4 @@
-"""Compares a folder with what a data set consists of, and opens a sample of its files."""
+"""Compares a folder with the layout of a data set and opens a sample of its files."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ def check_folder(
     seed: int = 0,
     progress: bool = False,
 ) -> Report:
-    """Whether a folder holds a data set for the frameworks.
+    """Checks whether a folder holds a complete data set for the frameworks.
 
     Args:
-        folder: of this data set.
-        sample: how many files of each part to open; None opens all.
-        seed: of the choice of those.
+        folder: folder of this data set.
+        sample: number of files of each part to open; None opens all.
+        seed: seed of the random sample.
     """
     report = Report(folder, frameworks)
     names: dict[Part, set[str]] = {}
@@ -62,8 +62,8 @@ def check_annotations(
     """Checks a file in COCO's format that belongs to none of the known data sets.
 
     Args:
-        images: the folder that the images are in; None leaves them out.
-        categories: how many there must be; None for any number.
+        images: folder of the images; None does not check them.
+        categories: required number of categories; None for any number.
         sample, seed: as for `check_folder`.
     """
     report = Report(file)
@@ -81,7 +81,10 @@ def check_annotations(
 
 
 def _check_part(layout: Layout, part: Part, report: Report) -> set[str]:
-    """The names of the files without the suffix, relative to the part's folder."""
+    """Checks the files of a part.
+
+    Returns their names without the suffix, relative to the part's folder.
+    """
     folder = os.path.join(report.folder, part.folder)
     found = {""} if not part.nested else set(_listed(folder, directories=True))
     stems: dict[str, set[str]] = {}
@@ -100,7 +103,7 @@ def _check_part(layout: Layout, part: Part, report: Report) -> set[str]:
         what = f"has {count:,} of {part.count:,} files *{part.suffix}"
         if not count and not os.path.isdir(folder):
             what = "does not exist"
-        elif not count and part.nested and _has_files(folder, part.suffix):
+        elif not count and part.nested and any(n.endswith(part.suffix) for n in _listed(folder)):
             what = "has its files in no subfolders"
         add(ERROR, row.status, f"{what}, {_origin(part)}", n=part.count - count)
     elif count > part.count:
@@ -124,13 +127,14 @@ def _check_part(layout: Layout, part: Part, report: Report) -> set[str]:
 
 
 def _check_annotations(item: Annotations, report: Report, progress: bool) -> dict | None:
-    """The content of the file, if it can be read."""
-    path = os.path.join(report.folder, item.file) if report.frameworks else item.file
+    """Checks an annotation file. Returns its content, or None if it cannot be read."""
+    base = report.folder if report.frameworks else ""
+    path = os.path.join(base, item.file)
     row = Row(item.file, None, item.count or None, OK)
     report.rows.append(row)
     if not os.path.isfile(path):
         row.status = MISSING
-        text = f"does not exist, {_origin(item)}" if report.frameworks else "does not exist"
+        text = f"does not exist, {_origin(item)}" if base else "does not exist"
         report.findings.append(Finding(ERROR, MISSING, path, text))
         return None
     try:
@@ -143,8 +147,7 @@ def _check_annotations(item: Annotations, report: Report, progress: bool) -> dic
     row.found = len(coco["images"])
     found = validate(path, coco, categories=item.categories or None, progress=progress)
     if item.images:
-        folder = os.path.join(report.folder, item.images) if report.frameworks else item.images
-        found += missing_images(path, coco, folder)
+        found += missing_images(path, coco, os.path.join(base, item.images))
     if item.count and row.found != item.count:
         text = f"has {row.found:,} images instead of {item.count:,}"
         found.append(Finding(ERROR, "number-of-images", path, text))
@@ -155,7 +158,7 @@ def _check_annotations(item: Annotations, report: Report, progress: bool) -> dic
 
 
 def _check_pairs(names: dict[Part, set[str]], report: Report) -> None:
-    """Each image must have its label map, and each label map its image."""
+    """Checks that each image has its label map, and each label map its image."""
     for pair in dict.fromkeys(part.pair for part in names if part.pair):
         parts = {part: found for part, found in names.items() if part.pair == pair and found}
         union = set().union(*parts.values())
@@ -177,7 +180,9 @@ def _open_sample(
     for part, found in names.items():
         if part.suffix.endswith(".json"):
             continue
-        image = _image_of(part, names)
+        # The images that label maps belong to.
+        images = [p for p in names if p.pair == part.pair and p.folder != part.folder]
+        image = next((p for p in images if p.labels is None and part.labels is not None), None)
         for stem in _chosen(sorted(found), sample, choice):
             path = os.path.join(report.folder, part.folder, stem + part.suffix)
             other = None
@@ -198,7 +203,7 @@ def _chosen(names: list[str], sample: int | None, choice: random.Random) -> list
 def _opened(
     problem_of: Callable[..., str | None], chosen: list[tuple], report: Report, progress: bool
 ) -> Iterator[tuple[tuple, str]]:
-    """Those of the chosen whose file has a problem, and the problem."""
+    """Opens files; yields each entry of ``chosen`` whose file has a problem, and the problem."""
     report.opened += len(chosen)
     bar = tqdm(total=len(chosen), desc="opening files", disable=None if progress else True)
     with ThreadPool(min(8, os.cpu_count() or 1)) as pool, bar:
@@ -207,14 +212,6 @@ def _opened(
             bar.update()
             if problem:
                 yield one, problem
-
-
-def _image_of(part: Part, names: dict[Part, set[str]]) -> Part | None:
-    """The part that has the images of a part of label maps."""
-    if part.labels is None:
-        return None
-    images = [p for p in names if p.pair == part.pair and p.folder != part.folder]
-    return next((p for p in images if p.labels is None), None)
 
 
 def _part_problem(part: Part, path: str, image: str | None) -> str | None:
@@ -227,14 +224,11 @@ def _origin(item: Part | Annotations) -> str:
     return f"it comes from {item.archive}"
 
 
-def _has_files(folder: str, suffix: str) -> bool:
-    return any(name.endswith(suffix) for name in _listed(folder))
-
-
 def _listed(folder: str, directories: bool = False) -> list[str]:
-    """Files, or folders, in a folder; none where it is not there. Hidden ones are left out.
+    """Returns the names of the files, or folders, in a folder, without hidden ones.
 
-    A link that leads nowhere, or to itself, is a file, which cannot be read.
+    The list is empty if the folder does not exist. A broken or circular link counts as a file that
+    cannot be read.
     """
     try:
         with os.scandir(folder) as entries:

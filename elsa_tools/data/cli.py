@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from elsa_core.runtime.command_line import exit_status, show
 from elsa_core.runtime.errors import UsageError
@@ -118,18 +119,10 @@ def _check(options: argparse.Namespace) -> int:
         _check_json(options.json, [options.annotations, options.images])
         from .check import check_annotations
 
-        reports = [
-            check_annotations(
-                options.annotations,
-                options.images,
-                options.categories,
-                sample=_sample(options.sample),
-                seed=options.seed,
-                progress=True,
-            )
-        ]
-        show(reports[0].text())
-        return _finish(options, reports)
+        how = _how(options)
+        report = check_annotations(options.annotations, options.images, options.categories, **how)
+        show(report.text())
+        return _finish(options, [report])
     if options.images or options.categories is not None:
         raise UsageError("--images and --categories go with --annotations FILE")
     return _check_dataset(options)
@@ -151,42 +144,28 @@ def _check_json(report: str | None, data: Sequence[str | None]) -> None:
 
 def _check_dataset(options: argparse.Namespace) -> int:
     layout = LAYOUTS[options.dataset]
-    sample = _sample(options.sample)
+    how = _how(options)
     wanted = _places(options)
     _check_json(options.json, [place.folder for place in wanted])
     there = [place for place in wanted if os.path.isdir(place.folder)]
     from .check import check_folder
 
-    reports = [
-        check_folder(
-            layout,
-            place.folder,
-            place.frameworks,
-            sample=sample,
-            seed=options.seed,
-            progress=True,
-        )
-        for place in there
-    ]
+    reports = [check_folder(layout, one.folder, one.frameworks, **how) for one in there]
     for report in reports:
         show(report.text())
+    source = os.path.abspath(there[0].folder) if there else "DIR"
     for place in wanted:
         if place not in there:
-            _say_absent(options.dataset, place, there)
+            single = f" --framework {place.frameworks[0].lower()}" if there else ""
+            show(
+                f"{place.folder} ({' and '.join(place.frameworks)}) does not exist; if the data "
+                f"set is elsewhere: python tools/prepare_data.py link {options.dataset} "
+                f"--from {source}{single}"
+            )
     if not reports or any(report.errors for report in reports):
         frameworks = tuple(name for place in there or wanted for name in place.frameworks)
         show(tree(layout, frameworks) + "\n" + sources(layout))
     return _finish(options, reports)
-
-
-def _say_absent(dataset: str, place: Place, there: Sequence[Place]) -> None:
-    source = os.path.abspath(there[0].folder) if there else "DIR"
-    name = place.frameworks[0].lower()
-    single = f" --framework {name}" if there else ""
-    show(
-        f"{place.folder} ({' and '.join(place.frameworks)}) does not exist; if the data set is "
-        f"elsewhere: python tools/prepare_data.py link {dataset} --from {source}{single}"
-    )
 
 
 def _finish(options: argparse.Namespace, reports: Sequence[Report]) -> int:
@@ -211,9 +190,7 @@ def _finish(options: argparse.Namespace, reports: Sequence[Report]) -> int:
 
 def _link(options: argparse.Namespace) -> int:
     layout = LAYOUTS[options.dataset]
-    frameworks = _frameworks(options.framework)
-    if not places(layout, options.root, frameworks):
-        raise UsageError(f"no config for {frameworks[0]} uses {layout.title}")
+    frameworks = _frameworks(options)
     links = link(layout, options.source, options.root, frameworks, dry_run=options.dry_run)
     refused = [one for one in links if one.status == IN_THE_WAY]
     for one in refused or links:
@@ -228,12 +205,11 @@ def _link(options: argparse.Namespace) -> int:
 def _derive(options: argparse.Namespace) -> int:
     if options.jobs < 1:
         raise UsageError(f"--jobs must be at least 1, got {options.jobs}")
-    there = [place for place in _places(options) if os.path.isdir(place.folder)]
+    wanted = _places(options)
+    there = [place for place in wanted if os.path.isdir(place.folder)]
     if not there:
-        raise UsageError(
-            f"{options.dataset} is in none of "
-            f"{', '.join(place.folder for place in _places(options))}"
-        )
+        folders = ", ".join(place.folder for place in wanted)
+        raise UsageError(f"{options.dataset} is in none of {folders}")
     from .derive import derive
 
     for place in there:
@@ -244,29 +220,28 @@ def _derive(options: argparse.Namespace) -> int:
 
 
 def _places(options: argparse.Namespace) -> list[Place]:
-    frameworks = _frameworks(getattr(options, "framework", None))
-    layout = LAYOUTS[options.dataset]
+    if options.source is not None and options.root is not None:
+        raise UsageError("--from names the data set's folder, --root that of data sets: give one")
+    frameworks = _frameworks(options)
     if options.source is not None:
-        if options.root is not None:
-            raise UsageError(
-                "--from names the data set's folder, --root that of data sets: give one"
-            )
-        known = tuple(name for name in frameworks if name in layout.places)
-        found = [Place(os.path.expanduser(options.source), known)] if known else []
-    else:
-        found = distinct(places(layout, options.root, frameworks))
+        return [Place(os.path.expanduser(options.source), frameworks)]
+    return distinct(places(LAYOUTS[options.dataset], options.root, frameworks))
+
+
+def _frameworks(options: argparse.Namespace) -> tuple[str, ...]:
+    """Those of --framework, or all, that a config for the data set exists for."""
+    layout, name = LAYOUTS[options.dataset], getattr(options, "framework", None)
+    wanted = [one for one in FRAMEWORKS if name in (None, one.lower())]
+    found = tuple(one for one in wanted if one in layout.places)
     if not found:
-        raise UsageError(f"no config for {frameworks[0]} uses {layout.title}")
+        raise UsageError(f"no config for {wanted[0]} uses {layout.title}")
     return found
 
 
-def _frameworks(name: str | None) -> tuple[str, ...]:
-    return FRAMEWORKS if name is None else tuple(one for one in FRAMEWORKS if one.lower() == name)
-
-
-def _sample(text: str) -> int | None:
-    if text == "all":
-        return None
-    if not text.isdecimal() or len(text) > 18:
+def _how(options: argparse.Namespace) -> dict[str, Any]:
+    """How both checks open files."""
+    text = options.sample
+    if text != "all" and (not text.isdecimal() or len(text) > 18):
         raise UsageError(f'--sample must be a number of 0 or more, or "all", got {text[:40]}')
-    return int(text)
+    sample = None if text == "all" else int(text)
+    return {"sample": sample, "seed": options.seed, "progress": True}

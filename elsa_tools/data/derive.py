@@ -1,4 +1,4 @@
-"""Makes the files that the frameworks read and the downloads lack.
+"""Makes the files that the frameworks read but the downloads do not contain.
 
 Each file is written under a temporary name and then renamed, so that an interrupted run leaves only
 complete files. Existing files are not changed.
@@ -22,22 +22,22 @@ from elsa_core.data.coco import read_json
 from elsa_core.data.images import LONGEST_SIDE, MOST_PIXELS, open_image
 from elsa_core.data.problems import FARTHEST, are_numbers, shown
 from elsa_core.runtime.errors import UsageError, one_line
-from elsa_core.runtime.files import replacing, sweep
+from elsa_core.runtime.files import make_folder, replacing, sweep
 from elsa_core.runtime.packages import need
 
 SPLITS = ("train", "val")
 
 
 def derive(name: str, folder: str, *, jobs: int = 1, progress: bool = False) -> dict[str, int]:
-    """Makes what is missing in a data set.
+    """Makes the missing derived files of a data set.
 
     Args:
         name: "ade20k" or "cityscapes".
-        folder: of the data set.
-        jobs: processes.
+        folder: folder of the data set.
+        jobs: number of processes.
 
-    Returns how many files of each kind were made. Raises UsageError, which names the file, for what
-    is missing or damaged.
+    Returns the number of files made of each kind. Raises UsageError, which names the file, if a
+    source file is missing or damaged.
     """
     if not os.path.isdir(folder):
         raise UsageError(f"the folder {folder} does not exist")
@@ -45,28 +45,27 @@ def derive(name: str, folder: str, *, jobs: int = 1, progress: bool = False) -> 
 
 
 def _ade20k(folder: str, jobs: int, progress: bool) -> dict[str, int]:
-    """annotations_detectron2: the labels less one, 255 for none."""
+    """Makes annotations_detectron2: labels minus one, 255 for no class."""
     made = 0
     for split in ("training", "validation"):
         source = os.path.join(folder, "annotations", split)
         target = os.path.join(folder, "annotations_detectron2", split)
-        names = [name for name in _files(source) if name.endswith(".png")]
+        names = _files(source, ".png")
         pairs = [(os.path.join(source, name), os.path.join(target, name)) for name in names]
         made += _each(_reduce_labels, pairs, f"annotations_detectron2/{split}", jobs, progress)
     return {"annotations_detectron2": made}
 
 
 def _cityscapes(folder: str, jobs: int, progress: bool) -> dict[str, int]:
-    """labelTrainIds.png from the polygons; COCO's format for the instances of each split."""
+    """Makes labelTrainIds.png from the polygons, and a COCO file of the instances of each split."""
     need("cityscapesscripts.helpers.labels", "derive cityscapes")
     ending = "_gtFine_polygons.json"
     pairs = []
     for split in SPLITS:
         for city in _folders(os.path.join(folder, "gtFine", split)):
-            polygons = [name for name in _files(city) if name.endswith(ending)]
-            for name in polygons:
+            for name in _files(city, ending):
                 path = os.path.join(city, name)
-                pairs.append((path, path[: -len(ending)] + "_gtFine_labelTrainIds.png"))
+                pairs.append((path, path.removesuffix(ending) + "_gtFine_labelTrainIds.png"))
     made = {"labelTrainIds": _each(_draw_train_ids, pairs, "labelTrainIds", jobs, progress)}
     made["instancesonly"] = 0
     for split in SPLITS:
@@ -74,7 +73,7 @@ def _cityscapes(folder: str, jobs: int, progress: bool) -> dict[str, int]:
         target = os.path.join(folder, "annotations", name)
         if not os.path.exists(target):
             coco = _instances(folder, split, jobs, progress)
-            _make_folder(os.path.dirname(target))
+            make_folder(os.path.dirname(target), "the folder")
             with replacing(target) as file:
                 file.write(json.dumps(coco).encode())
             made["instancesonly"] += 1
@@ -109,7 +108,7 @@ def _draw_train_ids(pair: tuple[str, str]) -> None:
 
 
 def _check_polygons(path: str) -> None:
-    """Raises UsageError for sizes and points whose drawing would need more memory than an image."""
+    """Raises UsageError if drawing the polygons would take more memory than an image may."""
     content = read_json(path)
     sides: list[Any] = []
     if type(content) is dict:
@@ -136,49 +135,41 @@ def _check_polygons(path: str) -> None:
 
 
 def _instances(folder: str, split: str, jobs: int, progress: bool) -> dict[str, Any]:
-    """All instances of a split, as MMDetection's CityscapesDataset reads them.
+    """Returns all instances of a split in the format that MMDetection's CityscapesDataset reads.
 
     Cities and images are in alphabetical order, ids count from 0.
     """
+    ending = "_leftImg8bit.png"
     images_folder = os.path.join(folder, "leftImg8bit", split)
-    triples = []
-    for city in _folders(images_folder):
-        for name in _files(city):
-            if not name.endswith("_leftImg8bit.png"):
-                continue
-            stem = os.path.join(os.path.basename(city), name.removesuffix("_leftImg8bit.png"))
-            ids = os.path.join(folder, "gtFine", split, f"{stem}_gtFine_instanceIds.png")
-            triples.append((f"{stem}_leftImg8bit.png", f"{stem}_gtFine_labelIds.png", ids))
-    if not triples:
-        raise UsageError(f"{images_folder} has no images */*_leftImg8bit.png")
+    stems = [
+        os.path.join(os.path.basename(city), name.removesuffix(ending))
+        for city in _folders(images_folder)
+        for name in _files(city, ending)
+    ]
+    if not stems:
+        raise UsageError(f"{images_folder} has no images */*{ending}")
+    ids = os.path.join(folder, "gtFine", split)
+    maps = [os.path.join(ids, f"{stem}_gtFine_instanceIds.png") for stem in stems]
+    found = _run(_instances_of_image, maps, f"instancesonly {split}", jobs, progress)
     images: list[Any] = []
     annotations: list[Any] = []
-    found = _run(_instances_of_image, triples, f"instancesonly {split}", jobs, progress)
-    for number, ((file_name, segm_file, _), (size, instances)) in enumerate(
-        zip(triples, found, strict=True)
-    ):
-        height, width = size
-        images.append(
-            {
-                "id": number,
-                "file_name": file_name,
-                "height": height,
-                "width": width,
-                "segm_file": os.path.join(os.path.dirname(file_name), os.path.basename(segm_file)),
-            }
-        )
+    for number, (stem, (size, instances)) in enumerate(zip(stems, found, strict=True)):
+        names = {"file_name": stem + ending, "segm_file": f"{stem}_gtFine_labelIds.png"}
+        images.append({"id": number, **names, "height": size[0], "width": size[1]})
         for instance in instances:
             annotations.append({**instance, "image_id": number, "id": len(annotations) + 1})
     categories = [{"id": label.id, "name": label.name} for label in _instance_labels()]
     return {"images": images, "categories": categories, "annotations": annotations}
 
 
-def _instances_of_image(names: tuple[str, str, str]) -> tuple[tuple[int, int], list[dict]]:
-    """Size of an instanceIds map, and its instances: ids are 1000 times the label plus a number,
-    the label alone stands for a group."""
-    ids = _read(names[2])
+def _instances_of_image(path: str) -> tuple[tuple[int, int], list[dict]]:
+    """Returns (height, width) of an instanceIds map, and its instances.
+
+    An id is 1000 times the label plus a number; the label alone stands for a group.
+    """
+    ids = _read(path)
     if ids.ndim != 2 or not np.issubdtype(ids.dtype, np.integer):
-        raise UsageError(f"{names[2]} is not a map of instance ids")
+        raise UsageError(f"{path} is not a map of instance ids")
     evaluated = {label.id for label in _instance_labels()}
     instances = []
     for one in np.unique(ids).tolist():
@@ -199,7 +190,7 @@ def _instances_of_image(names: tuple[str, str, str]) -> tuple[tuple[int, int], l
 
 
 def _instance_labels() -> list[Any]:
-    """The 8 labels whose instances are evaluated."""
+    """Returns the 8 labels whose instances are evaluated."""
     from cityscapesscripts.helpers.labels import labels
 
     return [label for label in labels if label.hasInstances and not label.ignoreInEval]
@@ -212,12 +203,12 @@ def _each(
     jobs: int,
     progress: bool,
 ) -> int:
-    """Makes the targets that are not there; returns how many."""
+    """Makes the targets that do not exist; returns their number."""
     if not pairs:
         raise UsageError(f"there is nothing to make {what} from")
     missing = [pair for pair in pairs if not os.path.exists(pair[1])]
     for target in {os.path.dirname(target) for _, target in missing}:
-        _make_folder(target)
+        make_folder(target, "the folder")
         sweep(target)
     _run(make, missing, what, jobs, progress)
     return len(missing)
@@ -226,7 +217,7 @@ def _each(
 def _run(
     function: Callable[[Any], Any], items: list, what: str, jobs: int, progress: bool
 ) -> list[Any]:
-    """Results in the order of the items."""
+    """Returns the results in the order of the items."""
 
     def shown(results: Iterable[Any]) -> list[Any]:
         return list(tqdm(results, what, len(items), disable=None if progress else True))
@@ -245,19 +236,13 @@ def _read(path: str) -> np.ndarray:
         raise UsageError(f"{path} cannot be read: {_why(error)}") from error
 
 
-def _make_folder(path: str) -> None:
-    try:
-        os.makedirs(path, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"{path} cannot be made: {error.strerror}") from error
-
-
 def _folders(path: str) -> list[str]:
     return [entry.path for entry in _entries(path) if entry.is_dir()]
 
 
-def _files(path: str) -> list[str]:
-    return [entry.name for entry in _entries(path) if not entry.name.startswith(".")]
+def _files(path: str, ending: str) -> list[str]:
+    names = [entry.name for entry in _entries(path)]
+    return [name for name in names if name.endswith(ending) and not name.startswith(".")]
 
 
 def _entries(path: str) -> list[os.DirEntry[str]]:

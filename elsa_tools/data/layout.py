@@ -1,4 +1,4 @@
-"""What each data set consists of, as data: folders, counts, labels, and where to get the files.
+"""Layouts of the data sets as data: folders, file counts, labels, and download locations.
 
 Counts are those of the official releases: COCO 2017, ADE20K of the 2016 challenge, Cityscapes with
 fine annotations, ImageNet-1K of 2012. The paths are those of the frameworks' own configs.
@@ -7,7 +7,7 @@ fine annotations, ImageNet-1K of 2012. The paths are those of the frameworks' ow
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 DETECTRON2, OPENMMLAB = "Detectron2", "OpenMMLab"
@@ -19,18 +19,18 @@ class Part:
     """Files of one kind in a folder.
 
     Args:
-        folder: relative to the data set's.
-        suffix: how their names end; the rest of the name is what pairs have in common.
-        count: files in all.
-        archive: that they come from; empty for derived files.
-        labels: what a label map may contain; None for an image.
-        nested: whether they lie in subfolders (cities, classes) and not in the folder itself.
-        subfolders: how many; None for any number.
-        each: fewest and most files in a subfolder.
-        pair: parts of one name have one file each for the same thing.
-        derive: the name that `prepare_data.py derive` has for it; empty for what is downloaded.
-        frameworks: that read it.
-        purpose: what derived files are needed for.
+        folder: folder, relative to the data set's.
+        suffix: end of the file names; paired files share the rest of the name.
+        count: total number of files.
+        archive: archive that contains the files; empty for derived files.
+        labels: values that a label map may contain; None for an image.
+        nested: whether the files are in subfolders (cities, classes), not in the folder itself.
+        subfolders: number of subfolders; None for any number.
+        each: smallest and largest number of files in a subfolder.
+        pair: name shared by the parts whose files belong together, such as images and label maps.
+        derive: data set's name in `prepare_data.py derive`; empty for downloaded files.
+        frameworks: frameworks that read the files.
+        purpose: use of derived files.
     """
 
     folder: str
@@ -53,7 +53,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Annotations:
-    """A file in COCO's format: of how many images in which folder, of how many categories."""
+    """A file in COCO's format: ``count`` images in the folder ``images``, and its categories.
+
+    The other fields are those of `Part`.
+    """
 
     file: str
     images: str
@@ -74,10 +77,10 @@ class Layout:
     """A data set.
 
     Args:
-        page: where to get it.
-        archives: file name -> where it is, and how large.
-        places: framework -> its folder, relative to the folder of data sets.
-        notes: what else to know before the download.
+        page: download page.
+        archives: file name -> location and size.
+        places: framework -> data set's folder, relative to the framework's folder of data sets.
+        notes: further remarks on the download.
     """
 
     name: str
@@ -87,36 +90,30 @@ class Layout:
     places: Mapping[str, str]
     parts: tuple[Part, ...]
     annotations: tuple[Annotations, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def items(self, frameworks: tuple[str, ...] = FRAMEWORKS) -> list[Part | Annotations]:
-        """What at least one of the frameworks reads."""
+        """Returns the items that at least one of the frameworks reads."""
         everything: list[Part | Annotations] = [*self.parts, *self.annotations]
         return [item for item in everything if set(item.frameworks) & set(frameworks)]
 
 
 def _coco() -> Layout:
     counts = {"train2017": 118_287, "val2017": 5_000}
+    server, annotations = "http://images.cocodataset.org", "annotations_trainval2017.zip"
     return Layout(
         name="coco",
         title="COCO 2017",
         page="https://cocodataset.org/#download",
         archives={
-            "train2017.zip": "http://images.cocodataset.org/zips/train2017.zip (18 GB)",
-            "val2017.zip": "http://images.cocodataset.org/zips/val2017.zip (1 GB)",
-            "annotations_trainval2017.zip": "http://images.cocodataset.org/annotations/"
-            "annotations_trainval2017.zip (241 MB)",
+            "train2017.zip": f"{server}/zips/train2017.zip (18 GB)",
+            "val2017.zip": f"{server}/zips/val2017.zip (1 GB)",
+            annotations: f"{server}/annotations/{annotations} (241 MB)",
         },
         places={DETECTRON2: "coco", OPENMMLAB: "coco"},
         parts=tuple(Part(name, ".jpg", n, archive=f"{name}.zip") for name, n in counts.items()),
         annotations=tuple(
-            Annotations(
-                f"annotations/instances_{name}.json",
-                name,
-                count,
-                categories=80,
-                archive="annotations_trainval2017.zip",
-            )
+            Annotations(f"annotations/instances_{name}.json", name, count, 80, annotations)
             for name, count in counts.items()
         ),
     )
@@ -124,29 +121,24 @@ def _coco() -> Layout:
 
 def _ade20k() -> Layout:
     archive = "ADEChallengeData2016.zip"
+    derived: dict[str, Any] = {
+        "labels": frozenset(range(150)) | {255},
+        "derive": "ade20k",
+        "frameworks": (DETECTRON2,),
+        "purpose": "Detectron2's name for ADE20K: classes 0..149, 255 for none",
+    }
     parts = []
     for split, count in (("training", 20_210), ("validation", 2_000)):
         parts += [
             Part(f"images/{split}", ".jpg", count, archive, pair=split),
             Part(f"annotations/{split}", ".png", count, archive, frozenset(range(151)), pair=split),
-            Part(
-                f"annotations_detectron2/{split}",
-                ".png",
-                count,
-                labels=frozenset(range(150)) | {255},
-                pair=split,
-                derive="ade20k",
-                frameworks=(DETECTRON2,),
-                purpose="Detectron2's name for ADE20K: classes 0..149, 255 for none",
-            ),
+            Part(f"annotations_detectron2/{split}", ".png", count, pair=split, **derived),
         ]
     return Layout(
         name="ade20k",
         title="ADE20K (scene parsing challenge 2016)",
         page="http://sceneparsing.csail.mit.edu/",
-        archives={
-            archive: f"http://data.csail.mit.edu/places/ADEchallenge/{archive} (923 MB)",
-        },
+        archives={archive: f"http://data.csail.mit.edu/places/ADEchallenge/{archive} (923 MB)"},
         places={DETECTRON2: "ADEChallengeData2016", OPENMMLAB: "ade/ADEChallengeData2016"},
         parts=tuple(parts),
     )
@@ -154,7 +146,11 @@ def _ade20k() -> Layout:
 
 def _cityscapes() -> Layout:
     images, labels = "leftImg8bit_trainvaltest.zip", "gtFine_trainvaltest.zip"
-    train_ids = frozenset(range(19)) | {255}
+    train_ids: dict[str, Any] = {
+        "labels": frozenset(range(19)) | {255},
+        "derive": "cityscapes",
+        "purpose": "semantic segmentation",
+    }
     parts, annotations = [], []
     for split, count, cities in (("train", 2_975, 18), ("val", 500, 3)):
         folder = f"gtFine/{split}"
@@ -164,15 +160,7 @@ def _cityscapes() -> Layout:
             Part(folder, "_gtFine_polygons.json", count, labels, **common),
             Part(folder, "_gtFine_instanceIds.png", count, labels, **common),
             Part(folder, "_gtFine_labelIds.png", count, labels, frozenset(range(34)), **common),
-            Part(
-                folder,
-                "_gtFine_labelTrainIds.png",
-                count,
-                labels=train_ids,
-                derive="cityscapes",
-                purpose="semantic segmentation",
-                **common,
-            ),
+            Part(folder, "_gtFine_labelTrainIds.png", count, **train_ids, **common),
         ]
         annotations.append(
             Annotations(
@@ -202,24 +190,19 @@ def _cityscapes() -> Layout:
 
 def _imagenet() -> Layout:
     common: dict[str, Any] = {"suffix": ".JPEG", "nested": True, "subfolders": 1_000}
+    train, val = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar"
     return Layout(
         name="imagenet",
         title="ImageNet-1K (ILSVRC 2012)",
         page="https://image-net.org/download-images.php",
         archives={
-            "ILSVRC2012_img_train.tar": "on the page (138 GB), an archive of a thousand archives",
-            "ILSVRC2012_img_val.tar": "on the page (6.3 GB), one folder for all classes",
+            train: "on the page (138 GB), an archive of a thousand archives",
+            val: "on the page (6.3 GB), one folder for all classes",
         },
         places={OPENMMLAB: "imagenet"},
         parts=(
-            Part(
-                "train",
-                count=1_281_167,
-                archive="ILSVRC2012_img_train.tar",
-                each=(732, 1_300),
-                **common,
-            ),
-            Part("val", count=50_000, archive="ILSVRC2012_img_val.tar", each=(50, 50), **common),
+            Part("train", count=1_281_167, archive=train, each=(732, 1_300), **common),
+            Part("val", count=50_000, archive=val, each=(50, 50), **common),
         ),
         notes=(
             "the download needs an account at image-net.org",

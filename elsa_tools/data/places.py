@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from elsa_core.runtime.errors import UsageError
@@ -15,17 +15,17 @@ MADE, THERE, IN_THE_WAY = "made", "there already", "in the way"
 
 @dataclass(frozen=True)
 class Place:
-    """A folder, and the frameworks that look for the data set there."""
+    """A folder and the frameworks that look for the data set in it."""
 
     folder: str
     frameworks: tuple[str, ...]
 
 
 def roots(root: str | None = None) -> dict[str, str]:
-    """Framework -> the folder that it looks for data sets in.
+    """Returns {framework: folder in which it looks for data sets}.
 
     Args:
-        root: one folder for both, instead of their own.
+        root: one folder for both frameworks instead of their own.
     """
     if root is not None:
         return dict.fromkeys(FRAMEWORKS, root)
@@ -36,24 +36,22 @@ def roots(root: str | None = None) -> dict[str, str]:
 def places(
     layout: Layout, root: str | None = None, frameworks: Sequence[str] = FRAMEWORKS
 ) -> list[Place]:
-    """The places where the frameworks look, each path once."""
-    found: dict[str, Place] = {}
-    for framework, base in roots(root).items():
-        if framework in frameworks and framework in layout.places:
-            folder = os.path.join(base, layout.places[framework])
-            known = found.get(os.path.abspath(folder), Place(folder, ()))
-            both = Place(known.folder, (*known.frameworks, framework))
-            found[os.path.abspath(folder)] = both
-    return list(found.values())
+    """Returns the places where the frameworks look, each path once."""
+    found = [
+        Place(os.path.join(base, layout.places[framework]), (framework,))
+        for framework, base in roots(root).items()
+        if framework in frameworks and framework in layout.places
+    ]
+    return distinct(found, os.path.abspath)
 
 
-def distinct(found: Sequence[Place]) -> list[Place]:
-    """Merges the places whose paths lead to the same folder."""
+def distinct(found: Sequence[Place], path: Callable[[str], str] = os.path.realpath) -> list[Place]:
+    """Merges the places whose folders have the same ``path``."""
     known: dict[str, Place] = {}
     for place in found:
-        real = os.path.realpath(place.folder)
-        before = known.get(real, Place(place.folder, ()))
-        known[real] = Place(before.folder, before.frameworks + place.frameworks)
+        before = known.get(path(place.folder), Place(place.folder, ()))
+        both = Place(before.folder, before.frameworks + place.frameworks)
+        known[path(place.folder)] = both
     return list(known.values())
 
 
@@ -117,17 +115,17 @@ def _check_source(layout: Layout, source: str) -> None:
     if not os.path.isdir(source):
         raise UsageError(f"--from {source} is not a folder")
     expected = dict.fromkeys(part.folder.split("/")[0] for part in layout.parts)
-    if any(os.path.isdir(os.path.join(source, name)) for name in expected):
-        return
-    hint = ""
-    for name in layout.places.values():
-        inner = os.path.join(source, name)
-        if any(os.path.isdir(os.path.join(inner, folder)) for folder in expected):
-            hint = f"; is it {inner}?"
-    raise UsageError(
-        f"--from {source} must be the folder of {layout.title}, but has none of "
-        f"{', '.join(expected)}{hint}"
-    )
+
+    def has_some(folder: str) -> bool:
+        return any(os.path.isdir(os.path.join(folder, name)) for name in expected)
+
+    if not has_some(source):
+        inner = [os.path.join(source, name) for name in layout.places.values()]
+        hint = next((f"; is it {folder}?" for folder in inner if has_some(folder)), "")
+        raise UsageError(
+            f"--from {source} must be the folder of {layout.title}, but has none of "
+            f"{', '.join(expected)}{hint}"
+        )
 
 
 def _plan(path: str, source: str) -> Link:
@@ -136,9 +134,8 @@ def _plan(path: str, source: str) -> Link:
     if os.path.exists(path) and os.path.samefile(path, source):
         return Link(path, source, THERE)
     if os.path.islink(path):
-        what = f"a link to {os.readlink(path)}"
-        if not os.path.exists(path):
-            what += ", which does not exist"
+        gone = "" if os.path.exists(path) else ", which does not exist"
+        what = f"a link to {os.readlink(path)}{gone}"
     else:
         what = "a folder" if os.path.isdir(path) else "a file"
     return Link(path, source, IN_THE_WAY, what)

@@ -13,22 +13,22 @@ from ..columns import aligned
 from .layout import Annotations, Layout
 
 EXAMPLES = 3
-# Of one kind in the text; programs get all.
+# Findings of one kind in the text; the JSON report has all.
 LINES = 20
 
 
 @dataclass
 class Finding:
-    """Something that is wrong.
+    """A problem of a data set.
 
     Args:
-        level: "error": a training fails or learns from wrong data; "warning": the frameworks leave
-            it out or repair it, and official data sets have some.
-        rule: its name for programs.
-        where: the file or folder.
-        text: the sentence about it, after the place.
-        count: how often.
-        examples: the first few.
+        level: "error": a training fails or learns from wrong data; "warning": the frameworks skip
+            or repair it, and official data sets contain some.
+        rule: name of the problem for programs.
+        where: file or folder.
+        text: sentence about it, to follow ``where``.
+        count: number of occurrences.
+        examples: the first few of them.
     """
 
     level: str
@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass
 class Row:
-    """A line of the table: what, how many there are and should be, and the verdict."""
+    """A line of the table: an item of the layout, its actual and expected count, and its status."""
 
     what: str
     found: int | None
@@ -55,7 +55,7 @@ class Row:
 
 @dataclass
 class Report:
-    """Of one folder."""
+    """Report on one folder."""
 
     folder: str
     frameworks: tuple[str, ...] = ()
@@ -68,7 +68,7 @@ class Report:
         return [finding for finding in self.findings if finding.level == ERROR]
 
     def record(self) -> dict[str, Any]:
-        """For `--json`."""
+        """Returns the report in JSON types."""
         return {
             "folder": self.folder,
             "frameworks": list(self.frameworks),
@@ -103,7 +103,7 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 
 def tree(layout: Layout, frameworks: tuple[str, ...]) -> str:
-    """The folders and files that a data set must have, and what each comes from."""
+    """Returns the folders and files that a data set must have, and the source of each."""
     lines = []
     for item in layout.items(frameworks):
         source = item.archive or f"made by: prepare_data.py derive {item.derive}"
@@ -114,7 +114,7 @@ def tree(layout: Layout, frameworks: tuple[str, ...]) -> str:
 
 
 def sources(layout: Layout) -> str:
-    """Where to get a data set."""
+    """Returns the download locations of a data set."""
     lines = [f"where to get it: {layout.page}"]
     lines += [f"  {name}: {where}" for name, where in layout.archives.items()]
     return "\n".join(lines + [f"  note: {note}" for note in layout.notes])
@@ -125,5 +125,5 @@ def number(value: int | None) -> str:
 
 
 def first(names: Iterable[str]) -> list[str]:
-    """The first few in alphabetical order."""
+    """Returns the first few names in alphabetical order."""
     return sorted(names)[:EXAMPLES]
