@@ -1,1 +1,1 @@
-"""Looking inside: what a model is made of, and what ELSA attends to in an image."""
+"""Counts the parts of a model and shows what ELSA attends to in an image."""

@@ -18,18 +18,16 @@ from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.variants import Arch
 from elsa_core.weights.convert import convert
 from elsa_core.weights.files import naming, read_source
+from elsa_core.weights.recognise import PIXELS
 
 from .counting import describe_arch
-
-# ImageNet's, RGB, which all ELSA-Swin models take.
-MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
 
 @dataclass
 class View:
-    """What a block attends to in a photograph, ready to be drawn.
+    """What a block attends to in a photograph, as `picture.draw` takes it.
 
-    ``photo``: [H, W, 3] of uint8, what the network has seen. ``pixels``: (x, y) in it.
+    ``photo``: input of the network, [H, W, 3] of uint8. ``pixels``: (x, y) in it.
     ``attention`` and ``effective``: [n, K, K] means of a head or of all; ``ghosts``: {"added" or
     "multiplied": [K, K]}. ``of``: which head or channel, in words; ``title``: model, stage, block.
     """
@@ -45,7 +43,7 @@ class View:
 
 
 def untrained_backbone(arch: Arch) -> tuple[ELSASwin, str]:
-    """With random weights, the same each time, and what to call it."""
+    """Returns a backbone with random weights, the same each time, and its name in pictures."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         backbone = ELSASwin(arch, out_indices=range(len(arch.depths)))
@@ -53,7 +51,7 @@ def untrained_backbone(arch: Arch) -> tuple[ELSASwin, str]:
 
 
 def trained_backbone(path: str) -> tuple[ELSASwin, str]:
-    """Of any checkpoint that `elsa_core.weights` knows, and what to call it.
+    """Returns the backbone of any readable checkpoint, and its name in pictures.
 
     Raises UsageError for a file that cannot be read or has no trained ELSA attention.
     """
@@ -68,7 +66,7 @@ def trained_backbone(path: str) -> tuple[ELSASwin, str]:
 
 
 def read_photo(path: str, longest: int) -> tuple[np.ndarray, float]:
-    """RGB [H, W, 3] of uint8 with sides of at most ``longest`` pixels, and its scale of the file.
+    """Returns RGB [H, W, 3] of uint8, shrunk to sides of at most ``longest`` pixels, and the scale.
 
     Raises UsageError, which names the file, for a file that is not a complete image.
     """
@@ -84,14 +82,14 @@ def read_photo(path: str, longest: int) -> tuple[np.ndarray, float]:
 
 
 def to_input(photo: np.ndarray) -> Tensor:
-    """[H, W, 3] of uint8 -> [1, 3, H, W], normalised."""
-    mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
+    """Normalises [H, W, 3] of uint8 to [1, 3, H, W]."""
+    mean, std = (np.array(values, np.float32) for values in PIXELS.values())
     scaled = (photo.astype(np.float32) - mean) / std
     return torch.from_numpy(scaled).permute(2, 0, 1).unsqueeze(0)
 
 
 def default_pixels(photo: np.ndarray) -> list[tuple[int, int]]:
-    """A grid of 3 columns and 2 rows."""
+    """Returns a grid of 3 columns and 2 rows."""
     height, width = photo.shape[:2]
     return [(width * x // 6, height * y // 4) for y in (1, 3) for x in (1, 3, 5)]
 
@@ -106,41 +104,41 @@ def look(
     head: int | None = None,
     channel: int | None = None,
 ) -> View:
-    """What a block attends to at ``pixels`` of ``photo``; stages, blocks, heads, channels from 1.
+    """Computes what a block attends to at ``pixels`` of ``photo``.
 
     Args:
-        block: None for the last one of the stage.
-        head: whose filters; None for the mean of all heads.
-        channel: of all the stage's channels, whose filters and whose head's attention; None for
-            the mean of the channels.
+        stage, block, head, channel: counted from 1.
+        block: None for the last block of the stage.
+        head: head whose filters are shown; None for the mean of all heads.
+        channel: channel of the stage whose filters are shown, with the attention of its head; None
+            for the mean of the channels.
 
-    Raises UsageError for one that is not there.
+    Raises UsageError if the model does not have the stage, block, head or channel.
     """
     depths, heads = backbone.arch.depths, backbone.arch.num_heads
     _check("--stage", stage, len(depths) - 1)
     block = depths[stage - 1] if block is None else block
     _check("--block", block, depths[stage - 1])
-    channels = backbone.num_features[stage - 1]
+    channels, count = backbone.num_features[stage - 1], heads[stage - 1]
     if head is not None and channel is not None:
         raise UsageError("--head and --channel exclude each other: a channel has one head")
     if head is not None:
-        _check("--head", head, heads[stage - 1])
+        _check("--head", head, count)
     if channel is not None:
         _check("--channel", channel, channels)
     try:
         filters = neighbourhood_filters(backbone, to_input(photo), stage - 1, block - 1, pixels)
     except ValueError as error:
         raise UsageError(f"--pixel: {one_line(error)}") from error
-    share = channels // heads[stage - 1]
+    share = channels // count
     if channel is not None:
         rows, chosen_heads = slice(channel - 1, channel), [(channel - 1) // share]
         of = f"channel {channel} of {channels}, in head {(channel - 1) // share + 1}"
     elif head is not None:
         rows, chosen_heads = slice((head - 1) * share, head * share), [head - 1]
-        of = f"head {head} of {heads[stage - 1]}, mean of its channels"
+        of = f"head {head} of {count}, mean of its channels"
     else:
-        rows, chosen_heads = slice(None), list(range(heads[stage - 1]))
-        count = heads[stage - 1]
+        rows, chosen_heads = slice(None), list(range(count))
         of = f"mean of all {count} heads" if count > 1 else "mean of the channels of its one head"
     return View(
         photo,

@@ -158,16 +158,8 @@ def _filters(options: argparse.Namespace) -> int:
     else:
         backbone, name = trained_backbone(options.checkpoint)
     pixels = [(int(x * scale), int(y * scale)) for x, y in options.pixel or []]
-    view = look(
-        backbone,
-        name,
-        photo,
-        pixels or default_pixels(photo),
-        options.stage,
-        options.block,
-        options.head,
-        options.channel,
-    )
+    where = options.stage, options.block, options.head, options.channel
+    view = look(backbone, name, photo, pixels or default_pixels(photo), *where)
     _write(options.out, to_png(draw(view)))
     shrunk = f", shrunk to {photo.shape[1]}x{photo.shape[0]}" if scale < 1 else ""
     show(f"{view.title}; {view.of}")

@@ -15,18 +15,20 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from elsa_core import ELSASwin
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.variants import VARIANTS, Arch
+from elsa_core.weights.shapes import arch_name
 
 # Height and width in pixels, as published tables have them.
 DETECTION, SEGMENTATION, CLASSIFICATION = (800, 1280), (512, 2048), (224, 224)
-# As MMDetection counts: all proposals through the box heads, those shown through the mask heads.
+# As in MMDetection: the box heads process all proposals, the mask heads the final detections.
 PROPOSALS, DETECTIONS = 1000, 100
 
 
 @dataclass
 class Subject:
-    """``module`` on fake tensors; ``run`` takes one image [1, 3, H, W] through it, as in testing.
+    """A model to count: ``module`` on fake tensors.
 
-    ``size`` is the default (H, W) in pixels.
+    ``run`` passes one image [1, 3, H, W] through it, as in testing. ``size`` is the default (H, W)
+    in pixels.
     """
 
     name: str
@@ -36,7 +38,7 @@ class Subject:
 
 
 def read_arch(text: str) -> Arch:
-    """A variant's name, or a dict as Python or JSON writes it.
+    """Parses the name of a variant, or a dict in Python's or JSON's notation.
 
     Raises UsageError for anything else, and for a dict that describes no ELSA-Swin.
     """
@@ -58,24 +60,23 @@ def read_arch(text: str) -> Arch:
 
 
 def describe_arch(arch: Arch) -> str:
-    """ "ELSA-Swin tiny", or "ELSA-Swin 32 channels, blocks 1-1-2-1"."""
-    for name, known in VARIANTS.items():
-        if known == arch:
-            return f"ELSA-Swin {name}"
+    """Returns "ELSA-Swin tiny", or "ELSA-Swin 32 channels, blocks 1-1-2-1"."""
+    if (name := arch_name(arch)) != "custom":
+        return f"ELSA-Swin {name}"
     return f"ELSA-Swin {arch.embed_dim} channels, blocks {'-'.join(map(str, arch.depths))}"
 
 
 def bare_backbone(arch: Arch) -> Subject:
-    """With all its outputs and their norms, as detectors and segmentors use it."""
+    """Builds a backbone with all outputs and their norms, as detectors and segmentors use it."""
     with FakeTensorMode():
         module = ELSASwin(arch, out_indices=range(len(arch.depths))).eval()
     return Subject(describe_arch(arch), module, module, CLASSIFICATION)
 
 
 def from_config(path: str) -> Subject:
-    """The model of a config of Detectron2 (.yaml) or OpenMMLab (.py).
+    """Builds the model of a config of Detectron2 (.yaml) or OpenMMLab (.py).
 
-    Raises UsageError for a file that is not there or not such a config.
+    Raises UsageError if the file does not exist or is not such a config.
     """
     if not os.path.isfile(path):
         raise UsageError(f"the config file {path} does not exist")
@@ -133,7 +134,7 @@ def _from_openmmlab(path: str) -> Subject:
         if scope == "mmpretrain":
             cfg.model.train_cfg = None  # builds a batch augmentation, and warns
         with DefaultScope.overwrite_default_scope(scope), FakeTensorMode():
-            _register(scope)
+            importlib.import_module(f"{scope}.utils").register_all_modules(init_default_scope=False)
             module = MODELS.build(cfg.model).eval()
     except ModuleNotFoundError:
         raise
@@ -143,7 +144,7 @@ def _from_openmmlab(path: str) -> Subject:
 
 
 def openmmlab_subject(name: str, module: Any, scope: str) -> Subject:
-    """A model of MMDetection, MMSegmentation or MMPretrain, which ``scope`` is the name of."""
+    """Wraps a model of the toolbox ``scope``: "mmdet", "mmseg" or "mmpretrain"."""
     if hasattr(module, "decode_head"):
         size, run = SEGMENTATION, lambda x: module.decode_head(module.extract_feat(x))
     elif scope == "mmpretrain":
@@ -153,12 +154,6 @@ def openmmlab_subject(name: str, module: Any, scope: str) -> Subject:
     else:
         size, run = DETECTION, module
     return Subject(name, module, run, size)
-
-
-def _register(scope: str) -> None:
-    """Registers the modules of a toolbox with MMEngine."""
-    utils = importlib.import_module(f"{scope}.utils")
-    utils.register_all_modules(init_default_scope=False)
 
 
 def _run_two_stages(model: Any, image: Tensor) -> None:

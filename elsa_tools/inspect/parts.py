@@ -33,7 +33,7 @@ _ORDER = [*(part or OPERATOR for _, part in _PARTS_OF_A_BLOCK), WINDOWS, "patch 
 
 @dataclass(frozen=True)
 class Part:
-    """``group``: the stage or the module of the model that ``name`` is a part of."""
+    """Part ``name`` of a stage or module ``group`` of the model."""
 
     group: str
     name: str
@@ -42,9 +42,10 @@ class Part:
 
 
 def count_parts(subject: Subject, size: tuple[int, int] | None = None) -> list[Part]:
-    """Of one image of ``size``, (H, W) in pixels, in the order of the model's modules.
+    """Counts the parts of a model for one image of ``size``, (H, W) in pixels.
 
-    Raises UsageError for a model that an image of this size cannot pass.
+    The parts are in the order of the model's modules. Raises UsageError if the model does not
+    accept an image of this size.
     """
     model = subject.module
     try:
@@ -70,7 +71,7 @@ def count_parts(subject: Subject, size: tuple[int, int] | None = None) -> list[P
 
 
 def _backbone(model: nn.Module) -> tuple[str | None, int]:
-    """The prefix of the ELSA-Swin's names, and its number of stages; None where there is none."""
+    """Returns the prefix of the ELSA-Swin's names (None without one) and its number of stages."""
     for name, module in model.named_modules():
         if isinstance(module, ELSASwin):
             return f"{name}." if name else "", len(module.arch.depths)
@@ -78,7 +79,7 @@ def _backbone(model: nn.Module) -> tuple[str | None, int]:
 
 
 def _place(name: str, prefix: str | None, stages: int) -> tuple[str, str]:
-    """Group and name of the part that a module's own parameters and operations belong to."""
+    """Returns group and name of the part that a module's own parameters belong to."""
     if prefix is None or not name.startswith(prefix):
         names = name.split(".")
         depth = 2 if names[0] in ("roi_head", "roi_heads") else 1
@@ -95,12 +96,17 @@ def _place(name: str, prefix: str | None, stages: int) -> tuple[str, str]:
     return ("patch embedding" if name.startswith("patch_embed") else "output norms"), ""
 
 
-def table(subject: Subject, parts: list[Part], size: tuple[int, int]) -> str:
-    """The parts under their groups, with their shares of the whole."""
-    parameters = sum(part.parameters for part in parts)
-    operations = sum(part.operations for part in parts)
+def _sums(parts: list[Part]) -> tuple[int, int]:
+    """Returns the parameters and the operations of several parts."""
+    return sum(part.parameters for part in parts), sum(part.operations for part in parts)
 
-    def row(name: str, own: int, done: int) -> tuple[str, ...]:
+
+def table(subject: Subject, parts: list[Part], size: tuple[int, int]) -> str:
+    """Returns a table of the parts under their groups, with their shares of the total."""
+    parameters, operations = _sums(parts)
+
+    def row(name: str, members: list[Part]) -> tuple[str, ...]:
+        own, done = _sums(members)
         return (
             name,
             f"{own:,}",
@@ -114,11 +120,9 @@ def table(subject: Subject, parts: list[Part], size: tuple[int, int]) -> str:
         groups[part.group].append(part)
     rows: list[tuple[str, ...]] = [("part", "parameters", "", "multiply-adds", "")]
     for group, members in groups.items():
-        rows.append(
-            row(group, sum(m.parameters for m in members), sum(m.operations for m in members))
-        )
-        rows += [row(f"  {m.name}", m.parameters, m.operations) for m in members if m.name]
-    rows.append(row("total", parameters, operations))
+        rows.append(row(group, members))
+        rows += [row(f"  {member.name}", [member]) for member in members if member.name]
+    rows.append(row("total", parts))
     lines = aligned(rows, right=range(1, 5))
     rule = "-" * max(map(len, lines))
     heading = f"{subject.name}, one image of {size[0]}x{size[1]} pixels (height x width)"
@@ -126,11 +130,12 @@ def table(subject: Subject, parts: list[Part], size: tuple[int, int]) -> str:
 
 
 def record(subject: Subject, parts: list[Part], size: tuple[int, int]) -> dict[str, Any]:
-    """The same as data for JSON; operations are multiply-adds."""
+    """Returns the counts in JSON types; operations are multiply-adds."""
+    parameters, operations = _sums(parts)
     return {
         "model": subject.name,
         "size": list(size),
-        "parameters": sum(part.parameters for part in parts),
-        "operations": sum(part.operations for part in parts),
+        "parameters": parameters,
+        "operations": operations,
         "parts": [vars(part) for part in parts],
     }

@@ -21,8 +21,8 @@ PANEL, OVERVIEW = 1.75, 5.5  # inches
 
 
 def draw(view: View) -> Figure:
-    """The photograph with each neighbourhood in its place, then a row of panels for each pixel:
-    what it sees, its attention, the ghost filters, and the effective filters."""
+    """Draws the photograph with each neighbourhood in its place, then a row of panels per pixel:
+    the neighbourhood, the attention, the ghost filters and the effective filters."""
     kinds = _kinds(view)
     rows, columns = len(view.pixels), 1 + len(kinds)
     height, width = view.photo.shape[:2]
@@ -53,7 +53,7 @@ def draw(view: View) -> Figure:
 
 
 def to_png(figure: Figure) -> bytes:
-    """The content of a PNG file."""
+    """Returns the content of a PNG file."""
     content = io.BytesIO()
     figure.savefig(content, format="png")
     return content.getvalue()
@@ -62,7 +62,8 @@ def to_png(figure: Figure) -> bytes:
 def neighbourhood_extent(
     pixel: tuple[int, int], stride: int, size: int
 ) -> tuple[int, int, int, int]:
-    """Left, right, top and bottom, in pixels, of the ``size`` x ``size`` cells around a pixel's."""
+    """Returns left, right, top and bottom, in pixels, of the ``size`` x ``size`` cells around the
+    pixel's own."""
     left, top = (side // stride * stride - size // 2 * stride for side in pixel)
     return left, left + size * stride, top, top + size * stride
 
@@ -71,24 +72,17 @@ _Kind = tuple[str, np.ndarray, Normalize, str]
 
 
 def _kinds(view: View) -> list[_Kind]:
-    """Title, filters [n, K, K], range and colours of each kind; the last is the effective one."""
-    attention: _Kind = (
-        "attention",
-        view.attention,
-        Normalize(0, float(view.attention.max())),
-        UNSIGNED,
-    )
-    if not view.ghosts:
-        return [attention]
-    shape = view.effective.shape
-    ghosts: list[_Kind] = [
-        (f"ghost, {name}", np.broadcast_to(ghost, shape), _around_zero(ghost), SIGNED)
-        for name, ghost in view.ghosts.items()
-    ]
+    """Returns title, filters [n, K, K], range and colours of each kind, effective filters last."""
+    unsigned = Normalize(0, float(view.attention.max()))
+    signed = {f"ghost, {name}": ghost for name, ghost in view.ghosts.items()}
+    if signed:
+        signed["effective"] = view.effective
     return [
-        attention,
-        *ghosts,
-        ("effective", view.effective, _around_zero(view.effective), SIGNED),
+        ("attention", view.attention, unsigned, UNSIGNED),
+        *(
+            (title, np.broadcast_to(filters, view.effective.shape), _around_zero(filters), SIGNED)
+            for title, filters in signed.items()
+        ),
     ]
 
 
@@ -131,7 +125,7 @@ def _draw_overview(panel: Axes, view: View, kind: _Kind) -> None:
 def _draw_seen(
     panel: Axes, view: View, pixel: tuple[int, int], color: tuple[float, float, float]
 ) -> None:
-    """The part of the photograph that the neighbourhood covers; grey where it leaves the image."""
+    """Draws the part of the photograph in the neighbourhood, grey outside of the image."""
     size = view.effective.shape[-1]
     left, right, top, bottom = neighbourhood_extent(pixel, view.stride, size)
     height, width = view.photo.shape[:2]
