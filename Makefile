@@ -77,8 +77,8 @@ setup:
 	@ls elsa_core/_C*.so >/dev/null 2>&1 || rm -f $(SETUP)/extension
 	@flock -n . true || echo 'Waiting for another set-up in this folder to end'
 	@flock . $(MAKE) -s --no-print-directory PYTHON='$(PYTHON)' $(SETUP)/verify || { status=$$?; \
-		echo 'Set-up stopped. Put right what it says above and run the same command again: it goes' \
-		'on from that step.' >&2; exit $$status; }
+		echo 'Set-up stopped. Fix what it says above and repeat the command: it continues' \
+		'from that step.' >&2; exit $$status; }
 
 $(SETUP)/venv:
 	@$(PYTHON) tools/setup_env.py

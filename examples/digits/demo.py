@@ -17,8 +17,8 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m examples.digits.demo",
         description="Trains and evaluates a small ELSA-Swin in Detectron2, MMDetection and "
-        "MMSegmentation on handwritten digits over photographs. What was finished before is not "
-        "done again, what was interrupted goes on from its last checkpoint.",
+        "MMSegmentation on handwritten digits over photographs. Repeats no training that is "
+        "finished, and resumes an interrupted one from its last checkpoint.",
     )
     parser.add_argument(
         "--out", type=Path, default=REPOSITORY / "demo_out", help="results (default: demo_out)"
@@ -31,14 +31,14 @@ def parse_args(arguments: list[str] | None) -> argparse.Namespace:
         help=f"only these of {', '.join(training.name for training in TRAININGS)}",
     )
     parser.add_argument(
-        "--fresh", action="store_true", help="forget the results of earlier runs and begin anew"
+        "--fresh", action="store_true", help="delete the results of earlier runs first"
     )
     return parser.parse_args(arguments)
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_args(arguments)
-    interrupted = "interrupted; the same command goes on from here"
+    interrupted = "interrupted; the same command continues from here"
     return exit_status("demo", lambda: run(options), interrupted)
 
 

@@ -80,7 +80,7 @@ def _draw_curves(runs: Sequence[Run], path: Path) -> Path:
         bottom.set_ylim(0, 100)
         bottom.legend(loc="upper left")
         for axis in (top, bottom):
-            axis.set_xlim(0, run.training.iterations)
+            axis.set_xlim(0, run.training.iterations())
             axis.set_xlabel("iteration")
             axis.grid(alpha=0.3)
     figure.tight_layout()

@@ -66,7 +66,7 @@ class Run:
         write_json(self._state_path, self.state())
 
     def __call__(self) -> None:
-        """Trains and evaluates unless that is done; goes on from the last checkpoint if any."""
+        """Trains and evaluates unless that is done; resumes from the last checkpoint, if any."""
         self.prepare()
         state = self.state()
         title = f"{self.training.framework}, {self.training.task}"
@@ -100,10 +100,9 @@ class Run:
                 print(*deque(stream, LOG_LINES), sep="", file=sys.stderr)
             raise UsageError(
                 f"{title} failed with exit status {process.returncode}, the end of {log} is above: "
-                "mend what it names and run the command again, which goes on from the last "
-                "checkpoint"
+                "fix what it names and repeat the command, which resumes from the last checkpoint"
             )
-        missing = set(self.training.metric_names.values()) - set(self.final_metrics())
+        missing = set(self.training.metrics.values()) - set(self.final_metrics())
         if missing:
             raise UsageError(f"{title} ended without its {', '.join(sorted(missing))}: see {log}")
         state["finished"] = True
@@ -117,7 +116,7 @@ class Run:
         interval = 0.5 if sys.stderr.isatty() else 20
         with tqdm(
             desc=title,
-            total=self.training.iterations,
+            total=self.training.iterations(),
             bar_format=bar_format,
             mininterval=interval,
             maxinterval=interval,
@@ -131,7 +130,7 @@ class Run:
         curves = self.training.curves(self.out)
         figures = {name: f"{value:.1f}" for name, value in curves.final.items()}
         if curves.loss:
-            bar.n = min(max(curves.loss) + 1, self.training.iterations)
+            bar.n = min(max(curves.loss) + 1, bar.total)
             figures = {"loss": f"{curves.loss[max(curves.loss)]:.3f}", **figures}
         bar.set_postfix(figures, refresh=False)
         bar.update(0)

@@ -2,9 +2,8 @@
 
 import json
 import sys
-from collections.abc import Iterator
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
 
 import cv2
 import pytest
@@ -13,7 +12,7 @@ from elsa_core.runtime.errors import UsageError
 from elsa_tools.predict import load_inferencer
 from examples.digits import predictions, report
 from examples.digits.demo import Run, fingerprint, main
-from examples.digits.trainings import TRAININGS, Detectron2Training, MMDetectionTraining, Training
+from examples.digits.trainings import DETECTRON2, MMDETECTION, TRAININGS, Training
 
 PROGRAM = """
 import json, pathlib, sys
@@ -31,25 +30,18 @@ sys.exit(status)
 
 
 class QuickTraining(Training):
-    name = "quick"
-    framework = "Quick"
-    task = "Counting"
-    config = "README.md"
-    iterations = 3
-    keys = ("iteration", "total_loss")
-    metric_names = {"bbox/AP": "box AP", "bbox/AP50": "box AP50"}
-    status = 0
+    def iterations(self) -> int:
+        return 3
 
     def command(self, out: Path, resume: bool) -> list[str]:
-        return [sys.executable, "-c", PROGRAM, str(out), str(resume), str(self.status)]
-
-    def records(self, out: Path) -> Iterator[dict[str, Any]]:
-        return Detectron2Training().records(out)
+        return [sys.executable, "-c", PROGRAM, str(out), str(resume), *self.config_option]
 
 
 @pytest.fixture
 def training() -> QuickTraining:
-    return QuickTraining()
+    values = {one.name: getattr(DETECTRON2, one.name) for one in fields(DETECTRON2)}
+    values |= {"name": "quick", "framework": "Quick", "task": "Counting", "config_option": ("0",)}
+    return QuickTraining(**values | {"metrics": {"bbox/AP": "box AP", "bbox/AP50": "box AP50"}})
 
 
 def attempts(run: Run) -> list[str]:
@@ -68,20 +60,19 @@ def test_finished_training_is_not_repeated(training, tmp_path, capsys):
 
 @pytest.mark.slow
 def test_failed_training_is_explained_and_resumed(training, tmp_path, capsys):
-    training.status = 3
-    run = Run(training, tmp_path, "mark")
+    failing = Run(replace(training, config_option=("3",)), tmp_path, "mark")
     with pytest.raises(UsageError, match="exit status 3, the end of .*last checkpoint"):
-        run()
+        failing()
     assert capsys.readouterr().err.endswith("the last words\n\n")
-    spent = run.state()["seconds"]
-    training.status = 0
+    spent = failing.state()["seconds"]
+    run = Run(training, tmp_path, "mark")
     run()
     assert attempts(run) == ["False", "True"]
     assert run.state()["finished"] and run.state()["seconds"] > spent
 
 
 def test_training_without_its_metrics_has_failed(training, tmp_path):
-    training.metric_names = training.metric_names | {"segm/AP": "mask AP"}
+    training = replace(training, metrics={**training.metrics, "segm/AP": "mask AP"})
     with pytest.raises(UsageError, match="without its mask AP"):
         Run(training, tmp_path, "mark")()
 
@@ -126,7 +117,7 @@ def test_openmmlab_figures_of_all_attempts_in_percent(tmp_path):
         folder = tmp_path / time / "vis_data"
         folder.mkdir(parents=True)
         (folder / "scalars.json").write_text("".join(json.dumps(r) + "\n" for r in records))
-    curves = MMDetectionTraining().curves(tmp_path)
+    curves = MMDETECTION.curves(tmp_path)
     assert curves.loss == {20: 3.0, 40: 2.5}
     assert curves.final == {"box AP": 25.0}
 
@@ -134,7 +125,7 @@ def test_openmmlab_figures_of_all_attempts_in_percent(tmp_path):
 @pytest.mark.parametrize("training", TRAININGS, ids=lambda training: training.name)
 def test_configs_of_the_demo_exist_and_tell_their_length(training):
     assert training.config_path.is_file()
-    assert training.iterations > 100
+    assert training.iterations() > 100
     assert str(training.config_path) in training.command(Path("out"), resume=True)
     assert "--resume" in training.command(Path("out"), resume=True)
     assert "--resume" not in training.command(Path("out"), resume=False)
@@ -163,7 +154,7 @@ def test_pictures_show_truth_and_predictions(digits, tmp_path, monkeypatch):
 
     monkeypatch.setattr(predictions, "load_inferencer", load)
     path = tmp_path / "a.png"
-    parameters = predictions.draw_predictions(MMDetectionTraining(), tmp_path, digits, path)
+    parameters = predictions.draw_predictions(MMDETECTION, tmp_path, digits, path)
     assert parameters == 2_748_788
     assert min(cv2.imread(str(path)).shape[:2]) > 500
     files = sorted((digits / "images" / "validation").glob("*.jpg"))[:2]

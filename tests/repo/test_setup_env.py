@@ -233,7 +233,7 @@ def test_failed_set_up_goes_on_where_it_stopped(project):
     project.write("failing", "build_ext")
     ran, said = project.setup(status=2)
     assert ran == list(STEPS)[:-1]
-    assert "the reason" in said and "run the same command again: it goes on from that" in said
+    assert "the reason" in said and "repeat the command: it continues from that" in said
     project.write("failing", "nothing")
     assert project.setup()[0] == ["extension", "verify"]
 
