@@ -147,13 +147,7 @@ DAMAGES = {
         "annotations/instances_train2017.json",
         "1 of 2 images have no file in .*train2017 .first: 000000000007.jpg",
     ),
-    "no image left": (
-        "coco",
-        without_images,
-        "missing",
-        "train2017",
-        "has 0 of 2 files",
-    ),
+    "no image left": ("coco", without_images, "missing", "train2017", "has 0 of 2 files"),
     "image too many": (
         "coco",
         lambda root: image(root / "val2017/other.jpg"),
@@ -252,13 +246,7 @@ DAMAGES = {
         "train",
         "2 subfolders do not have 2 files each .first: n01440764 3, n01443537 1",
     ),
-    "no class folders": (
-        "imagenet",
-        unsorted,
-        "missing",
-        "val",
-        "has its files in no subfolders",
-    ),
+    "no class folders": ("imagenet", unsorted, "missing", "val", "has its files in no subfolders"),
 }
 
 
