@@ -90,22 +90,32 @@ def compare(
     return rows
 
 
+def copy(count: int, device: torch.device, dtype: torch.dtype) -> Run:
+    """Copies ``count`` numbers."""
+    source = torch.ones(count, device=device, dtype=dtype)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def product(side: int, device: torch.device, dtype: torch.dtype) -> Run:
+    """Multiplies a matrix of ``side`` x ``side`` by itself."""
+    square = torch.ones(side, side, device=device, dtype=dtype)
+    return lambda: square @ square
+
+
 def limits(clock: Clock, dtype: torch.dtype) -> dict[str, float]:
     """Measures the limits of the machine: a copy and a square matrix product."""
-    device = clock.device
-    source = torch.ones(2**26, dtype=dtype, device=device)  # far larger than any cache
-    target = torch.empty_like(source)
-    side = 8192 if device.type == "cuda" else 1536
-    square = torch.ones(side, side, dtype=dtype, device=device)
+    count = 2**26  # far larger than any cache
+    side = 8192 if clock.device.type == "cuda" else 1536
 
     def best(run: Run) -> float:
         run()
         return min(clock.time(run) for _ in range(5))
 
-    moved = 2 * source.numel() * source.element_size()
+    copying, multiplying = copy(count, clock.device, dtype), product(side, clock.device, dtype)
     return {
-        "copy_gb_per_s": moved / best(lambda: target.copy_(source)) / 1e9,
-        "matrix_product_tflops": 2 * side**3 / best(lambda: square @ square) / 1e12,
+        "copy_gb_per_s": 2 * count * dtype.itemsize / best(copying) / 1e9,
+        "matrix_product_tflops": 2 * side**3 / best(multiplying) / 1e12,
     }
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
-from itertools import product
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +13,7 @@ from torch import Tensor
 from elsa_core import VARIANTS, elsa_attention
 
 from .clock import Clock, Run
-from .measure import Row, compare
+from .measure import Row, compare, copy, product
 
 KERNEL = 7
 # Image sizes (height, width), and the two shapes of the project's targets.
@@ -25,7 +25,7 @@ Shape = tuple[int, int, int, int]  # height, width, channels, heads
 def stage_shapes() -> Iterator[Shape]:
     """Yields the shapes of all ELSA stages of T (S has the same) and B, largest maps last."""
     found = set()
-    for arch, (height, width) in product(VARIANTS.values(), IMAGES):
+    for arch, (height, width) in itertools.product(VARIANTS.values(), IMAGES):
         for stage, heads in enumerate(arch.num_heads[:-1]):
             stride = 4 * 2**stage
             found.add((height // stride, width // stride, arch.embed_dim * 2**stage, heads))
@@ -56,7 +56,7 @@ def unfold_bytes(shape: Shape, dtype: torch.dtype) -> int:
 
 def machine_limits(
     shape: Shape, device: torch.device, dtype: torch.dtype
-) -> dict[str, tuple[Run, Run]]:
+) -> dict[str, tuple[Run, ...]]:
     """Returns lower bounds on the time of any kernel: a copy of the bytes that the operator must
     read and write, and a square matrix product of as many multiply-adds; forward, and with
     backward."""
@@ -68,19 +68,9 @@ def machine_limits(
     # gradients of the logits and of the filter each, and two for that of the values.
     products = 2 * value * KERNEL**2, 6 * value * KERNEL**2
 
-    def copy(count: int) -> Run:
-        source = torch.ones(count // 2, device=device, dtype=dtype)
-        target = torch.empty_like(source)
-        return lambda: target.copy_(source)
-
-    def product_of(count: int) -> Run:
-        square = torch.ones([round(count ** (1 / 3))] * 2, device=device, dtype=dtype)
-        return lambda: square @ square
-
-    return {
-        "copy of as many bytes": (copy(numbers[0]), copy(numbers[1])),
-        "product of as many FMAs": (product_of(products[0]), product_of(products[1])),
-    }
+    copies = tuple(copy(count // 2, device, dtype) for count in numbers)
+    squares = tuple(product(round(count ** (1 / 3)), device, dtype) for count in products)
+    return {"copy of as many bytes": copies, "product of as many FMAs": squares}
 
 
 def _contenders(

@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--rounds", type=int, default=7, help="of every comparison")
     parser.add_argument(
-        "--seconds", type=float, default=5.0, help="after which a contender sits out more rounds"
+        "--seconds", type=float, default=5.0, help="after which a contender skips the other rounds"
     )
     parser.add_argument(
         "--memory-gib", type=float, default=8.0, help="most that the unfold path may take"
