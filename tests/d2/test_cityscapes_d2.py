@@ -3,7 +3,6 @@
 import gc
 import inspect
 import json
-import math
 import multiprocessing
 import os
 import re
@@ -20,7 +19,7 @@ from PIL import Image
 pytest.importorskip("detectron2")
 
 from conftest import load_tool
-from d2_tiny import NARROW, REPOSITORY, note_checkpoints, read_metrics
+from d2_tiny import NARROW, REPOSITORY, read_metrics, train_and_resume
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import cityscapes as reader
 from detectron2.data.datasets.builtin import register_all_cityscapes
@@ -28,19 +27,14 @@ from detectron2.evaluation import cityscapes_evaluation as evaluation
 from detectron2.structures import Instances
 
 from elsa_core.runtime.preemption import StopSignals
-from elsa_d2 import (
-    SemSegTrainer,
-    Trainer,
-    UsageError,
-    load_config,
-    register_cityscapes_datasets,
-)
+from elsa_d2 import SemSegTrainer, Trainer, UsageError, load_config, register_cityscapes_datasets
 from elsa_d2.data import cityscapes as cityscapes_data
 from elsa_d2.data.cityscapes import check_cityscapes_dataset
 from elsa_d2.engine.preflight import check_run
 
 CONFIGS = REPOSITORY / "configs/detectron2/Cityscapes"
 DETECTOR, SEGMENTOR = "mask_rcnn_elsa_swin_{}_fpn", "upernet_elsa_swin_{}_80k"
+SCORES = ("IoU", "iIoU", "IoU_sup", "iIoU_sup")
 NAMES = [f"cityscapes_fine_{t}_{p}" for t in ("instance_seg", "sem_seg") for p in ("train", "val")]
 SHORT = {
     "MODEL.DEVICE": "cpu",
@@ -115,34 +109,25 @@ def config(leaf, keys=()):
 # --- short runs of the published configs
 
 
+# Both variants are as narrow: tests/parity/test_cityscapes_configs.py has what tells them apart.
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["t", "s"])
-@pytest.mark.parametrize("leaf", [DETECTOR, SEGMENTOR], ids=["mask_rcnn", "upernet"])
+@pytest.mark.parametrize(
+    "leaf, task, scores, layer, classes",
+    [
+        (DETECTOR.format("t"), "segm", ("AP", "AP50"), "roi_heads.box_predictor.cls_score", 9),
+        (SEGMENTOR.format("s"), "sem_seg", SCORES, "sem_seg_head.predictor", 19),
+    ],
+    ids=["mask_rcnn", "upernet"],
+)
 def test_a_shrunk_leaf_trains_evaluates_saves_and_resumes(
-    leaf, variant, builtin, tmp_path, tool, monkeypatch
+    leaf, task, scores, layer, classes, builtin, tmp_path, tool, monkeypatch
 ):
-    output = tmp_path / "out"
-    arguments = ["--config-file", str(CONFIGS / f"{leaf.format(variant)}.yaml")]
-    keys = pairs(OUTPUT_DIR=output, **NARROW)
-    try:
-        assert tool.main([*arguments, *keys, "SOLVER.MAX_ITER", "1"]) == 0
-        training, evaluation = read_metrics(output)
-        assert math.isfinite(training["total_loss"]) and evaluation["iteration"] == 1
-        scores = ["segm/AP", "segm/AP50"]
-        if leaf is SEGMENTOR:
-            scores = [f"sem_seg/{name}" for name in ("IoU", "iIoU", "IoU_sup", "iIoU_sup")]
-        assert all(0 <= evaluation[name] <= 100 for name in scores)
-        final = torch.load(output / "model_final.pth", mmap=True, weights_only=False)
-        classes = {"sem_seg_head.predictor.weight": 19, "roi_heads.box_predictor.cls_score.bias": 9}
-        found = {name: len(final["model"][name]) for name in classes if name in final["model"]}
-        assert len(found) == 1 and found.items() <= classes.items()
-        saved = note_checkpoints(monkeypatch)
-        assert tool.main([*arguments, "--resume", *keys, "SOLVER.MAX_ITER", "2"]) == 0
-        resumed, evaluation = read_metrics(output)[2:]
-        assert (resumed["iteration"], evaluation["iteration"]) == (1, 2)
-        assert saved == [("model_final", 1, {2})]
-    finally:
-        shutil.rmtree(output, ignore_errors=True)  # a gigabyte
+    output, file = tmp_path / "out", str(CONFIGS / f"{leaf}.yaml")
+    arguments = ["--config-file", file, *pairs(OUTPUT_DIR=output, **NARROW)]
+    _, evaluation, _, _ = train_and_resume(tool, monkeypatch, output, *arguments)
+    assert all(0 <= evaluation[f"{task}/{name}"] <= 100 for name in scores)
+    final = torch.load(output / "model_final.pth", mmap=True, weights_only=False)
+    assert len(final["model"][f"{layer}.weight"]) == classes
 
 
 @pytest.mark.slow
@@ -152,15 +137,10 @@ def test_evaluation_alone_and_at_several_scales(cityscapes, tmp_path, tool):
         cityscapes,
         "sem_seg",
         OUTPUT_DIR=tmp_path / "out",
-        MODEL__ELSA_SWIN__ARCH="custom",
-        MODEL__ELSA_SWIN__CUSTOM_ARCH__EMBED_DIM=12,
-        MODEL__ELSA_SWIN__CUSTOM_ARCH__DEPTHS=[1, 1, 1, 2],
-        MODEL__ELSA_SWIN__CUSTOM_ARCH__NUM_HEADS=[1, 2, 3, 4],
-        MODEL__ELSA_SWIN__CUSTOM_ARCH__GROUP_WIDTH=4,
-        MODEL__SEM_SEG_HEAD__CONVS_DIM=8,
         SOLVER__MAX_ITER=1,
         TEST__AUG__ENABLED=True,
         TEST__AUG__RATIOS=[0.5, 1.0],
+        **NARROW,
     )
     file = ["--config-file", str(CONFIGS / f"{SEGMENTOR.format('t')}.yaml")]
     assert tool.main([*file, *keys]) == 0
@@ -169,7 +149,7 @@ def test_evaluation_alone_and_at_several_scales(cityscapes, tmp_path, tool):
     results = tool.run(tool.parse_arguments([*file, "--eval-only", *keys]))
     assert set(results) == {"sem_seg", "sem_seg_TTA"}
     for task, values in results.items():
-        assert set(values) == {"IoU", "iIoU", "IoU_sup", "iIoU_sup"}
+        assert set(values) == set(SCORES)
         for name, value in values.items():
             assert value == pytest.approx(metrics[f"{task}/{name}"], nan_ok=True)
 
@@ -225,8 +205,7 @@ def test_the_truth_as_prediction_is_perfect(version, builtin):
         labels = torch.from_numpy(np.array(Image.open(record["sem_seg_file_name"]))).long()
         logits = torch.nn.functional.one_hot(labels.clamp(max=18), 19).permute(2, 0, 1)
         evaluator.process([record], [{"sem_seg": logits}])
-    found = evaluator.evaluate()["sem_seg"]
-    assert found == {"IoU": 100, "iIoU": 100, "IoU_sup": 100, "iIoU_sup": 100}
+    assert evaluator.evaluate()["sem_seg"] == dict.fromkeys(SCORES, 100)
 
     evaluator = Trainer.build_evaluator(config(DETECTOR.format("t")), NAMES[1])
     evaluator.reset()
@@ -287,17 +266,11 @@ def first(root, kind, end=""):
 
 
 def remove(end):
-    def spoil(root):
-        first(root, "gtFine/train", end).unlink()
-
-    return spoil
+    return lambda root: first(root, "gtFine/train", end).unlink()
 
 
 def write(kind, end, content):
-    def spoil(root):
-        first(root, kind, end).write_bytes(content)
-
-    return spoil
+    return lambda root: first(root, kind, end).write_bytes(content)
 
 
 def rename(root):

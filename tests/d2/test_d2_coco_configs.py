@@ -12,7 +12,7 @@ import yaml
 pytest.importorskip("detectron2")
 
 from conftest import load_tool
-from d2_tiny import NARROW, REPOSITORY, datasets, note_checkpoints, read_metrics
+from d2_tiny import NARROW, REPOSITORY, datasets, train_and_resume
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from elsa_d2 import ClassSpecificCascadeROIHeads, MMDetROIHeads, load_config
@@ -146,17 +146,8 @@ def test_a_shrunk_leaf_trains_evaluates_saves_and_resumes(
     """Narrow; a model of the published size trains in docs/cityscapes.md, whose commands are a
     test."""
     output = tmp_path / "out"
-    arguments = ["--config-file", str(leaf(method, variant))]
-    keys = shrunk(few, output, **NARROW)
-    assert tool.main([*arguments, *keys, "SOLVER.MAX_ITER", "1"]) == 0
-    training, evaluation = read_metrics(output)
-    assert math.isfinite(training["total_loss"]) and evaluation["iteration"] == 1
+    arguments = ["--config-file", str(leaf(method, variant)), *shrunk(few, output, **NARROW)]
+    training, evaluation, _, _ = train_and_resume(tool, monkeypatch, output, *arguments)
     assert 0 <= evaluation["bbox/AP"] <= 100 and 0 <= evaluation["segm/AP"] <= 100
     losses = [name for name in training if name.startswith("loss_")]
     assert len(losses) == (11 if method == "cascade_mask_rcnn" else 5)
-    saved = note_checkpoints(monkeypatch)
-    assert tool.main([*arguments, "--resume", *keys, "SOLVER.MAX_ITER", "2"]) == 0
-    resumed, evaluation = read_metrics(output)[2:]
-    assert (resumed["iteration"], evaluation["iteration"]) == (1, 2)
-    assert math.isfinite(resumed["total_loss"])
-    assert saved == [("model_final", 1, {2})]

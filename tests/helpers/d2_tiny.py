@@ -1,6 +1,7 @@
 """A Detectron2 training that takes seconds on a CPU: the digits config with a tiny model."""
 
 import json
+import math
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -65,8 +66,24 @@ def read_metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
 
 
-def note_checkpoints(monkeypatch) -> list[tuple[str, int, set[int]]]:
-    """From now on, trainings write no checkpoints, which may take a gigabyte.
+def train_and_resume(tool, monkeypatch, output: Path, *arguments: str) -> list[dict]:
+    """Trains for an iteration, which writes checkpoints, and for another one after --resume.
+
+    Returns the metrics of the first iteration, its evaluation, and the same of the second.
+    """
+    assert tool.main([*arguments, "SOLVER.MAX_ITER", "1"]) == 0
+    saved = _note_checkpoints(monkeypatch)
+    assert tool.main(["--resume", *arguments, "SOLVER.MAX_ITER", "2"]) == 0
+    assert saved == [("model_final", 1, {2})]
+    first, evaluation, second, evaluation_again = metrics = read_metrics(output)
+    assert math.isfinite(first["total_loss"]) and math.isfinite(second["total_loss"])
+    assert evaluation["iteration"] == second["iteration"] == 1
+    assert evaluation_again["iteration"] == 2
+    return metrics
+
+
+def _note_checkpoints(monkeypatch) -> list[tuple[str, int, set[int]]]:
+    """From now on, trainings write no checkpoints.
 
     Returns the list to which each one's name, iteration and numbers of the optimizer's steps go.
     """
