@@ -234,8 +234,7 @@ def _check(source: Source, given: Mapping[str, tuple[str, Tensor]], expected: Sh
 def _in_source(source: Source, names: list[str]) -> list[str]:
     """Return the names that missing tensors would have in SRC."""
     if source.family == DETECTRON2 and source.kind in MODELS:
-        renamed, _ = rename(dict.fromkeys(names, None), source.kind, "d2")
-        return list(renamed)
+        return list(rename(dict.fromkeys(names), source.kind, "d2")[0])
     return names
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar
 
 _Value = TypeVar("_Value")
@@ -37,15 +38,14 @@ class Rule:
     mm: str
     offsets: tuple[int, ...] = ()
     block: bool = False
-    patterns: dict[str, re.Pattern] = field(init=False, hash=False, compare=False)
 
-    def __post_init__(self) -> None:
+    @cached_property
+    def patterns(self) -> dict[str, re.Pattern]:
         index = r"(\d{1,3})"
-        patterns = {
+        return {
             side: re.compile(re.escape(getattr(self, side)).replace(r"\{\}", index) + r"\.(.+)")
             for side in ("d2", "mm")
         }
-        object.__setattr__(self, "patterns", patterns)
 
     def translate(self, name: str, to: str, has_statistics: Callable[[str], bool]) -> str | None:
         """Return the name on the side ``to``, or None if the rule is for another layer."""

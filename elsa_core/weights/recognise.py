@@ -68,18 +68,20 @@ def recognise(checkpoint: Any, *, ema: bool | None = None) -> Source:
     weights, rest = _unwrap(checkpoint)
     if isinstance(rest.get(_NOT_AVERAGED), Mapping):
         averaged = ema is not False
-        source = _recognise(_tensors(weights if averaged else _trained(rest.pop(_NOT_AVERAGED))))
+        if not averaged:  # without the step count of the EMAHook
+            state = rest.pop(_NOT_AVERAGED)
+            weights = {n: value for n, value in state.items() if str(n).startswith("module.")}
+        source = _recognise(_tensors(weights))
         source.ema = averaged
         return _with_rest(source, rest)
     tensors = _tensors(weights)
-    if _EMA in rest or ema:
-        if isinstance(rest.get(_EMA), Mapping):
-            source = _recognise(_tensors(rest[_EMA]))
-            source.ema = arch_name(source.arch) == "base" if ema is None else ema
-            if source.ema:
-                return _with_rest(source, rest)
-        elif ema:
-            raise UsageError(f"it holds no EMA weights ({_EMA})")
+    if isinstance(rest.get(_EMA), Mapping):
+        source = _recognise(_tensors(rest[_EMA]))
+        source.ema = arch_name(source.arch) == "base" if ema is None else ema
+        if source.ema:
+            return _with_rest(source, rest)
+    elif ema:
+        raise UsageError(f"it holds no EMA weights ({_EMA})")
     return _with_rest(_recognise(tensors), rest)
 
 
@@ -94,11 +96,6 @@ def _unwrap(checkpoint: Mapping[str, Any]) -> tuple[Mapping[str, Any], dict[str,
         names = [str(name)[:80] for name in checkpoint if isinstance(name, (int, str))]
         raise UsageError(f"it holds no tensors, but {', '.join(names[:5])}")
     return checkpoint, {}
-
-
-def _trained(state: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the model's tensors in the state of an EMAHook, without its step count."""
-    return {name: value for name, value in state.items() if str(name).startswith("module.")}
 
 
 def _tensors(weights: Mapping[str, Any]) -> dict[str, Tensor]:

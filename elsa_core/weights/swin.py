@@ -101,16 +101,9 @@ def _arch(tensors: dict[str, Tensor]) -> Arch:
         embed_dim = tensors["patch_embed.proj.weight"].shape[0]
         heads = tuple(table.shape[1] for table in tables)
         sizes = (embed_dim, tuple(depth for _, depth in depths), heads)
-        group_width = next(
-            (
-                known.group_width
-                for known in VARIANTS.values()
-                if sizes == (known.embed_dim, known.depths, known.num_heads)
-            ),
-            8,
-        )
+        known = {(v.embed_dim, v.depths, v.num_heads): v.group_width for v in VARIANTS.values()}
         window = (round(tables[-1].shape[0] ** 0.5) + 1) // 2
-        return Arch(*sizes, group_width=group_width, window_size=window)
+        return Arch(*sizes, group_width=known.get(sizes, 8), window_size=window)
     except (IndexError, KeyError, ValueError) as error:
         raise UsageError(f"it looks like a Swin, but {error} is missing or malformed") from error
 
