@@ -13,7 +13,7 @@ from torch import Tensor
 
 from elsa_core import ELSASwin
 from elsa_core.data.images import read_image
-from elsa_core.filters import Filters, neighbourhood_filters
+from elsa_core.filters import neighbourhood_filters
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.variants import Arch
 from elsa_core.weights.convert import convert
@@ -140,21 +140,17 @@ def look(
     else:
         rows, chosen_heads = slice(None), list(range(count))
         of = f"mean of all {count} heads" if count > 1 else "mean of the channels of its one head"
+    ghosts = {"multiplied": filters.ghost_mul, "added": filters.ghost_add}
     return View(
         photo,
         list(pixels),
         filters.stride,
         filters.attention[:, chosen_heads].mean(1).numpy(),
-        _ghosts(filters, rows),
+        {name: one[rows].mean(0).numpy() for name, one in ghosts.items() if one is not None},
         filters.effective[:, rows].mean(1).numpy(),
         of,
         f"{name}: stage {stage}, block {block}",
     )
-
-
-def _ghosts(filters: Filters, rows: slice) -> dict[str, np.ndarray]:
-    both = {"multiplied": filters.ghost_mul, "added": filters.ghost_add}
-    return {name: ghost[rows].mean(0).numpy() for name, ghost in both.items() if ghost is not None}
 
 
 def _check(option: str, value: int, last: int) -> None:

@@ -112,9 +112,8 @@ def _from_detectron2(path: str) -> Subject:
         rpn.rpn_head([features[level] for level in rpn.in_features])
         channels = features[heads.box_in_features[0]].shape[1]
         side = heads.box_pooler.output_size
-        for head, predictor in zip(
-            _stages(heads.box_head), _stages(heads.box_predictor), strict=True
-        ):
+        pairs = zip(_stages(heads.box_head), _stages(heads.box_predictor), strict=True)
+        for head, predictor in pairs:
             predictor(head(image.new_empty(PROPOSALS, channels, *side)))
         if heads.mask_on:
             side = heads.mask_pooler.output_size

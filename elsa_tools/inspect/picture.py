@@ -95,19 +95,15 @@ def _draw_overview(panel: Axes, view: View, kind: _Kind) -> None:
     _, filters, norm, name = kind
     height, width = view.photo.shape[:2]
     panel.imshow(view.photo, extent=(0, width, height, 0))
-    size = filters.shape[-1]
     for row, pixel in enumerate(view.pixels):
-        left, right, top, bottom = neighbourhood_extent(pixel, view.stride, size)
+        left, right, top, bottom = neighbourhood_extent(pixel, view.stride, filters.shape[-1])
         # The stronger a weight, the less of the photograph is seen through it.
         colors = colormaps[name](norm(filters[row]))
         colors[..., 3] = 0.25 + 0.7 * np.abs(filters[row]) / np.abs(filters).max()
         panel.imshow(colors, extent=(left, right, bottom, top), interpolation="nearest")
-        panel.add_patch(
-            Rectangle(
-                (left, top), right - left, bottom - top, fill=False, edgecolor=_color(row), lw=1.5
-            )
-        )
-        panel.plot(*pixel, "+", color=_color(row), markersize=6)
+        color, size = _color(row), right - left
+        panel.add_patch(Rectangle((left, top), size, size, fill=False, edgecolor=color, lw=1.5))
+        panel.plot(*pixel, "+", color=color, markersize=6)
         panel.annotate(
             f"{pixel[0]},{pixel[1]}",
             (left, top),
@@ -115,7 +111,7 @@ def _draw_overview(panel: Axes, view: View, kind: _Kind) -> None:
             textcoords="offset points",
             fontsize=6,
             color="white",
-            bbox=dict(boxstyle="square,pad=0.15", fc=_color(row), ec="none"),
+            bbox=dict(boxstyle="square,pad=0.15", fc=color, ec="none"),
         )
     panel.set_xlim(0, width)
     panel.set_ylim(height, 0)
