@@ -1,5 +1,6 @@
 """The fuzz command: what it finds, and some calls of the operator."""
 
+import os
 import re
 import subprocess
 import sys
@@ -8,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-TOY = """
+SLEEP = f"sleep 1000.{os.getpid()}"  # no process of others has this number
+TOY = f"""
 import ctypes, os, subprocess, sys, time
 
 def case(seed):
@@ -25,7 +27,7 @@ def case(seed):
         while True:
             pass
     if seed == 5:
-        subprocess.Popen(["sleep", "1000"])
+        subprocess.Popen("{SLEEP}".split())
         time.sleep(1000)
 """
 
@@ -50,7 +52,7 @@ def test_crash_memory_time_and_wrong_outcomes_are_findings(tmp_path):
     assert found[3] == command.format(3) + "MemoryError"
     assert found[4].startswith(command.format(4) + "more than 1 s of processor time")
     assert found[5].startswith(command.format(5) + "not done after 10 s")
-    assert subprocess.run(["pgrep", "-f", "^sleep 1000$"]).returncode == 1
+    assert subprocess.run(["pgrep", "-f", f"^{SLEEP}$"]).returncode == 1
     alone = fuzz(*options, "--seed", 1, "--cases", 1)
     assert alone.returncode == 1 and "Traceback" in alone.stdout
     assert fuzz(*options, "--seed", 6, "--cases", 2).returncode == 0
