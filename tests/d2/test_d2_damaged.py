@@ -1,6 +1,5 @@
 """Damaged data with tools/train_net.py: one sentence that names the file, status 2."""
 
-import json
 import shutil
 import uuid
 
@@ -14,6 +13,7 @@ import d2_sem_seg_tiny
 import d2_tiny
 import torch
 from conftest import load_tool
+from damage import CONTRADICTIONS, cut_all, edit, end_workers, no_images, shrink
 from detectron2.modeling import build_model
 from torch.multiprocessing.spawn import ProcessRaisedException
 
@@ -21,6 +21,12 @@ from elsa_core.runtime.errors import DamagedFileError, UsageError, sentence_in
 from elsa_d2 import load_config
 
 pytestmark = pytest.mark.usefixtures("clean_catalog")
+
+
+@pytest.fixture(autouse=True)
+def no_workers_left():
+    yield
+    end_workers()
 
 
 @pytest.fixture(scope="module")
@@ -47,21 +53,6 @@ def refusal(tool, tmp_path, capfd):
 def detect(refusal, root, *flags, **changes):
     keys = d2_tiny.overrides(root, MODEL__DEVICE="cpu", SOLVER__MAX_ITER=2, **changes)
     return refusal(d2_tiny.CONFIG, keys, *flags)
-
-
-def cut_all(folder):
-    for file in folder.iterdir():
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def no_images(folder):
-    for file in folder.iterdir():
-        file.write_bytes(b"<html>404</html>")
-
-
-def shrink(folder):
-    for file in folder.iterdir():
-        Image.open(file).resize((40, 50)).save(file)
 
 
 @pytest.mark.slow
@@ -92,51 +83,13 @@ def test_an_image_that_an_evaluation_meets(refusal, copy, tmp_path):
     assert "cannot be read: " in sentence
 
 
-def edit(root, change):
-    file = root / "annotations/instances_training.json"
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-    return file
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "change, problem",
-    [
-        (
-            lambda content: content["annotations"][3].update(image_id=999),
-            "belongs to image 999, which is not in the file",
-        ),
-        (
-            lambda content: content["annotations"][3].update(category_id=11),
-            "has category 11, which is not in the file",
-        ),
-        (
-            lambda content: content["annotations"][3].update(id=1),
-            "has the id 1, which is there twice",
-        ),
-        (lambda content: content["images"][0].pop("height"), "has no height, got None"),
-        (
-            lambda content: content["annotations"][3].update(segmentation={"size": [9, 9]}),
-            "must have polygons or RLE with size and counts as its segmentation",
-        ),
-        (
-            lambda content: content["annotations"][3].pop("segmentation"),
-            "got None: without masks, MODEL.MASK_ON False trains on the boxes",
-        ),
-        (lambda content: content["annotations"].append(7), "annotations must be a list of objects"),
-        (
-            lambda content: content["annotations"][3].update(segmentation=[["a"] * 6]),
-            "must have polygons that are lists of finite numbers as its segmentation",
-        ),
-    ],
-)
+@pytest.mark.parametrize("change, problem", CONTRADICTIONS)
 def test_annotations_that_contradict_themselves(refusal, copy, change, problem):
-    file = edit(copy, change)
+    file = edit(copy, "training", change)
     sentence = detect(refusal, copy)
     assert sentence.startswith(f"annotation file {file} of data set 'digits_training': ")
-    assert sentence.endswith(problem)
+    assert sentence.endswith(problem.format("MODEL.MASK_ON False"))
 
 
 def test_masks_that_cannot_be_used(refusal, copy):
@@ -144,7 +97,7 @@ def test_masks_that_cannot_be_used(refusal, copy):
         for one in content["annotations"]:
             one["segmentation"] = {"size": [96, 96], "counts": [96 * 96]}
 
-    edit(copy, change)
+    edit(copy, "training", change)
     sentence = detect(refusal, copy, INPUT__MASK_FORMAT="polygon")
     assert sentence.startswith(f"the annotations of image {copy}/images/training/"), sentence
 

@@ -1,14 +1,11 @@
 """Damaged data with tools/train.py and tools/test.py: a sentence that names the file, status 2."""
 
-import json
-
-import numpy as np
 import pytest
+from damage import CONTRADICTIONS, colour, cut_all, edit, end_workers, no_images, paint, shrink
 from killing import fork, statuses_of
 from killing_mm import run_tool_to_its_end
 from mm_tiny import CONFIGS, REPOSITORY, options
 from mmengine.dataset import Compose
-from PIL import Image
 
 from elsa_core.runtime.errors import DamagedFileError
 from elsa_mm import cli
@@ -17,33 +14,10 @@ from elsa_mm.safe_loading import LoadImage, Reading, replace_readers
 SMALL = {"train_cfg__max_iters": 2, "train_cfg__val_interval": 2}
 
 
-def cut_all(folder):
-    """All of them, so that the first batch meets one."""
-    for file in folder.iterdir():
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def no_images(folder):
-    for file in folder.iterdir():
-        file.write_bytes(b"<html>404</html>")
-
-
-def paint(value, size=(96, 96)):
-    def spoil(folder):
-        for file in folder.iterdir():
-            Image.fromarray(np.full(size, value, dtype=np.uint8)).save(file)
-
-    return spoil
-
-
-def shrink(folder):
-    for file in folder.iterdir():
-        Image.open(file).resize((40, 50)).save(file)
-
-
-def colour(folder):
-    for file in folder.iterdir():
-        Image.new("RGB", (96, 96)).save(file)
+@pytest.fixture(autouse=True)
+def no_workers_left():
+    yield
+    end_workers()
 
 
 IMAGES, MAPS = "images/training", "annotations/training"
@@ -111,47 +85,12 @@ def test_a_label_map_that_an_evaluation_at_several_scales_meets(refusal, copy, c
     assert f"got 100 in {copy}/annotations/validation/" in sentence
 
 
-def edit(root, part, change):
-    file = root / f"annotations/instances_{part}.json"
-    content = json.loads(file.read_text())
-    change(content)
-    file.write_text(json.dumps(content))
-    return file
-
-
-@pytest.mark.parametrize(
-    "change, problem",
-    [
-        (
-            lambda content: content["annotations"][3].update(image_id=999),
-            "belongs to image 999, which is not in the file",
-        ),
-        (
-            lambda content: content["annotations"][3].update(category_id=11),
-            "has category 11, which is not in the file",
-        ),
-        (lambda content: content["images"][0].pop("width"), "has no width, got None"),
-        (
-            lambda content: content["annotations"][3].update(
-                segmentation={"size": [96, 96], "counts": "\x01"}
-            ),
-            "must have polygons or RLE with size and counts as its segmentation",
-        ),
-        (
-            lambda content: content["annotations"][3].pop("segmentation"),
-            "got None: without masks, a detector without mask_head trains on the boxes",
-        ),
-        (
-            lambda content: content["annotations"][3].update(segmentation=[["a"] * 6]),
-            "must have polygons that are lists of finite numbers as its segmentation",
-        ),
-    ],
-)
+@pytest.mark.parametrize("change, problem", CONTRADICTIONS)
 def test_annotations_that_contradict_themselves(refusal, copy, change, problem):
     file = edit(copy, "validation", change)
     sentence = refusal("train", CONFIGS["mmdet"], *options("mmdet", copy))
     assert sentence.startswith(f"the val data's annotation file {file}: ")
-    assert sentence.endswith(problem)
+    assert sentence.endswith(problem.format("a detector without mask_head"))
 
 
 def test_the_evaluators_own_annotations(refusal, copy, digits):
