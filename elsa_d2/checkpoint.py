@@ -1,4 +1,4 @@
-"""Checkpoints that stay whole when the process is killed at any moment."""
+"""Checkpoints that are complete whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -38,20 +38,20 @@ _NAMED = re.compile(r"model_(\d{7,}|final)\.pth")
 
 
 class AtomicCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer, but each file appears complete or not at all.
+    """Detectron2's checkpointer, which writes each file completely or not at all.
 
     A model with an ELSA-Swin also loads every file that `elsa_core.weights` can convert: original
-    checkpoints, OpenMMLab's, safetensors. What matches in part is loaded, and the log says how much
-    that is. `load` raises UsageError for a file in which no parameter has the name and shape of one
-    of the model, or less than a tenth of the weights of ELSA-Swin's attention.
+    checkpoints, OpenMMLab's, safetensors. A partial match is loaded, and the log says how much
+    matches. `load` raises UsageError for a file in which no parameter matches the model by name and
+    shape, or less than a tenth of the weights of ELSA-Swin's attention.
 
-    ``save_dir`` is a folder of a local file system; `save` raises UsageError where it cannot be
-    written, or for a model with NaN or infinite parameters.
+    ``save_dir`` is a folder of a local file system. `save` raises UsageError if it cannot be
+    written, and for a model with NaN or infinite parameters.
 
     Attributes:
-        classes: the names of the model's classes, which `save` puts into each file, where
-            OpenMMLab's checkpoints have them.
-        last: the checkpoint that was saved last, or that a training was resumed from, "" if none.
+        classes: the class names of the model, which `save` writes where OpenMMLab's checkpoints
+            have them.
+        last: the checkpoint last saved, or resumed from; "" if none.
         passed: a sentence on each checkpoint that cannot be resumed from.
     """
 
@@ -69,13 +69,12 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return bool(self.last or self.get_checkpoint_file())
 
     def get_checkpoint_file(self) -> str:
-        """The newest whole checkpoint of ``save_dir``, "" if there is none.
+        """Returns the newest complete checkpoint of ``save_dir``, "" if there is none.
 
-        That is the one that ``last_checkpoint`` names or, where it cannot be read, the one of the
-        latest iteration that can: the number in a name, and of ``model_final.pth``, which later
-        ones follow if the training goes on to a larger SOLVER.MAX_ITER, the number in the file.
-        `passed` gets a sentence on each that is passed over, which `resume_or_load` puts into the
-        log.
+        This is the one that ``last_checkpoint`` names. If that cannot be read, it is the readable
+        one of the latest iteration, which the file name gives; ``model_final.pth`` holds it, as
+        later ones follow if a larger SOLVER.MAX_ITER continues the training. `passed` receives a
+        sentence on each skipped file, which `resume_or_load` logs.
         """
         return str(first_whole(self._candidates(), self.passed) or "")
 
@@ -128,7 +127,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
             return loaded
 
     def _torch_load(self, f: str) -> dict[str, Any]:
-        """What Detectron2 reads with `torch.load`."""
+        """Reads what Detectron2 reads with `torch.load`."""
         content = type(self).read(f)
         model = content.get("model", {}) if isinstance(content, Mapping) else content
         if not isinstance(model, Mapping):
@@ -138,7 +137,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     @staticmethod
     def _of_detectron(content: dict[str, Any]) -> dict[str, Any]:
-        """A .pkl file of the model zoo, of Detectron2 or of Detectron 1, as Detectron2 reads it."""
+        """Reads a .pkl file of the model zoo, of Detectron2 or Detectron 1, as Detectron2 does."""
         zoo = "model" in content and "__author__" in content
         arrays = content["model"] if zoo else content.get("blobs", content)
         tensors = {
@@ -150,8 +149,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         return {**known, "model": tensors}
 
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
-        """As Detectron2's, but raises UsageError for tensors with NaN or infinity, for names with
-        control characters, and where nothing, or next to nothing, matches."""
+        """As Detectron2's; raises UsageError for tensors with NaN or infinity, for names with
+        control characters, and if nothing, or next to nothing, matches the model."""
         check_names(checkpoint["model"], self._file)
         wanted = self.model.state_dict()
         given = {n: t for n, t in checkpoint["model"].items() if n in wanted}
@@ -175,9 +174,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
             self.last = path
 
     def write(self, name: str, **extra: Any) -> str:
-        """As `save`, but a resumed training does not go on from the file.
+        """As `save`, for a file from which `--resume` does not continue.
 
-        Returns its path, "" where this process saves nothing.
+        Returns its path, or "" if this process saves nothing.
         """
         if not self.save_dir or not self.save_to_disk:
             return ""
@@ -198,7 +197,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
 
 class _Checker(AtomicCheckpointer):
-    """Keeps what does not match instead of logging and skipping it."""
+    """Records what does not match instead of logging it."""
 
     incompatible: Any = None
     read: Any = staticmethod(read_ahead)
@@ -208,10 +207,10 @@ class _Checker(AtomicCheckpointer):
 
 
 def check_checkpoint(file: str, model: nn.Module) -> list[str] | None:
-    """Loads a checkpoint, of which the model must have all parameters in their shapes.
+    """Loads a checkpoint that must have every parameter of the model, in its shape.
 
-    Returns the class names in the file, None without. Raises UsageError for a file that cannot be
-    loaded or does not match.
+    Returns the class names in the file, or None. Raises UsageError for a file that cannot be loaded
+    or does not match the model.
     """
     checker = _Checker(model)
     try:
@@ -245,7 +244,7 @@ def check_checkpoint(file: str, model: nn.Module) -> list[str] | None:
 
 
 def _iteration(path: Path) -> int:
-    """Of a checkpoint; of a final one that cannot be read, so that it is named, beyond all."""
+    """The iteration of a checkpoint; infinite for a final one that cannot be read."""
     number = path.stem.removeprefix("model_")
     if number != "final":
         return int(number)

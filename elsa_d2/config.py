@@ -20,7 +20,7 @@ _PACKAGE = Path(__file__).resolve().parent
 
 
 def add_elsa_swin_config(cfg: CfgNode) -> None:
-    """Adds MODEL.ELSA_SWIN, and the other keys that `Trainer` and our heads understand."""
+    """Adds MODEL.ELSA_SWIN, and the keys of `Trainer` and our heads."""
     node = cfg.MODEL.ELSA_SWIN = CfgNode()
     # "tiny", "small", "base", or "custom": the architecture that CUSTOM_ARCH describes.
     node.ARCH = "tiny"
@@ -88,7 +88,7 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
 
 
 def _add_sem_seg_config(cfg: CfgNode) -> None:
-    """The keys for semantic segmentation, with the published recipe's values."""
+    """Adds the keys for semantic segmentation, with the values of the published recipe."""
     head = cfg.MODEL.SEM_SEG_HEAD
     # Sides of the maps that "UPerNetHead" pools the coarsest feature to.
     head.POOL_SCALES = [1, 2, 3, 6]
@@ -144,18 +144,18 @@ def is_sem_seg(cfg: CfgNode) -> bool:
 
 
 def get_config_file(name: str) -> str:
-    """The path of a config for `load_config`.
+    """Returns the path of a config of this package, for `load_config`.
 
     Args:
         name: such as "COCO-InstanceSegmentation/mask_rcnn_elsa_swin_t_fpn_1x.yaml".
 
-    Raises UsageError for one that is not there.
+    Raises UsageError if there is none of this name.
     """
     return find_config(name, _PACKAGE / "configs", _PACKAGE.parent / "configs/detectron2")
 
 
 def load_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode:
-    """Detectron2's defaults and ours, then a file's keys, then KEY VALUE pairs.
+    """Merges Detectron2's and our defaults, the keys of a file, and KEY VALUE pairs, in this order.
 
     Raises UsageError for a file or a pair that is not valid.
     """
@@ -177,9 +177,9 @@ def load_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode
 
 
 def elsa_swin_arch(cfg: CfgNode) -> str | dict[str, Any]:
-    """What MODEL.ELSA_SWIN.ARCH and CUSTOM_ARCH say, as `elsa_core.ELSASwin` takes it.
+    """Returns the ``arch`` of `elsa_core.ELSASwin` for MODEL.ELSA_SWIN.ARCH and CUSTOM_ARCH.
 
-    Raises ValueError for an unknown ARCH, and for a CUSTOM_ARCH that it leaves unused.
+    Raises ValueError for an unknown ARCH, and for a CUSTOM_ARCH without ARCH "custom".
     """
     node = cfg.MODEL.ELSA_SWIN
     custom = {name.lower(): value for name, value in node.CUSTOM_ARCH.items() if value is not None}

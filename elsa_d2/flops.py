@@ -1,4 +1,4 @@
-"""Makes fvcore's counters, which Detectron2 analyses models with, know ELSA-Swin's operators."""
+"""Registers ELSA-Swin's operators with fvcore's counters, which Detectron2 uses."""
 
 import importlib
 

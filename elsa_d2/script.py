@@ -1,6 +1,6 @@
 """The main module of ``python -m elsa_d2 SCRIPT`` and of the processes that the script starts.
 
-Those import it by its name and not the script by its file, and so have our keys, too.
+These processes import this module by name instead of the script by file, and so get our keys, too.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def add_to_defaults() -> None:
 
 
 def register_datasets(arguments: Sequence[str]) -> None:
-    """Those of --config-file FILE.yaml and of DATASETS.* VALUE among a script's arguments."""
+    """Registers the data sets of --config-file FILE.yaml and DATASETS.* in a script's arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--config-file", default="")
     options, rest = parser.parse_known_args(arguments)

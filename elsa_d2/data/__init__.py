@@ -1,1 +1,1 @@
-"""Data sets, and images on their way to a model."""
+"""Data sets, and what maps their records to the input of a model."""

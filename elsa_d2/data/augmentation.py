@@ -1,4 +1,4 @@
-"""Resizing and cropping as in the published recipe, chosen by keys of INPUT."""
+"""Resizing and cropping of the published recipe, configured by keys of INPUT."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ _METHODS = {
 
 
 def need_opencv(purpose: str) -> ModuleType:
-    """The module cv2, which Detectron2 does not bring. Raises UsageError where it is missing."""
+    """Returns the module cv2, which Detectron2 does not install; raises UsageError without it."""
     return need("cv2", purpose)
 
 
 class OpenCVResizeTransform(T.ResizeTransform):
-    """ResizeTransform by ``cv2.resize``, as OpenMMLab does it, instead of by Pillow."""
+    """ResizeTransform by ``cv2.resize``, as in OpenMMLab, instead of by Pillow."""
 
     def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
-        """Image [H, W] or [H, W, C] in the new size; ``interp`` is one of Pillow's numbers."""
+        """Resizes an image [H, W] or [H, W, C]; ``interp`` is a constant of Pillow."""
         cv2 = need_opencv("a resize by OpenCV")
         method = getattr(cv2, _METHODS[self.interp if interp is None else interp])
         size = (self.new_w, self.new_h)
@@ -42,7 +42,7 @@ class OpenCVResizeTransform(T.ResizeTransform):
 
 
 class OpenCVResizeShortestEdge(T.ResizeShortestEdge):
-    """ResizeShortestEdge by OpenCV, to sizes that are rounded as OpenMMLab rounds them."""
+    """ResizeShortestEdge by OpenCV, to sizes rounded as in OpenMMLab."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
         edges = self.short_edge_length
@@ -60,7 +60,7 @@ RESIZES = {"pil": T.ResizeShortestEdge, "cv2": OpenCVResizeShortestEdge}
 
 
 def resize_class(cfg: CfgNode) -> type[T.ResizeShortestEdge]:
-    """What INPUT.RESIZE_BACKEND names: "pil" is Detectron2's own, "cv2" OpenMMLab's.
+    """Returns the resize of INPUT.RESIZE_BACKEND: "pil" is Detectron2's, "cv2" OpenMMLab's.
 
     Raises UsageError for another name, and for "cv2" without OpenCV.
     """
@@ -77,12 +77,11 @@ def resize_class(cfg: CfgNode) -> type[T.ResizeShortestEdge]:
 def configure_augmentation(
     cfg: CfgNode, augmentations: Sequence[T.Augmentation], is_train: bool
 ) -> list[T.Augmentation]:
-    """Detectron2's augmentations, with the resize of INPUT.RESIZE_BACKEND.
+    """Returns Detectron2's augmentations with the resize of INPUT.RESIZE_BACKEND.
 
-    In training with INPUT.MULTI_SCALE_CROP, flips and that crop come first.
-
-    The crop is DETR's (arXiv 2005.12872, section 4): with the probability PROB, an image is resized
-    to a short edge from MIN_SIZES and cropped to between CROP_SIZE[0] and CROP_SIZE[1] pixels.
+    INPUT.MULTI_SCALE_CROP adds a crop for training, after the flips. It is DETR's (arXiv
+    2005.12872, section 4): with probability PROB, the image is resized to a short edge from
+    MIN_SIZES and cropped to between CROP_SIZE[0] and CROP_SIZE[1] pixels.
     """
     resize = resize_class(cfg)
     chosen = [

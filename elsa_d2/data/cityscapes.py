@@ -1,7 +1,7 @@
-"""Cityscapes: registered from the config, checked before a run.
+"""Cityscapes: registration from the config, and checks before a run.
 
-Images are in leftImg8bit/PART/CITY, annotations in gtFine/PART/CITY; Detectron2 itself registers
-those below cityscapes/ in the folder that the environment variable DETECTRON2_DATASETS names.
+Images are in leftImg8bit/PART/CITY, annotations in gtFine/PART/CITY. Detectron2 itself registers
+those in $DETECTRON2_DATASETS/cityscapes.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ SCRIPTS += tuple(f".evaluation.eval{kind}LevelSemanticLabeling" for kind in ("In
 
 
 def provide_cityscapesscripts() -> None:
-    """Lets Detectron2 import cityscapesscripts by either of the names that it has for it.
+    """Lets Detectron2 import cityscapesscripts by either of its two names.
 
-    Since the end of 2024 Detectron2 takes it from a package of Meta's. Where that is missing, its
-    names stand for the published modules. Raises UsageError without cityscapesscripts.
+    Since the end of 2024, Detectron2 imports it from an unpublished package. Without that package,
+    its names become aliases of the published modules. Raises UsageError without cityscapesscripts.
     """
     need("cityscapesscripts", "Cityscapes")
     if not is_missing(UNPUBLISHED):
@@ -67,11 +67,10 @@ def provide_cityscapesscripts() -> None:
 
 
 def load_instances(image_dir: str, gt_dir: str) -> list[dict[str, Any]]:
-    """Detectron2's records of images and their instances.
+    """Returns Detectron2's records of images and their instances.
 
-    Detectron2's own function ends its worker processes by SIGTERM. In a training, they take that
-    for a preemption and do not end. Here the workers end by themselves, and few files are read
-    without workers.
+    Detectron2's own function terminates its workers by SIGTERM, which they take for a preemption in
+    a training and ignore. Here the workers end by themselves, and few files are read without them.
     """
     provide_cityscapesscripts()
     from cityscapesscripts.helpers.labels import labels
@@ -94,12 +93,12 @@ def load_instances(image_dir: str, gt_dir: str) -> list[dict[str, Any]]:
 def register_cityscapes_datasets(cfg: CfgNode) -> None:
     """Registers the data sets that DATASETS.REGISTER_CITYSCAPES lists.
 
-    The classes are those of Cityscapes, 8 for instances and 19 for semantic segmentation. Relative
-    paths start at the working directory. Raises UsageError for entries of another form and for a
-    name that stands for another data set already.
+    The classes are those of Cityscapes, 8 for instances and 19 for semantic segmentation. Paths are
+    relative to the working directory. Detectron2's own instance data sets that the run uses are
+    registered again, with `load_instances`.
 
-    Of the data sets under Detectron2's own names, those of instances that the run uses are
-    registered anew, with `load_instances`.
+    Raises UsageError for entries of another form and for a name that is registered for another data
+    set.
     """
     for name in {*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST} & set(DatasetCatalog.list()):
         metadata, theirs = MetadataCatalog.get(name), DatasetCatalog[name].__module__ == BUILTIN
@@ -133,13 +132,13 @@ def check_cityscapes_dataset(
 ) -> None:
     """Raises UsageError unless a data set exists, matches the model, and a sample can be read.
 
-    Every image must have its annotations. At most 32 of them are read, spread over the whole.
+    Every image must have annotations. At most 32 are read, spread over the data set.
 
     Args:
-        name: of a registered data set for which `is_cityscapes` holds.
-        sem_seg: the model is a SemanticSegmentor, and no detector.
-        evaluated: the model is evaluated on the data set, too.
-        machines: that take part.
+        name: a registered data set for which `is_cityscapes` holds.
+        sem_seg: whether the model is a SemanticSegmentor rather than a detector.
+        evaluated: whether the run evaluates on the data set.
+        machines: number of machines of the run.
     """
     provide_cityscapesscripts()
     metadata = MetadataCatalog.get(name)
@@ -182,7 +181,7 @@ def _check_classes(cfg: CfgNode, name: str, sem_seg: bool) -> None:
 
 
 def _check_files(name: str, sem_seg: bool, evaluated: bool) -> list[str]:
-    """CITY/CITY_NUMBER_NUMBER_ of each image, in order, each of which has its annotations."""
+    """Returns CITY/CITY_NUMBER_NUMBER_ of each image, sorted; checks that each has annotations."""
     metadata = MetadataCatalog.get(name)
     images = _files(name, "image", metadata.image_dir)
     annotations = set(_files(name, "annotation", metadata.gt_dir))
@@ -214,7 +213,7 @@ def _check_files(name: str, sem_seg: bool, evaluated: bool) -> list[str]:
 
 
 def _files(name: str, what: str, folder: str) -> list[str]:
-    """CITY/FILE of all files in the folders in a folder, in order."""
+    """Returns CITY/FILE of all files two levels below a folder, sorted."""
     if not os.path.isdir(folder):
         raise UsageError(
             f"{what} folder {folder} of data set {name!r} does not exist (working directory: "

@@ -1,4 +1,4 @@
-"""The names of a run's classes: those of the checkpoint it evaluates, or of its training part."""
+"""The class names of a run: those of the checkpoint it evaluates, or of its training part."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from elsa_d2.config import is_sem_seg
 
 
 def class_kind(cfg: CfgNode) -> str:
-    """The name under which Detectron2's metadata has them."""
+    """The key of the class names in Detectron2's metadata."""
     return "stuff_classes" if is_sem_seg(cfg) else "thing_classes"
 
 
 def classes_node(cfg: CfgNode) -> str:
-    """The part of MODEL whose NUM_CLASSES the model has."""
+    """The node of MODEL whose NUM_CLASSES the model uses."""
     if is_sem_seg(cfg):
         return "SEM_SEG_HEAD"
     return "RETINANET" if cfg.MODEL.META_ARCHITECTURE == "RetinaNet" else "ROI_HEADS"
@@ -30,11 +30,11 @@ def number_of_classes(cfg: CfgNode) -> int:
 
 
 def class_names(name: str, kind: str = "thing_classes") -> list[str] | None:
-    """Of a data set in the order of its labels; None where they are not known or not readable.
+    """Returns the class names of a data set by label; None if they are unknown or not readable.
 
     Args:
-        name: in Detectron2's DatasetCatalog, or not.
-        kind: see `class_kind`.
+        name: name of the data set, which need not be registered.
+        kind: as returned by `class_kind`.
     """
     if name not in DatasetCatalog:
         return None
@@ -53,12 +53,12 @@ def class_names(name: str, kind: str = "thing_classes") -> list[str] | None:
 
 
 def training_classes(cfg: CfgNode) -> list[str] | None:
-    """Of the first of DATASETS.TRAIN, which the labels of the others stand for, too."""
+    """Class names of the first of DATASETS.TRAIN, whose labels the other parts use."""
     return class_names(cfg.DATASETS.TRAIN[0], class_kind(cfg)) if cfg.DATASETS.TRAIN else None
 
 
 def usable(cfg: CfgNode, names: Sequence[str] | None) -> Sequence[str] | None:
-    """The names in a checkpoint, unless there are more or fewer than the model has classes."""
+    """Returns the class names of a checkpoint, or None if the model has another number."""
     return names if names and len(names) == number_of_classes(cfg) else None
 
 
@@ -69,10 +69,11 @@ def check_names(
     others: Sequence[str] | None,
     elsewhere: str,
 ) -> None:
-    """Raises UsageError for a label that stands for two classes; None is nothing to compare.
+    """Raises UsageError for a label with two class names. None: nothing to compare.
 
     Args:
-        where: the place of ``names``, and ``elsewhere`` that of ``others``, for the message.
+        where: source of ``names``, for the message.
+        elsewhere: source of ``others``.
     """
     if not names or not others or len(names) != len(others):
         return

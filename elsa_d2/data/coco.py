@@ -1,7 +1,7 @@
-"""Data sets in COCO's format: registered from the config, checked before a run begins.
+"""Data sets in COCO's format: registration from the config, and checks before a run.
 
 A run has one order of classes: that of the checkpoint it evaluates, or of its first training part.
-Every other part's categories become labels by their names.
+The categories of every other part are mapped to labels by name.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ _Result = TypeVar("_Result")
 
 @dataclass(frozen=True)
 class CocoPart:
-    """What DatasetCatalog calls for the records of a data set, see `load_coco_json`.
+    """The function that DatasetCatalog calls for the records of a data set (`load_coco_json`).
 
-    ``order``: the class names, label by label, or the data set whose names they are; None, or a
-    data set that is not there, for the categories by ascending id.
+    Attributes:
+        order: class names by label, or the data set that has them; None, or an unknown data set:
+            the categories by ascending id.
     """
 
     name: str
@@ -60,12 +61,12 @@ class CocoPart:
 def register_coco_datasets(cfg: CfgNode, classes: Sequence[str] | None = None) -> None:
     """Registers the data sets that DATASETS.REGISTER_COCO lists.
 
-    Relative paths start at the working directory. Raises UsageError for entries of another form
-    and for a name that stands for another data set already.
+    Paths are relative to the working directory. Raises UsageError for entries of another form and
+    for a name that is registered for another data set.
 
     Args:
-        classes: the names that the labels of each data set stand for, label by label; None: those
-            of the first of DATASETS.TRAIN.
+        classes: class names by label, for each data set; None: those of the first of
+            DATASETS.TRAIN.
     """
     first = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else None
     for name, json_file, image_root in entries(cfg, "REGISTER_COCO", FORM, (str, str, str)):
@@ -90,17 +91,17 @@ def check_dataset(
     classes: Sequence[str] | None = None,
     node: str = "ROI_HEADS",
 ) -> None:
-    """Raises UsageError unless a registered data set is there and whole.
+    """Raises UsageError unless a data set is registered, complete and valid.
 
-    A data set in another format than COCO's is checked for its registration alone.
+    Of a data set in another format than COCO's, only the registration is checked.
 
     Args:
-        name: in Detectron2's DatasetCatalog.
-        num_classes: how many categories it must have; None for any number.
-        annotated: whether it must have annotations, as a test set of a contest has not.
-        masks: whether each annotation must have a mask; None: once one has.
-        classes: the names of the run's classes, label by label; None: its own are the run's.
-        node: the part of MODEL that has the number of classes.
+        name: name in Detectron2's DatasetCatalog.
+        num_classes: required number of categories; None: any.
+        annotated: whether annotations are required; the test set of a contest has none.
+        masks: whether each annotation must have a mask; None: if any has one.
+        classes: class names of the run by label; None: those of the data set.
+        node: the node of MODEL that has the number of classes.
     """
     if name not in DatasetCatalog:
         raise UsageError(
@@ -153,7 +154,7 @@ def _check_annotations(
 
 
 def _check_for_detectron2(name: str, json_file: str, coco: dict[str, Any]) -> None:
-    """What Detectron2's own reader of a data set fails at, and ours does not."""
+    """Raises UsageError for what Detectron2's own reader fails at, and ours does not."""
     what = f"annotation file {json_file} of data set {name!r}"
     if any(one.get("ignore") for one in coco.get("annotations") or ()):
         raise UsageError(

@@ -1,4 +1,4 @@
-"""Detectron2's records of a file in COCO's format, from its normalised content."""
+"""Detectron2's records of a file in COCO's format."""
 
 from __future__ import annotations
 
@@ -22,18 +22,17 @@ logger = logging.getLogger(__name__)
 def load_coco_json(
     json_file: str, image_root: str, dataset_name: str, classes: Sequence[str] | None = None
 ) -> list[dict[str, Any]]:
-    """As Detectron2's function of this name, for every file that the checker accepts.
+    """Detectron2's function of this name, for every file that the checker accepts.
 
-    Differs in what Detectron2's ends with a traceback or leaves out: a byte order mark; `ignore`,
-    which makes an annotation a crowd; no `iscrowd`, which is 0. Boxes without area are left out,
-    and the log says how many.
-
-    Sets thing_classes and thing_dataset_id_to_contiguous_id in the data set's metadata.
+    Also reads what Detectron2's fails at or ignores: a byte order mark, `ignore` (the annotation
+    becomes a crowd), and annotations without `iscrowd` (0). Boxes without area are dropped, and the
+    log says how many. Sets thing_classes and thing_dataset_id_to_contiguous_id in the metadata.
 
     Args:
-        classes: the name of each label; None: the categories by ascending id.
+        classes: class names by label; None: the categories by ascending id.
 
-    Raises UsageError, which names the file, for one with errors or other categories than `classes`.
+    Raises:
+        UsageError: for a file with errors, or with other categories than `classes`.
     """
     try:
         coco = load_coco(json_file)
@@ -84,6 +83,6 @@ def _instance(one: dict[str, Any], label: int) -> dict[str, Any]:
             mask = frPyObjects(mask, *mask["size"])
         instance["segmentation"] = mask
     if points := one.get("keypoints"):
-        # From the index of a pixel to the place of its middle, as masks and boxes are given.
+        # From the index of a pixel to the position of its center, as in boxes and masks.
         instance["keypoints"] = [v + 0.5 if i % 3 != 2 else v for i, v in enumerate(points)]
     return instance

@@ -1,4 +1,4 @@
-"""From a data set's entries to what a detector is trained and tested on."""
+"""Maps the records of a data set to the input of a detector."""
 
 from __future__ import annotations
 
@@ -33,12 +33,13 @@ logger = logging.getLogger(__name__)
 class DetectionMapper(DatasetMapper):
     """DatasetMapper with the resize and the crop of INPUT, and with OpenMMLab's masks.
 
-    With INPUT.MASK_FORMAT "bitmask", polygons are drawn at the image's own size and then resized,
-    cropped and flipped with it. Boxes with an edge under a pixel, or outside the image, are left
-    out; a box whose mask a crop empties stays, as in OpenMMLab.
+    With INPUT.MASK_FORMAT "bitmask", polygons are drawn at the size of the image and then resized,
+    cropped and flipped with it. Boxes with an edge under a pixel, or outside the image, are
+    dropped; a box whose mask a crop empties is kept, as in OpenMMLab.
 
-    Raises DamagedFileError, which names the file, for an image that cannot be read or has another
-    size than its annotations say, and for masks that cannot be used.
+    Raises:
+        DamagedFileError: naming the file, for an image that cannot be read or has another size than
+            its annotations say, and for masks that cannot be used.
     """
 
     @classmethod
@@ -48,7 +49,7 @@ class DetectionMapper(DatasetMapper):
         return {**options, "augmentations": augmentations}
 
     def __call__(self, dataset_dict: dict[str, Any]) -> dict[str, Any]:
-        """As DatasetMapper's, which reads images by another rule."""
+        """As DatasetMapper's, but reads images by the rule of `safe_loading`."""
         entry = copy.deepcopy(dataset_dict)
         image = read_image(entry["file_name"], self.image_format)
         try:
@@ -113,7 +114,7 @@ class DetectionMapper(DatasetMapper):
 
 
 def _has_area(annotation: dict[str, Any], size: tuple[int, int]) -> bool:
-    """Whether a box has edges of a pixel or more, and a part in the image of (height, width)."""
+    """Whether both edges of a box are a pixel or longer, and it overlaps the image (h, w)."""
     box = BoxMode.convert(annotation["bbox"], annotation["bbox_mode"], BoxMode.XYXY_ABS)
     left, top, right, bottom = box
     large = right - left >= 1 and bottom - top >= 1
@@ -121,10 +122,10 @@ def _has_area(annotation: dict[str, Any], size: tuple[int, int]) -> bool:
 
 
 def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
-    """Entries of DATASETS.TRAIN: images with objects, unless DATALOADER.FILTER_EMPTY_ANNOTATIONS
-    says otherwise, whose edges have DATALOADER.MIN_IMAGE_SIZE pixels or more.
+    """Returns the records of DATASETS.TRAIN that are trained.
 
-    Raises UsageError if there are none.
+    Drops images with an edge under DATALOADER.MIN_IMAGE_SIZE pixels, and those without objects
+    unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False. Raises UsageError if none is left.
     """
     keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
     entries = get_detection_dataset_dicts(

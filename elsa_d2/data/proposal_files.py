@@ -19,8 +19,8 @@ FIELDS = (("ids", "indexes"), ("boxes",), ("objectness_logits", "scores"))
 def check_proposals(cfg: CfgNode, eval_only: bool = False) -> None:
     """Raises UsageError unless each data set of a run has a file with proposals for its images.
 
-    Detectron2 reads these files with pickle, which can execute code: a local file
-    that would is refused. URLs are not checked.
+    Detectron2 reads these files with pickle: a local file that would execute code is refused. URLs
+    are not checked.
     """
     if not cfg.MODEL.LOAD_PROPOSALS:
         return

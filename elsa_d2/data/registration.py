@@ -14,7 +14,7 @@ from elsa_core.runtime.errors import UsageError
 def entries(
     cfg: CfgNode, key: str, form: str, kinds: Sequence[type | tuple[type, ...]]
 ) -> Iterator[Sequence[Any]]:
-    """The entries of DATASETS.KEY; raises UsageError for one whose parts are of other types."""
+    """Returns the entries of DATASETS.KEY; raises UsageError for one with values of other types."""
     for entry in cfg.DATASETS[key]:
         if (
             not isinstance(entry, (list, tuple))
@@ -30,7 +30,7 @@ def wrong_form(key: str, form: str, entry: Any) -> UsageError:
 
 
 def is_registered(key: str, name: str, description: Mapping[str, Any]) -> bool:
-    """Whether a data set is in the catalog; raises UsageError if its metadata is another."""
+    """Whether a data set is registered; raises UsageError if it is so with other metadata."""
     if name not in DatasetCatalog:
         return False
     known = MetadataCatalog.get(name)

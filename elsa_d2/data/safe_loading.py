@@ -20,9 +20,9 @@ from elsa_core.runtime.errors import DamagedFileError, UsageError
 
 
 def read_image(path: str, image_format: str) -> np.ndarray:
-    """[H, W, C] in one of Detectron2's formats, such as "RGB" or "BGR" in 0..255.
+    """Reads an image [H, W, C] in a format of Detectron2's, such as "RGB" or "BGR" (0..255).
 
-    Raises DamagedFileError, which names the file, where it is not whole or refused.
+    Raises DamagedFileError, which names the file, if it is damaged or refused.
     """
     try:
         with PathManager.open(path, "rb") as file:
@@ -34,7 +34,7 @@ def read_image(path: str, image_format: str) -> np.ndarray:
 
 
 def read_map(path: str) -> np.ndarray:
-    """The values in a label map [H, W]. Raises DamagedFileError, which names the file."""
+    """Reads the values of a label map [H, W]; raises DamagedFileError, which names the file."""
     return _read(path, elsa_core.data.label_maps.read_map)
 
 
@@ -44,7 +44,7 @@ def read_labels(
     reduce_zero_label: bool = False,
     size: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """A label map [H, W] as `elsa_core.data.label_maps.read_labels` returns it, with 255 for none.
+    """Reads a label map [H, W] by `elsa_core.data.label_maps.read_labels`, with 255 for no class.
 
     Raises DamagedFileError, which names the file, where that raises UsageError.
     """
@@ -66,7 +66,7 @@ def _read(path: str, read: Callable[..., np.ndarray], *options: Any) -> np.ndarr
 def read_pair(
     record: dict[str, Any], image_format: str, num_classes: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Image [H, W, 3] and label map [H, W] of a record. Raises DamagedFileError for broken ones."""
+    """Reads the image [H, W, 3] and label map [H, W] of a record; may raise DamagedFileError."""
     image = read_image(record["file_name"], image_format)
     path = record["sem_seg_file_name"]
     reduce = record.get("reduce_zero_label", False)

@@ -16,10 +16,10 @@ from elsa_core.runtime.randomness import Placed, PlacedData, seed_all
 
 
 class ContinuedSampler(TrainingSampler):
-    """Detectron2's endless shuffle, which can begin in the middle.
+    """Detectron2's infinite shuffle, from any position on.
 
     Attributes:
-        done: images of all processes that are left out at the beginning.
+        done: number of images, of all processes, to skip at the beginning.
     """
 
     done = 0
@@ -40,14 +40,14 @@ class ContinuedSampler(TrainingSampler):
 
 
 class DataOrderHook(HookBase):
-    """Keeps the shuffle's seed in the checkpoints and begins where the resumed training ended.
+    """Stores the seed of the shuffle in checkpoints, and continues the order when resumed.
 
-    Detectron2 would begin again with the first images of the shuffle, and draw other random
-    numbers: here those of an iteration follow from the seed and its number. Exact without
-    DATALOADER.ASPECT_RATIO_GROUPING; with it, some images of neighbouring batches change places.
+    Detectron2 starts again with the first images of the shuffle and other random numbers. Here the
+    random numbers of an iteration follow from the seed and the iteration's number. With
+    DATALOADER.ASPECT_RATIO_GROUPING, some images of neighbouring batches change places.
 
     Args:
-        batch_size: images that all processes take in an iteration.
+        batch_size: images of all processes in an iteration.
     """
 
     def __init__(self, sampler: ContinuedSampler, batch_size: int) -> None:
@@ -75,8 +75,8 @@ class DataOrderHook(HookBase):
 
 
 def continue_order(loader: DataLoader, batch_size: int) -> DataOrderHook | None:
-    """Puts a `ContinuedSampler` into a training loader, whose images' augmentation follows from
-    their places in the order; None where its sampler is a special one."""
+    """Puts a `ContinuedSampler` into a training loader, and seeds the augmentation of each image by
+    its position. Returns None for a loader with a sampler of another kind."""
     dataset: Any = loader.dataset
     sampler: Any = getattr(dataset, "sampler", None)
     if type(sampler) is not TrainingSampler:
@@ -88,7 +88,7 @@ def continue_order(loader: DataLoader, batch_size: int) -> DataOrderHook | None:
 
 
 def torch_loader(loader: Any) -> DataLoader:
-    """PyTorch's loader inside what Detectron2 builds around it."""
+    """Returns PyTorch's loader inside Detectron2's."""
     while not isinstance(loader, DataLoader):
         loader = loader.dataset
     return loader

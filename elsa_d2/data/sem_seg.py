@@ -1,4 +1,4 @@
-"""Data sets of images and label maps: registered from the config, read, checked before a run."""
+"""Data sets of images and label maps: registration, reading, and checks before a run."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ FORM = "[name, image folder, label map folder, class names or their file, reduce
 def register_sem_seg_datasets(cfg: CfgNode) -> None:
     """Registers the data sets that DATASETS.REGISTER_SEM_SEG lists.
 
-    Label map SUB/X.png belongs to image SUB/X with any known ending. Relative paths start at the
+    Label map SUB/X.png belongs to image SUB/X with any known suffix. Paths are relative to the
     working directory. Raises UsageError for entries of another form, for a file of class names that
-    cannot be read, and for a name that stands for another data set already.
+    cannot be read, and for a name that is registered for another data set.
     """
     kinds = (str, str, str, (str, list, tuple), bool)
     for entry in entries(cfg, "REGISTER_SEM_SEG", FORM, kinds):
@@ -66,12 +66,12 @@ def _load(images: str, labels: str, reduce_zero_label: bool) -> list[dict[str, A
 def check_sem_seg_dataset(name: str, num_classes: int) -> None:
     """Raises UsageError unless a registered data set exists, matches, and a sample can be read.
 
-    Every image must have a label map, and every label map an image. At most 32 of them are read,
-    spread over the whole, and more only where those have no value but 0 and 255.
+    Every image must have a label map, and every label map an image. At most 32 are read, spread
+    over the data set, and more only if those have no value but 0 and 255.
 
     Args:
-        name: in Detectron2's DatasetCatalog.
-        num_classes: how many classes it must have.
+        name: name in Detectron2's DatasetCatalog.
+        num_classes: required number of classes.
     """
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") != "sem_seg":
@@ -110,7 +110,7 @@ def check_sem_seg_dataset(name: str, num_classes: int) -> None:
 
 
 def _how_to_make(folder: str) -> str:
-    """Detectron2's own name for ADE20K reads another folder than the data set brings."""
+    """A hint for Detectron2's name of ADE20K, which reads a folder that the download lacks."""
     parent, part = os.path.split(folder)
     if os.path.basename(parent) != "annotations_detectron2":
         return ""

@@ -1,6 +1,6 @@
-"""MMSegmentation's training augmentation for Detectron2.
+"""MMSegmentation's training augmentations for Detectron2.
 
-With the same state of NumPy's random numbers, each gives what MMSegmentation's gives.
+From the same state of NumPy's random numbers, each gives the result of MMSegmentation's.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ TRIES = 10
 
 
 class ResizeToFit(T.Augmentation):
-    """Enlarges or reduces an image until it fits into a box, whichever way the box is turned.
+    """Resizes an image to the largest size that fits into a box, upright or turned.
 
     Args:
-        scale: the sides of the box in pixels, in any order.
-        ratio_range: the box is scaled by a factor drawn evenly from it, and its sides rounded down.
+        scale: sides of the box in pixels, in any order.
+        ratio_range: range of a uniform random factor of the box, whose sides are rounded down.
     """
 
     def __init__(self, scale: Sequence[int], ratio_range: Sequence[float] = (1.0, 1.0)) -> None:
@@ -40,14 +40,14 @@ class ResizeToFit(T.Augmentation):
 
 
 class RandomCropCategoryArea(T.Augmentation):
-    """A random crop in which no class has too large a part.
+    """A random crop in which no class takes too large a part.
 
-    Of an image smaller than the crop, all is kept along that side. After 10 tries the next crop is
-    taken as it is.
+    A side of the image that is shorter than the crop is kept whole. After 10 tries, the next crop
+    is taken as it is.
 
     Args:
         size: height and width in pixels.
-        max_ratio: part of the labelled pixels that each class must stay below; 1: any.
+        max_ratio: upper bound of the share of each class in the labelled pixels; 1: none.
         ignore_value: label of pixels without a class.
     """
 
@@ -124,7 +124,7 @@ class PhotometricDistortion(T.Augmentation):
         return T.ColorTransform(distort)
 
     def _in_hsv(self, image: np.ndarray, saturation: float | None, hue: int | None) -> np.ndarray:
-        """Each change makes its own way to HSV and back, which rounds."""
+        """Each change converts to HSV and back by itself, with its own rounding."""
         cv2 = need_opencv("a change of colours")
         there = getattr(cv2, f"COLOR_{self.image_format}2HSV")
         back = getattr(cv2, f"COLOR_HSV2{self.image_format}")
@@ -140,14 +140,14 @@ class PhotometricDistortion(T.Augmentation):
 
 
 def _linear(image: np.ndarray, factor: float = 1.0, shift: float = 0.0) -> np.ndarray:
-    """factor * image + shift, cut off at 0 and 255 and rounded down."""
+    """Returns factor * image + shift, clamped to 0..255 and rounded down."""
     if factor == 1 and shift == 0:
         return image
     return np.clip(image.astype(np.float32) * factor + shift, 0, 255).astype(np.uint8)
 
 
 def build_augmentation(cfg: CfgNode, is_train: bool) -> list[T.Augmentation]:
-    """The augmentations of INPUT.SEM_SEG and INPUT.RANDOM_FLIP, in MMSegmentation's order.
+    """Returns the augmentations of INPUT.SEM_SEG and INPUT.RANDOM_FLIP, in MMSegmentation's order.
 
     Raises UsageError without OpenCV.
     """

@@ -1,4 +1,4 @@
-"""Images and label maps on their way to a `SemanticSegmentor`."""
+"""Maps the records of a data set to the input of a `SemanticSegmentor`."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from .sem_seg_augmentation import build_augmentation
 
 
 class SemSegMapper:
-    """Makes a `SemanticSegmentor`'s input from a record of a data set.
+    """Maps a record of a data set to the input of a `SemanticSegmentor`.
 
-    In training, a crop [3, H, W] and its labels [H, W], padded at the right and at the bottom:
-    the image with its mean, which the model turns to 0, the labels with 255. In testing, the image,
-    resized, with "height" and "width" of the file.
+    In training, this is a crop [3, H, W] and its labels [H, W], padded at the right and at the
+    bottom: the image with its mean, which the model turns to 0, the labels with 255. In testing, it
+    is the resized image, with "height" and "width" of the file.
 
     Args:
-        is_train: whether labels are read.
-        augmentations: of image and labels.
+        is_train: whether to read labels.
+        augmentations: augmentations of image and labels.
         image_format: "RGB" or "BGR".
-        num_classes: labels are checked against it.
-        pad_to: least height and width, in pixels; in training only.
-        pad_value: of each channel.
+        num_classes: number of classes, which the labels must not exceed.
+        pad_to: minimum height and width in pixels, in training only.
+        pad_value: padding of each channel.
     """
 
     @configurable
@@ -61,7 +61,7 @@ class SemSegMapper:
         }
 
     def __call__(self, record: dict[str, Any]) -> dict[str, Any]:
-        """Raises UsageError, which names the file, for one that is damaged or does not match."""
+        """Raises UsageError, which names the file, if it is damaged or does not match."""
         if self.is_train:
             image, labels = read_pair(record, self.image_format, self.num_classes)
         else:
@@ -79,12 +79,12 @@ class SemSegMapper:
         return result
 
     def _missing(self, map_: np.ndarray | Tensor) -> tuple[int, int]:
-        """Pixels that the last two sides lack."""
+        """Returns the padding that the last two dimensions need."""
         down, right = (max(0, w - h) for w, h in zip(self.pad_to, map_.shape[-2:], strict=True))
         return down, right
 
     def _padded(self, image: Tensor) -> Tensor:
-        """uint8 as it is where nothing lacks, else float32, since the mean is no whole number."""
+        """Pads; returns float32 if there is padding, since the mean is no integer, else uint8."""
         down, right = self._missing(image)
         if not down and not right:
             return image

@@ -1,4 +1,4 @@
-"""The best checkpoint of a training, beside the last ones."""
+"""Keeps the best checkpoint of a training beside the last ones."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ NAME = "model_best"
 
 
 class BestCheckpointHook(HookBase):
-    """Saves model_best.pth after each evaluation that scores higher than all before it.
+    """Saves model_best.pth after each evaluation with a higher score than all before it.
 
-    The score is in the file, so that a resumed training compares with it. Detectron2's own
-    BestCheckpointer forgets it, makes --resume go on from the best checkpoint, and writes the last
-    iteration's number one too high. Register this one right after the hook that evaluates.
+    The file holds the score, with which a resumed training compares. Detectron2's BestCheckpointer
+    forgets it, makes --resume continue from the best checkpoint, and records the last iteration
+    one too high. Register this hook right after the one that evaluates.
 
     Args:
         checkpointer: saves the state.
-        metric: its name in metrics.json, such as "sem_seg/mIoU"; higher is better.
-        period: of the evaluation, in iterations; 0: only after the last one.
-        watch: nothing is saved at iterations whose losses or gradients are not finite.
+        metric: name in metrics.json, such as "sem_seg/mIoU"; higher is better.
+        period: iterations between evaluations; 0: only after the last one.
+        watch: prevents saving at iterations whose losses or gradients are not finite.
 
     Attributes:
-        best: the highest score up to now, None before the first.
+        best: the highest score so far, or None.
     """
 
     def __init__(

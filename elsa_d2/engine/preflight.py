@@ -68,15 +68,15 @@ def check_run(
     processes: int = 1,
     machines: int = 1,
 ) -> None:
-    """Raises UsageError for the first thing that keeps a run from succeeding.
+    """Raises UsageError for the first problem that would make a run fail.
 
     Registers the data sets of the config and makes OUTPUT_DIR.
 
     Args:
         eval_only: the run evaluates weights instead of training them.
-        resume: the run goes on from the last checkpoint in OUTPUT_DIR where there is one.
-        processes: on this machine.
-        machines: that take part.
+        resume: the run continues from the last checkpoint in OUTPUT_DIR, if there is one.
+        processes: number of processes on this machine.
+        machines: number of machines.
     """
     _check_processes(cfg, processes, machines)
     model = _check_model(cfg)
@@ -140,7 +140,7 @@ def _check_batch(cfg: CfgNode, images: int) -> None:
 
 
 def _check_model(cfg: CfgNode) -> torch.nn.Module | None:
-    """The model without memory for its parameters; None with a backbone that is not ours."""
+    """Returns the model on the meta device; None for a backbone that is not ours."""
     for registry, key, name in (
         (BACKBONE_REGISTRY, "BACKBONE.NAME", cfg.MODEL.BACKBONE.NAME),
         (META_ARCH_REGISTRY, "META_ARCHITECTURE", cfg.MODEL.META_ARCHITECTURE),
@@ -165,7 +165,7 @@ def _model_class(cfg: CfgNode) -> type[torch.nn.Module]:
 
 
 def _check_features(cfg: CfgNode, available: list[str]) -> None:
-    """Checks that the backbone with its neck has the features that the heads need."""
+    """Checks that backbone and neck give the features that the heads need."""
     model = _model_class(cfg)
     if cfg.MODEL.MASK_ON and issubclass(model, RetinaNet):
         raise UsageError("RetinaNet finds no masks: it needs MODEL.MASK_ON False, got True")
@@ -221,7 +221,7 @@ def _check_evaluation(cfg: CfgNode) -> None:
 def _check_weights(
     cfg: CfgNode, eval_only: bool, resume: bool, model: torch.nn.Module | None
 ) -> list[str] | None:
-    """The class names of the checkpoint that is evaluated or resumed, None without."""
+    """Returns the class names of the checkpoint that is evaluated or resumed, or None."""
     checkpointer = AtomicCheckpointer(torch.nn.Identity(), cfg.OUTPUT_DIR)
     if resume and (last := checkpointer.get_checkpoint_file()):
         if model is not None:

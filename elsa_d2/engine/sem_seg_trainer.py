@@ -1,4 +1,4 @@
-"""The trainer of segmentors, and the choice between it and that of detectors."""
+"""The trainer of segmentors, and the choice of a trainer for a config."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from detectron2.evaluation import DatasetEvaluator
 from torch import nn
 
 from elsa_d2.config import is_sem_seg
-from elsa_d2.data.cityscapes import is_cityscapes
 from elsa_d2.data.sem_seg_mapper import SemSegMapper
-from elsa_d2.evaluation.cityscapes import build_cityscapes_evaluator
 from elsa_d2.evaluation.sem_seg import build_sem_seg_evaluator
 from elsa_d2.modeling.sem_seg_tta import SegmentorWithTTA, at_test_ratios
 
@@ -21,7 +19,7 @@ from .trainer import Trainer, shielded
 
 
 class SemSegTrainer(Trainer):
-    """`Trainer` of a `SemanticSegmentor`, which is evaluated by its IoU."""
+    """`Trainer` of a `SemanticSegmentor`, evaluated by IoU."""
 
     for_sem_seg = True
     mapper = SemSegMapper
@@ -31,11 +29,7 @@ class SemSegTrainer(Trainer):
         return shielded(build_detection_train_loader(cfg, mapper=cls.mapper(cfg, True)))
 
     @classmethod
-    def build_evaluator(
-        cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
-    ) -> DatasetEvaluator:
-        if is_cityscapes(dataset_name):
-            return build_cityscapes_evaluator(dataset_name)
+    def build_task_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
         return build_sem_seg_evaluator(cfg, dataset_name, folder)
 
     @classmethod
@@ -54,5 +48,5 @@ class SemSegTrainer(Trainer):
 
 
 def trainer_class(cfg: CfgNode) -> type[Trainer]:
-    """`SemSegTrainer` for a `SemanticSegmentor`, `Trainer` for every other model."""
+    """Returns `SemSegTrainer` for a `SemanticSegmentor`, `Trainer` for other models."""
     return SemSegTrainer if is_sem_seg(cfg) else Trainer

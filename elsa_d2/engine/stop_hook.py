@@ -28,12 +28,12 @@ CANNOT_SAVE = 1000
 
 
 class CarefulCheckpointer(hooks.PeriodicCheckpointer):
-    """Detectron2's, but a failure to save waits until `StopHook` tells the other processes.
+    """PeriodicCheckpointer that leaves it to `StopHook` to report a failure to all processes.
 
     Nothing is saved at iterations whose losses or gradients are not finite.
 
     Attributes:
-        failure: what went wrong, "" if nothing did.
+        failure: the error of the last save, or "".
     """
 
     failure = ""
@@ -52,7 +52,7 @@ class CarefulCheckpointer(hooks.PeriodicCheckpointer):
 
 
 class FinalEvalHook(hooks.EvalHook):
-    """Detectron2's, but no evaluation follows a training that failed in its last iteration."""
+    """EvalHook without the evaluation after a training that failed in its last iteration."""
 
     def after_train(self) -> None:
         self._eval_after_train &= self.trainer.iter >= self.trainer.max_iter
@@ -60,19 +60,19 @@ class FinalEvalHook(hooks.EvalHook):
 
 
 class StopHook(HookBase):
-    """Ends a training in all processes, on a preemption or a failure of one.
+    """Ends a training in all processes, on a preemption or failure of any of them.
 
-    A preemption is SIGTERM or SIGUSR1: the iteration in progress is finished and saved. A single
-    process aborts an evaluation between two iterations; several processes finish it first. After
+    On SIGTERM or SIGUSR1 (preemption), the current iteration is completed and saved. A single
+    process aborts an evaluation between two iterations; several processes complete it first. After
     the last iteration, the signal ends the run without the final evaluation. Failures are a
-    checkpoint that cannot be saved, and losses or gradients that are not finite too often in a row.
+    checkpoint that cannot be saved, and too many non-finite losses or gradients in a row.
 
-    Register it right after the checkpointer's hook.
+    Register this hook right after the checkpointer's.
 
     Args:
         checkpointer: saves the state.
-        periodic: the checkpointer's hook, None in processes that have none.
-        watch: counts what is not finite.
+        periodic: hook of the checkpointer; None in processes without one.
+        watch: counts non-finite losses and gradients.
     """
 
     def __init__(

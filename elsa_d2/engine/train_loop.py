@@ -22,17 +22,15 @@ DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 class AutocastTrainer(SimpleTrainer):
-    """Like Detectron2's AMPTrainer, which insists on CUDA, for any type of device.
+    """Detectron2's AMPTrainer, which requires CUDA, for any type of device.
 
     Args:
         device_type: "cuda", "cpu", ...
-        dtype: float16, whose loss is scaled, bfloat16, which needs no scaling, or float32 for full
-            precision.
-        parts: how many equal parts of each batch the model takes one after the other before the
-            optimizer steps. A loss is the mean over the parts, as it is over the processes
-            of a distributed training.
-        watch: counts the iterations whose losses or gradients are not finite; they are not logged,
-            and the optimizer does not step. `StopHook` ends the training.
+        dtype: float16 (with loss scaling), bfloat16, or float32 for full precision.
+        parts: number of equal parts of a batch that pass through the model before the optimizer
+            steps. Losses are means over the parts, as over the processes of a distributed training.
+        watch: counts iterations with non-finite losses or gradients, which are not logged and in
+            which the optimizer does not step. `StopHook` ends the training.
     """
 
     def __init__(
@@ -74,7 +72,7 @@ class AutocastTrainer(SimpleTrainer):
             logger.warning(f"iteration {self.iter + 1}: {problem}")
 
     def _backward(self, data: list[Any], part: int) -> dict[str, Tensor]:
-        """Adds the gradients of a part; the processes share them after the last one."""
+        """Adds the gradients of a part; the processes exchange them after the last one."""
         alone = isinstance(self.model, DistributedDataParallel) and part + 1 < self.parts
         with self.model.no_sync() if alone else nullcontext():
             enabled = self.dtype != torch.float32
@@ -95,7 +93,7 @@ class AutocastTrainer(SimpleTrainer):
 
 
 def amp_dtype(name: str, device_type: str) -> torch.dtype:
-    """What SOLVER.AMP.DTYPE names; "" is float16 on CUDA and bfloat16 elsewhere."""
+    """Returns the dtype of SOLVER.AMP.DTYPE; "" is float16 on CUDA and bfloat16 elsewhere."""
     if not name:
         return torch.float16 if device_type == "cuda" else torch.bfloat16
     if name not in DTYPES:

@@ -1,4 +1,4 @@
-"""Detectron2's default trainer with ELSA-Swin's recipe, on GPUs and on CPUs."""
+"""Detectron2's default trainer with ELSA-Swin's recipe, for GPUs and CPUs."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer(DefaultTrainer):
-    """DefaultTrainer of detectors with AdamW, COCO evaluation and whole checkpoints.
+    """DefaultTrainer of detectors with AdamW, COCO evaluation and atomic checkpoints.
 
-    Runs without a GPU, too. `SemSegTrainer` trains a `SemanticSegmentor`.
+    `SemSegTrainer` trains a `SemanticSegmentor`.
 
-    On a CPU, several processes share the work through gloo, and SOLVER.AMP means bfloat16 unless
-    told otherwise. SIGTERM and SIGUSR1 end a training at the next iteration, whose state is saved:
-    `train` then raises `elsa_core.runtime.preemption.TrainingEnded`, as it does where a checkpoint
-    cannot be written and where losses or gradients are not finite (SOLVER.MAX_NONFINITE).
+    Also runs on CPUs, where processes communicate through gloo and SOLVER.AMP defaults to bfloat16.
+    SIGTERM and SIGUSR1 end a training at the next iteration, after saving its state: `train` raises
+    `elsa_core.runtime.preemption.TrainingEnded`. It also does so if a checkpoint cannot be written,
+    or losses or gradients stay non-finite (SOLVER.MAX_NONFINITE).
     """
 
     for_sem_seg = False
@@ -81,7 +81,7 @@ class Trainer(DefaultTrainer):
         self.register_hooks(self.build_hooks())
 
     def resume_or_load(self, resume: bool = True) -> None:
-        """As DefaultTrainer, but says when there is nothing to resume from."""
+        """As DefaultTrainer; logs when there is nothing to resume from."""
         if resume and not self.checkpointer.has_checkpoint():
             weights = self.cfg.MODEL.WEIGHTS or "random weights"
             logger.warning(
@@ -110,8 +110,8 @@ class Trainer(DefaultTrainer):
             raise TrainingEnded(FAILED, f"{file} cannot be written: {error.strerror}") from error
 
     def build_hooks(self) -> list[hooks.HookBase]:
-        """DefaultTrainer's; one that stops the training and one that keeps the order of the data;
-        the best checkpoint's, and an evaluation with TEST.AUG at the end, where enabled."""
+        """DefaultTrainer's hooks, and those for preemption and the order of the data; if enabled,
+        also the best checkpoint's and an evaluation with TEST.AUG at the end."""
         built = super().build_hooks()
         periodic = None
         for place, hook in enumerate(built):
@@ -142,7 +142,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def check_task(cls, cfg: CfgNode) -> None:
-        """Raises UsageError for a model of another task than this class is for."""
+        """Raises UsageError for a model of another task than that of this class."""
         if is_sem_seg(cfg) != cls.for_sem_seg:
             needed = "Trainer" if cls.for_sem_seg else "SemSegTrainer"
             raise UsageError(
@@ -172,7 +172,7 @@ class Trainer(DefaultTrainer):
 
     @classmethod
     def with_tta(cls, cfg: CfgNode, model: nn.Module) -> tuple[CfgNode, nn.Module]:
-        """The config and the model of an evaluation with TEST.AUG."""
+        """Returns config and model of an evaluation with TEST.AUG."""
         return with_test_time_augmentation(cfg, model)
 
     @classmethod
@@ -197,14 +197,15 @@ class Trainer(DefaultTrainer):
     def build_evaluator(
         cls, cfg: CfgNode, dataset_name: str, folder: str = "inference"
     ) -> DatasetEvaluator:
-        """Its files go to a folder in OUTPUT_DIR; those for cityscapesscripts are not kept."""
+        """Writes to a folder in OUTPUT_DIR; files for cityscapesscripts are temporary."""
         if is_cityscapes(dataset_name):
             return build_cityscapes_evaluator(dataset_name)
-        tasks = ["bbox"]
-        if cfg.MODEL.MASK_ON:
-            tasks.append("segm")
-        if cfg.MODEL.KEYPOINT_ON:
-            tasks.append("keypoints")
+        return cls.build_task_evaluator(cfg, dataset_name, folder)
+
+    @classmethod
+    def build_task_evaluator(cls, cfg: CfgNode, dataset_name: str, folder: str) -> DatasetEvaluator:
+        """The evaluator of data sets without one of their own."""
+        tasks = ["bbox", *["segm"] * cfg.MODEL.MASK_ON, *["keypoints"] * cfg.MODEL.KEYPOINT_ON]
         return COCOEvaluator(
             dataset_name,
             tasks,
@@ -215,19 +216,19 @@ class Trainer(DefaultTrainer):
 
 
 def shielded(loader: Iterable[Any]) -> Iterable[Any]:
-    """The loader, whose workers leave the signals of a scheduler to their process."""
+    """Makes the workers of a loader ignore the signals of a scheduler; returns the loader."""
     shield_workers(torch_loader(loader))
     return loader
 
 
 def use_available_device(cfg: CfgNode) -> None:
-    """Turns MODEL.DEVICE "cuda" (the default) to "cpu" where there is no CUDA, and says so."""
+    """Changes MODEL.DEVICE "cuda" (the default) to "cpu" without CUDA, and logs it."""
     if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
         logger.warning(f"no CUDA device found: MODEL.DEVICE is cpu instead of {cfg.MODEL.DEVICE}")
         cfg.MODEL.DEVICE = "cpu"
 
 
 def share_cpu_cores() -> None:
-    """Gives each process of this machine its part of the cores, unless OMP_NUM_THREADS is set."""
+    """Divides the cores among the processes of this machine, unless OMP_NUM_THREADS is set."""
     if comm.get_local_size() > 1 and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, torch.get_num_threads() // comm.get_local_size()))

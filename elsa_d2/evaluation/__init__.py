@@ -1,1 +1,1 @@
-"""Evaluators, whose files are whole or not there."""
+"""Evaluators that write their files completely or not at all."""

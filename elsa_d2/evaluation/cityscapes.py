@@ -1,4 +1,4 @@
-"""Cityscapes' own figures, by cityscapesscripts."""
+"""The evaluation of Cityscapes, by cityscapesscripts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from elsa_d2.data.cityscapes import INSTANCES, SEM_SEG, provide_cityscapesscript
 
 
 class InstanceEvaluator(CityscapesInstanceEvaluator):
-    """Detectron2's, but predictions in ignored areas alone score 0 instead of raising an error."""
+    """Detectron2's, but scores predictions in ignored areas alone as 0 instead of failing."""
 
     def evaluate(self) -> dict[str, dict[str, float]] | None:
         """AP and AP50 of masks in percent; None in processes other than the first."""
@@ -27,7 +27,7 @@ EVALUATORS = {INSTANCES: InstanceEvaluator, SEM_SEG: CityscapesSemSegEvaluator}
 
 
 def build_cityscapes_evaluator(name: str) -> DatasetEvaluator:
-    """Detectron2's: average precision of masks, or IoU of classes and categories; in percent."""
+    """Returns Detectron2's evaluator: AP of masks, or IoU of classes and categories, in percent."""
     provide_cityscapesscripts()
     import elsa_core.data.cityscapes_eval  # noqa: F401 (any NumPy does then)
 

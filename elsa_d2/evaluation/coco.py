@@ -1,4 +1,4 @@
-"""Detectron2's COCO evaluation, of every file that the checker accepts, at the model's limit."""
+"""Detectron2's COCO evaluation for every file that the checker accepts."""
 
 from __future__ import annotations
 
@@ -29,20 +29,21 @@ from .files import PREFIX
 class COCOEvaluator(Detectron2Evaluator):
     """COCOEvaluator whose AP, AP50, AP75, APs, APm and APl are correct for every valid file.
 
-    All six count up to ``limit`` detections of an image, and 100 or more, as COCO does. The ground
-    truth is that of `elsa_core.data.coco.normalised`. A model that detects nothing has AP 0.
-    Keypoints and proposals are evaluated by Detectron2's own code.
+    All six count up to ``limit`` detections of an image, at least 100. The ground truth is
+    that of `elsa_core.data.coco.normalised`. A model that detects nothing has AP 0. Detectron2's
+    own code evaluates keypoints and proposals.
 
     Args:
-        dataset_name: with a COCO file as its metadata's ``json_file``; another data set is
-            written as one into `output_dir`.
-        tasks: of "bbox", "segm" and "keypoints".
-        limit: how many detections of an image the model returns at most.
-        output_dir: for instances_predictions.pth and coco_instances_results.json; None for none.
+        dataset_name: a data set whose metadata name a COCO file, ``json_file``; another data set is
+            converted to one in `output_dir`.
+        tasks: any of "bbox", "segm" and "keypoints".
+        limit: maximum number of detections of the model in an image.
+        output_dir: folder of instances_predictions.pth and coco_instances_results.json; None: none.
         distributed: whether to gather the predictions of all processes.
-        kpt_oks_sigmas: of the keypoints, empty for COCO's.
+        kpt_oks_sigmas: sigmas of the keypoints; empty: COCO's.
 
-    Raises UsageError for a file that the checker would find errors in.
+    Raises:
+        UsageError: for a file in which the checker finds errors.
     """
 
     def __init__(
@@ -87,12 +88,12 @@ class COCOEvaluator(Detectron2Evaluator):
 
     @property
     def _labels(self) -> dict[Any, int]:
-        """The label of each category id, which is known once the data set has been loaded."""
+        """Returns the label of each category id, known once the data set has been loaded."""
         ids = {one["id"]: one["id"] for one in self._coco["categories"]}
         return self._metadata.get("thing_dataset_id_to_contiguous_id", ids)
 
     def process(self, inputs: list[dict[str, Any]], outputs: list[dict[str, Any]]) -> None:
-        """As super's; widths and heights are differences in float64, as in MMDetection."""
+        """As Detectron2's, but computes widths and heights in float64, as MMDetection does."""
         start = len(self._predictions)
         super().process(inputs, outputs)
         instances = [output["instances"] for output in outputs if "instances" in output]
@@ -137,7 +138,7 @@ class COCOEvaluator(Detectron2Evaluator):
             self._tasks = tasks
 
     def _save(self, detections: list[dict[str, Any]]) -> None:
-        """COCO's results, with the category ids of the data set."""
+        """Writes COCO's results, with the category ids of the data set."""
         ids = {label: category for category, label in self._labels.items()}
         if wrong := [one["category_id"] for one in detections if one["category_id"] not in ids]:
             raise UsageError(

@@ -1,4 +1,4 @@
-"""Files that Detectron2's evaluators write, whole or not at all."""
+"""Writes the files of Detectron2's evaluators completely or not at all."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ PREFIX = "atomic://"
 
 
 class AtomicPathHandler(PathHandler):
-    """``atomic://FOLDER`` is FOLDER, where a file gets its name only when it is complete.
+    """Makes ``atomic://FOLDER`` a FOLDER in which a file gets its name when it is complete.
 
-    For ``PathManager.open(..., "w")`` or "wb" in a with statement, as evaluators have it. A process
-    that is killed leaves the file's previous content. UsageError where a file cannot be written.
+    Serves ``PathManager.open(..., "w")`` or "wb" in a with statement, as evaluators use it. If the
+    process is killed, the previous content stays. Raises UsageError if a file cannot be written.
     """
 
     def _get_supported_prefixes(self) -> list[str]:

@@ -1,4 +1,4 @@
-"""Detectron2's mean IoU with label maps of any width."""
+"""Detectron2's mean IoU for label maps of any bit depth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .files import PREFIX
 def build_sem_seg_evaluator(
     cfg: CfgNode, dataset_name: str, folder: str = "inference"
 ) -> SemSegEvaluator:
-    """Detectron2's mean IoU; classes that no label map has are left out of the mean."""
+    """Returns Detectron2's mean IoU, without classes that no label map has."""
     metadata = MetadataCatalog.get(dataset_name)
 
     def load(path: str, dtype: type) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Learning rate schedules: Detectron2's own, and the polynomial one of segmentation recipes."""
+"""Learning rate schedules: Detectron2's, and the polynomial one of segmentation recipes."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ POLY = "WarmupPolyLR"
 
 
 class WarmupPoly(ParamScheduler):
-    """Factor of the learning rate: a power of the part that is left, times a linear warm-up.
+    """Factor of the learning rate: polynomial decay times linear warm-up.
 
     Iteration i has end_value + (1 - end_value) * (1 - i / max_iter) ** power. The first
-    ``warmup_iters`` are multiplied by warmup_factor + (1 - warmup_factor) * i / warmup_iters. The
-    end value belongs to the iteration after the last one. These are the values of the original
-    recipe, whose MMCV 1 multiplies both.
+    ``warmup_iters`` are multiplied by warmup_factor + (1 - warmup_factor) * i / warmup_iters, as
+    MMCV 1 does in the original recipe. The iteration after the last one would have the end value.
 
     Args:
         max_iter: iterations of the training.
-        warmup_iters: iterations of the warm-up; all of them where the training is shorter.
-        warmup_factor: of the first iteration.
-        power: of the decay.
-        end_value: at ``max_iter``.
+        warmup_iters: iterations of the warm-up; a shorter training is warm-up throughout.
+        warmup_factor: factor of the first iteration.
+        power: power of the decay.
+        end_value: factor at ``max_iter``.
     """
 
     def __init__(
@@ -42,7 +41,7 @@ class WarmupPoly(ParamScheduler):
         self.warmup_factor, self.power, self.end_value = warmup_factor, power, end_value
 
     def __call__(self, where: float) -> float:
-        """The factor at ``where`` * max_iter, 0 <= ``where`` <= 1."""
+        """Returns the factor at iteration ``where`` * max_iter, 0 <= ``where`` <= 1."""
         iteration = round(where * self.max_iter)
         left = (self.max_iter - iteration) / self.max_iter
         factor = self.end_value + (1 - self.end_value) * left**self.power
@@ -55,7 +54,7 @@ class WarmupPoly(ParamScheduler):
 def build_lr_scheduler(
     cfg: CfgNode, optimizer: torch.optim.Optimizer
 ) -> torch.optim.lr_scheduler.LRScheduler:
-    """What SOLVER.LR_SCHEDULER_NAME names: "WarmupPolyLR", or one of Detectron2's."""
+    """Builds SOLVER.LR_SCHEDULER_NAME: "WarmupPolyLR", or a scheduler of Detectron2's."""
     solver = cfg.SOLVER
     if solver.LR_SCHEDULER_NAME != POLY:
         return detectron2.solver.build_lr_scheduler(cfg, optimizer)
@@ -70,9 +69,9 @@ def build_lr_scheduler(
 
 
 def scale_lr(cfg: CfgNode) -> CfgNode:
-    """SOLVER.BASE_LR and BASE_LR_END in proportion to IMS_PER_BATCH / BASE_BATCH_SIZE.
+    """Scales SOLVER.BASE_LR and BASE_LR_END by IMS_PER_BATCH / BASE_BATCH_SIZE.
 
-    Returns a config of its own where they change, with BASE_BATCH_SIZE 0.
+    Returns a new config, with BASE_BATCH_SIZE 0, if they change.
     """
     solver = cfg.SOLVER
     if not solver.BASE_BATCH_SIZE:

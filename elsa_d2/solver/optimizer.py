@@ -18,7 +18,7 @@ OPTIMIZERS = ("AdamW", "SGD")
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """The optimizer that SOLVER.OPTIMIZER names: "AdamW", or "SGD" as Detectron2 builds it."""
+    """Builds SOLVER.OPTIMIZER: "AdamW", or Detectron2's "SGD"."""
     if cfg.SOLVER.OPTIMIZER not in OPTIMIZERS:
         raise UsageError(
             f"SOLVER.OPTIMIZER must be one of {', '.join(OPTIMIZERS)}, got {cfg.SOLVER.OPTIMIZER!r}"
@@ -30,12 +30,12 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
 
 
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
-    """Detectron2's groups, without decay for what SOLVER.WEIGHT_DECAY_EXEMPT names.
+    """Returns Detectron2's groups, without decay for what SOLVER.WEIGHT_DECAY_EXEMPT names.
 
-    The original recipe exempts every parameter whose name contains "norm". In its model these are
-    the backbone's alone: the normalisation layers of neck and heads are called "bn" there and are
-    decayed. Detectron2 calls them "norm" too, hence the restriction to the backbone. They keep
-    SOLVER.WEIGHT_DECAY_NORM, which must be None to decay them as the recipe does.
+    The original recipe exempts every parameter whose name contains "norm". In its model only the
+    backbone has such names; the normalisation layers of neck and heads are named "bn" and decayed.
+    Detectron2 names them "norm", too, hence the restriction to the backbone. They keep
+    SOLVER.WEIGHT_DECAY_NORM, which must be None to decay them as in the recipe.
     """
     solver = cfg.SOLVER
     groups = get_default_optimizer_params(
