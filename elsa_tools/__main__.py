@@ -11,6 +11,8 @@ import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from .arguments import command_parser
+
 
 class Command(NamedTuple):
     """A module with ``main(arguments, prog)``, and the packages that importing it needs."""
@@ -48,12 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"elsa: {error}", file=sys.stderr)
         return 2
-    parser = argparse.ArgumentParser(
-        prog="elsa",
-        description="ELSA-Swin for Detectron2 and OpenMMLab.",
-        epilog=DETAILS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser("elsa", "ELSA-Swin for Detectron2 and OpenMMLab.", DETAILS)
     parser.add_argument("--version", action="version", version=f"elsa-swin {__version__}")
     parser.add_argument("command", metavar="COMMAND", help="one of those below")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")

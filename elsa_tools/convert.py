@@ -14,6 +14,8 @@ from elsa_core.weights import report
 from elsa_core.weights.convert import TARGETS
 from elsa_core.weights.files import convert_file
 
+from .arguments import command_parser
+
 DETAILS = """\
 SRC may be an original checkpoint (classification, detection, segmentation), one of Detectron2,
 MMDetection, MMSegmentation or MMPretrain with an ELSA-Swin, a bare backbone, or an ImageNet
@@ -48,12 +50,8 @@ def _run_in_memory(options: argparse.Namespace) -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Moves weights between the original release, Detectron2 and OpenMMLab.",
-        epilog=DETAILS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    what = "Convert weights between the original release, Detectron2 and OpenMMLab."
+    parser = command_parser(prog, what, DETAILS)
     parser.add_argument("source", metavar="SRC", help="checkpoint to read")
     parser.add_argument("destination", metavar="DST", help="file to write, never SRC itself")
     parser.add_argument("--to", required=True, choices=list(TARGETS), help="what DST is for")

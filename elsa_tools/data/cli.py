@@ -11,6 +11,7 @@ from typing import Any
 from elsa_core.runtime.command_line import exit_status, show
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.files import replacing
+from elsa_tools.arguments import command_parser
 
 from .layout import FRAMEWORKS, LAYOUTS
 from .places import IN_THE_WAY, MADE, Place, distinct, link, places
@@ -50,12 +51,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") 
 
 
 def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Checks and links COCO, ADE20K, Cityscapes and ImageNet.",
-        epilog=DETAILS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(prog, "Check and link COCO, ADE20K, Cityscapes and ImageNet.", DETAILS)
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser(
         "check", help="compare a data set, or a file of annotations, with what it should be"

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from elsa_core import VARIANTS, ELSASwin
 from elsa_core.runtime.command_line import exit_status, keep_inputs, show
 from elsa_core.runtime.errors import UsageError
-from elsa_tools.predict.arguments import add_config_settings
+from elsa_tools.arguments import add_config_settings, command_parser
 
 DETAILS = """\
 What is exported:
@@ -36,12 +36,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "export_onnx.py") -
 
 
 def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Exports ELSA-Swin, alone or in a UPerNet, to ONNX.",
-        epilog=DETAILS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(prog, "Export ELSA-Swin, alone or in a UPerNet, to ONNX.", DETAILS)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="Detectron2 .yaml or OpenMMLab .py, or configs/...")
     what.add_argument("--arch", choices=list(VARIANTS), help="a bare backbone")

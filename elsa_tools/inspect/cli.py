@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from elsa_core.runtime.command_line import exit_status, keep_inputs, show
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.files import replacing
+from elsa_tools.arguments import command_parser
 
 DETAILS = """\
 examples:
@@ -36,11 +37,8 @@ def main(arguments: Sequence[str] | None = None, prog: str = "analyze.py") -> in
 
 
 def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Shows what a model is made of, and what ELSA attends to in an image.",
-        epilog=DETAILS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    parser = command_parser(
+        prog, "Show the parts of a model, and what ELSA attends to in an image.", DETAILS
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_parts(commands)

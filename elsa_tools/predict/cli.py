@@ -10,8 +10,7 @@ from typing import Any
 from elsa_core.runtime.command_line import exit_status, say, show
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.files import make_folder, sweep
-
-from .arguments import add_config_settings
+from elsa_tools.arguments import add_config_settings, command_parser
 
 DETAILS = """\
 The config says the framework: .yaml is Detectron2, .py MMDetection or MMSegmentation. CHECKPOINT
@@ -36,12 +35,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "demo.py") -> int:
 
 
 def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog=prog,
-        description="Shows what a trained model finds in images and videos.",
-        epilog=DETAILS,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command_parser(prog, "Show what a trained model finds in images and videos.", DETAILS)
     parser.add_argument(
         "inputs", nargs="+", metavar="INPUT", help="image, video, folder or quoted pattern"
     )
