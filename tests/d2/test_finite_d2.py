@@ -13,6 +13,7 @@ from d2_sem_seg_tiny import DIGITS
 from d2_sem_seg_tiny import overrides as sem_seg
 from d2_tiny import CONFIG, overrides
 from detectron2.utils import comm
+from killing import nan_like
 
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.preemption import TrainingEnded
@@ -33,14 +34,6 @@ def train(cfg, part, bad):
     model = getattr(trainer.model, "module", trainer.model)
     model.get_submodule(part).register_forward_hook(spoil)
     trainer.train()
-
-
-def nan_like(value):
-    if isinstance(value, torch.Tensor):
-        return value * math.nan
-    if isinstance(value, dict):
-        return {key: nan_like(one) for key, one in value.items()}
-    return type(value)(nan_like(one) for one in value)
 
 
 KEYS = dict(

@@ -128,6 +128,29 @@ def _narrow(node):
                 node[key] = WIDTH
 
 
+# All boxes are trained, so that nothing is drawn by chance, and detected.
+EVERY_BOX = {
+    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 999,
+    "MODEL.ROI_HEADS.POSITIVE_FRACTION": 1.0,
+    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+}
+
+
+def every_box(model):
+    """The same in MMDetection's model config."""
+    model.test_cfg.rcnn.score_thr = 0.0
+    rcnn = model.train_cfg.rcnn
+    for stage in rcnn if isinstance(rcnn, list) else [rcnn]:
+        stage.sampler.update(num=999, pos_fraction=1.0)
+
+
+def mmdet_loss(name):
+    """MMDetection's name of a loss of the heads."""
+    plain, _, stage = name.partition("_stage")
+    other = {"loss_box_reg": "loss_bbox"}.get(plain, plain)
+    return f"s{stage}.{other}" if stage else other
+
+
 def scene(seed, size=(128, 192), number=5, classes=80):
     """Boxes [N, 4] well inside the image, classes [N], elliptic masks [N, H, W] of a scene."""
     random = np.random.default_rng(seed)
@@ -186,6 +209,17 @@ def proposals_for(boxes, size, seed, number=60):
     everything[:, 0::2].clamp_(0, size[1])
     everything[:, 1::2].clamp_(0, size[0])
     return everything
+
+
+def d2_proposals(boxes, size):
+    return [
+        d2.Instances(size, proposal_boxes=d2.Boxes(one), objectness_logits=torch.zeros(len(one)))
+        for one in boxes
+    ]
+
+
+def mmdet_proposals(boxes):
+    return [InstanceData(bboxes=one) for one in boxes]
 
 
 def d2_targets(scenes, *sizes):

@@ -8,14 +8,18 @@ pytest.importorskip("detectron2")
 pytest.importorskip("mmdet")
 
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
 from mmdet.structures import DetDataSample
-from mmengine.structures import InstanceData
 from parity import (
+    EVERY_BOX,
     METHODS,
     WIDTH,
+    d2_proposals,
     d2_targets,
+    every_box,
+    mmdet_loss,
+    mmdet_proposals,
     mmdet_samples,
     mmdet_state,
     pair,
@@ -27,7 +31,6 @@ pytestmark = pytest.mark.slow
 
 SIZE = (288, 352)
 PROPOSALS, DETECTIONS = 60, 30
-NAMES = {"loss_cls": "loss_cls", "loss_box_reg": "loss_bbox", "loss_mask": "loss_mask"}
 # Later stages of a cascade pool from boxes that differ in their last bits, whose features are then
 # rounded to another number of half precision.
 TOLERANCES = {torch.float16: 5e-4, torch.bfloat16: 3e-3}
@@ -35,24 +38,20 @@ TOLERANCES = {torch.float16: 5e-4, torch.bfloat16: 3e-3}
 MASKS = {torch.float16: 1e-4, torch.bfloat16: 5e-4}
 
 
-def every_box(model):
-    model.test_cfg.rcnn.update(score_thr=0.0, max_per_img=DETECTIONS)
+def limited(model):
+    every_box(model)
+    model.test_cfg.rcnn.max_per_img = DETECTIONS
     model.test_cfg.rpn.max_per_img = PROPOSALS
-    rcnn = model.train_cfg.rcnn
-    for stage in rcnn if isinstance(rcnn, list) else [rcnn]:
-        stage.sampler.update(num=999, pos_fraction=1.0)
 
 
 @pytest.fixture(scope="module", params=METHODS)
 def models(request, scenes):
     keys = {
-        "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 999,
-        "MODEL.ROI_HEADS.POSITIVE_FRACTION": 1.0,
-        "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
+        **EVERY_BOX,
         "MODEL.RPN.POST_NMS_TOPK_TEST": PROPOSALS,
         "TEST.DETECTIONS_PER_IMAGE": DETECTIONS,
     }
-    models = pair(request.param, keys, every_box)
+    models = pair(request.param, keys, limited)
     with pytest.MonkeyPatch.context() as patch:  # both samplers draw from the same candidates
         patch.setattr(torch, "randperm", lambda n, **options: torch.arange(n))
         yield models, losses(models, scenes, torch.float32)[1]
@@ -91,14 +90,10 @@ def losses(models, scenes, dtype):
     boxes = [proposals_for(item[0], SIZE, seed) for seed, item in enumerate(scenes)]
     images = ImageList(torch.zeros(2, 3, *SIZE), [SIZE] * 2)
     targets, samples = d2_targets(scenes, SIZE), mmdet_samples(scenes, SIZE)
-    proposals = [
-        Instances(SIZE, proposal_boxes=Boxes(one), objectness_logits=torch.zeros(len(one)))
-        for one in boxes
-    ]
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), EventStorage():
         _, found = first.proposal_generator(images, ours, targets)
-        found |= first.roi_heads(None, ours, proposals, targets)[1]
-        heads = second.roi_head.loss(maps, [InstanceData(bboxes=one) for one in boxes], samples)
+        found |= first.roi_heads(None, ours, d2_proposals(boxes, SIZE), targets)[1]
+        heads = second.roi_head.loss(maps, mmdet_proposals(boxes), samples)
         for sample in samples:
             sample.gt_instances.labels = torch.zeros_like(sample.gt_instances.labels)
         rpn = second.rpn_head.loss(maps, samples)
@@ -107,8 +102,7 @@ def losses(models, scenes, dtype):
         "loss_rpn_loc": sum(rpn["loss_rpn_bbox"]),
     }
     for name in found.keys() - expected.keys():
-        plain, _, stage = name.partition("_stage")
-        expected[name] = heads[f"s{stage}.{NAMES[plain]}" if stage else NAMES[plain]]
+        expected[name] = heads[mmdet_loss(name)]
     return [{name: loss.item() for name, loss in part.items()} for part in (found, expected)]
 
 

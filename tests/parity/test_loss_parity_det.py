@@ -8,13 +8,17 @@ pytest.importorskip("detectron2")
 pytest.importorskip("mmdet")
 
 from detectron2.modeling.postprocessing import detector_postprocess
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import ImageList
 from detectron2.utils.events import EventStorage
-from mmengine.structures import InstanceData
 from parity import (
+    EVERY_BOX,
     METHODS,
+    d2_proposals,
     d2_targets,
+    every_box,
     hard_scene,
+    mmdet_loss,
+    mmdet_proposals,
     mmdet_samples,
     pair,
     proposals_for,
@@ -22,19 +26,6 @@ from parity import (
 )
 
 SIZE = (128, 192)
-# All boxes are trained, so that nothing is drawn by chance, and detected.
-EVERY_BOX = {
-    "MODEL.ROI_HEADS.BATCH_SIZE_PER_IMAGE": 999,
-    "MODEL.ROI_HEADS.POSITIVE_FRACTION": 1.0,
-    "MODEL.ROI_HEADS.SCORE_THRESH_TEST": 0.0,
-}
-
-
-def every_box(model):
-    model.test_cfg.rcnn.score_thr = 0.0
-    rcnn = model.train_cfg.rcnn
-    for stage in rcnn if isinstance(rcnn, list) else [rcnn]:
-        stage.sampler.update(num=999, pos_fraction=1.0)
 
 
 @pytest.fixture(scope="module", params=METHODS)
@@ -95,17 +86,6 @@ def boxes(scenes):
     return [proposals_for(item[0], SIZE, seed) for seed, item in enumerate(scenes)]
 
 
-def d2_proposals(boxes):
-    return [
-        Instances(SIZE, proposal_boxes=Boxes(item), objectness_logits=torch.zeros(len(item)))
-        for item in boxes
-    ]
-
-
-def mmdet_proposals(boxes):
-    return [InstanceData(bboxes=item) for item in boxes]
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("objects", ["usual", "hard"])
 def test_head_losses_and_their_gradients(models, scenes, boxes, objects):
@@ -116,16 +96,14 @@ def test_head_losses_and_their_gradients(models, scenes, boxes, objects):
         near = torch.cat([scenes[0][0][:4], scenes[0][0][5:]])
         boxes = [proposals_for(near, SIZE, seed, 99) for seed in range(2)]
     with EventStorage() as storage:
-        _, found = first.roi_heads(None, ours, d2_proposals(boxes), d2_targets(scenes, SIZE))
+        _, found = first.roi_heads(None, ours, d2_proposals(boxes, SIZE), d2_targets(scenes, SIZE))
         counts = {key: value[0] for key, value in storage.latest().items() if "samples" in key}
     assert all(count > 5 for count in counts.values())
     expected = second.roi_head.loss(theirs, mmdet_proposals(boxes), mmdet_samples(scenes, SIZE))
     expected = {name: value for name, value in expected.items() if "loss" in name}
     assert len(found) == len(expected) == (9 if len(counts) > 2 else 3)
-    names = {"loss_cls": "loss_cls", "loss_box_reg": "loss_bbox", "loss_mask": "loss_mask"}
     for name, loss in found.items():
-        plain, _, stage = name.partition("_stage")
-        assert same(loss, expected[f"s{stage}.{names[plain]}" if stage else names[plain]])
+        assert same(loss, expected[mmdet_loss(name)])
     # Of the features, which the stages of a cascade share: no stage is scaled down.
     (ours,) = torch.autograd.grad(sum(found.values()), ours["p2"], retain_graph=True)
     (theirs,) = torch.autograd.grad(sum(expected.values()), theirs[0], retain_graph=True)
@@ -139,7 +117,7 @@ def test_detections(models, boxes):
     try:
         first.eval(), second.eval()
         with torch.no_grad():
-            found, _ = first.roi_heads(None, ours, d2_proposals(boxes))
+            found, _ = first.roi_heads(None, ours, d2_proposals(boxes, SIZE))
             metas = [dict(img_shape=SIZE, ori_shape=SIZE, scale_factor=(1.0, 1.0))] * 2
             head = second.roi_head
             expected = head.predict_bbox(
