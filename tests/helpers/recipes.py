@@ -187,7 +187,7 @@ def _detector(method: str, arch: str, epochs: int, drop_path: float) -> Recipe:
     return Recipe(method, arch, drop_path, epochs)
 
 
-def _upernet(arch: str) -> Recipe:
+def upernet(arch: str, **changes: int) -> Recipe:
     return Recipe(
         "upernet",
         arch,
@@ -197,6 +197,7 @@ def _upernet(arch: str) -> Recipe:
         warmup=1500,
         warmup_factor=1e-6,
         mixed_precision=False,
+        **changes,
     )
 
 
@@ -209,6 +210,32 @@ RECIPES = [
     _detector("cascade-mask-rcnn", "tiny", 36, 0.2),
     _detector("cascade-mask-rcnn", "small", 12, 0.2),
     _detector("cascade-mask-rcnn", "small", 36, 0.75),
-    _upernet("tiny"),
-    _upernet("small"),
+    upernet("tiny"),
+    upernet("small"),
 ]
+
+
+def check_facts(got: dict[str, Any], expected: dict[str, Any]) -> None:
+    """Compares what a framework has built with what a recipe says, fact by fact."""
+    assert got.keys() == expected.keys()
+    for name, fact in expected.items():
+        assert equal(got[name], fact), f"{name}: {got[name]} instead of {fact}"
+
+
+def equal(left: Any, right: Any) -> bool:
+    """Equality of nested tuples and lists, of numbers up to rounding to float32."""
+    if isinstance(right, (tuple, list)):
+        return len(left) == len(right) and all(map(equal, left, right))
+    if isinstance(right, float) and not isinstance(left, (str, type(None))):
+        return math.isclose(left, right, rel_tol=1e-6, abs_tol=1e-12)
+    return left == right
+
+
+def groups_by_name(model: Any, optimizer: Any) -> dict[str, dict[str, Any]]:
+    """The optimizer's group of each parameter, by the parameter's name."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    return {
+        names[id(parameter)]: group
+        for group in optimizer.param_groups
+        for parameter in group["params"]
+    }

@@ -16,6 +16,7 @@ from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, DefaultScope
 from mmengine.runner import Runner, load_checkpoint
 from mmpretrain.registry import TRANSFORMS
 from original_classifier import original_logits
+from recipes import check_facts, groups_by_name
 from recipes_imagenet import RATES, RECIPES
 from torch.nn import functional as F
 from weights_models import TINY, classification, classifier_tensors, same, save
@@ -151,17 +152,7 @@ def iterations(cfg):
 
 @each
 def test_recipe(recipe):
-    expected, got = recipe.facts(), built_facts(config(recipe.arch), built(recipe.arch))
-    assert got.keys() == expected.keys()
-    for name, fact in expected.items():
-        assert equal(got[name], fact), f"{name}: {got[name]} instead of {fact}"
-
-
-def equal(left, right):
-    """Equality, of numbers in tuples too up to rounding to float32."""
-    if isinstance(right, tuple):
-        return len(left) == len(right) and all(map(equal, left, right))
-    return left == (pytest.approx(right) if isinstance(right, float) else right)
+    check_facts(built_facts(config(recipe.arch), built(recipe.arch)), recipe.facts())
 
 
 @each
@@ -169,11 +160,9 @@ def test_decay(recipe):
     model = built(recipe.arch)
     optimizer = make_optimizer(config(recipe.arch), model).optimizer
     assert type(optimizer) is torch.optim.AdamW
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
-    decays = {}
-    for group in optimizer.param_groups:
-        assert group["lr"] == recipe.lr
-        decays |= {names[id(parameter)]: group["weight_decay"] for parameter in group["params"]}
+    groups = groups_by_name(model, optimizer)
+    assert {group["lr"] for group in groups.values()} == {recipe.lr}
+    decays = {name: group["weight_decay"] for name, group in groups.items()}
     assert decays == {
         name: 0.0 if parameter.dim() == 1 else recipe.weight_decay
         for name, parameter in model.named_parameters()

@@ -18,7 +18,7 @@ from detectron2.solver import build_lr_scheduler
 from mmengine.config import Config
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, DefaultScope
-from recipes import Recipe, common_facts, upernet_facts
+from recipes import check_facts, groups_by_name, upernet
 
 from elsa_core.weights.names import rename
 from elsa_d2 import build_optimizer, load_config
@@ -115,11 +115,9 @@ def test_parameters_rates_and_decays_are_equal_in_both_frameworks(method, varian
 
 def rates(model, optimizer):
     """Name of each parameter -> learning rate, decay, betas."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
     return {
-        names[parameter]: (group["lr"], group["weight_decay"], tuple(group["betas"]))
-        for group in optimizer.param_groups
-        for parameter in group["params"]
+        name: (group["lr"], group["weight_decay"], tuple(group["betas"]))
+        for name, group in groups_by_name(model, optimizer).items()
     }
 
 
@@ -127,24 +125,12 @@ def rates(model, optimizer):
 @pytest.mark.parametrize("framework", [built_d2, built_mm], ids=["detectron2", "openmmlab"])
 @variants
 def test_segmentation_is_the_recipe(framework, variant, monkeypatch):
-    recipe = Recipe(
-        "upernet",
-        ARCHS[variant],
-        drop_path=0.3,
-        lr=6e-5,
-        weight_decay=0.01,
-        batch=8,
-        gpus=4,
-        warmup=1500,
-        warmup_factor=1e-6,
-        mixed_precision=False,
-    )
+    recipe = upernet(ARCHS[variant], batch=8, gpus=4)
     path = (yaml if framework is built_d2 else python)("upernet", variant)
     monkeypatch.setattr(framework, "config_of", lambda recipe: path)
     built = framework.Built(recipe)
     ratios = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
-    expected = common_facts(recipe) | upernet_facts()
-    expected |= {
+    expected = recipe.facts() | {
         "crop": ((512, 1024), 0.75),
         "training scale": ((2048, 1024), (0.5, 2.0)),
         "test scale": (2048, 1024),
@@ -155,21 +141,11 @@ def test_segmentation_is_the_recipe(framework, variant, monkeypatch):
         "saved every": 8000,
         "evaluated every": 8000,
     }
-    got = built.facts()
-    assert got.keys() == expected.keys()
-    for name, fact in expected.items():
-        assert listed(got[name]) == listed(fact), name
+    check_facts(built.facts(), expected)
     assert built.length() == 80_000
     iterations = [0, 750, 1499, 1500, 1501, 10_000, 79_999]
     wanted = [6e-5 * (1 - i / 80_000) * min(1, 1e-6 + (1 - 1e-6) * i / 1500) for i in iterations]
     assert built.rates(recipe, iterations) == pytest.approx(wanted, rel=1e-9, abs=0)
-
-
-def listed(value):
-    """Tuples as lists, numbers rounded."""
-    if isinstance(value, (tuple, list)):
-        return [listed(one) for one in value]
-    return round(value, 9) if isinstance(value, float) else value
 
 
 @variants

@@ -5,7 +5,7 @@ from functools import cache
 
 import pytest
 import torch
-from recipes import RECIPES, first_weights
+from recipes import RECIPES, check_facts, first_weights, groups_by_name
 
 pytest.importorskip("detectron2")
 pytest.importorskip("mmdet")
@@ -29,19 +29,7 @@ def built(framework, recipe):
 @both
 @each
 def test_model_data_and_augmentation(framework, recipe):
-    expected, got = recipe.facts(), built(framework, recipe).facts()
-    assert got.keys() == expected.keys()
-    for name, fact in expected.items():
-        assert equal(got[name], fact), f"{name}: {got[name]} instead of {fact}"
-
-
-def equal(left, right):
-    """Equality of nested tuples and lists, of numbers up to rounding."""
-    if isinstance(right, (tuple, list)):
-        return len(left) == len(right) and all(map(equal, left, right))
-    if isinstance(right, float) and not isinstance(left, (str, type(None))):
-        return math.isclose(left, right, rel_tol=1e-6, abs_tol=1e-12)
-    return left == right
+    check_facts(built(framework, recipe).facts(), recipe.facts())
 
 
 @pytest.mark.slow
@@ -96,15 +84,14 @@ def test_optimizer(framework, recipe):
     objects = built(framework, recipe)
     optimizer = objects.optimizer
     assert type(optimizer) is torch.optim.AdamW
-    names = {id(parameter): name for name, parameter in objects.model.named_parameters()}
-    decays = {}
-    for group in optimizer.param_groups:
-        assert group["lr"] == recipe.lr
-        decays |= {names[id(parameter)]: group["weight_decay"] for parameter in group["params"]}
+    groups = groups_by_name(objects.model, optimizer)
+    assert {group["lr"] for group in groups.values()} == {recipe.lr}
+    decays = {name: group["weight_decay"] for name, group in groups.items()}
     backbone, prefix = objects.backbone
     spared = {prefix + name for name, _ in backbone.named_parameters() if recipe.undecayed in name}
     assert decays == {
-        name: 0.0 if name in spared else recipe.weight_decay for name in names.values()
+        name: 0.0 if name in spared else recipe.weight_decay
+        for name, _ in objects.model.named_parameters()
     }
     assert len(spared) > 2 * 2 * len(recipe.drop_paths)  # two norms a block, and others
     assert {name.split(".")[-1] for name in decays.keys() - spared} >= {"rb", "ghost_head"}
