@@ -172,7 +172,7 @@ def shorten(tool, arguments):
     """A tool's arguments for fewer and smaller steps, and what makes its results have the names
     that a whole run's have."""
     change = {
-        "make_digits": lambda a: ([*a, "--train", "16", "--val", "4", "--size", "96"], _nothing),
+        "make_digits": lambda a: ([*a, "--train", "8", "--val", "4", "--size", "96"], _nothing),
         "train_net": _shorten_detectron2,
         "train": _shorten_openmmlab,
         "test": _shorten_openmmlab,
@@ -188,7 +188,7 @@ def _shorten_detectron2(arguments):
     keys = {"DATALOADER.NUM_WORKERS": 0, "TEST.DETECTIONS_PER_IMAGE": 10}
     if "--eval-only" not in arguments:
         # A resumed training has something left to do.
-        keys["SOLVER.MAX_ITER"] = 4 if "--resume" in arguments else 2
+        keys["SOLVER.MAX_ITER"] = 2 if "--resume" in arguments else 1
         if "SOLVER.IMS_PER_BATCH" not in arguments:  # where it is said, other keys depend on it
             keys["SOLVER.IMS_PER_BATCH"] = 2
     return [*arguments, *(str(part) for pair in keys.items() for part in pair)], _nothing
@@ -216,14 +216,14 @@ def _shorten_openmmlab(arguments):
         values |= {f"{loader}.batch_size": 2, f"{loader}.num_workers": 0}
         values[f"{loader}.persistent_workers"] = False
         if "dataset" not in cfg[loader].dataset:
-            values[f"{loader}.dataset.indices"] = 4
+            values[f"{loader}.dataset.indices"] = 2
     length = cfg.get("train_cfg") or {}
     if "max_iters" in length:
         unit, steps = "iter", length["max_iters"]
-        values["train_cfg.max_iters"] = min(steps, 4 if options.resume else 2)
     elif "max_epochs" in length:
         unit, steps = "epoch", length["max_epochs"]
-        values["train_cfg.max_epochs"] = min(steps, 2 if options.resume else 1)
+    if unit:  # a resumed training has something left to do
+        values[f"train_cfg.max_{unit}s"] = min(steps, 2 if options.resume else 1)
     folder = Path(
         options.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(options.config).stem}"
     )
