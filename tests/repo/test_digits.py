@@ -8,7 +8,7 @@ import sys
 import cv2
 import numpy as np
 import pytest
-from digit_files import SMALL, contents
+from digit_files import SMALL, checked_objects, contents
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from sklearn.datasets import load_digits
@@ -29,17 +29,6 @@ def dataset(tmp_path_factory):
 
 def annotations(folder, part):
     return json.loads((folder / "annotations" / f"instances_{part}.json").read_text())
-
-
-def test_same_options_give_the_same_bytes_and_other_seeds_others(tmp_path):
-    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        make_dataset(tmp_path / name, seed=seed, **SMALL)
-    first, again, other = (contents(tmp_path / name) for name in "abc")
-    assert first == again
-    assert first.keys() == other.keys()
-    pixels = [name for name in first if name.endswith((".jpg", ".png"))]
-    assert len(pixels) == 20
-    assert all(first[name] != other[name] for name in pixels)
 
 
 def test_layout_and_meta(dataset):
@@ -85,20 +74,10 @@ def test_annotations_label_maps_and_pixels_agree(dataset):
             path = dataset / "annotations" / part / image["file_name"].replace(".jpg", ".png")
             labels = cv2.imread(str(path), cv2.IMREAD_UNCHANGED)
             assert labels.dtype == np.uint8 and labels.shape == (96, 96)
-            expected = np.ones((96, 96), dtype=np.uint8)
-            covered = np.zeros((96, 96), dtype=int)
-            own = coco.loadAnns(coco.getAnnIds(image["id"]))
-            assert 2 <= len(own) <= 4
+            own = checked_objects(coco, image, labels)
+            assert 2 <= len(own) <= 4 and all(one["area"] > 20 for one in own)
             for one in own:
-                mask = coco.annToMask(one).astype(bool)
-                ys, xs = np.nonzero(mask)
-                assert one["bbox"] == [xs.min(), ys.min(), np.ptp(xs) + 1, np.ptp(ys) + 1]
-                assert one["area"] == mask.sum() == coco_mask.area(one["segmentation"]) > 20
                 assert one["iscrowd"] == 0 and one["category_id"] == truth[one["digit_index"]] + 1
-                expected[mask] = one["category_id"] + 1
-                covered += mask
-            assert covered.max() == 1
-            assert (labels == expected).all()
             boxes = np.array([one["bbox"] for one in own])
             overlaps = coco_mask.iou(boxes, boxes, [0] * len(boxes))
             overlapping += overlaps[~np.eye(len(boxes), dtype=bool)].max() > 0.05

@@ -23,16 +23,17 @@ def annotations(digits, part):
     return json.loads((digits / f"annotations/instances_{PARTS[part]}.json").read_text())
 
 
+def place(annotation):
+    return f"{annotation['category_id'] - 1}/{annotation['id']:06d}.JPEG"
+
+
 def test_each_digit_is_one_image_in_the_folder_of_its_class(digits, layout):
     out, count = layout
     assert len([path for path in out.rglob("*") if path.is_file()]) == count
     assert sorted(path.name for path in out.iterdir()) == ["train", "val"]
     for part in PARTS:
         assert sorted(path.name for path in (out / part).iterdir()) == sorted(CLASSES)
-        wanted = Counter(
-            f"{a['category_id'] - 1}/{a['id']:06d}.JPEG"
-            for a in annotations(digits, part)["annotations"]
-        )
+        wanted = Counter(map(place, annotations(digits, part)["annotations"]))
         found = [p.relative_to(out / part).as_posix() for p in (out / part).rglob("*.JPEG")]
         assert Counter(found) == wanted and found
 
@@ -43,8 +44,7 @@ def test_image_shows_its_digit_with_a_margin(digits, layout):
     for annotation in content["annotations"]:
         image_file = digits / f"images/training/{annotation['image_id']:06d}.jpg"
         image = cv2.imread(str(image_file)).astype(np.float32)
-        name = f"{annotation['category_id'] - 1}/{annotation['id']:06d}.JPEG"
-        crop = cv2.imread(str(out / "train" / name)).astype(np.float32)
+        crop = cv2.imread(str(out / "train" / place(annotation))).astype(np.float32)
         side = crop.shape[0]
         x, y, w, h = annotation["bbox"]
         assert crop.shape == (side, side, 3) and side >= min(round(1.3 * max(w, h)), 96)
