@@ -95,11 +95,15 @@ def test_a_passing_environment(table, quick, tmp_path):
 )
 def test_a_failing_step(table, quick, step, reason):
     """It ends its environment, the others are made, and the status is 1."""
-    last = Step("not run", "true")
-    status, rows, printed = table(environment(step, last, limit=0.1), environment(name="other"))
-    assert status == 1 and "not run" not in rows[0]["ran"]
+    status, rows, printed = table(environment(step, limit=0.1), environment(name="other"))
+    assert status == 1
     assert [row["result"].partition(":")[0] for row in rows] == ["failed", "passed"]
     assert reason in rows[0]["result"] and rows[0]["result"] in printed
+
+
+def test_nothing_is_run_after_a_failure(table, quick):
+    status, (row,), _ = table(environment(Step("a", "exit 1"), Step("b", "true")))
+    assert status == 1 and row["ran"] == []
 
 
 @pytest.mark.parametrize(
@@ -127,7 +131,7 @@ def test_what_is_missing_is_left_out_with_its_reason(
     "arguments, checkout, sentence",
     [
         (["--wheel", "no.whl"], "", "no.whl is no file"),
-        ([], "nowhere", "no checkout of Detectron2"),
+        ([], "no", "no checkout of Detectron2"),
     ],
 )
 def test_what_is_named_and_not_there(monkeypatch, capsys, arguments, checkout, sentence):
