@@ -19,6 +19,8 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 from tqdm import tqdm
 
+from .dataset import read_image, write_image
+
 PARTS = {"train": "training", "val": "validation"}
 CITIES = {"train": ("digitburg", "numberton"), "val": ("countwick",)}
 # What the digits 0 to 9 stand for: the 8 classes with instances and 2 without.
@@ -64,7 +66,9 @@ def write_layout(source: Path, out: Path, *, progress: bool = True) -> int:
                 city = CITIES[part][number % len(CITIES[part])]
                 stem = f"{city}_{number:06d}_000019"
                 scene = _scene(source / "images" / PARTS[part], pair)
-                _write_image(out / "leftImg8bit" / part / city / f"{stem}_leftImg8bit.png", scene)
+                images = out / "leftImg8bit" / part / city
+                images.mkdir(parents=True, exist_ok=True)
+                write_image(images / f"{stem}_leftImg8bit.png", scene.image)
                 folder = out / "gtFine" / part / city
                 map_ = _write_labels(folder, stem, _polygons(scene))
                 _add_to_coco(instances, f"{city}/{stem}", map_)
@@ -92,7 +96,7 @@ def _pairs(images: list) -> list[tuple]:
 def _scene(folder: Path, pair: tuple) -> Scene:
     halves, digits = [], []
     for side, (image, annotations) in enumerate(pair):
-        halves.append(_read(folder / image["file_name"]))
+        halves.append(read_image(folder / image["file_name"]))
         for annotation in annotations:
             mask = np.zeros((image["height"], 2 * image["width"]), bool)
             half = slice(side * image["width"], (side + 1) * image["width"])
@@ -152,12 +156,6 @@ def _rectangle(name: str, left: int, top: int, right: int, bottom: int) -> dict[
     return {"label": name, "polygon": [[left, top], [right, top], [right, bottom], [left, bottom]]}
 
 
-def _write_image(path: Path, scene: Scene) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # cv2.imwrite would report a full disk as a mere False.
-    path.write_bytes(cv2.imencode(".png", scene.image)[1].tobytes())
-
-
 def _write_labels(folder: Path, stem: str, polygons: dict[str, Any]) -> np.ndarray:
     """Writes the polygons and their maps; returns the map of instance ids (H, W)."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -211,11 +209,3 @@ def _instances(map_: np.ndarray) -> Iterator[tuple[int, bool, np.ndarray]]:
         label = id2label[value // 1000 if value >= 1000 else value]
         if label.hasInstances and not label.ignoreInEval:
             yield label.id, value < 1000, map_ == value
-
-
-def _read(path: Path) -> np.ndarray:
-    """BGR (H, W, 3) uint8."""
-    image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
-    if image is None:
-        raise ValueError(f"{path} is no image")
-    return image

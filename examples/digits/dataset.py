@@ -5,7 +5,7 @@ The same options give the same bytes (with the same versions of the libraries).
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -232,10 +232,10 @@ def _write_part(folder: Path, part: str, count: int, options: Options, bar: tqdm
     for image_id in range(1, count + 1):
         sample = painter.draw(image_id - 1)
         image_path = image_folder / f"{image_id:06d}.jpg"
-        _write_image(image_path, sample.image, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))
+        write_image(image_path, sample.image)
         # Without a palette: a reader that converts to grey would turn class numbers into colours.
         labels = _label_map(sample, painter.labels)
-        _write_image(label_folder / f"{image_id:06d}.png", labels)
+        write_image(label_folder / f"{image_id:06d}.png", labels)
         images.append(
             {
                 "id": image_id,
@@ -253,9 +253,18 @@ def _write_part(folder: Path, part: str, count: int, options: Options, bar: tqdm
     return len(annotations)
 
 
-def _write_image(path: Path, image: np.ndarray, parameters: Sequence[int] = ()) -> None:
-    # cv2.imwrite would report a full disk as a mere False.
-    path.write_bytes(cv2.imencode(path.suffix, image, parameters)[1].tobytes())
+def write_image(path: Path, image: np.ndarray) -> None:
+    """Writes a PNG, or a JPEG of quality 95; OSError for a full disk, as cv2.imwrite has not."""
+    quality = () if path.suffix == ".png" else (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY)
+    path.write_bytes(cv2.imencode(path.suffix, image, quality)[1].tobytes())
+
+
+def read_image(path: Path) -> np.ndarray:
+    """BGR (H, W, 3) uint8. Raises ValueError for a file that is no image."""
+    image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
+    if image is None:
+        raise ValueError(f"{path} is no image")
+    return image
 
 
 def _label_map(sample: Sample, labels: np.ndarray) -> np.ndarray:

@@ -5,11 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import cv2
-import numpy as np
 from tqdm import tqdm
 
-from .dataset import CLASSES, JPEG_QUALITY
+from .dataset import CLASSES, read_image, write_image
 
 PARTS = {"train": "training", "val": "validation"}
 MARGIN = 0.15  # of a digit's longer side, to each side where the image goes on
@@ -69,17 +67,7 @@ def _write_part(folder: Path, crops: list[tuple[int, Crop]], bar: tqdm) -> None:
     image: Any = None
     for number, crop in crops:
         if crop.image != path:
-            path, image = crop.image, _read(crop.image)
+            path, image = crop.image, read_image(crop.image)
         square = image[crop.top : crop.top + crop.side, crop.left : crop.left + crop.side]
-        code = cv2.imencode(".jpg", square, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))[1]
-        # cv2.imwrite would report a full disk as a mere False.
-        (folder / crop.label / f"{number:06d}.JPEG").write_bytes(code.tobytes())
+        write_image(folder / crop.label / f"{number:06d}.JPEG", square)
         bar.update()
-
-
-def _read(path: Path) -> np.ndarray:
-    """BGR (H, W, 3) uint8."""
-    image = cv2.imdecode(np.frombuffer(path.read_bytes(), np.uint8), cv2.IMREAD_COLOR)
-    if image is None:
-        raise ValueError(f"{path} is no image")
-    return image
