@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("detectron2")
 
 import killing_d2
-from killing import Trainings, check_alone, check_curve, check_full_disk, check_kills
+from killing import References, Trainings, check_alone, check_full_disk, check_kills
 
 from elsa_d2 import AtomicCheckpointer
 
@@ -38,24 +38,14 @@ def last_iteration(output):
 
 
 @pytest.fixture(scope="module")
-def reference(folder):
-    """Losses by iteration of a training that nothing interrupts, at least so many of them."""
-    known = {}
-
-    def losses(iterations):
-        if len(known) < iterations:
-            folder_ = folder / f"whole_{iterations}"
-            known.update(Trainings(killing_d2.train, folder_).run_for(iterations))
-        return known
-
-    return losses
+def references(folder):
+    return References(folder)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_trainings_go_on(folder, number, reference):
+def test_killed_trainings_go_on(folder, number, references):
     trainings = Trainings(killing_d2.train, folder / number.name)
-    values = check_kills(trainings, number, lambda: last_iteration(trainings.folder / "out"))
-    check_curve(values, reference(max(values)))
+    check_kills(trainings, number, last_iteration, references)
 
 
 def test_two_trainings_in_one_folder(folder):

@@ -142,13 +142,29 @@ class Trainings:
         return log.read_text()[-3000:] if log.exists() else ""
 
 
-def check_kills(trainings, number, last_iteration):
-    """Kills a training at each moment; checks that it goes on from its last whole checkpoint.
+class References:
+    """Losses by iteration of trainings in a folder that nothing interrupts."""
+
+    def __init__(self, folder):
+        self.folder, self.known = folder, {}
+
+    def __call__(self, target, iterations):
+        """Those of at least so many iterations of a target."""
+        losses = self.known.setdefault(target, {})
+        if len(losses) < iterations:
+            folder = self.folder / f"whole_{target.__name__}_{iterations}"
+            losses.update(Trainings(target, folder).run_for(iterations))
+        return losses
+
+
+def check_kills(trainings, number, last_iteration, references):
+    """Kills a training at each moment; checks that it goes on from its last whole checkpoint, with
+    the losses of a training that nothing has interrupted.
 
     Args:
-        last_iteration: a function that loads the last checkpoint and returns its iterations.
-
-    Returns the losses by iteration, each of which may have been computed several times.
+        last_iteration: a function that loads the last checkpoint of a folder and returns its
+            iterations.
+        references: those of the losses.
     """
     values, done, start = {}, 0, 0
     # After SIGKILL only NOTE leaves a checkpoint, from which the last two go on.
@@ -162,12 +178,16 @@ def check_kills(trainings, number, last_iteration):
         assert [iteration for iteration, _ in new] == list(range(done + 1, last + 1)), trainings
         for iteration, loss in new:
             values.setdefault(iteration, set()).add(loss)
-        done = last_iteration()
+        done = last_iteration(trainings.folder / "out")
         assert first - 1 <= done <= last, f"{done=} {first=} {last=} {trainings}"
         if number != signal.SIGKILL:
             assert done == last, trainings  # nothing is lost
     assert first > 1, trainings
-    return values
+    assert set(values) == set(range(1, max(values) + 1))
+    reference = references(trainings.target, max(values))
+    for iteration, found in values.items():
+        (loss,) = found  # the same each time
+        assert loss == reference[iteration], f"iteration {iteration}: {loss}"
 
 
 def check_alone(trainings, evaluate):
@@ -236,14 +256,6 @@ def nan_like(value):
     import torch
 
     return torch.utils._pytree.tree_map(lambda tensor: tensor * math.nan, value)
-
-
-def check_curve(values, reference):
-    """The losses are those of a training that nothing has interrupted, in `reference`."""
-    assert set(values) == set(range(1, max(values) + 1))
-    for iteration, found in values.items():
-        (loss,) = found  # the same each time
-        assert loss == reference[iteration], f"iteration {iteration}: {loss}"
 
 
 def read_losses(folder):

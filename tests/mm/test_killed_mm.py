@@ -7,9 +7,9 @@ import killing_mm
 import pytest
 import torch
 from killing import (
+    References,
     Trainings,
     check_alone,
-    check_curve,
     check_full_disk,
     check_kills,
     fork,
@@ -42,28 +42,17 @@ def last_iteration(output):
 
 
 @pytest.fixture(scope="module")
-def reference(folder):
-    """Losses by iteration of a training that nothing interrupts, at least so many of them."""
-    known = {}
-
-    def losses(target, iterations):
-        found = known.setdefault(target, {})
-        if len(found) < iterations:
-            folder_ = folder / f"whole_{target.__name__}_{iterations}"
-            found.update(Trainings(target, folder_).run_for(iterations))
-        return found
-
-    return losses
+def references(folder):
+    return References(folder)
 
 
 @pytest.mark.parametrize("target", [killing_mm.train, killing_mm.train_epochs])
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_killed_trainings_go_on(folder, number, target, reference):
+def test_killed_trainings_go_on(folder, number, target, references):
     """Counted in iterations, and in epochs, in the middle of which a signal may come."""
     name = f"{target.__name__}_{number.name}"
     trainings = Trainings(target, folder / name)
-    values = check_kills(trainings, number, lambda: last_iteration(trainings.folder / "out"))
-    check_curve(values, reference(target, max(values)))
+    check_kills(trainings, number, last_iteration, references)
 
 
 @pytest.mark.parametrize("iteration", [8, 13])
