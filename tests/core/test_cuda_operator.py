@@ -8,25 +8,19 @@ import os
 import operator_inputs
 import pytest
 import torch
-from operator_inputs import GHOSTS, SHORT_AXES, with_odd_strides
+from operator_inputs import GHOSTS, LOW, SHORT_AXES, value_and_gradients, with_constant_logits
 
 from elsa_core import elsa_attention, elsa_attention_reference
 
 EMULATED = "ELSA_EMULATION" in os.environ
 DEVICE = "cpu" if EMULATED else "cuda"
-LOW = [torch.bfloat16, torch.float16]
 needs_cuda = pytest.mark.needs_cuda
 pytestmark = [] if EMULATED else [needs_cuda]
 
-SHAPES = {  # batch, height, width, channels, heads
+SHAPES = {
     "published": (1, 9, 19, 64, 2),
-    "one pixel": (1, 1, 1, 8, 2),
-    "one head": (1, 5, 4, 12, 1),
-    "odd": (2, 7, 11, 30, 3),
-    "one channel a head": (1, 6, 5, 3, 3),
     "many channels a head": (1, 6, 5, 70, 1),
-    "batch 0": (0, 4, 4, 8, 2),
-    "height 0": (1, 0, 4, 8, 2),
+    **operator_inputs.SHAPES,
 }
 PUBLISHED = {  # 32 channels a head, for the kernels of K = 7
     "one pixel": (1, 1, 1, 32, 1),
@@ -43,26 +37,12 @@ def make_inputs(shape, kernel_size, ghosts=("add",), dtype=torch.float32, device
     return operator_inputs.make_inputs(shape, kernel_size, ghosts, dtype, device, seed)
 
 
-def doubles(inputs):
-    return [None if t is None else t.detach().double().requires_grad_() for t in inputs]
-
-
-def value_and_gradients(function, inputs, kernel_size=7, dilation=1):
-    out = function(*inputs, kernel_size=kernel_size, dilation=dilation)
-    generator = torch.Generator().manual_seed(1)
-    # Numbers that all types hold exactly, so that all precisions answer the same question.
-    grad = torch.randn(out.shape, generator=generator).bfloat16().to(out)
-    return [out, *torch.autograd.grad(out, [t for t in inputs if t is not None], grad)]
-
-
 def assert_agrees(inputs, kernel_size=7, dilation=1):
-    """Operator and its definition in double precision: the judge must not add errors of its own."""
-    results = value_and_gradients(elsa_attention, inputs, kernel_size, dilation)
-    expected = value_and_gradients(elsa_attention_reference, doubles(inputs), kernel_size, dilation)
-    for result, reference in zip(results, expected, strict=True):
-        scale = reference.abs().max().item() if reference.numel() else 0
-        tolerance = (1e-11 if result.dtype == torch.float64 else 1e-5) * max(1, scale)
-        torch.testing.assert_close(result, reference.to(result.dtype), rtol=0, atol=tolerance)
+    operator_inputs.assert_agrees(inputs, kernel_size, dilation, double=1e-11)
+
+
+def assert_rounds_once(inputs, kernel_size=7):
+    operator_inputs.assert_rounds_once(inputs, kernel_size, roundings=1)
 
 
 def test_extension_has_cuda_kernels():
@@ -89,19 +69,6 @@ def test_published_shapes_agree_with_reference(shape, ghosts):
     assert_agrees(make_inputs(shape, 7, ghosts))
 
 
-def assert_rounds_once(inputs, kernel_size):
-    """At most twice the error of plain PyTorch in that precision, against double precision."""
-    exact = value_and_gradients(elsa_attention_reference, doubles(inputs), kernel_size)
-    plain = value_and_gradients(elsa_attention_reference, inputs, kernel_size)
-    ours = value_and_gradients(elsa_attention, inputs, kernel_size)
-    for result, other, truth in zip(ours, plain, exact, strict=True):
-        assert result.dtype == inputs[0].dtype
-        # A result that plain PyTorch has exactly may still be off by one rounding.
-        rounding = torch.finfo(result.dtype).eps / 2 * truth.abs().max()
-        error = (result - truth).abs().max()
-        assert error <= max(2 * (other - truth).abs().max(), rounding)
-
-
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("kernel_size", [3, 7])
 @pytest.mark.parametrize("shape", PUBLISHED.values(), ids=PUBLISHED)
@@ -112,82 +79,45 @@ def test_low_precision_rounds_once(shape, kernel_size, dtype):
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
 def test_low_precision_with_any_ghost(ghosts, dtype):
-    assert_rounds_once(make_inputs(PUBLISHED["a tile and a bit"], 7, ghosts, dtype), 7)
+    assert_rounds_once(make_inputs(PUBLISHED["a tile and a bit"], 7, ghosts, dtype))
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("logits", [1e4, -1e4, 0.0])
 def test_low_precision_with_extreme_logits(logits, dtype):
     inputs = make_inputs(PUBLISHED["a tile and a bit"], 7, dtype=dtype)
-    extreme = torch.full_like(inputs[1], logits)
-    extreme[..., 24] += 64  # the next number of bfloat16
-    inputs[1] = extreme.detach().requires_grad_()
-    assert_rounds_once(inputs, 7)
+    # 64: the next number of bfloat16.
+    assert_rounds_once(with_constant_logits(inputs, 7, logits, 64))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("kernel_size", [3, 7])
 @pytest.mark.parametrize("offset", [0, 3, 8, 16], ids="offset {}".format)
 def test_strided_inputs(offset, kernel_size, dtype):
-    """Slices of wider maps, aligned or not, and maps in another order."""
-    contiguous = make_inputs((2, 10, 18, 64, 2), kernel_size, ("add",), dtype)
-
-    def restride(tensor):
-        reverse = tuple(reversed(range(tensor.dim())))
-        other = tensor.detach().permute(reverse).contiguous().permute(reverse)
-        assert not other.is_contiguous()
-        return other.requires_grad_()
-
-    def slice_of_channels(tensor):
-        beside = torch.full_like(tensor[..., :1], float("nan")).detach()
-        wider = torch.cat([beside.expand(*beside.shape[:-1], offset), tensor.detach(), beside], -1)
-        return wider[..., offset : offset + tensor.shape[-1]].requires_grad_()
-
-    expected = value_and_gradients(elsa_attention, contiguous, kernel_size)
-    for change in (slice_of_channels, restride):
-        strided = [tensor if tensor is None else change(tensor) for tensor in contiguous]
-        results = value_and_gradients(elsa_attention, strided, kernel_size)
-        assert all(result.is_contiguous() for result in results[:1])
-        for result, reference in zip(results, expected, strict=True):
-            assert torch.equal(result, reference)
+    inputs = make_inputs((2, 10, 18, 64, 2), kernel_size, dtype=dtype)
+    operator_inputs.assert_strides_do_not_matter(inputs, kernel_size, offset)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("kernel_size", [3, 7])
 @pytest.mark.parametrize("shape", SHORT_AXES, ids=str)
 def test_strides_of_axes_of_length_1_mean_nothing(shape, kernel_size, dtype):
-    inputs = make_inputs((*shape, 64, 2), kernel_size, ("add",), dtype)
-    odd = [t if t is None else with_odd_strides(t.detach()).requires_grad_() for t in inputs]
-    grad = torch.randn(*shape, 64).to(inputs[0])
-    runs = []
-    for tensors, upstream in ((inputs, grad), (odd, with_odd_strides(grad))):
-        out = elsa_attention(*tensors, kernel_size=kernel_size)
-        runs.append([out, *torch.ops.elsa.attention_backward(upstream, *tensors, kernel_size, 1)])
-    for expected, result in zip(*runs, strict=True):
-        assert torch.equal(result, expected)
-        assert result.stride() == expected.stride()
+    inputs = make_inputs((*shape, 64, 2), kernel_size, dtype=dtype)
+    operator_inputs.assert_strides_of_axes_of_length_1_mean_nothing(inputs, kernel_size)
 
 
 @pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
 @pytest.mark.parametrize("kernel_size, dilation", [(3, 1), (3, 2), (7, 1)])
 def test_gradcheck(ghosts, kernel_size, dilation):
-    assert torch.autograd.gradcheck(
-        lambda *tensors: elsa_attention(*tensors, kernel_size=kernel_size, dilation=dilation),
-        make_inputs((2, 3, 4, 6, 2), kernel_size, ghosts, torch.float64),
-        fast_mode=True,
-    )
+    inputs = make_inputs((2, 3, 4, 6, 2), kernel_size, ghosts, torch.float64)
+    operator_inputs.assert_gradients_are_right(inputs, kernel_size, dilation)
 
 
 @pytest.mark.parametrize("kernel_size", [3, 7])
 @pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
 def test_opcheck(ghosts, kernel_size):
     inputs = make_inputs((2, 4, 5, 64, 2), kernel_size, ghosts)
-    torch.library.opcheck(torch.ops.elsa.attention.default, (*inputs, kernel_size, 1))
-    tensors = [None if t is None else t.detach() for t in inputs]
-    grad = torch.ones_like(tensors[0])
-    backward = torch.ops.elsa.attention_backward
-    torch.library.opcheck(backward.default, (grad, *tensors, kernel_size, 1))
-    assert all(t.is_contiguous() for t in backward(grad, *tensors, kernel_size, 1))
+    operator_inputs.assert_registrations_are_right(inputs, kernel_size)
 
 
 @needs_cuda
@@ -240,21 +170,14 @@ def test_second_device(kernel_size):
 
 
 @needs_cuda
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_autocast_computes_in_its_own_type(dtype):
     inputs = make_inputs((1, 9, 17, 64, 2), 7)
-    with torch.autocast("cuda", dtype=dtype):
-        out = elsa_attention(inputs[0].to(dtype), *inputs[1:], kernel_size=7)
-    assert out.dtype == dtype
-    grads = torch.autograd.grad(out.float().sum(), inputs[:3])
-    assert [grad.dtype for grad in grads] == [torch.float32] * 3
+    operator_inputs.assert_autocast_computes_in_its_own_type(inputs, 7, dtype)
 
 
 def test_compiles_without_graph_break():
-    inputs = make_inputs((1, 9, 17, 64, 2), 7)
-    compiled = torch.compile(elsa_attention, fullgraph=True, backend="aot_eager")
-    results = value_and_gradients(compiled, inputs)
-    assert all(map(torch.equal, results, value_and_gradients(elsa_attention, inputs)))
+    operator_inputs.assert_compiles_without_graph_break(make_inputs((1, 9, 17, 64, 2), 7), 7)
 
 
 @needs_cuda
@@ -290,10 +213,7 @@ def test_memory_stays_near_that_of_inputs_and_results(ghosts):
 @pytest.mark.parametrize("logits", [1e4, -1e4, 0.0])
 def test_extreme_logits(logits, channels, kernel_size):
     inputs = make_inputs((1, 9, 17, channels, 1), kernel_size)
-    extreme = torch.full_like(inputs[1], logits)
-    extreme[..., kernel_size**2 // 2] += 1
-    inputs[1] = extreme.detach().requires_grad_()
-    assert_agrees(inputs, kernel_size)
+    assert_agrees(with_constant_logits(inputs, kernel_size, logits), kernel_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)

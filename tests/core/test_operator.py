@@ -7,32 +7,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import operator_inputs
 import pytest
 import torch
-from operator_inputs import GHOSTS, SHORT_AXES, make_inputs, with_odd_strides
+from operator_inputs import GHOSTS, SHORT_AXES, make_inputs, value_and_gradients
 
 import elsa_core
 from elsa_core import _fallback, elsa_attention, elsa_attention_reference
 from elsa_core.operator import has_extension
 
-SHAPES = {  # batch, height, width, channels, heads
+SHAPES = {
     "published": (1, 5, 19, 64, 2),
-    "one pixel": (1, 1, 1, 8, 2),
-    "one head": (1, 5, 4, 12, 1),
-    "odd": (2, 7, 11, 30, 3),
-    "one channel a head": (1, 6, 5, 3, 3),
     "two chunks and a bit": (1, 37, 3, 32, 1),
-    "batch 0": (0, 4, 4, 8, 2),
-    "height 0": (1, 0, 4, 8, 2),
+    **operator_inputs.SHAPES,
 }
-
-
-def value_and_gradients(function, inputs, kernel_size, dilation):
-    out = function(*inputs, kernel_size=kernel_size, dilation=dilation)
-    generator = torch.Generator().manual_seed(1)
-    grad = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)
-    wanted = [tensor for tensor in inputs if tensor is not None]
-    return [out, *torch.autograd.grad(out, wanted, grad)]
 
 
 def default_kernels(value, logits, ghost_add=None, ghost_mul=None, *, kernel_size, dilation=1):
@@ -74,14 +62,7 @@ def test_compiled_operator_is_tested():
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_agrees_with_reference(shape, ghosts, kernel_size, dilation, function, dtype):
     inputs = make_inputs(shape, kernel_size, ghosts, dtype)
-    results = value_and_gradients(function, inputs, kernel_size, dilation)
-    # Reference in double precision: it judges, so it must not add errors of its own.
-    doubles = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
-    expected = value_and_gradients(elsa_attention_reference, doubles, kernel_size, dilation)
-    for result, reference in zip(results, expected, strict=True):
-        scale = reference.abs().max().item() if reference.numel() else 0
-        tolerance = (1e-12 if dtype == torch.float64 else 1e-5) * max(1, scale)
-        torch.testing.assert_close(result, reference.to(dtype), rtol=0, atol=tolerance)
+    operator_inputs.assert_agrees(inputs, kernel_size, dilation, function)
 
 
 def test_reference_is_the_formula_of_the_paper():
@@ -110,30 +91,14 @@ def test_reference_is_the_formula_of_the_paper():
 @pytest.mark.parametrize("kernel_size, dilation", [(3, 1), (3, 2), (5, 1)])
 def test_gradcheck(ghosts, kernel_size, dilation):
     inputs = make_inputs((2, 3, 4, 6, 2), kernel_size, ghosts)
-    assert torch.autograd.gradcheck(
-        lambda *tensors: elsa_attention(*tensors, kernel_size=kernel_size, dilation=dilation),
-        inputs,
-        fast_mode=True,
-    )
+    operator_inputs.assert_gradients_are_right(inputs, kernel_size, dilation)
 
 
 @pytest.mark.parametrize("heads", [1, 2])
 @pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
 def test_opcheck(ghosts, heads):
     inputs = make_inputs((2, 4, 5, 8, heads), 3, ghosts, torch.float32)
-    torch.library.opcheck(torch.ops.elsa.attention.default, (*inputs, 3, 1))
-    tensors = [None if t is None else t.detach() for t in inputs]
-    grad = torch.ones_like(tensors[0])
-    torch.library.opcheck(torch.ops.elsa.attention_backward.default, (grad, *tensors, 3, 1))
-
-
-@pytest.mark.parametrize("heads", [1, 2])
-def test_results_are_contiguous_as_the_fake_kernels_say(heads):
-    """Inductor's generated code relies on the strides."""
-    inputs = make_inputs((2, 4, 5, 8, heads), 3, ("add", "mul"), torch.float32)
-    tensors = [tensor.detach() for tensor in inputs]
-    grads = torch.ops.elsa.attention_backward(torch.ones_like(tensors[0]), *tensors, 3, 1)
-    assert all(t.is_contiguous() for t in (*grads, elsa_attention(*tensors, kernel_size=3)))
+    operator_inputs.assert_registrations_are_right(inputs, 3)
 
 
 def test_schema_of_extension_and_default_kernels_agree():
@@ -144,52 +109,16 @@ def test_schema_of_extension_and_default_kernels_agree():
 
 
 @pytest.mark.parametrize("kernel_size", [3, 7])
-def test_non_contiguous_inputs(kernel_size):
-    contiguous = make_inputs((2, 8, 9, 64, 2), kernel_size, ("add", "mul"))
-
-    def restride(tensor):
-        reverse = tuple(reversed(range(tensor.dim())))
-        other = tensor.detach().permute(reverse).contiguous().permute(reverse).requires_grad_()
-        assert not other.is_contiguous()
-        return other
-
-    def slice_of_channels(tensor):
-        wider = torch.cat([tensor.detach(), torch.ones_like(tensor), tensor.detach()], -1)
-        return wider[..., -tensor.shape[-1] :].requires_grad_()
-
-    expected = value_and_gradients(elsa_attention, contiguous, kernel_size, 1)
-    for change in (restride, slice_of_channels):
-        strided = [change(tensor) for tensor in contiguous]
-        results = value_and_gradients(elsa_attention, strided, kernel_size, 1)
-        for result, reference in zip(results, expected, strict=True):
-            torch.testing.assert_close(result, reference, rtol=0, atol=0)
+@pytest.mark.parametrize("offset", [3, 8], ids="offset {}".format)
+def test_strided_inputs(offset, kernel_size):
+    inputs = make_inputs((2, 8, 9, 64, 2), kernel_size, ("add", "mul"))
+    operator_inputs.assert_strides_do_not_matter(inputs, kernel_size, offset)
 
 
 @pytest.mark.parametrize("shape", SHORT_AXES, ids=str)
 def test_strides_of_axes_of_length_1_mean_nothing(shape):
     inputs = make_inputs((*shape, 64, 2), 7, ("add", "mul"))
-    odd = [with_odd_strides(tensor.detach()).requires_grad_() for tensor in inputs]
-    grad = torch.randn(*shape, 64, dtype=inputs[0].dtype)
-    runs = []
-    for tensors, upstream in ((inputs, grad), (odd, with_odd_strides(grad))):
-        out = elsa_attention(*tensors, kernel_size=7)
-        runs.append([out, *torch.ops.elsa.attention_backward(upstream, *tensors, 7, 1)])
-    for expected, result in zip(*runs, strict=True):
-        assert torch.equal(result, expected)
-        assert result.stride() == expected.stride()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_low_precision_rounds_once(dtype):
-    """At most twice the error of plain PyTorch in that precision, against double precision."""
-    inputs = make_inputs((1, 9, 10, 64, 2), 7, ("add",), dtype)
-    doubles = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
-    exact = value_and_gradients(elsa_attention_reference, doubles, 7, 1)
-    plain = value_and_gradients(elsa_attention_reference, inputs, 7, 1)
-    ours = value_and_gradients(elsa_attention, inputs, 7, 1)
-    for result, other, truth in zip(ours, plain, exact, strict=True):
-        assert result.dtype == dtype
-        assert (result - truth).abs().max() <= 2 * (other - truth).abs().max()
+    operator_inputs.assert_strides_of_axes_of_length_1_mean_nothing(inputs, 7)
 
 
 def test_result_does_not_depend_on_threads():
@@ -207,44 +136,18 @@ def test_result_does_not_depend_on_threads():
 
 @pytest.mark.parametrize("logits", [1e4, -1e4, 0.0])
 def test_extreme_logits(logits):
-    value, _, add, _ = make_inputs((1, 5, 6, 32, 1), 7, ("add",), torch.float32)
-    extreme = torch.full((1, 5, 6, 49), logits)
-    extreme[..., 24] += 1
-    result = elsa_attention(value, extreme, add, kernel_size=7)
-    expected = elsa_attention_reference(
-        value.double(), extreme.double(), add.double(), kernel_size=7
-    )
-    torch.testing.assert_close(result, expected.float(), rtol=1e-5, atol=1e-5)
-
-
-def test_nan_and_infinite_logits_stay_where_they_are():
-    value, logits, add, _ = make_inputs((1, 6, 6, 32, 1), 3, ("add",), torch.float32)
-    logits = logits.detach().clone()
-    logits[0, 2, 3, 4] = float("nan")
-    logits[0, 4, 1, :8] = float("-inf")
-    result = elsa_attention(value, logits, add, kernel_size=3)
-    expected = elsa_attention_reference(value, logits, add, kernel_size=3)
-    torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5, equal_nan=True)
-    assert result[0, 2, 3].isnan().all() and result.isnan().any(-1).sum() == 1
+    inputs = make_inputs((1, 5, 6, 32, 1), 7, dtype=torch.float32)
+    operator_inputs.assert_agrees(operator_inputs.with_constant_logits(inputs, 7, logits))
 
 
 def test_autocast_computes_in_its_own_type():
-    inputs = make_inputs((1, 5, 6, 16, 2), 3, ("add",), torch.float32)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = elsa_attention(inputs[0].to(torch.bfloat16), *inputs[1:], kernel_size=3)
-    assert out.dtype == torch.bfloat16
-    grads = torch.autograd.grad(out.float().sum(), inputs[:3])
-    assert [grad.dtype for grad in grads] == [torch.float32] * 3
+    inputs = make_inputs((1, 5, 6, 16, 2), 3, dtype=torch.float32)
+    operator_inputs.assert_autocast_computes_in_its_own_type(inputs, 3, torch.bfloat16)
 
 
 def test_compiles_without_graph_break():
-    inputs = make_inputs((1, 5, 6, 16, 2), 3, ("add",), torch.float32)
-    compiled = torch.compile(elsa_attention, fullgraph=True, backend="aot_eager")
-    expected = value_and_gradients(elsa_attention, inputs, 3, 1)
-    for result, reference in zip(
-        value_and_gradients(compiled, inputs, 3, 1), expected, strict=True
-    ):
-        torch.testing.assert_close(result, reference)
+    inputs = make_inputs((1, 5, 6, 16, 2), 3, dtype=torch.float32)
+    operator_inputs.assert_compiles_without_graph_break(inputs, 3)
 
 
 @pytest.mark.parametrize("change", [torch.Tensor.long, lambda t: t.to(torch.float8_e5m2)])
@@ -351,22 +254,3 @@ print(messages[0])
     )
     assert done.returncode == 0, done.stderr
     assert "without its compiled operator" in done.stdout
-
-
-@pytest.mark.needs_cuda
-def test_cuda_agrees_with_reference():
-    inputs = [
-        None if t is None else t.detach().cuda().requires_grad_()
-        for t in make_inputs((2, 9, 19, 64, 2), 7, ("add",))
-    ]
-    generator = torch.Generator("cuda").manual_seed(1)
-    out = elsa_attention(*inputs, kernel_size=7)
-    grad = torch.randn(out.shape, generator=generator, dtype=out.dtype, device="cuda")
-    expected = elsa_attention_reference(*inputs, kernel_size=7)
-    torch.testing.assert_close(out, expected)
-    for result, reference in zip(
-        torch.autograd.grad(out, inputs[:3], grad),
-        torch.autograd.grad(expected, inputs[:3], grad),
-        strict=True,
-    ):
-        torch.testing.assert_close(result, reference)

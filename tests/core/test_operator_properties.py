@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from operator_inputs import with_odd_strides
+from operator_inputs import GHOSTS, LOW, assert_rounds_once, make_inputs, with_odd_strides
 
 from elsa_core import elsa_attention, elsa_attention_reference
 
@@ -143,24 +143,11 @@ def test_softmax_is_within_few_units_in_the_last_place(kernel):
         assert error < 8 * torch.finfo(torch.float32).eps
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("shape", [(1, 9, 10, 64, 2), (2, 5, 21, 51, 3)], ids=str)
-@pytest.mark.parametrize("ghosts", [(True, False), (True, True), (False, False)], ids=str)
+@pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
 def test_low_precision_is_at_most_twice_as_far_off_as_plain_pytorch(ghosts, shape, dtype):
-    torch.manual_seed(0)
-    batch, height, width, channels, heads = shape
-    tensors = [torch.randn(batch, height, width, channels), torch.randn(*shape[:3], heads * 49)]
-    tensors += [torch.randn(channels, 7, 7) if there else None for there in ghosts]
-    low = [None if t is None else t.to(dtype) for t in tensors]
-    exact = run(
-        elsa_attention_reference, [None if t is None else t.double() for t in low], kernel_size=7
-    )
-    plain = run(elsa_attention_reference, low, kernel_size=7)
-    for result, other, truth in zip(
-        run(elsa_attention, low, kernel_size=7), plain, exact, strict=True
-    ):
-        assert result.dtype == dtype
-        assert (result - truth).abs().max() <= 2 * (other - truth).abs().max()
+    assert_rounds_once(make_inputs(shape, 7, ghosts, dtype), 7)
 
 
 CHECK = """
