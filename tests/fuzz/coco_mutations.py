@@ -13,6 +13,7 @@ import numpy as np
 import pycocotools.mask
 from PIL import Image
 
+from elsa_core.runtime.errors import UsageError
 from elsa_tools.data import cli
 
 SIZES = [(64, 48), (48, 64), (40, 40)]
@@ -158,6 +159,20 @@ def warmed_up(case):
         finally:
             os.chdir(before)
     return case
+
+
+def compare(start, masks, rle_is_refused=False):
+    """`start` reads the file of a case, or refuses in one sentence; the checker has to agree."""
+    errors, warnings = checked()
+    try:
+        start()
+    except UsageError as error:
+        sentence = str(error)
+        assert "\n" not in sentence and len(sentence) < 1500 and sentence.isprintable(), sentence
+        print(sentence)
+        assert errors or "no-masks" in warnings or rle_is_refused, sentence
+        return
+    assert not errors or not masks, errors
 
 
 def checked():

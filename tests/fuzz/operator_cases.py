@@ -136,9 +136,15 @@ class Call:
         return f"K {self.kernel} dilation {self.dilation} {shapes}"
 
 
+def of_value(call):
+    """The operator as a function of its first argument."""
+    options = {"kernel_size": call.kernel, "dilation": call.dilation}
+    return lambda value: elsa_attention(value, *call.tensors[1:], **options)
+
+
 def forward(call):
     with torch.no_grad():
-        return [elsa_attention(*call.tensors, kernel_size=call.kernel, dilation=call.dilation)]
+        return [of_value(call)(call.tensors[0])]
 
 
 def dispatched(call):
@@ -188,21 +194,11 @@ def threads_of_python(call):
 
 
 def vmapped(call):
-    def function(value):
-        return elsa_attention(
-            value, *call.tensors[1:], kernel_size=call.kernel, dilation=call.dilation
-        )
-
-    return [torch.vmap(function)(torch.stack([call.tensors[0]] * 2))[1]]
+    return [torch.vmap(of_value(call))(torch.stack([call.tensors[0]] * 2))[1]]
 
 
 def traced(call):
-    def function(value):
-        return elsa_attention(
-            value, *call.tensors[1:], kernel_size=call.kernel, dilation=call.dilation
-        )
-
-    graph = make_fx(function)(call.tensors[0])
+    graph = make_fx(of_value(call))(call.tensors[0])
     return [graph(call.tensors[0])]
 
 
@@ -220,23 +216,13 @@ def meta(call):
 
 def forward_mode(call):
     value = call.tensors[0]
-    torch.func.jvp(
-        lambda value: elsa_attention(
-            value, *call.tensors[1:], kernel_size=call.kernel, dilation=call.dilation
-        ),
-        (value,),
-        (torch.ones_like(value),),
-    )
+    torch.func.jvp(of_value(call), (value,), (torch.ones_like(value),))
     raise AssertionError("a tangent is lost")
 
 
 def function_gradient(call):
-    def loss(value):
-        return elsa_attention(
-            value, *call.tensors[1:], kernel_size=call.kernel, dilation=call.dilation
-        ).sum()
-
-    torch.func.grad(loss)(call.tensors[0])
+    attention = of_value(call)
+    torch.func.grad(lambda value: attention(value).sum())(call.tensors[0])
     raise AssertionError("a gradient without a rule")
 
 
