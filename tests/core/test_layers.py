@@ -162,21 +162,15 @@ def naive_window_attention(layer, x):
     return layer.post_proj(out[:, :height, :width])
 
 
-@pytest.mark.parametrize("shift", [0, 1])
-@pytest.mark.parametrize("height_width", [(3, 3), (2, 1), (6, 9), (7, 5)])
-def test_window_attention_is_its_definition(height_width, shift):
+@pytest.mark.parametrize(
+    ("heads", "size", "shift", "height_width"),
+    [(2, 3, shift, shape) for shift in (0, 1) for shape in ((3, 3), (2, 1), (6, 9), (7, 5))]
+    + [(1, 7, 0, (10, 8)), (1, 7, 3, (10, 8))],  # the published size
+)
+def test_window_attention_is_its_definition(heads, size, shift, height_width):
     torch.manual_seed(0)
-    layer = randomise(WindowAttention(8, 2, 3, shift).double())
-    x = torch.randn(2, *height_width, 8, dtype=torch.float64)
-    with torch.no_grad():
-        torch.testing.assert_close(layer(x), naive_window_attention(layer, x))
-
-
-@pytest.mark.parametrize("shift", [0, 3])
-def test_window_attention_of_the_published_size(shift):
-    torch.manual_seed(0)
-    layer = randomise(WindowAttention(4, 1, 7, shift).double())
-    x = torch.randn(1, 10, 8, 4, dtype=torch.float64)
+    layer = randomise(WindowAttention(4 * heads, heads, size, shift).double())
+    x = torch.randn(heads, *height_width, 4 * heads, dtype=torch.float64)
     with torch.no_grad():
         torch.testing.assert_close(layer(x), naive_window_attention(layer, x))
 
