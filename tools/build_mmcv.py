@@ -3,10 +3,10 @@
     python tools/build_mmcv.py mmcv==2.1.0 --out wheels
     pip install wheels/mmcv-2.1.0-*.whl
 
-It takes any release of mmcv or onedl-mmcv, from 2.1.0 on, and needs a C++ compiler. pip alone takes
-more than ten times as long: nearly all of it goes into PyTorch's headers, which are compiled once
-here and not once per file. Nothing is installed into the environment. The wheel is kept in
-~/.cache/elsa-swin (or $XDG_CACHE_HOME) and taken from there next time.
+Compiles any release of mmcv or onedl-mmcv from 2.1.0 on; needs a C++ compiler. pip alone takes more
+than ten times as long, as it compiles PyTorch's headers for each file instead of once. Installs
+nothing into the environment. Keeps the wheel in ~/.cache/elsa-swin (or $XDG_CACHE_HOME) for the
+next time.
 """
 
 from __future__ import annotations
@@ -31,17 +31,16 @@ import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
-# -O1: mmcv's loops are not where the time of a model goes.
+# -O1: models spend little of their time in mmcv's loops.
 FLAGS = "-O1 -g0"
 GROUPS = 4
-# With a GPU in sight mmcv would turn to nvcc: another and far longer build.
+# With a visible GPU, mmcv would compile with nvcc, which takes far longer.
 NO_CUDA = {"CUDA_VISIBLE_DEVICES": "", "FORCE_CUDA": "0", "MMCV_WITH_OPS": "1"}
 PIP = [sys.executable, "-m", "pip", "--no-input", "--disable-pip-version-check"]
 # What mmcv's setup.py imports, and the distribution that has it.
 BUILD_TOOLS = {"pkg_resources": "setuptools<81", "wheel": "wheel", "ninja": "ninja"}
-# Stands in for the compiler. A pre-compiled header is used only where every flag is the same, and
-# which flags there are depends on the versions of PyTorch and mmcv: so the header is compiled when
-# the first command comes along, with the flags of that command.
+# Wraps the compiler. A pre-compiled header is used only with the flags that it was compiled with,
+# which depend on the versions of PyTorch and mmcv: so the first command compiles the header, too.
 COMPILER = """\
 #!{python} -ES
 import fcntl, os, subprocess, sys
@@ -90,7 +89,7 @@ def torch_version() -> str:
 
 
 def run(command: list[str], log: Path, what: str, **env: str) -> None:
-    """Run a command; print where it is, and the errors in its output if it fails."""
+    """Run a command; print its progress and, if it fails, the errors in its output."""
     start = time.monotonic()
     print(f"mmcv: {what}", flush=True)
     with (
@@ -120,8 +119,8 @@ def run(command: list[str], log: Path, what: str, **env: str) -> None:
 
 
 def group_sources(folder: Path) -> None:
-    """Turn a folder's files into GROUPS that include them: even with the header pre-compiled, a
-    file that holds nothing takes 2 s. The big one with the Python bindings stays alone."""
+    """Merge a folder's files into GROUPS that include them: even with the pre-compiled header, an
+    empty file takes 2 s. The large file of the Python bindings stays alone."""
     files = sorted(path for path in folder.glob("*.cpp") if path.name != "pybind.cpp")
     parts = folder / "parts"
     parts.mkdir()
@@ -133,7 +132,7 @@ def group_sources(folder: Path) -> None:
 
 
 def write_compiler(folder: Path) -> Path:
-    """A compiler that pre-compiles folder/header.h and includes it into every file."""
+    """Write a compiler that pre-compiles folder/header.h and includes it into every file."""
     path = folder / "g++"  # torch looks at the name
     path.write_text(
         COMPILER.format(
@@ -148,8 +147,8 @@ def write_compiler(folder: Path) -> Path:
 
 
 def unpack(archive: Path, folder: Path) -> None:
-    """Writes nothing outside the folder."""
-    # Python 3.10.12 and 3.11.4 are the first that look.
+    """Unpack an archive; write nothing outside the folder."""
+    # Python checks that from 3.10.12 and 3.11.4 on.
     looking = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
     try:
         shutil.unpack_archive(archive, folder, **looking)
@@ -179,7 +178,7 @@ def compile_wheel(requirement: str, hashes: list[str], scratch: Path) -> Path:
     unpack(next(scratch.glob("*.tar.gz")), scratch / "source")
     (source,) = (scratch / "source").iterdir()
     group_sources(source / "mmcv/ops/csrc/pytorch")
-    # The C++ standard is the one that torch's headers need, and torch names it where nobody does.
+    # Without a standard of mmcv's, torch names the one that its headers need.
     setup = source / "setup.py"
     setup.write_text(re.sub(r"'-std=c\+\+\d+'", "'-DNDEBUG'", setup.read_text()))
     wheels = scratch / "wheel"
@@ -193,7 +192,7 @@ def compile_wheel(requirement: str, hashes: list[str], scratch: Path) -> Path:
 
 
 def loads(wheel: Path) -> bool:
-    """Whether the compiled part of a wheel loads into this process."""
+    """Whether the extension in a wheel loads into this process."""
     import torch  # noqa: F401  the libraries that it is linked to
 
     with tempfile.TemporaryDirectory() as folder:
@@ -208,7 +207,7 @@ def loads(wheel: Path) -> bool:
 
 
 def cache_folder(requirement: str) -> Path:
-    """Where the wheel for this Python, torch, compiler and C library is kept."""
+    """Return the folder of the wheel for this Python, torch, compiler and C library."""
     compiler = subprocess.check_output([*find_compiler(), "--version"], text=True)
     parts = [requirement, FLAGS, torch_version(), sysconfig.get_config_var("SOABI"), compiler]
     key = hashlib.sha256("\0".join([*parts, *platform.libc_ver()]).encode()).hexdigest()[:16]
@@ -217,9 +216,9 @@ def cache_folder(requirement: str) -> Path:
 
 
 def distrust(wheel: Path) -> str | None:
-    """Why a cached wheel is not to be used; None if it is the user's own and unchanged.
+    """Return why not to use a cached wheel; None if it is the user's own and unchanged.
 
-    Whoever can write there could have code of theirs run by this user.
+    Its code runs as this user, so nobody else may be able to write it.
     """
     record = wheel.with_suffix(".sha256")
     for path in (wheel.parent.parent, wheel.parent, wheel, record):
@@ -239,14 +238,14 @@ def distrust(wheel: Path) -> str | None:
 
 
 def place(wheel: Path, folder: Path) -> Path:
-    """Copy the wheel into a folder; renamed, so that it is never seen half-written."""
+    """Copy the wheel into a folder, complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as fresh:
         return Path(shutil.copy(wheel, fresh)).replace(folder / wheel.name)
 
 
 def keep(wheel: Path, folder: Path) -> None:
-    """Put the wheel into the cache, with its hash, where nobody else may write."""
+    """Put the wheel and its hash into the cache, which nobody else may write."""
     folder.mkdir(parents=True, exist_ok=True)
     for path in (folder.parent, folder):
         path.chmod(0o700)

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
 """Build the wheel and the source distribution that are published: ``make wheel``.
 
-The wheel holds the CPU kernels (with FORCE_CUDA=1 those for CUDA, too) and serves every Python from
-3.10 and every PyTorch from 2.10 on, whichever of them it is built with. It gets the oldest
-manylinux tag that suits; LibTorch stays outside. The same sources and the same compiler give the
-same file, where SOURCE_DATE_EPOCH is set or the sources are a git clone. --platform aarch64 has the
-CPU kernels compiled for that machine on any other.
+The wheel holds the CPU kernels (with FORCE_CUDA=1 also those for CUDA) and serves every Python from
+3.10 and every PyTorch from 2.10 on, whichever it is built with. It gets the oldest possible
+manylinux tag and does not contain LibTorch. In a git clone, or with SOURCE_DATE_EPOCH, the same
+sources and compiler give the same file. --platform aarch64 cross-compiles the CPU kernels.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ def environment() -> dict[str, str]:
 
 
 def cross_environment(platform: str, folder: Path) -> dict[str, str]:
-    """What has setuptools and PyTorch compile for another machine with the headers of this one."""
+    """Variables that make setuptools and PyTorch cross-compile with the headers of this machine."""
     compiler = CROSS_COMPILERS[platform]
     if os.environ.get("FORCE_CUDA", "0") != "0":
         sys.exit(
@@ -55,7 +54,7 @@ def cross_environment(platform: str, folder: Path) -> dict[str, str]:
             f"build_wheel: --platform {platform} needs {compiler}, and it is not on the PATH: run "
             f"'apt-get install {package}', or install your distribution's cross compiler"
         )
-    # The linker only has to find a library of LibTorch's name: an empty one for that machine.
+    # The linker needs a library of LibTorch's name only: an empty one.
     command = [compiler, "-shared", "-nostdlib", "-Wl,-soname,libtorch.so", "-x", "c++"]
     subprocess.run([*command, os.devnull, "-o", folder / "libtorch.so"], check=True)
     flags = f"-L{folder} {os.environ.get('LDFLAGS', '')}".strip()

@@ -1,8 +1,8 @@
-"""The environments that tools/test_environments.py makes, as data: who the users are.
+"""The environments that tools/test_environments.py makes, as data.
 
-Commands are run by bash, in a copy of the source tree, with the environment's `bin` first on the
-PATH. They are those of README.md and the guides, which tests/repo/test_environments.py looks up,
-with short options behind them. Variables in them:
+bash runs the commands in a copy of the source tree, with the environment's `bin` first on the PATH.
+They are those of README.md and the guides, as tests/repo/test_environments.py checks, with options
+that shorten them. Their variables:
 
     $SITE        the environment's site-packages
     $DETECTRON2  a copy of the checkout that DETECTRON2 names
@@ -25,12 +25,12 @@ class Step:
     """A command.
 
     Attributes:
-        name: in the table.
+        name: name in the table.
         run: the command.
-        block: instead of it a page and a word in one of its blocks of Python, which is run.
+        block: instead of a command, a page and a word in the block of Python to run.
         says: regular expression that the output must match.
-        refused: the command must end with another status than 0.
-        counted: its seconds count for the environment's ``limit``.
+        refused: whether the command must fail.
+        counted: whether its seconds count for the environment's ``limit``.
     """
 
     name: str
@@ -46,13 +46,13 @@ class Environment:
     """A user's machine.
 
     Attributes:
-        python: "3.10" or so, or NEWEST.
-        torch: requirements of torch and, where it is wanted, torchvision.
+        python: version, such as "3.10", or NEWEST.
+        torch: requirements of torch and, if wanted, torchvision.
         packages: requirements that are installed with them.
-        needs: what must be named for it: "wheel", "DETECTRON2".
-        prepare: until everything is there that the user has before us.
-        steps: from our installation on; nothing that was there before may be changed by them.
-        compiler: whether one is on the PATH.
+        needs: what must be provided: "wheel", "DETECTRON2".
+        prepare: steps that install what the user has before us.
+        steps: our installation and what follows; they must not change what was there before.
+        compiler: whether a compiler is on the PATH.
         limit: seconds that the counted steps may take together; 0: no limit.
     """
 

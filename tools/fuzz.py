@@ -1,17 +1,16 @@
 """Feed random input to parts of the project, each case in a process of its own.
 
 A target is a file tests/fuzz/NAME_cases.py with a function `case(seed)`, which makes its input
-from the seed alone and raises where the outcome is wrong; a crash, too much memory and too much
-time are found from outside. The module is imported once, the cases are forks of that process:
-import what is slow at the top of the file, and start no thread there. A case
+from the seed alone and raises if the outcome is wrong. Crashes and the limits on memory and time
+are detected from outside. The module is imported once, and each case is a fork of that process:
+import slow modules at the top of the file, and start no thread there. A case
 
-- begins in an empty folder of its own, removed afterwards with everything that it has started;
+- starts in an empty folder, which is removed afterwards, as are all processes that it has started;
 - may print what it is about to do: the last line is shown with a crash;
-- may take --memory beside what the imports took, where MemoryError or malloc's NULL follows, and
-  --seconds of processor time.
+- may allocate --memory beyond the imports, and then gets MemoryError or NULL from malloc;
+- may take --seconds of processor time.
 
-A finding is one line, the command that runs the case again. With --cases 1 the case's whole output
-follows.
+A finding is one line, the command that repeats the case; --cases 1 also prints its output.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Finding:
 
 
 class Process:
-    """A case at work."""
+    """A running case."""
 
     def __init__(self, case: Callable[[int], None], seed: int, limits: Limits) -> None:
         self.seed, self.seconds = seed, limits.seconds
@@ -67,12 +66,12 @@ class Process:
         self.process.start()
 
     def finish(self, ended: bool) -> Finding | None:
-        """What is wrong with a case that has ended, or whose time is over."""
+        """Returns the finding, if any, of a case that has ended or run out of time."""
         if ended:
             self.process.join()
         assert self.process.pid
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)  # itself, or what it has left behind
+            os.killpg(self.process.pid, signal.SIGKILL)  # with the processes it has started
         self.process.join()
         output = self.output.read_text(errors="replace") if self.output.exists() else ""
         code = self.process.exitcode or 0
@@ -111,7 +110,7 @@ def _child(
 def run(
     case: Callable[[int], None], seeds: range, limits: Limits, jobs: int = 1
 ) -> Iterator[Finding | None]:
-    """Each case's finding or None, in the order in which they end."""
+    """Yields the finding of each case, or None, in the order in which the cases end."""
     at_work: dict[int, Process] = {}
     waiting = iter(seeds)
     try:
@@ -163,10 +162,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def fuzz(target: str, options: argparse.Namespace) -> int:
-    """Runs a target's cases and prints the findings; 1 where there are any."""
+    """Runs the cases of a target and prints the findings; returns 1 if there are any."""
     from tqdm import tqdm
 
-    tqdm.monitor_interval = 0  # its thread would be there when a case is forked
+    tqdm.monitor_interval = 0  # no thread may run when a case is forked
     case = importlib.import_module(f"{target}_cases").case
     seeds = range(options.seed, options.seed + options.cases)
     limits = Limits(int(options.memory * 1e9), options.seconds)

@@ -44,7 +44,7 @@ PACKAGES = ("cv2", "pycocotools", "skimage", "sklearn", "tqdm")
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="make_digits.py",
-        description="Makes a small data set of handwritten digits on photographs.",
+        description="Make a small data set of handwritten digits on photographs.",
         epilog=DETAILS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -1,4 +1,4 @@
-"""Makes MODEL_ZOO.md from the metafiles and the models, or checks that it is up to date."""
+"""Make MODEL_ZOO.md from the metafiles and the models, or check that it is up to date."""
 
 import argparse
 import sys
@@ -20,7 +20,7 @@ EXIT_STATUS = (
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="make_zoo.py",
-        description="Makes MODEL_ZOO.md from model-index.yml, its metafiles and the models.",
+        description="Make MODEL_ZOO.md from model-index.yml, its metafiles and the models.",
         epilog=EXIT_STATUS,
     )
     parser.add_argument("--check", action="store_true", help="write nothing, compare")

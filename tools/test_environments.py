@@ -1,15 +1,13 @@
 """Make fresh environments as users have them, and run in each what the README and the guides say.
 
-Each environment of tools/environments.py in turn: a virtual environment from the package registry
-(by uv where there is one, which links the files that it has), what its user has installed, then our
-package, the doctor, tests, trainings and predictions in a copy of this source tree. `pip freeze`
-before and after must agree: nothing of the user's is replaced. At the end a table, which is also in
-OUT/environments.md; OUT/environments.json adds the commands and the packages that came with ours,
-OUT/logs the output of each environment.
+For each environment of tools/environments.py: make a virtual environment from the package registry
+(with uv if available), install the user's packages and then ours, and run the doctor, tests,
+trainings and predictions in a copy of this source tree. `pip freeze` before and after must agree:
+our package replaces none of the user's. OUT/environments.md gets the final table,
+OUT/environments.json also the commands and the added packages, OUT/logs the output.
 
-An environment whose Python, wheel (made by `make wheel`) or checkout of Detectron2 (named by the
-environment variable DETECTRON2) is missing is left out, and the table says why. Needs 10 GB of disk
-for a moment.
+Skips an environment without its Python, its wheel (from `make wheel`) or its checkout of Detectron2
+(named by the environment variable DETECTRON2); the table says why. Needs 10 GB of disk temporarily.
 
 Exit status: 0 all that ran passed, 1 one failed or one named with --only could not be made,
 2 wrong arguments, 130 interrupted.
@@ -51,7 +49,7 @@ FRAMEWORKS = re.compile(
 
 
 class Failure(Exception):
-    """What failed, in words for the table and the terminal."""
+    """A failure, in words for the table and the terminal."""
 
 
 @dataclass
@@ -75,7 +73,7 @@ class Row:
 
 
 def find_pythons(named: Iterable[str] = ()) -> dict[str, str]:
-    """Interpreters by version, those that were named first."""
+    """Return interpreters by version; named ones go first."""
     on_path = [f"python{version}" for version in PYTHONS]
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv", "versions")
     found: dict[str, str] = {}
@@ -92,7 +90,7 @@ def find_pythons(named: Iterable[str] = ()) -> dict[str, str]:
 
 
 def changes(before: str, after: str) -> tuple[list[str], list[str]]:
-    """What two outputs of `pip freeze` differ in: (lost or replaced, added)."""
+    """Compare two outputs of `pip freeze`: return (lost or replaced, added) packages."""
     old, new = ({line for line in text.splitlines() if line.strip()} for text in (before, after))
     key = re.compile(r"\s*(==|@).*")
     later = {key.sub("", line).lower(): line for line in sorted(new)}
@@ -107,7 +105,7 @@ def changes(before: str, after: str) -> tuple[list[str], list[str]]:
 
 
 def copy_tree(target: Path) -> None:
-    """What git knows of the source tree, with what is not committed yet."""
+    """Copy the files of the source tree that git does not ignore."""
     listed = ["git", "-C", str(ROOT), "ls-files", "-z", "-co", "--exclude-standard"]
     for name in subprocess.check_output(listed, text=True).split("\0"):
         if name and (ROOT / name).is_file():
@@ -116,7 +114,7 @@ def copy_tree(target: Path) -> None:
 
 
 def without_compilers(folder: Path) -> None:
-    """A folder of links to what the PATH has, but compilers."""
+    """Fill a folder with links to the programs on the PATH, except compilers."""
     folder.mkdir()
     for place in reversed(os.environ["PATH"].split(":")):
         for file in Path(place).iterdir() if Path(place).is_dir() else ():
@@ -134,7 +132,7 @@ def code_of(page: str, word: str) -> str:
 
 
 class Machine:
-    """One environment while it is made and used."""
+    """An environment that is made and used."""
 
     def __init__(self, spec: Environment, options: argparse.Namespace, python: str):
         self.spec, self.options, self.base = spec, options, python
@@ -145,7 +143,7 @@ class Machine:
         self.variables: dict[str, str] = {}
 
     def run(self) -> Row:
-        """Make it, use it and remove it; failures are in the row."""
+        """Make the environment, use it and remove it; the row records failures."""
         start = time.monotonic()
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.log.unlink(missing_ok=True)
@@ -174,7 +172,7 @@ class Machine:
         return self.row
 
     def make(self) -> None:
-        """The virtual environment, the copy of the tree and the variables of the commands."""
+        """Make the virtual environment, the copy of the tree and the variables of the commands."""
         self.tree.mkdir()
         if self.spec.compiler:
             copy_tree(self.tree)
@@ -212,7 +210,7 @@ class Machine:
         return {**kept, **quiet, **self.variables, "PATH": f"{self.venv / 'bin'}:{path}"}
 
     def do(self, step: Step) -> None:
-        """Run a step; Failure where it does not do what it must."""
+        """Run a step; raise Failure if it does not do what it must."""
         command = step.run
         if step.block:
             (self.tree / "block.py").write_text(code_of(*step.block))
@@ -228,7 +226,7 @@ class Machine:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                start_new_session=True,  # to be stopped together with what it starts
+                start_new_session=True,  # to kill it with the processes that it starts
             )
             try:
                 status = process.wait(SECONDS)
@@ -252,7 +250,7 @@ class Machine:
         self.say(f"{step.name}: {seconds:.1f} s")
 
     def ask(self, *arguments: str) -> str:
-        """What the environment's Python prints."""
+        """Return what the environment's Python prints."""
         command = [str(self.venv / "bin/python"), *arguments]
         asked = subprocess.run(command, env=self.environ(), capture_output=True, text=True)
         if asked.returncode:
@@ -260,11 +258,11 @@ class Machine:
         return asked.stdout.strip()
 
     def freeze(self, when: str) -> str:
-        """What is installed, also into the row and the log."""
+        """Return the installed packages; record them in the row and the log."""
         text = self.ask("-m", "pip", "freeze", "--all")
         with self.log.open("a") as log:
             print(f"$ pip freeze --all  # {when}\n{text}", file=log)
-        # Of what was installed from a file, a wheel alone has its version in the name.
+        # Of packages installed from files, only wheels have the version in the name.
         form = r"^([\w.-]+)(?:==([\w.+]+)| @ .*/\w+-([\w.+]+)-[^/]+\.whl.*| @ .*)$"
         found = {name: named or built for name, named, built in re.findall(form, text, re.M)}
         self.row.torch = found.get("torch", "none")
@@ -277,7 +275,7 @@ class Machine:
 
 
 def complaint(step: Step, status: int | None, output: str) -> str:
-    """What is wrong with the end of a step; empty where nothing is."""
+    """Return what is wrong with the result of a step, or ""."""
     if status is None:
         return f"not done after {SECONDS} s"
     if status and not step.refused:
@@ -291,7 +289,7 @@ def complaint(step: Step, status: int | None, output: str) -> str:
 
 
 def obstacle(spec: Environment, options: argparse.Namespace, pythons: dict[str, str]) -> str:
-    """Why an environment cannot be made; empty where it can."""
+    """Return why an environment cannot be made, or ""."""
     if spec.python != NEWEST and spec.python not in pythons:
         return f"there is no Python {spec.python}: name one with --python"
     if "DETECTRON2" in spec.needs and options.detectron2 is None:
@@ -302,7 +300,7 @@ def obstacle(spec: Environment, options: argparse.Namespace, pythons: dict[str, 
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as Markdown."""
+    """Return the rows as a Markdown table."""
     head = ["environment", "Python", "PyTorch", "frameworks", "seconds", "ran", "result"]
     lines = [head, ["---"] * len(head)]
     for row in rows:
@@ -315,7 +313,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def make_images(folder: Path) -> None:
-    """Images of digits and a trained detector for them, for users who have no source tree."""
+    """Make images of digits, and copy a trained detector, for users without a source tree."""
     make = [sys.executable, str(ROOT / "tools/make_digits.py"), "--out", str(folder)]
     made = subprocess.run([*make, "--train=1", "--val=4"], capture_output=True, text=True)
     if made.returncode:

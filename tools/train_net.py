@@ -1,4 +1,4 @@
-"""Trains and evaluates ELSA-Swin models in Detectron2, with Detectron2's own arguments."""
+"""Train and evaluate ELSA-Swin models in Detectron2, with Detectron2's own arguments."""
 
 import argparse
 import sys
@@ -11,22 +11,22 @@ sys.path.append(str(Path(__file__).resolve().parents[1]))
 DETAILS = """\
 examples:
   train on 8 GPUs            train_net.py --config-file FILE --num-gpus 8 OUTPUT_DIR DIR
-  go on after interruption   the same command with --resume
+  resume                     the same command with --resume
   evaluate                   train_net.py --config-file FILE --eval-only MODEL.WEIGHTS CHECKPOINT
   2 machines, on machine N   add --num-machines 2 --machine-rank N --dist-url tcp://HOST:PORT
 
-A machine without CUDA trains on its CPU, whatever MODEL.DEVICE says; there, --num-gpus 2 means two
-processes, which share the images of a batch, the cores and, through gloo, the gradients.
---dist-url auto finds a free port on one machine.
+Without CUDA, training runs on the CPU, whatever MODEL.DEVICE is; --num-gpus 2 then starts two
+processes, which divide the batch and the cores, and exchange gradients through gloo. --dist-url
+auto finds a free port on one machine.
 
 --resume needs a checkpoint in OUTPUT_DIR; without one, training starts from MODEL.WEIGHTS and the
 log says so. Losses (every 20 iterations) and metrics are in OUTPUT_DIR/metrics.json.
 
-SIGTERM and SIGUSR1, which schedulers send before they kill, end a training at the next iteration
-with its state saved; --resume goes on there.
+SIGTERM and SIGUSR1, which schedulers send before they kill, save the state at the next iteration
+and end the training; --resume continues from there.
 
-exit status: 0 done, 1 a run that failed, 2 a run that was refused or met a damaged file (one
-sentence on standard error), 130 interrupted, 143 or 138 stopped by SIGTERM or SIGUSR1
+exit status: 0 success, 1 failure, 2 wrong use or a damaged file (one sentence on standard error),
+130 interrupted, 143 or 138 a training stopped by SIGTERM or SIGUSR1, with its state saved
 """
 
 
@@ -35,12 +35,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
     parser = default_argument_parser(epilog=DETAILS)
     parser.prog = "train_net.py"
-    parser.description = "Trains and evaluates ELSA-Swin models in Detectron2."
+    parser.description = "Train and evaluate ELSA-Swin models in Detectron2."
     return parser.parse_args(arguments)
 
 
 def run(options: argparse.Namespace) -> dict | None:
-    """What each process does; returns the metrics of an evaluation."""
+    """Runs in each process; returns the metrics of an evaluation."""
     from elsa_core.runtime.lock import TrainingLock
     from elsa_core.runtime.quiet import quiet_frameworks
     from elsa_d2 import load_config
