@@ -48,7 +48,8 @@ def attempts(run: Run) -> list[str]:
     return (run.out / "runs.txt").read_text().split()
 
 
-def test_finished_training_is_not_repeated(training, tmp_path, capsys):
+@pytest.mark.slow
+def test_finished_training_is_repeated_for_another_mark_alone(training, tmp_path, capsys):
     run = Run(training, tmp_path, "mark")
     run()
     assert run.state()["finished"] and run.state()["seconds"] > 0
@@ -56,6 +57,11 @@ def test_finished_training_is_not_repeated(training, tmp_path, capsys):
     run()
     assert attempts(run) == ["False"]
     assert "Quick, Counting: done before" in capsys.readouterr().out
+    other = Run(training, tmp_path, "another mark")
+    assert not other.state()["finished"]
+    (run.out / "of_the_first").touch()
+    other()
+    assert attempts(other) == ["False"] and not (run.out / "of_the_first").exists()
 
 
 @pytest.mark.slow
@@ -75,15 +81,6 @@ def test_training_without_its_metrics_has_failed(training, tmp_path):
     training = replace(training, metrics={**training.metrics, "segm/AP": "mask AP"})
     with pytest.raises(UsageError, match="without its mask AP"):
         Run(training, tmp_path, "mark")()
-
-
-@pytest.mark.slow
-def test_results_of_other_configs_are_stale(training, tmp_path):
-    Run(training, tmp_path, "mark")()
-    other = Run(training, tmp_path, "another mark")
-    assert not other.state()["finished"]
-    other()
-    assert attempts(other) == ["False"]
 
 
 def test_folder_of_others_is_refused(training, tmp_path):
