@@ -39,30 +39,29 @@ def modules():
     return dict(zip([name.removesuffix(".__init__") for name in names], paths, strict=True))
 
 
+def imports(path):
+    """(module, names taken from it, dots before it) of each import anywhere in a file."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, [], 0) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", [alias.name for alias in node.names], node.level
+
+
 def imported_modules(name, path, known):
     """Those of `known` that a file imports anywhere, for `from package import module`, too."""
     package = name if path.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1]
-            base = ".".join([*(above if node.level else []), *filter(None, [node.module])])
-            members = {f"{base}.{alias.name}" for alias in node.names}
-            found |= members & known or {base}
+    for module, members, level in imports(path):
+        above = package.split(".")[: len(package.split(".")) - level + 1] if level else []
+        base = ".".join([*above, *filter(None, [module])])
+        found |= {f"{base}.{member}" for member in members} & known or {base}
     return found & known - {name}
 
 
 def imported_packages(path):
     """Top-level packages that a file imports anywhere; relative imports stay inside."""
-    packages = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"), str(path))):
-        if isinstance(node, ast.Import):
-            packages |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.level == 0:
-            packages.add(node.module.split(".")[0])
-    return packages
+    return {module.split(".")[0] for module, _, level in imports(path) if level == 0}
 
 
 def sources(package):
