@@ -47,13 +47,7 @@ class Block:
 
 def read_blocks(text):
     return [
-        Block(
-            match["language"],
-            match["code"],
-            text.count("\n", 0, match.start("code")) + 1,
-            match["mark"],
-            match["what"],
-        )
+        Block(**match.groupdict(), line=text.count("\n", 0, match.start("code")) + 1)
         for match in _FENCE.finditer(text)
     ]
 
@@ -171,27 +165,23 @@ def _be_rank(name, arguments):
 def shorten(tool, arguments):
     """A tool's arguments for fewer and smaller steps, and what makes its results have the names
     that a whole run's have."""
-    change = {
-        "make_digits": lambda a: ([*a, "--train", "8", "--val", "4", "--size", "96"], _nothing),
-        "train_net": _shorten_detectron2,
-        "train": _shorten_openmmlab,
-        "test": _shorten_openmmlab,
-    }
-    return change.get(tool, lambda a: (a, _nothing))(arguments)
+    if tool in ("train", "test"):
+        return _shorten_openmmlab(arguments)
+    if tool == "train_net":
+        arguments = [*arguments, *_detectron2_options(arguments)]
+    elif tool == "make_digits":
+        arguments = [*arguments, "--train", "8", "--val", "4", "--size", "96"]
+    return arguments, lambda: None
 
 
-def _nothing():
-    pass
-
-
-def _shorten_detectron2(arguments):
+def _detectron2_options(arguments):
     keys = {"DATALOADER.NUM_WORKERS": 0, "TEST.DETECTIONS_PER_IMAGE": 10}
     if "--eval-only" not in arguments:
         # A resumed training has something left to do.
         keys["SOLVER.MAX_ITER"] = 2 if "--resume" in arguments else 1
         if "SOLVER.IMS_PER_BATCH" not in arguments:  # where it is said, other keys depend on it
             keys["SOLVER.IMS_PER_BATCH"] = 2
-    return [*arguments, *(str(part) for pair in keys.items() for part in pair)], _nothing
+    return [str(part) for pair in keys.items() for part in pair]
 
 
 def _shorten_openmmlab(arguments):
@@ -224,9 +214,8 @@ def _shorten_openmmlab(arguments):
         unit, steps = "epoch", length["max_epochs"]
     if unit:  # a resumed training has something left to do
         values[f"train_cfg.max_{unit}s"] = min(steps, 2 if options.resume else 1)
-    folder = Path(
-        options.work_dir or cfg.get("work_dir") or f"work_dirs/{Path(options.config).stem}"
-    )
+    default = f"work_dirs/{Path(options.config).stem}"
+    folder = Path(options.work_dir or cfg.get("work_dir") or default)
 
     def name_checkpoint():
         last, wanted = folder / "last_checkpoint", folder / f"{unit}_{steps}.pth"
@@ -240,11 +229,10 @@ def _shorten_openmmlab(arguments):
 def flags_of(tool):
     """All options that a tool's help names, those of its subcommands included."""
     _, shown = show_help(tool)
-    flags = set(re.findall(r"--[a-z][\w-]*", shown))
-    for command in (re.search(r"\{([\w,]+)\} \.\.\.", shown) or ["", ""])[1].split(","):
-        if command:
-            flags |= set(re.findall(r"--[a-z][\w-]*", show_help(tool, command)[1]))
-    return flags
+    subcommands = re.search(r"\{([\w,]+)\} \.\.\.", shown)
+    for command in subcommands[1].split(",") if subcommands else ():
+        shown += show_help(tool, command)[1]
+    return set(re.findall(r"--[a-z][\w-]*", shown))
 
 
 def show_help(tool, *words):

@@ -46,15 +46,20 @@ FOREIGN = set(
     --tasks --num-inputs --source --output-dir --input
     """.split()
 )
+FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 KEY = re.compile(r"\b(?:MODEL|INPUT|SOLVER|DATASETS|DATALOADER|TEST)(?:\.[A-Z0-9_]+)+\b")
 FOLDERS = "benchmarks|configs|csrc|docs|elsa_[a-z0-9]+|examples|tests|tools"
 PATH = re.compile(rf"(?<![\w/.$-])((?:{FOLDERS})/[\w./*{{}},-]*)")
 # The command lines behind `elsa COMMAND`, of which the flags are compared.
 COMMANDS = {"convert": "convert_weights", "data": "prepare_data", "export": "export_onnx"}
 
-page = pytest.mark.parametrize(
-    "path", PAGES, ids=lambda path: path.relative_to(REPOSITORY).as_posix()
-)
+
+def for_each(pages):
+    names = [path.relative_to(REPOSITORY).as_posix() for path in pages]
+    return pytest.mark.parametrize("path", pages, ids=names)
+
+
+page = for_each(PAGES)
 
 
 class Runner:
@@ -141,15 +146,15 @@ def known_flags():
 def test_options_exist(path):
     text = re.sub(r"<!--.*?-->", "", path.read_text())
     anything = FOREIGN.union(*known_flags().values())
-    unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) - anything
-    assert not unknown
+    assert set(FLAG.findall(text)) <= anything
     for block in read_blocks(text):
         for command in commands(block.code) if block.language == "sh" else []:
             for found in re.finditer(r"(?:tools/|-m |elsa )(\w+)(?:\.py)?((?: [^|;&]*)?)", command):
                 tool = COMMANDS.get(found[1], found[1])
                 if tool in known_flags():
-                    flags = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", found[2]))
-                    assert flags <= known_flags()[tool], f"{path.name}: {command}"
+                    assert set(FLAG.findall(found[2])) <= known_flags()[tool], (
+                        f"{path.name}: {command}"
+                    )
 
 
 @page
@@ -175,9 +180,7 @@ def test_paths_exist(path):
             assert (REPOSITORY / name).exists(), f"{path.name}: {name}"
 
 
-@pytest.mark.parametrize(
-    "path", [*PAGES, *OTHERS], ids=lambda path: path.relative_to(REPOSITORY).as_posix()
-)
+@for_each([*PAGES, *OTHERS])
 def test_named_tests_exist(path):
     for file, name in re.findall(r"`(?:(tests/[\w/]+\.py)::)?(test_\w+)`", path.read_text()):
         if name in ("test_cfg", "test_dataloader", "test_evaluator", "test_pipeline"):
@@ -193,9 +196,7 @@ def anchors(path):
     return {head.replace(" ", "-") for head in plain}
 
 
-@pytest.mark.parametrize(
-    "path", [*PAGES, *OTHERS], ids=lambda path: path.relative_to(REPOSITORY).as_posix()
-)
+@for_each([*PAGES, *OTHERS])
 def test_links_resolve(path):
     for target in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
         if "://" in target:
