@@ -33,16 +33,18 @@ def read(path):
         return np.array(file)
 
 
+def in_order(folder, pattern):
+    """Images or maps of a part, in the order of their numbers."""
+    return sorted(folder.glob(pattern), key=lambda path: path.name.split("_", 1)[1])
+
+
 def maps(root, part, kind):
-    """Label or instance maps of a part, in the order of their numbers."""
-    files = (root / "gtFine" / part).glob(f"*/*_gtFine_{kind}.png")
-    return sorted(files, key=lambda path: path.name.split("_", 1)[1])
+    return in_order(root / "gtFine" / part, f"*/*_gtFine_{kind}.png")
 
 
 def test_every_image_has_all_its_files(cityscapes):
-    assert {path.name for path in cityscapes.iterdir()} == {
-        "leftImg8bit", "gtFine", "annotations", "meta.json",
-    }  # fmt: skip
+    names = {"leftImg8bit", "gtFine", "annotations", "meta.json"}
+    assert {path.name for path in cityscapes.iterdir()} == names
     for part, (_, count) in PARTS.items():
         images = list((cityscapes / "leftImg8bit" / part).glob("*/*"))
         stems = {str(path.relative_to(cityscapes / "leftImg8bit"))[:-16] for path in images}
@@ -58,8 +60,7 @@ def test_every_image_has_all_its_files(cityscapes):
 def test_images_are_pairs_of_the_standard_ones(cityscapes, digits):
     for part, (name, count) in PARTS.items():
         files = sorted((digits / "images" / name).iterdir())
-        wide = (cityscapes / "leftImg8bit" / part).glob("*/*.png")
-        wide = sorted(wide, key=lambda path: path.name.split("_", 1)[1])
+        wide = in_order(cityscapes / "leftImg8bit" / part, "*/*.png")
         assert len(wide) == count
         for i, path in enumerate(wide):
             halves = [cv2.imread(str(files[2 * i + side])) for side in (0, 1)]
@@ -85,8 +86,8 @@ def test_labels_are_those_of_the_standard_set(cityscapes, digits):
 
 
 def test_maps_agree_with_each_other(cityscapes):
-    train_ids = {label.id: label.trainId % 256 for label in id2label.values() if label.id >= 0}
-    colours = {label.id: label.color for label in id2label.values() if label.id >= 0}
+    train_ids = {number: label.trainId % 256 for number, label in id2label.items() if number >= 0}
+    colours = {number: label.color for number, label in id2label.items() if number >= 0}
     instances = set()
     for part in PARTS:
         kinds = [maps(cityscapes, part, name) for name in layout.MAPS]
@@ -116,9 +117,8 @@ def test_annotations_are_what_mmdetections_converter_makes(cityscapes, tmp_path)
         order = [image["file_name"] for image in ours["images"]]
         files = converter.collect_files(*folders)
         files.sort(key=lambda names: order.index(names[0].removeprefix(folders[0])))
-        theirs = converter.cvt_annotations(
-            converter.collect_annotations(files), tmp_path / "x.json"
-        )
+        collected = converter.collect_annotations(files)
+        theirs = converter.cvt_annotations(collected, tmp_path / "x.json")
         for one in theirs["annotations"]:
             one["id"] += 1  # theirs start at 0, which pycocotools takes for no match
         assert ours == json.loads(json.dumps(theirs))

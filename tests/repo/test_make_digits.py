@@ -22,9 +22,8 @@ main = load_tool("make_digits").main
 
 
 def command(*arguments, **options):
-    return subprocess.run(
-        [sys.executable, TOOL, *arguments], capture_output=True, text=True, **options
-    )
+    words = [sys.executable, TOOL, *arguments]
+    return subprocess.run(words, capture_output=True, text=True, **options)
 
 
 def small(folder, *more):
@@ -85,11 +84,8 @@ def test_a_disk_that_takes_no_more_is_an_error(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1024, 1024))
 
     run = command(*small(tmp_path / "data"), preexec_fn=forbid_files_over_1_kib)
-    assert run.returncode == 2
-    assert (
-        run.stderr.splitlines()[-1]
-        == f"make_digits: cannot make {tmp_path / 'data'}: File too large"
-    )
+    sentence = f"make_digits: cannot make {tmp_path / 'data'}: File too large"
+    assert run.returncode == 2 and run.stderr.splitlines()[-1] == sentence
     assert "Traceback" not in run.stderr
     assert os.listdir(tmp_path) == []
 

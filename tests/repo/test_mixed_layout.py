@@ -47,9 +47,8 @@ def test_forty_images_have_all_sizes_kinds_and_orientations(mixed, coco):
 
 def test_masks_boxes_and_label_maps_lie_on_the_digits(mixed, coco):
     for image in coco.loadImgs(coco.getImgIds()):
-        picture = np.asarray(
-            seen(mixed, image)[0].convert("RGBA" if image["kind"] == "rgba" else None)
-        )
+        picture, *_ = seen(mixed, image)
+        picture = np.asarray(picture.convert("RGBA" if image["kind"] == "rgba" else None))
         grey = picture if picture.ndim == 2 else picture[..., :3].mean(-1)
         with Image.open(mixed / f"annotations/validation/{image['id']:06d}.png") as file:
             labels = np.asarray(file)

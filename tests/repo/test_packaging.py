@@ -219,24 +219,15 @@ def test_metadata_replaces_nobodys_torch_or_framework(installed):
 
 
 OLD = "sys.modules['torch'] = types.SimpleNamespace(__version__='{}')".format
+PYTHON = "sys.version_info = {}".format
+NO_TORCH = "sys.modules['torch'] = None"
+OLD_SETUPTOOLS = "setuptools.__version__ = '60.2.0'"
 REFUSED = {  # what is imitated, and the sentence
-    "no torch": (
-        "sys.modules['torch'] = None",
-        "install torch first, then run 'pip install --no-b",
-    ),
+    "no torch": (NO_TORCH, "install torch first, then run 'pip install --no-b"),
     "torch 2.5": (OLD("2.5.1+cpu"), "needs PyTorch 2.6 or later, and this is PyTorch 2.5.1+cpu"),
-    "Python 3.9": (
-        "sys.version_info = (3, 9, 2)",
-        "needs Python 3.10 to 3.14, and this is Python 3.9",
-    ),
-    "Python 3.15": (
-        "sys.version_info = (3, 15, 0)",
-        "Python 3.10 to 3.14, and this is Python 3.15",
-    ),
-    "setuptools": (
-        "setuptools.__version__ = '60.2.0'",
-        "run pip install 'setuptools>=64' wheel first",
-    ),
+    "Python 3.9": (PYTHON((3, 9, 2)), "needs Python 3.10 to 3.14, and this is Python 3.9"),
+    "Python 3.15": (PYTHON((3, 15, 0)), "needs Python 3.10 to 3.14, and this is Python 3.15"),
+    "setuptools": (OLD_SETUPTOOLS, "run pip install 'setuptools>=64' wheel first"),
 }
 
 
@@ -276,9 +267,9 @@ def test_wheel_without_extension_is_pure_python(tree, options, sentence):
 
 
 IMPORTED = {
-    "no torch": ("sys.modules['torch'] = None", "2.6 or later, and there is none: install torch"),
+    "no torch": (NO_TORCH, "2.6 or later, and there is none: install torch"),
     "torch 2.5": ("import torch; torch.__version__ = '2.5.1'", "and this is PyTorch 2.5.1"),
-    "Python 3.9": ("sys.version_info = (3, 9, 2)", "3.10 to 3.14, and this is Python 3.9"),
+    "Python 3.9": (PYTHON((3, 9, 2)), "3.10 to 3.14, and this is Python 3.9"),
 }
 
 
@@ -327,9 +318,8 @@ def test_compile_error_is_not_swallowed(tree):
     assert "this cannot be compiled" in result.stdout + result.stderr
     last = result.stderr.splitlines()[-1]
     assert last.startswith("elsa-swin: the operator could not be compiled (")
-    assert last.endswith(
-        "install a wheel of elsa-swin, or set ELSA_BUILD_EXTENSION=0 to do without"
-    )
+    advice = "install a wheel of elsa-swin, or set ELSA_BUILD_EXTENSION=0 to do without"
+    assert last.endswith(advice)
     assert not (tree / "dist").exists()
 
 
