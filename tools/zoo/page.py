@@ -33,30 +33,30 @@ INTRODUCTION = """\
 
 <!-- Made by `make zoo` from model-index.yml, its metafiles and the models themselves. -->
 
-Each row is one model, as a config of OpenMMLab and, classifiers apart, as one of Detectron2 with
-the same parameters.
+Each row is one model: a config of OpenMMLab and, except for classifiers, one of Detectron2 with the
+same parameters.
 
-- Every figure names its origin: *published by the authors* (not measured here), *converted* (their
-  weights, converted and evaluated here) or *trained here*, and the number of its source.
-- Parameters and operations are counted here, from the models that the configs build. An operation
-  is a multiply-add ("FLOPs" in papers), for one image, which is
+- Every figure has an origin and the number of its source: *published by the authors* (not measured
+  here), *converted* (their weights, converted and evaluated here) or *trained here*.
+- Parameters and operations are counted from the models that the configs build. An operation is a
+  multiply-add ("FLOPs" in papers), for one image, which is
   {sizes};
   detectors have {proposals} proposals and {detections} masks.
-- Peak memory and speed have a column where they were measured, a checkpoint where there is one.
+- Peak memory and speed have a column if they were measured.
 """
 NO_FIGURES = """\
-The authors publish no figures for {dataset}, and none have been measured here yet. These configs
-are the frameworks' own recipes for it, with ELSA-Swin and its optimiser.
+The authors publish no figures for {dataset}, and none have been measured here. These configs are
+the frameworks' own recipes with ELSA-Swin and its optimizer.
 """
 COMMANDS = """\
 ## Commands
 
-Trainings are for as many GPUs as their commands name. `BACKBONE.pth` is a checkpoint of
-ImageNet-1K, `CHECKPOINT` what a training has left or a checkpoint from above. The configs of
-OpenMMLab expect COCO in `data/coco`, ADE20K in `data/ade/ADEChallengeData2016`, Cityscapes in
-`data/cityscapes` and ImageNet in `data/imagenet`, those of Detectron2 all of them where
-`DETECTRON2_DATASETS` points to. Interrupted trainings go on with `--resume`. The `tools/train.py`
-and `tools/test.py` of MMDetection, MMSegmentation and MMPretrain take the same arguments.
+The recipes are for the number of GPUs in their commands. `BACKBONE.pth` is an ImageNet-1K
+checkpoint, `CHECKPOINT` one that a training has saved or one from above. The configs of OpenMMLab
+expect COCO in `data/coco`, ADE20K in `data/ade/ADEChallengeData2016`, Cityscapes in
+`data/cityscapes` and ImageNet in `data/imagenet`; those of Detectron2 expect them in
+`$DETECTRON2_DATASETS`. `--resume` continues an interrupted training. The `tools/train.py` and
+`tools/test.py` of MMDetection, MMSegmentation and MMPretrain take the same arguments.
 """
 
 
