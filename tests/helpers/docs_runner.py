@@ -4,6 +4,7 @@ Takes a line ``{"page": FILE, "folder": FOLDER, "output": FILE}`` for each page 
 answers with its exit status. Forks, so it must not compute anything itself.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -33,6 +34,7 @@ def main():
     from quick_mmengine import quicken_mmengine
 
     quicken_mmengine()
+    gc.freeze()  # MMEngine collects garbage for each data set: not among all that is loaded already
     for line in sys.stdin:
         job = json.loads(line)
         child = os.fork()
