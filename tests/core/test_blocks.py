@@ -23,20 +23,13 @@ def test_patch_embed_pads_bottom_and_right(size):
     torch.testing.assert_close(layer(image), layer.norm(expected), atol=1e-5, rtol=1e-5)
 
 
-def test_patch_merging_concatenates_rows_before_columns():
+def test_patch_merging_concatenates_rows_before_columns_and_pads_odd_maps():
     layer = PatchMerging(1)
     layer.norm = nn.Identity()
     layer.reduction = nn.Identity()
-    x = torch.arange(4 * 6, dtype=torch.float32).reshape(1, 4, 6, 1)
-    merged = layer(x)
+    merged = layer(torch.arange(24.0).reshape(1, 4, 6, 1))
     assert merged.shape == (1, 2, 3, 4)
     assert merged[0, 1, 2].tolist() == [16, 22, 17, 23]
-
-
-def test_patch_merging_pads_odd_maps():
-    layer = PatchMerging(1)
-    layer.norm = nn.Identity()
-    layer.reduction = nn.Identity()
     merged = layer(torch.arange(1.0, 10.0).reshape(1, 3, 3, 1))
     assert merged[0].tolist() == [[[1, 4, 2, 5], [3, 6, 0, 0]], [[7, 0, 8, 0], [9, 0, 0, 0]]]
 

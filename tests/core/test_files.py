@@ -148,11 +148,13 @@ def test_the_longest_names(tmp_path, name):
     assert os.listdir(tmp_path) == [name]
 
 
-def test_too_long_a_name_and_a_folder_are_one_sentence_at_once(tmp_path):
-    for path, reason in ((tmp_path / ("x" * 256), "File name too long"), (tmp_path, "Is a dir")):
-        with pytest.raises(UsageError, match=f"cannot be written: {reason}"):
-            with replacing(path):
-                raise AssertionError
+@pytest.mark.parametrize(
+    "name, reason", [("x" * 256, "File name too long"), (".", "Is a dir"), ("b/a", "No such file")]
+)
+def test_what_cannot_be_a_file_is_one_sentence_at_once(tmp_path, name, reason):
+    with pytest.raises(UsageError, match=f"cannot be written: {reason}"):
+        with replacing(tmp_path / name):
+            raise AssertionError
     assert not os.listdir(tmp_path)
 
 
@@ -193,9 +195,9 @@ def test_libraries_that_open_a_file_themselves(tmp_path):
     assert (tmp_path / "a.onnx").read_bytes() == b"new" and os.listdir(tmp_path) == ["a.onnx"]
 
 
-def hold(folder, pipe, forks):
+def hold(folder, pipe):
     with TrainingLock(folder):
-        if forks and os.fork() == 0:
+        if os.fork() == 0:
             time.sleep(60)
             os._exit(0)
         pipe.send("locked")
@@ -213,7 +215,7 @@ def test_a_folder_in_the_place_of_a_note_is_refused(tmp_path):
 def training(tmp_path):
     """A process that has locked the folder, with a child that it has forked since."""
     here, there = OPEN.Pipe()
-    process = OPEN.Process(target=hold, args=(tmp_path, there, True))
+    process = OPEN.Process(target=hold, args=(tmp_path, there))
     process.start()
     assert here.recv() == "locked"
     yield process

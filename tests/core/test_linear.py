@@ -50,12 +50,8 @@ def test_values_and_gradients(layout, bias, gelu, calls):
     grad = torch.randn_like(expected)
     out = linear(x, weight, bias, **gelu)
     torch.testing.assert_close(out, expected)
-    for result, reference in zip(
-        torch.autograd.grad(out, wanted, grad, retain_graph=True),
-        torch.autograd.grad(expected, wanted, grad, retain_graph=True),
-        strict=True,
-    ):
-        torch.testing.assert_close(result, reference, rtol=1e-5, atol=1e-5)
+    grads = [torch.autograd.grad(y, wanted, grad, retain_graph=True) for y in (out, expected)]
+    torch.testing.assert_close(*grads, rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         torch.testing.assert_close(linear(x, weight, bias, **gelu), expected)
     assert len(calls) == 3
@@ -83,8 +79,7 @@ def test_second_derivative(gelu, calls):
         total = sum(grad.square().sum() for grad in grads)
         results.append(torch.autograd.grad(total, inputs))
     assert calls
-    for result, reference in zip(*results, strict=True):
-        torch.testing.assert_close(result, reference, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4)
 
 
 def test_gelu_of_the_input_is_kept_once(calls):

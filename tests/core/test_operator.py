@@ -130,8 +130,7 @@ def test_result_does_not_depend_on_threads():
         runs.append(value_and_gradients(elsa_attention, inputs, 7, 1)[:4])
     torch.set_num_threads(threads)
     for run in runs[1:]:
-        for result, first in zip(run[:3], runs[0][:3], strict=True):
-            assert torch.equal(result, first)
+        assert all(map(torch.equal, run[:3], runs[0][:3]))
 
 
 @pytest.mark.parametrize("logits", [1e4, -1e4, 0.0])
@@ -173,8 +172,7 @@ def test_taps_beyond_the_map_read_zeros_however_far(shape, kernel_size, dilation
     inputs = make_inputs(shape, kernel_size, ("add", "mul"))
     results = value_and_gradients(function, inputs, kernel_size, dilation)
     expected = value_and_gradients(plain_formula, inputs, kernel_size, dilation)
-    for result, reference in zip(results, expected, strict=True):
-        torch.testing.assert_close(result, reference, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(results, expected, rtol=1e-12, atol=1e-12)
 
 
 def plain_formula(value, logits, add, mul, *, kernel_size, dilation):
