@@ -113,9 +113,9 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 
 def test_a_checkpoint_of_the_original_release_loads(tmp_path):
-    path, state = save(tmp_path, {"state_dict": classifier_tensors(TINY)}), classifier_tensors(TINY)
+    state = classifier_tensors(TINY)
     model = transformers.AutoModelForImageClassification.from_config(ElsaSwinConfig(ARCH))
-    elsa_core.weights.load_backbone(model.elsa_swin, path)
+    elsa_core.weights.load_backbone(model.elsa_swin, save(tmp_path, {"state_dict": state}))
     for name in ("layers.0.blocks.0.attn.ghost_head", "norm3.weight"):
         wanted = state[name.replace("norm3", "norm")]
         assert torch.equal(model.elsa_swin.get_parameter(name), wanted)

@@ -130,11 +130,9 @@ def test_softmax_is_within_few_units_in_the_last_place(kernel):
     taps = kernel**2
     logits = torch.linspace(0, -86, 64 * (taps - 1)).view(1, 64, 1, taps - 1)
     logits = torch.cat([logits, torch.zeros(1, 64, 1, 1)], -1)
-    value = torch.zeros(1, 64, 1, taps)
-    middle = kernel // 2
-    value[...] = 1
+    value = torch.ones(1, 64, 1, taps)
     pick = torch.zeros(taps, kernel, kernel)
-    pick[:, middle, middle] = 1
+    pick[:, kernel // 2, kernel // 2] = 1
     for shift in range(taps):
         turned = logits.roll(shift, -1)
         result = elsa_attention(value, turned, None, pick, kernel_size=kernel)[..., 0]
