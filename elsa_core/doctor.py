@@ -62,11 +62,6 @@ def _processor() -> str:
     return platform.processor() or platform.machine()
 
 
-def _devices() -> list[torch.device]:
-    gpus = range(torch.cuda.device_count())
-    return [torch.device("cpu"), *(torch.device("cuda", index) for index in gpus)]
-
-
 def describe_device(device: torch.device) -> str:
     """Return the name and size of a device in a few words."""
     if device.type == "cpu":
@@ -93,8 +88,8 @@ def examine(frameworks: bool = True) -> Report:
         f"MKL {_yes(torch.backends.mkl.is_available())}",
     ]
     _check_versions(report)
-    for device in _devices():
-        _check_device(report, device)
+    for name in ("cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))):
+        _check_device(report, torch.device(name))
     if frameworks:
         check_frameworks(report)
     if missing := list(_missing()):

@@ -17,11 +17,6 @@ def _is_integer(value: object) -> bool:
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
-def _check_positive_integer(name: str, value: object) -> None:
-    if not _is_integer(value) or value < 1:  # type: ignore[operator]
-        raise ValueError(f"{name} must be an integer of at least 1, got {name}={value!r}")
-
-
 def _positive_integers(name: str, values: Any) -> tuple[int, ...]:
     # Any sequence: a LazyConfig of Detectron2 has OmegaConf's.
     if (
@@ -65,7 +60,9 @@ class Arch:
         for name in ("depths", "num_heads"):
             object.__setattr__(self, name, _positive_integers(name, getattr(self, name)))
         for name in ("embed_dim", "group_width", "kernel_size", "window_size"):
-            _check_positive_integer(name, getattr(self, name))
+            value = getattr(self, name)
+            if not _is_integer(value) or value < 1:
+                raise ValueError(f"{name} must be an integer of at least 1, got {name}={value!r}")
         for name in ("lam", "gamma"):
             value = getattr(self, name)
             if not isinstance(value, Real) or not isfinite(value):

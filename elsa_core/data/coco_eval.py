@@ -172,22 +172,15 @@ def evaluate_detections(
     return evaluation
 
 
-def objects_per_image(coco: dict[str, Any]) -> Counter[Any]:
-    """Count the objects that a model should find, by image id."""
-    return Counter(
-        one["image_id"]
-        for one in coco.get("annotations") or []
-        if not one["iscrowd"] and has_area(one["bbox"])
-    )
-
-
 def limit_warning(coco: dict[str, Any], limit: int, key: str) -> str | None:
     """Return a warning if images have more objects than a model may detect, or None.
 
     Args:
         key: setting that holds the limit.
     """
-    over = [number for number in objects_per_image(coco).values() if number > limit]
+    objects = (one for one in coco.get("annotations") or [] if has_area(one["bbox"]))
+    counts = Counter(one["image_id"] for one in objects if not one["iscrowd"])
+    over = [number for number in counts.values() if number > limit]
     if not over:
         return None
     return (

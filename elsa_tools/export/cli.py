@@ -82,7 +82,8 @@ def run(options: argparse.Namespace) -> int:
             metadata["classes"] = ",".join(inferencer.classes)
     if not options.weights:
         print("export_onnx: without --weights the weights are random", file=sys.stderr)
-    _say("exporting ...")
+    if sys.stderr.isatty():
+        print("exporting ...", file=sys.stderr)
     for difference in export(module, options.out, metadata=metadata):
         size = "x".join(map(str, difference.shape))
         print(f"{size}: onnxruntime and PyTorch differ by {difference.value:.1e}")
@@ -90,8 +91,3 @@ def run(options: argparse.Namespace) -> int:
         f"wrote: {options.out} ({os.path.getsize(options.out) / 1e6:.1f} MB, at most {TOLERANCE:g})"
     )
     return 0
-
-
-def _say(text: str) -> None:
-    if sys.stderr.isatty():
-        print(text, file=sys.stderr)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from elsa_core.runtime.command_line import exit_status, say, show
 from elsa_core.runtime.errors import UsageError
@@ -62,6 +61,8 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
 def run(options: argparse.Namespace) -> int:
     if not 0 <= options.score_threshold <= 1:
         raise UsageError(f"--score-threshold must be in [0, 1], got {options.score_threshold}")
+    from tqdm import tqdm
+
     from .coco import CocoResults
     from .inputs import find_inputs
     from .load import load_inferencer
@@ -85,7 +86,7 @@ def run(options: argparse.Namespace) -> int:
         for file in files:
             coco.image_id(file)  # before anything is written
     demo = Demo(inferencer, options.out, options.score_threshold, coco)
-    for file in _progress(files):
+    for file in tqdm(files, unit="file", disable=None):  # None: on a terminal only
         demo.process(file)
     record = {
         "schema": 1,
@@ -108,9 +109,3 @@ def run(options: argparse.Namespace) -> int:
     for failure in demo.failed:
         say("demo", failure["reason"])
     return 1 if demo.failed else 0
-
-
-def _progress(files: list[str]) -> Iterator[Any]:
-    from tqdm import tqdm
-
-    yield from tqdm(files, unit="file", disable=None)  # None: on a terminal only

@@ -99,16 +99,11 @@ class Demo:
     def _found(self, image: np.ndarray) -> tuple[Result, np.ndarray]:
         """The result for an image [H, W, 3], and the painted image, which may be smaller."""
         small = reduce(image, self.inferencer.most_pixels)
-        result = self._predict(small)
-        picture = self._draw(small, result)
+        result = self.inferencer.predict(small)
+        if isinstance(result, Detections):
+            result = result.above(self.score)
+        picture = self.inferencer.draw(*enlarge(small, result))
         return result if small is image else result.scaled(small, image.shape[:2]), picture
-
-    def _predict(self, image: np.ndarray) -> Result:
-        result = self.inferencer.predict(image)
-        return result.above(self.score) if isinstance(result, Detections) else result
-
-    def _draw(self, image: np.ndarray, result: Result) -> np.ndarray:
-        return self.inferencer.draw(*enlarge(image, result))
 
     def _record(self, image: np.ndarray, result: Result) -> dict[str, Any]:
         height, width = image.shape[:2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from elsa_core.runtime.errors import UsageError
@@ -45,10 +46,10 @@ def verify(
 
     # SRC runs in its own framework, DST in the other one.
     first, second = (source, copy) if source.family == DETECTRON2 else (copy, source)
-    assert conversion.sizes is not None
+    openmmlab = "mmseg" if source.kind == UPERNET else "mmdet"
     return compare(
-        d2.run(conversion, _as_detectron2(first, conversion.anchor_sizes), picture, yaml),
-        mm.run(conversion, _as_openmmlab(second, conversion.anchor_sizes), picture, python),
+        d2.run(conversion, _tensors(first, "detectron2", conversion), picture, yaml),
+        mm.run(conversion, _tensors(second, openmmlab, conversion), picture, python),
     )
 
 
@@ -59,21 +60,18 @@ def _only(configs: Sequence[str], *suffixes: str) -> str | None:
     return found[0] if found else None
 
 
-def _as_detectron2(source: Source, anchor_sizes: int | None) -> dict[str, Tensor]:
-    if source.family == DETECTRON2:
+def _tensors(source: Source, to: str, conversion: Conversion) -> dict[str, Tensor]:
+    """The tensors under the names of ``to``, converted only if they have others."""
+    if (source.family == DETECTRON2) != (to == "detectron2"):
+        return convert(source, to, anchor_sizes=conversion.anchor_sizes).tensors
+    if to == "detectron2":
         return dict(source.tensors.values())
-    return convert(source, "detectron2", anchor_sizes=anchor_sizes).tensors
-
-
-def _as_openmmlab(source: Source, anchor_sizes: int | None) -> dict[str, Tensor]:
-    if source.family != DETECTRON2:
-        return {name: tensor for name, (_, tensor) in source.tensors.items()}
-    to = "mmseg" if source.kind == UPERNET else "mmdet"
-    return convert(source, to, anchor_sizes=anchor_sizes).tensors
+    return {name: tensor for name, (_, tensor) in source.tensors.items()}
 
 
 def _verify_backbone(conversion: Conversion, destination: str, image: Tensor) -> Differences:
-    from . import d2, mm
+    from elsa_d2 import ELSASwin as InDetectron2
+    from elsa_mm import ELSASwin as InOpenMMLab
 
     wanted = convert(conversion.source, "backbone").tensors
     got = convert(read_source(destination), "backbone").tensors
@@ -81,7 +79,13 @@ def _verify_backbone(conversion: Conversion, destination: str, image: Tensor) ->
         raise UsageError(f"{destination} has other tensors than its source")
     arch = conversion.source.arch
     pixels = to_input(image.flip(2).numpy())
-    return compare(
-        Outcome(features=d2.backbone_features(arch, got, pixels)),
-        Outcome(features=mm.backbone_features(arch, wanted, pixels)),
-    )
+    outcomes = []
+    for backbone, tensors in ((InDetectron2, got), (InOpenMMLab, wanted)):
+        torch.manual_seed(0)  # of what the tensors lack
+        model = backbone(arch).eval()
+        model.load_state_dict(tensors, strict=False)
+        with torch.no_grad():
+            maps = model(pixels)
+        maps = maps.values() if isinstance(maps, dict) else maps
+        outcomes.append(Outcome({f"res{i + 2}": value[0] for i, value in enumerate(maps)}))
+    return compare(*outcomes)

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from torch import Tensor
 
 import elsa_d2
@@ -54,17 +53,6 @@ def run(
     outcome.boxes, outcome.scores = found.pred_boxes.tensor, found.scores
     outcome.labels, outcome.masks = found.pred_classes, found.pred_masks
     return outcome
-
-
-def backbone_features(
-    arch: Arch, tensors: Mapping[str, Tensor], image: Tensor
-) -> dict[str, Tensor]:
-    """Maps of the backbone alone; what ``tensors`` lack keeps its initialisation of seed 0."""
-    torch.manual_seed(0)
-    backbone = elsa_d2.ELSASwin(arch).eval()
-    backbone.load_state_dict(tensors, strict=False)
-    with torch.no_grad():
-        return {name: value[0] for name, value in backbone(image).items()}
 
 
 def overrides(arch: Arch, sizes: HeadSizes, kind: str) -> list[Any]:

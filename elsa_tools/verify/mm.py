@@ -78,17 +78,6 @@ def _run(cfg: Config, kind: str, tensors: Mapping[str, Tensor], image: Tensor) -
     )
 
 
-def backbone_features(
-    arch: Arch, tensors: Mapping[str, Tensor], image: Tensor
-) -> dict[str, Tensor]:
-    """Maps of the backbone alone; what ``tensors`` lack keeps its initialisation of seed 0."""
-    torch.manual_seed(0)
-    backbone = elsa_mm.ELSASwin(arch).eval()
-    backbone.load_state_dict(tensors, strict=False)
-    with torch.no_grad():
-        return {f"res{i + 2}": value[0] for i, value in enumerate(backbone(image))}
-
-
 def set_sizes(model: ConfigDict, arch: Arch, sizes: HeadSizes, kind: str) -> None:
     """Gives our configs the sizes of a checkpoint, in place."""
     configs.check_sizes(sizes, kind)

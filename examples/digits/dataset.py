@@ -234,8 +234,8 @@ def _write_part(folder: Path, part: str, count: int, options: Options, bar: tqdm
         image_path = image_folder / f"{image_id:06d}.jpg"
         write_image(image_path, sample.image)
         # Without a palette: a reader that converts to grey would turn class numbers into colours.
-        labels = _label_map(sample, painter.labels)
-        write_image(label_folder / f"{image_id:06d}.png", labels)
+        values = np.array([1, *(painter.labels[sample.digit_indices] + 2)], dtype=np.uint8)
+        write_image(label_folder / f"{image_id:06d}.png", values[sample.owner])
         images.append(
             {
                 "id": image_id,
@@ -265,12 +265,6 @@ def read_image(path: Path) -> np.ndarray:
     if image is None:
         raise ValueError(f"{path} is no image")
     return image
-
-
-def _label_map(sample: Sample, labels: np.ndarray) -> np.ndarray:
-    """ADE20K layout: 1 for the background, 2 + digit."""
-    values = np.array([1, *(labels[sample.digit_indices] + 2)], dtype=np.uint8)
-    return values[sample.owner]
 
 
 def _annotations(sample: Sample, labels: np.ndarray, image_id: int, first_id: int) -> list[dict]:

@@ -126,14 +126,6 @@ def _annotations(scene: Scene, image_id: int, first_id: int) -> list[dict]:
     return result
 
 
-def _colour(image: Image.Image, path: Path, number: int) -> None:
-    image.save(path, quality=JPEG_QUALITY)
-
-
-def _grey(image: Image.Image, path: Path, number: int) -> None:
-    image.convert("L").save(path)
-
-
 def _transparent(image: Image.Image, path: Path, number: int) -> None:
     alpha = np.random.default_rng(number).integers(0, 256, image.size[::-1], dtype=np.uint8)
     image.putalpha(Image.fromarray(alpha))
@@ -157,8 +149,8 @@ def _deep(image: Image.Image, path: Path, number: int) -> None:
 
 # Name in the COCO file -> ending and writer of (image, path, number).
 KINDS: dict[str, tuple[str, Callable[[Image.Image, Path, int], None]]] = {
-    "colour": (".jpg", _colour),
-    "grey": (".png", _grey),
+    "colour": (".jpg", lambda image, path, _: image.save(path, quality=JPEG_QUALITY)),
+    "grey": (".png", lambda image, path, _: image.convert("L").save(path)),
     "rgba": (".png", _transparent),
     "turned": (".jpg", _turned),
     "16-bit": (".png", _deep),
