@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -48,26 +49,19 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def _inference(model: nn.Module, size: tuple[int, int], clock: Clock, dtype: torch.dtype) -> Run:
+def _step(
+    model: nn.Module, size: tuple[int, int], clock: Clock, dtype: torch.dtype, train: bool
+) -> Run:
     image = torch.randn(1, 3, *size, device=clock.device)
 
     def run() -> None:
-        model.eval()
-        with torch.no_grad(), _autocast(clock.device, dtype):
-            model(image)
-
-    return run
-
-
-def _training(model: nn.Module, size: tuple[int, int], clock: Clock, dtype: torch.dtype) -> Run:
-    image = torch.randn(1, 3, *size, device=clock.device)
-
-    def run() -> None:
-        model.train()
-        model.zero_grad(set_to_none=True)
-        with _autocast(clock.device, dtype):
+        model.train(train)
+        if train:
+            model.zero_grad(set_to_none=True)
+        with torch.set_grad_enabled(train), _autocast(clock.device, dtype):
             outs = model(image)
-        sum(out.float().mean() for out in outs).backward()
+        if train:
+            sum(out.float().mean() for out in outs).backward()
 
     return run
 
@@ -242,6 +236,9 @@ def _detector_training(
 
 # For each part: the function that builds a model, and the steps to time.
 _PARTS: dict[str, tuple[Callable[[str, str], nn.Module], dict[str, Callable[..., Run]]]] = {
-    "backbone": (_backbone, {"inference": _inference, "training step": _training}),
+    "backbone": (
+        _backbone,
+        {"inference": partial(_step, train=False), "training step": partial(_step, train=True)},
+    ),
     "mask rcnn": (_detector, {"inference": _detection, "training step": _detector_training}),
 }

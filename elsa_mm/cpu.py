@@ -29,8 +29,10 @@ def use_cpu_where_needed(cfg: Config) -> list[str]:
     if cfg.get("launcher", "none") != "none":
         _use_ddp_on_cpu(cfg)
         notes.append("no GPU: the processes communicate through gloo")
-        if _replace_sync_bn(cfg):
+        if norms := [node for node in walk(cfg.model) if node.get("type") == "SyncBN"]:
             notes.append("no GPU: BatchNorm instead of SyncBN, each process has its own statistics")
+        for node in norms:
+            node["type"] = "BN"
     return notes
 
 
@@ -107,10 +109,3 @@ def _use_ddp_on_cpu(cfg: Config) -> None:
     )
     # MMEngine would pass a GPU's index.
     cfg.model_wrapper_cfg = {**options, **(cfg.get("model_wrapper_cfg") or {}), "device_ids": None}
-
-
-def _replace_sync_bn(cfg: Config) -> bool:
-    nodes = [node for node in walk(cfg.model) if node.get("type") == "SyncBN"]
-    for node in nodes:
-        node["type"] = "BN"
-    return bool(nodes)

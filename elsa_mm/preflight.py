@@ -54,18 +54,14 @@ def check_config(cfg: Config) -> None:
         except (TypeError, ValueError) as error:
             raise UsageError(f"{BACKBONE}: {one_line(error)}") from error
         if backbone is model.get("backbone"):
-            _check_shift(model)
+            # The default of always_shift is the detectors'.
+            is_classifier = str(model.get("type")).endswith("ImageClassifier")
+            if is_classifier and "always_shift" not in backbone:
+                raise UsageError(
+                    "model.backbone.always_shift must be set in a classifier: False as the "
+                    "published ones, True only for one that was trained so"
+                )
             _check_channels(model, [built.num_features[stage] for stage in built.out_indices])
-
-
-def _check_shift(model: dict) -> None:
-    """A classifier must say how its backbone shifts, because the default is the detectors'."""
-    is_classifier = str(model.get("type")).endswith("ImageClassifier")
-    if is_classifier and "always_shift" not in model["backbone"]:
-        raise UsageError(
-            "model.backbone.always_shift must be set in a classifier: False as the published ones, "
-            "True only for one that was trained so"
-        )
 
 
 def _check_channels(model: dict, features: list[int]) -> None:

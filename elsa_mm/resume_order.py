@@ -45,7 +45,9 @@ def continue_order(runner: Any) -> None:
     It starts an interrupted epoch again, and counts its iterations twice.
     """
     loop = runner.train_loop
-    for sampler in _samplers(loop.dataloader) if loop.iter else ():
+    loader = loop.dataloader
+    samplers: tuple[Any, Any] = loader.sampler, getattr(loader.batch_sampler, "sampler", None)
+    for sampler in samplers if loop.iter else ():
         if hasattr(sampler, "seed") and getattr(runner, "seed", None) is not None:
             if not (runner.cfg.get("randomness") or {}).get("diff_rank_seed"):
                 sampler.seed = runner.seed
@@ -62,10 +64,6 @@ def continue_order(runner: Any) -> None:
 def seed_iteration(runner: Any) -> None:
     """Derives the model's random numbers from the seed and the number of the iteration."""
     seed_all(f"{runner.seed}/{get_rank()}/{runner.iter}")
-
-
-def _samplers(loader: DataLoader) -> tuple[Any, Any]:
-    return loader.sampler, getattr(loader.batch_sampler, "sampler", None)
 
 
 def _placed(loader: DataLoader, done: int) -> DataLoader:

@@ -25,7 +25,7 @@ from detectron2.utils.comm import get_world_size
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.packages import is_missing, need
 
-from .registration import entries, is_registered, wrong_form
+from .registration import check_num_classes, entries, is_registered, wrong_form
 from .safe_loading import read_pair
 from .sem_seg import FILES_READ_BEFORE_A_RUN, IGNORE
 
@@ -152,7 +152,9 @@ def check_cityscapes_dataset(
         raise UsageError(
             f"data set {name!r} is evaluated by its masks: it needs MODEL.MASK_ON True"
         )
-    _check_classes(cfg, name, sem_seg)
+    classes = metadata.stuff_classes if sem_seg else metadata.thing_classes
+    node = "SEM_SEG_HEAD" if sem_seg else "ROI_HEADS"
+    check_num_classes(name, len(classes), node, cfg.MODEL[node].NUM_CLASSES)
     if evaluated and machines > 1:
         raise UsageError(
             f"data set {name!r} is evaluated on one machine only, got machines={machines}: train "
@@ -167,17 +169,6 @@ def check_cityscapes_dataset(
             image = os.path.join(metadata.image_dir, stem + _IMAGE)
             pair = {"file_name": image, "sem_seg_file_name": annotations + _TRAIN_IDS}
             read_pair(pair, "RGB", len(metadata.stuff_classes))
-
-
-def _check_classes(cfg: CfgNode, name: str, sem_seg: bool) -> None:
-    metadata = MetadataCatalog.get(name)
-    classes = metadata.stuff_classes if sem_seg else metadata.thing_classes
-    key = "SEM_SEG_HEAD" if sem_seg else "ROI_HEADS"
-    wanted = cfg.MODEL[key].NUM_CLASSES
-    if len(classes) != wanted:
-        raise UsageError(
-            f"data set {name!r} has {len(classes)} classes, but MODEL.{key}.NUM_CLASSES is {wanted}"
-        )
 
 
 def _check_files(name: str, sem_seg: bool, evaluated: bool) -> list[str]:

@@ -22,7 +22,7 @@ from elsa_core.runtime.errors import UsageError
 
 from .classes import class_names
 from .coco_json import load_coco_json
-from .registration import entries, is_registered
+from .registration import check_num_classes, entries, is_registered
 
 logger = logging.getLogger(__name__)
 FORM = "[name, annotation file, image folder]"
@@ -115,11 +115,8 @@ def check_dataset(
     _check_annotations(name, json_file, coco, annotated, masks)
     if not isinstance(DatasetCatalog[name], CocoPart):
         _check_for_detectron2(name, json_file, coco)
-    if num_classes is not None and len(coco["categories"]) != num_classes:
-        raise UsageError(
-            f"data set {name!r} has {len(coco['categories'])} categories, "
-            f"but MODEL.{node}.NUM_CLASSES is {num_classes}"
-        )
+    if num_classes is not None:
+        check_num_classes(name, len(coco["categories"]), node, num_classes)
     _check_names(name, json_file, coco["categories"], classes)
     _check_images(name, image_root, [image["file_name"] for image in coco["images"]])
 

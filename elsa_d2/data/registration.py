@@ -29,6 +29,14 @@ def wrong_form(key: str, form: str, entry: Any) -> UsageError:
     return UsageError(f"DATASETS.{key} must be a list of {form}, got {entry!r}")
 
 
+def check_num_classes(name: str, number: int, node: str, wanted: int) -> None:
+    """Raises UsageError if a data set has another number of classes than MODEL.NODE."""
+    if number != wanted:
+        raise UsageError(
+            f"data set {name!r} has {number} classes, but MODEL.{node}.NUM_CLASSES is {wanted}"
+        )
+
+
 def is_registered(key: str, name: str, description: Mapping[str, Any]) -> bool:
     """Whether a data set is registered; raises UsageError if it is so with other metadata."""
     if name not in DatasetCatalog:

@@ -14,7 +14,7 @@ from elsa_core.data.images import ENDINGS
 from elsa_core.data.label_maps import IGNORE, only_none, pair_files
 from elsa_core.runtime.errors import UsageError
 
-from .registration import entries, is_registered
+from .registration import check_num_classes, entries, is_registered
 from .safe_loading import read_pair
 
 FILES_READ_BEFORE_A_RUN = 32
@@ -76,11 +76,7 @@ def check_sem_seg_dataset(name: str, num_classes: int) -> None:
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") != "sem_seg":
         raise UsageError(f"data set {name!r} has no label maps, which a SemanticSegmentor needs")
-    if len(metadata.stuff_classes) != num_classes:
-        raise UsageError(
-            f"data set {name!r} has {len(metadata.stuff_classes)} classes, "
-            f"but MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}"
-        )
+    check_num_classes(name, len(metadata.stuff_classes), "SEM_SEG_HEAD", num_classes)
     for what, folder in (("image", metadata.image_root), ("label map", metadata.sem_seg_root)):
         if not os.path.isdir(folder):
             raise UsageError(

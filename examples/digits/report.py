@@ -37,7 +37,12 @@ def write_report(runs: Sequence[Run], data: Path, out: Path) -> str:
         )
     write_json(out / "metrics.json", {"results": rows})
     listing = "\n".join(f"  {path}" for path in [*pictures, out / "metrics.json"])
-    return f"\n{table(rows)}\n\n{validation_line(data)}\n\nPictures and figures:\n{listing}"
+    images = json.loads((data / "meta.json").read_text())["images"]
+    note = (
+        f"Percent, on {images['validation']} held-out images of photographs and digits that none "
+        f"of the {images['training']} training images shows."
+    )
+    return f"\n{table(rows)}\n\n{note}\n\nPictures and figures:\n{listing}"
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
@@ -55,14 +60,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     headers = ["framework", "task", *COLUMNS, "seconds", "parameters"]
     align = ["left", "left"] + ["right"] * (len(headers) - 2)
     return tabulate(cells, headers, disable_numparse=True, colalign=align)
-
-
-def validation_line(data: Path) -> str:
-    images = json.loads((data / "meta.json").read_text())["images"]
-    return (
-        f"Percent, on {images['validation']} held-out images of photographs and digits that none "
-        f"of the {images['training']} training images shows."
-    )
 
 
 def _draw_curves(runs: Sequence[Run], path: Path) -> Path:

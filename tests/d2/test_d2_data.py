@@ -223,5 +223,5 @@ def test_a_part_with_another_class_is_refused(copy):
 
 
 def test_number_of_classes(copy):
-    with pytest.raises(UsageError, match="has 10 categories, but .*NUM_CLASSES is 80"):
+    with pytest.raises(UsageError, match="has 10 classes, but .*NUM_CLASSES is 80"):
         check_dataset(register(copy), num_classes=80)

@@ -282,7 +282,7 @@ REFUSALS = {
     "classes of one stage": (
         [],
         {**ONE_STAGE, "MODEL__RETINANET__NUM_CLASSES": 9},
-        "has 10 categories, but MODEL.RETINANET.NUM_CLASSES is 9",
+        "has 10 classes, but MODEL.RETINANET.NUM_CLASSES is 9",
     ),
     "label maps of objects": (
         [],

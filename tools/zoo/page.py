@@ -135,13 +135,15 @@ def _model_table(
                 model.schedule,
                 *(_values(model.figures, metric) for metric in metrics),
                 *([_origins(model.figures, sources)] if metrics else []),
-                *_sizes(parameters, operations),
+                f"{parameters / 1e6:.1f} M",
+                f"{operations / 1e9:.{1 if operations < 100e9 else 0}f} G",
                 *(model.measured.get(key, "-") for key in measured),
                 _checkpoint(model),
                 _configs(model),
             ]
         )
-    return _table(names, rows)
+    lines = [names, ["---"] * len(names), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _configs(model: Model) -> str:
@@ -162,18 +164,8 @@ def _origins(figures: Sequence[Figure], sources: list[str]) -> str:
     )
 
 
-def _sizes(parameters: int, operations: int) -> tuple[str, str]:
-    digits = 1 if operations < 100e9 else 0
-    return f"{parameters / 1e6:.1f} M", f"{operations / 1e9:.{digits}f} G"
-
-
 def _checkpoint(model: Model) -> str:
     return f"[weights]({model.weights}), SHA-256 `{model.sha256}`" if model.weights else "none yet"
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [names, ["---"] * len(names), *rows]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def _commands(model: Model) -> str:
