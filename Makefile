@@ -40,7 +40,7 @@ help:
 	@echo 'make wheel     build wheel and source distribution in dist, as published (WHEEL_ARGS=--help; WHEEL_PYTHON=... has torch)'
 	@echo 'make bench     measure operator, backbone and detector (BENCH_ARGS="--device cuda")'
 	@echo 'make lint      check style and types, change nothing'
-	@echo 'make format    put Python and C++ files into shape'
+	@echo 'make format    format Python and C++ files'
 	@echo 'make zoo       make MODEL_ZOO.md from the metafiles and the models (ZOO_ARGS=--check compares)'
 	@echo 'make clean     remove build products and caches; .venv, data and results stay'
 

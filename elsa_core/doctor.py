@@ -135,7 +135,7 @@ def _check_device(report: Report, device: torch.device) -> None:
     if not right or not whole:
         report.faults.append(
             f"results on {device} are wrong: report it with these lines, and remove the extension "
-            "(elsa_core/_C*.so) to go on in plain PyTorch"
+            "(elsa_core/_C*.so) to continue in plain PyTorch"
         )
 
 

@@ -259,7 +259,7 @@ def keep(wheel: Path, folder: Path) -> None:
 def cached_wheel(folder: Path) -> Path | None:
     for wheel in sorted(folder.glob("*.whl")):
         if reason := distrust(wheel):
-            print(f"{wheel} is not used, as {reason}: mmcv is compiled anew", flush=True)
+            print(f"{wheel} is not used, as {reason}: mmcv is compiled again", flush=True)
         elif loads(wheel):
             return wheel
     return None

@@ -46,7 +46,7 @@ error (one sentence on standard error), 130 interrupted
 def main(arguments: Sequence[str] | None = None, prog: str = "prepare_data.py") -> int:
     options = parse_arguments(arguments, prog)
     command = {"check": _check, "link": _link, "derive": _derive}[options.command]
-    interrupted = "interrupted, every file is whole; the same command goes on"
+    interrupted = "interrupted, every file is complete; the same command continues"
     return exit_status(prog.removesuffix(".py"), lambda: command(options), interrupted, PACKAGES)
 
 

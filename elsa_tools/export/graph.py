@@ -1,7 +1,7 @@
 """ELSA-Swin in standard ONNX operators, for images of any size.
 
 What `elsa_core` computes, written a second time as a graph: tracing the backbone with symbolic
-sizes takes minutes, writing it takes a second. Whoever exports compares the two.
+sizes takes minutes, writing it takes a second. Each export compares the two.
 """
 
 from __future__ import annotations

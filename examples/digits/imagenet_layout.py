@@ -10,7 +10,7 @@ from tqdm import tqdm
 from .dataset import CLASSES, read_image, write_image
 
 PARTS = {"train": "training", "val": "validation"}
-MARGIN = 0.15  # of a digit's longer side, to each side where the image goes on
+MARGIN = 0.15  # of a digit's longer side, on each side, as far as the image reaches
 
 
 class Crop(NamedTuple):

@@ -164,6 +164,6 @@ def _read_photograph(name: str) -> np.ndarray:
     path = Path(skimage.__file__).parent / "data" / name
     photograph = cv2.imread(str(path), cv2.IMREAD_COLOR)
     if photograph is None:
-        reason = "no readable photograph here, install scikit-image==0.25.2 anew"
+        reason = "no readable photograph here, reinstall scikit-image==0.25.2"
         raise FileNotFoundError(errno.ENOENT, reason, str(path))
     return photograph

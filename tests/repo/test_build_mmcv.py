@@ -66,7 +66,7 @@ def test_cached_wheel_is_used_only_if_nobody_else_can_have_changed_it(
         assert used == folder / "mmcv.whl" and said == ""
     else:
         assert used is None
-        assert re.search(rf"is not used, as .*{reason}.*: mmcv is compiled anew", said)
+        assert re.search(rf"is not used, as .*{reason}.*: mmcv is compiled again", said)
 
 
 def test_cached_wheel_of_another_user_is_not_used(tmp_path, monkeypatch):

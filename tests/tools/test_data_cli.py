@@ -162,7 +162,7 @@ def test_interruption(tmp_path, capfd, monkeypatch):
     Path("data/cityscapes").mkdir(parents=True)
     status, _, error = run(capfd, "derive", "cityscapes")
     assert status == 130 and error == (
-        "prepare_data: interrupted, every file is whole; the same command goes on\n"
+        "prepare_data: interrupted, every file is complete; the same command continues\n"
     )
 
 

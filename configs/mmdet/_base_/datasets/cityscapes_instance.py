@@ -1,5 +1,5 @@
-# MMDetection's Cityscapes instances, judged as COCO's and by cityscapesscripts, whose files go to a
-# temporary folder: in a common one, runs would take each other's.
+# MMDetection's Cityscapes instances, evaluated as COCO's and by cityscapesscripts. Its files go to
+# a temporary folder, since runs would take each other's in a common one.
 _base_ = ["mmdet::_base_/datasets/cityscapes_instance.py"]
 
 by_name = "elsa_mm.coco.CityscapesDataset"

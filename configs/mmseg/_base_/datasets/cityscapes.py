@@ -1,5 +1,5 @@
-# MMSegmentation's Cityscapes with 2 images for each of 4 GPUs; cityscapesscripts judges the tests
-# too. --tta takes multiples of (2048, 1024), as MMSegmentation's does for images of that size.
+# MMSegmentation's Cityscapes with 2 images for each of 4 GPUs, also evaluated by cityscapesscripts
+# in tests. --tta takes multiples of (2048, 1024), as MMSegmentation's does for images of that size.
 # The path is explained in models/upernet_elsa-swin.py.
 _base_ = [f"{__import__('mmseg').__path__[0]}/.mim/configs/_base_/datasets/cityscapes.py"]
 
