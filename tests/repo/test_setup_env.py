@@ -1,5 +1,6 @@
 """tools/setup_env.py, the Makefile and .ci/run; nothing here is downloaded."""
 
+import functools
 import importlib.metadata
 import io
 import os
@@ -241,7 +242,8 @@ def test_failed_set_up_goes_on_where_it_stopped(project):
 @pytest.mark.parametrize("step", ["packages", "mmcv"])
 def test_interrupt_leaves_no_process_and_the_next_set_up_repeats_the_step(project, step):
     project.write("endless", STEPS[step])
-    process = project.start(start_new_session=True, stderr=subprocess.DEVNULL)
+    heed = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # also with nohup and &
+    process = project.start(preexec_fn=heed, start_new_session=True, stderr=subprocess.DEVNULL)
     while not (project.root / "begun").exists():
         assert process.poll() is None
     os.killpg(process.pid, signal.SIGINT)
