@@ -218,32 +218,28 @@ def check_alone(trainings, evaluate):
     assert not left, left
 
 
-def check_full_disk(trainings, train_on_full_disk, last_iteration, last_name, sentence):
+def check_full_disk(trainings, side):
     """A disk that fills up while a checkpoint is written ends the training with status 1 and one
     sentence, the previous checkpoint stays whole, and a resumed training continues from it.
 
     Args:
-        train_on_full_disk: a function of (folder, bytes that fit).
-        last_iteration, last_name: functions of the output folder.
-        sentence: a pattern in the log, with {reason} and {last}.
-
-    Returns the iterations of the previous checkpoint, and what the sentence's group has found.
+        side: `killing_d2` or `killing_mm`.
     """
     output, log = trainings.folder / "out", trainings.folder / "log.txt"
     assert trainings.kill(signal.SIGTERM, resume=False) == STOPPED[signal.SIGTERM]
-    iteration, last = last_iteration(output), last_name(output)
+    iteration, last = side.last_iteration(output), Path(side.last_checkpoint(output)).name
     before = len(log.read_text())
     size = (output / last).stat().st_size
-    statuses = statuses_of([fork(train_on_full_disk, str(trainings.folder), size * 3 // 4)])
+    statuses = statuses_of([fork(side.train_on_full_disk, str(trainings.folder), size * 3 // 4)])
     text = log.read_text()[before:]
     assert statuses == [1] and "Traceback" not in text, text[-3000:]
-    pattern = sentence.format(reason=os.strerror(errno.EFBIG), last=last)
+    pattern = side.FULL_DISK.format(reason=os.strerror(errno.EFBIG), last=last)
     (found,) = re.findall(pattern, text, re.MULTILINE)
-    assert last_iteration(output) == iteration and not list(output.rglob("*.part"))
+    assert int(found) - side.FIRST >= iteration  # of the checkpoint that was not written
+    assert side.last_iteration(output) == iteration and not list(output.rglob("*.part"))
     done = len(trainings.losses())
     assert trainings.kill(signal.SIGTERM) == STOPPED[signal.SIGTERM]
     assert trainings.losses()[done][0] == iteration + 1
-    return iteration, found
 
 
 def statuses_of_killed(process):

@@ -1,4 +1,4 @@
-"""Detectron2 runs in processes of their own: the tool, ranks, the training of test_killed_d2.py."""
+"""Detectron2 runs in processes of their own: the tool, ranks, the training of test_killed.py."""
 
 import importlib
 import importlib.util
@@ -55,6 +55,28 @@ def evaluate(folder, checkpoint):
     run_in(folder)
     keys = overrides(Path(folder).parent / "data", **KEYS, MODEL__WEIGHTS=checkpoint)
     sys.exit(tool().main(["--config-file", DIGITS, "--eval-only", *keys]))
+
+
+FIRST = 0  # number of a checkpoint after one iteration
+FULL_DISK = (
+    r"^train_net: the checkpoint out/model_(\d+)\.pth cannot be written: {reason}; "
+    r"--resume continues from out/{last}$"
+)
+
+
+def last_checkpoint(output):
+    return AtomicCheckpointer(torch.nn.Module(), str(output)).get_checkpoint_file()
+
+
+def last_iteration(output):
+    """Iterations of the last checkpoint, which must be whole."""
+    if not (last := last_checkpoint(output)):
+        return 0
+    state = torch.load(last, weights_only=False)
+    iteration, trainer = state["iteration"] + 1, state["trainer"]
+    steps = {int(one["step"]) for one in trainer["_trainer"]["optimizer"]["state"].values()}
+    assert steps == {iteration} == {trainer["hooks"]["LRScheduler"]["last_epoch"]}
+    return iteration
 
 
 def train_on_full_disk(folder, size):

@@ -1,4 +1,4 @@
-"""OpenMMLab runs in processes of their own: the tools, and the training of test_killed_mm.py.
+"""OpenMMLab runs in processes of their own: the tools, and the training of test_killed.py.
 
 The frameworks are imported, elsa_mm is not: that is for the tool or its config to do.
 """
@@ -12,6 +12,7 @@ from pathlib import Path
 
 import mmdet.apis  # noqa: F401
 import mmseg.apis  # noqa: F401
+import torch
 from killing import fill_disk, note_loss, run_in
 from mm_tiny import CONFIGS
 from mmengine.hooks import Hook
@@ -80,6 +81,30 @@ def evaluate(folder, checkpoint):
     run_in(folder)
     data = f"test_dataloader.dataset.data_root={Path(folder).parent / 'data'}"
     sys.exit(cli.test(["config.py", checkpoint, "--work-dir", "out", "--cfg-options", data]))
+
+
+FIRST = 1  # number of a checkpoint after one iteration
+FULL_DISK = (
+    r"^train: the checkpoint /.*/out/iter_(\d+)\.pth cannot be written: {reason}; "
+    r"--resume continues from /.*/out/{last}$"
+)
+
+
+def last_checkpoint(output):
+    from elsa_mm.checkpoint import find_last_checkpoint
+
+    return find_last_checkpoint(output)
+
+
+def last_iteration(output):
+    """Iterations of the last checkpoint, which must be whole."""
+    if not (last := last_checkpoint(output)):
+        return 0
+    state = torch.load(last, weights_only=False)
+    iteration = state["meta"]["iter"]
+    assert {int(one["step"]) for one in state["optimizer"]["state"].values()} == {iteration}
+    assert {scheduler["_global_step"] for scheduler in state["param_schedulers"]} == {iteration}
+    return iteration
 
 
 def train_on_full_disk(folder, size):
