@@ -158,9 +158,14 @@ class StoppableCheckpointHook(CheckpointHook):
         self._stop_if_told(runner, runner.iter, runner.epoch)
 
     def after_train(self, runner: Any) -> None:
+        super().after_train(runner)
+        self.close()
+
+    def close(self) -> None:
+        """Restore the signal handlers and release the lock; MMEngine leaves `after_train` out if a
+        training fails."""
         if self.signals is not None:
             self.signals.close()
-        super().after_train(runner)
         if self.lock is not None:
             self.lock.release()
 

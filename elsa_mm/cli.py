@@ -25,6 +25,7 @@ from elsa_core.weights.resume import notes_on, refuse_if_none_is_whole
 
 from . import classes, preflight
 from .checkpoint import ATOMIC_PREFIX, find_last_checkpoint, read_checked_files
+from .checkpoint_hook import StoppableCheckpointHook
 from .cpu import agree, join_processes, use_cpu_where_needed
 from .evaluators import use_coco_metric
 from .loading import check_weights, model_of
@@ -161,7 +162,12 @@ def _train_alone(
     resumed = (cfg.get("load_from") or "") if cfg.get("resume") else ""
     classes.check(runner, parts, class_names(content)[0] if resumed else None, resumed)
     del content
-    runner.train()
+    try:
+        runner.train()
+    finally:
+        for hook in runner.hooks:
+            if isinstance(hook, StoppableCheckpointHook):
+                hook.close()
 
 
 def _test(options: argparse.Namespace) -> None:

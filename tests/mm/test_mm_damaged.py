@@ -1,5 +1,7 @@
 """Damaged data with tools/train.py and tools/test.py: a sentence that names the file, status 2."""
 
+import signal
+
 import pytest
 from damage import CONTRADICTIONS, colour, cut_all, edit, end_workers, no_images, paint, shrink
 from killing import fork, statuses_of
@@ -16,8 +18,10 @@ SMALL = {"train_cfg__max_iters": 2, "train_cfg__val_interval": 2}
 
 @pytest.fixture(autouse=True)
 def no_workers_left():
+    before = signal.getsignal(signal.SIGTERM)
     yield
     end_workers()
+    assert signal.getsignal(signal.SIGTERM) == before  # a failed training listens no longer
 
 
 IMAGES, MAPS = "images/training", "annotations/training"
