@@ -183,26 +183,17 @@ class StoppableCheckpointHook(CheckpointHook):
         if done == runner.iter and isinstance(runner, FlexibleRunner):
             return  # FlexibleRunner can only save the number of the next iteration
         if self.saved < done:
-            meta = dict(epoch=epoch, iter=done)
-            if not self.by_epoch:
-                self._save_checkpoint_with_step(runner, done, meta)
-            else:
-                with self._as_stopped():
-                    self._save_checkpoint_with_step(runner, done, meta)
+            before = self.by_epoch, self.filename_tmpl, self.max_keep_ckpts
+            if self.by_epoch:  # STOPPED counts no epoch and replaces no other checkpoint
+                self.by_epoch, self.filename_tmpl, self.max_keep_ckpts = False, STOPPED, -1
+            try:
+                self._save_checkpoint_with_step(runner, done, dict(epoch=epoch, iter=done))
+            finally:
+                self.by_epoch, self.filename_tmpl, self.max_keep_ckpts = before
         end = ended_by_signal(number, str(self.last_ckpt))
         runner.logger.warning(end.sentence)
         runner.visualizer.close()  # writes what is pending
         raise end
-
-    @contextmanager
-    def _as_stopped(self) -> Iterator[None]:
-        """Checkpoints are called STOPPED, count no epoch, and replace no other."""
-        before = self.by_epoch, self.filename_tmpl, self.max_keep_ckpts
-        self.by_epoch, self.filename_tmpl, self.max_keep_ckpts = False, STOPPED, -1
-        try:
-            yield
-        finally:
-            self.by_epoch, self.filename_tmpl, self.max_keep_ckpts = before
 
     def _save_checkpoint_with_step(self, runner: Any, step: int, meta: dict) -> None:
         """As in CheckpointHook, but old checkpoints are removed after the new one is written, and

@@ -145,29 +145,23 @@ def _train(options: argparse.Namespace) -> None:
     agree(lambda: preflight.check_data(cfg, parts), once_a_node=True)
     agree(lambda: make_folder(cfg.work_dir, "the work directory"))
     with TrainingLock(cfg.work_dir):
-        _train_alone(cfg, options, parts, notes)
-
-
-def _train_alone(
-    cfg: Config, options: argparse.Namespace, parts: Sequence[str], notes: list[str]
-) -> None:
-    content = _set_resume(cfg, options.resume, notes)
-    runner = _build_runner(cfg, notes)
-    preflight.check_batch(cfg)
-    if content is not None and cfg.get("resume"):
-        check_weights(model_of(runner), cfg.load_from, content, resumes=True)
-    agree(lambda: preflight.build_data(runner, parts))
-    agree(lambda: preflight.check_last_batch(runner))
-    preflight.check_classes(runner, parts)
-    resumed = (cfg.get("load_from") or "") if cfg.get("resume") else ""
-    classes.check(runner, parts, class_names(content)[0] if resumed else None, resumed)
-    del content
-    try:
-        runner.train()
-    finally:
-        for hook in runner.hooks:
-            if isinstance(hook, StoppableCheckpointHook):
-                hook.close()
+        content = _set_resume(cfg, options.resume, notes)
+        runner = _build_runner(cfg, notes)
+        preflight.check_batch(cfg)
+        if content is not None and cfg.get("resume"):
+            check_weights(model_of(runner), cfg.load_from, content, resumes=True)
+        agree(lambda: preflight.build_data(runner, parts))
+        agree(lambda: preflight.check_last_batch(runner))
+        preflight.check_classes(runner, parts)
+        resumed = (cfg.get("load_from") or "") if cfg.get("resume") else ""
+        classes.check(runner, parts, class_names(content)[0] if resumed else None, resumed)
+        del content
+        try:
+            runner.train()
+        finally:
+            for hook in runner.hooks:
+                if isinstance(hook, StoppableCheckpointHook):
+                    hook.close()
 
 
 def _test(options: argparse.Namespace) -> None:

@@ -24,10 +24,18 @@ def use_cpu_where_needed(cfg: Config) -> list[str]:
         return []
     notes = []
     if (cfg.get("optim_wrapper") or {}).get("type") == "AmpOptimWrapper":
-        _use_bfloat16(cfg)
+        cfg.optim_wrapper.type = "CPUAmpOptimWrapper"
+        for name in ("loss_scale", "dtype", "use_fsdp"):
+            cfg.optim_wrapper.pop(name, None)
         notes.append("no GPU: mixed precision is bfloat16, in backbone and neck only")
     if cfg.get("launcher", "none") != "none":
-        _use_ddp_on_cpu(cfg)
+        options = dict(
+            type="MMDistributedDataParallel",
+            broadcast_buffers=False,
+            find_unused_parameters=cfg.get("find_unused_parameters", False),
+        )
+        options.update(cfg.get("model_wrapper_cfg") or {})
+        cfg.model_wrapper_cfg = {**options, "device_ids": None}  # MMEngine would pass a GPU's index
         notes.append("no GPU: the processes communicate through gloo")
         if norms := [node for node in walk(cfg.model) if node.get("type") == "SyncBN"]:
             notes.append("no GPU: BatchNorm instead of SyncBN, each process has its own statistics")
@@ -92,20 +100,3 @@ def agree(check: Callable[[], None], *, once_a_node: bool = False) -> None:
         raise failure
     if said := [sentence for sentence in sentences if sentence is not None]:
         raise UsageError(said[0]) from failure
-
-
-def _use_bfloat16(cfg: Config) -> None:
-    wrapper = cfg.optim_wrapper
-    wrapper.type = "CPUAmpOptimWrapper"
-    for name in ("loss_scale", "dtype", "use_fsdp"):
-        wrapper.pop(name, None)
-
-
-def _use_ddp_on_cpu(cfg: Config) -> None:
-    options = dict(
-        type="MMDistributedDataParallel",
-        broadcast_buffers=False,
-        find_unused_parameters=cfg.get("find_unused_parameters", False),
-    )
-    # MMEngine would pass a GPU's index.
-    cfg.model_wrapper_cfg = {**options, **(cfg.get("model_wrapper_cfg") or {}), "device_ids": None}
