@@ -7,7 +7,6 @@ MMSegmentation.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from io import BytesIO
 from typing import Any
 
@@ -131,19 +130,10 @@ def check_files(dataset: dict, part: str) -> None:
         return
     if images == maps or "://" in f"{images}{maps}" or not os.path.isdir(maps):
         return
-    taken = {
-        name.removesuffix(one.img_suffix)
-        for name in _files(images)
-        if name.endswith(one.img_suffix)
-    }
-    labelled = {
-        name.removesuffix(one.seg_map_suffix)
-        for name in _files(maps)
-        if name.endswith(one.seg_map_suffix)
-    }
+    taken, labelled = _stems(images, one.img_suffix), _stems(maps, one.seg_map_suffix)
     left_out = sorted(
         name
-        for name in _files(images)
+        for name in fileio.list_dir_or_file(images, list_dir=False, recursive=True)
         if name.lower().endswith(ENDINGS)
         and not name.endswith(one.img_suffix)
         and os.path.splitext(name)[0] in labelled
@@ -162,8 +152,9 @@ def check_files(dataset: dict, part: str) -> None:
         )
 
 
-def _files(folder: str) -> Iterator[str]:
-    return fileio.list_dir_or_file(folder, list_dir=False, recursive=True)
+def _stems(folder: str, suffix: str) -> set[str]:
+    names = fileio.list_dir_or_file(folder, list_dir=False, suffix=suffix, recursive=True)
+    return {name.removesuffix(suffix) for name in names}
 
 
 def check_label_maps(dataset: Any, part: str) -> None:

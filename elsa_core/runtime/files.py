@@ -85,12 +85,8 @@ def replacing(path: str | os.PathLike[str], *, sweeping: bool = True) -> Iterato
     path, file = os.fspath(path), None
     with _naming(path):
         try:
-            if in_place(path):
-                with open(path, "wb") as raw:
-                    yield (file := Remembering(raw))
-                return
-            with _beside(path, "", sweeping) as (descriptor, _):
-                with open(descriptor, "wb", closefd=False) as raw:
+            with _beside(path, "", sweeping) as (target, _):
+                with open(target, "wb", closefd=target == path) as raw:
                     yield (file := Remembering(raw))
         except BaseException as error:
             if file is not None and file.error:
@@ -105,12 +101,8 @@ def replacing_by_name(path: str | os.PathLike[str]) -> Iterator[str]:
     Yields the name of an empty file with the ending of ``path``.
     """
     path = os.fspath(path)
-    with _naming(path):
-        if in_place(path):
-            yield path
-            return
-        with _beside(path, os.path.splitext(path)[1], True) as (_, name):
-            yield name
+    with _naming(path), _beside(path, os.path.splitext(path)[1], True) as (_, name):
+        yield name
 
 
 def make_folder(path: str, name: str) -> None:
@@ -176,8 +168,12 @@ def _naming(path: str) -> Iterator[None]:
 
 
 @contextmanager
-def _beside(path: str, ending: str, sweeping: bool) -> Iterator[tuple[int, str]]:
-    """Yield descriptor and name of a temporary file that replaces ``path`` at the end."""
+def _beside(path: str, ending: str, sweeping: bool) -> Iterator[tuple[int | str, str]]:
+    """Yield descriptor and name of a temporary file that replaces ``path`` at the end, or ``path``
+    twice if it must be written directly."""
+    if in_place(path):
+        yield path, path
+        return
     folder, target = os.path.split(path)
     folder = folder or os.curdir
     old = _permissions(path)
