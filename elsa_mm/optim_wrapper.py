@@ -12,6 +12,7 @@ from mmengine.optim import OptimWrapper
 from mmengine.registry import OPTIM_WRAPPERS
 from mmengine.utils import apply_to
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 PARTS = ("backbone", "neck")
 
@@ -30,14 +31,14 @@ class CPUAmpOptimWrapper(OptimWrapper):
         with ExitStack() as stack:
             for part in (getattr(module, name, None) for name in PARTS):
                 if isinstance(part, nn.Module):
-                    stack.enter_context(_in_bfloat16(part))
+                    for hook in _compute_in_bfloat16(part):
+                        stack.callback(hook.remove)
             stack.enter_context(super().optim_context(model))
             yield
 
 
-@contextmanager
-def _in_bfloat16(part: nn.Module) -> Iterator[None]:
-    """Calls of the module compute in bfloat16 and return float32."""
+def _compute_in_bfloat16(part: nn.Module) -> tuple[RemovableHandle, RemovableHandle]:
+    """Registers hooks with which the module computes in bfloat16 and returns float32."""
     autocast = torch.autocast("cpu", torch.bfloat16)
 
     def enter(*_: Any) -> None:
@@ -47,12 +48,7 @@ def _in_bfloat16(part: nn.Module) -> Iterator[None]:
         autocast.__exit__(None, None, None)
         return apply_to(output, torch.is_tensor, Tensor.float)
 
-    hooks = [
+    return (
         part.register_forward_pre_hook(enter),
         part.register_forward_hook(leave, always_call=True),
-    ]
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
+    )

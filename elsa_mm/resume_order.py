@@ -51,7 +51,7 @@ def continue_order(runner: Any) -> None:
         if hasattr(sampler, "seed") and getattr(runner, "seed", None) is not None:
             if not (runner.cfg.get("randomness") or {}).get("diff_rank_seed"):
                 sampler.seed = runner.seed
-    if isinstance(loop.dataloader.dataset, IterableDataset):
+    if isinstance(loader.dataset, IterableDataset):
         return
     done = 0
     if isinstance(loop, EpochBasedTrainLoop):
