@@ -100,7 +100,7 @@ def normalised(coco: dict[str, Any], masks: bool | None = False) -> dict[str, An
     - Annotation ids that are text or below 1 become numbers from 1: for pycocotools, a match with
       annotation 0 is no match.
     - `iscrowd` becomes 0 or 1. An annotation with `ignore` 1 (VOC's "difficult") becomes a crowd:
-      it is not learnt, and detections on it count as neither right nor wrong.
+      training ignores it, and detections on it count as neither right nor wrong.
     - An `area` that is missing, null or not positive is computed from the mask's pixels, or
       without a mask from the part of the box inside the image.
     - Polygons of fewer than 3 points are removed, and so is the `segmentation` of an annotation

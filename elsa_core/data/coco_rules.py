@@ -76,7 +76,7 @@ def problems(
         text = "no annotation is an object: a box with an area that is no crowd"
         yield Problem(ERROR, "no-objects", text, f"{len(entries)} annotations")
     elif not given and masks is None:
-        yield Problem(WARNING, "no-masks", "no annotation has a mask: fit for boxes only", "")
+        yield Problem(WARNING, "no-masks", "no annotation has a mask: usable for boxes only", "")
 
 
 # Control characters: NUL ends a file name, a line feed ends a line of a log.
@@ -84,7 +84,7 @@ _CONTROL = re.compile("[\0-\x1f\x7f-\x9f]")
 
 
 def is_crowd(one: dict[str, Any]) -> bool:
-    """Whether an annotation is neither learnt nor counted: a crowd, or VOC's "difficult"."""
+    """Whether training and evaluation ignore an annotation: a crowd, or VOC's "difficult"."""
     return bool(one.get("iscrowd") or one.get("ignore"))
 
 
@@ -120,8 +120,8 @@ def _ids(entries: list[dict], what: str) -> Iterator[Problem]:
             many = f"{{n}} {what} entries have no id, a whole number or text"
             yield Problem(ERROR, f"no-{what}-id", many, name, f"has no id, got {shown(found)}")
         elif found in seen:
-            many = f"{{n}} {what} ids are there more than once"
-            rest = f"has the id {shown(found)}, which is there twice"
+            many = f"{{n}} {what} ids are used more than once"
+            rest = f"has the id {shown(found)}, which is used twice"
             yield Problem(ERROR, f"duplicate-{what}-id", many, name, rest, f" (id {shown(found)})")
         else:
             seen.add(found)
@@ -199,8 +199,8 @@ def _categories(entries: list[dict], annotations: list[dict] | None) -> Iterator
             rest = f"must have a name without control characters, got {shown(label)}"
             yield Problem(ERROR, "category-name-form", many, name, rest)
         elif label in names:
-            rest = f"has the name {shown(label)}, which is there twice"
-            many = "{n} category names are there more than once"
+            rest = f"has the name {shown(label)}, which is used twice"
+            many = "{n} category names are used more than once"
             yield Problem(ERROR, "duplicate-category-name", many, name, rest, f" {named(label)}")
         else:
             names.add(label)
@@ -221,7 +221,7 @@ def _flags(one: dict, name: str) -> Iterator[Problem]:
         many = "{n} annotations have no iscrowd: read as 0"
         yield Problem(WARNING, "no-iscrowd", many, name)
     if one.get("ignore"):
-        many = "{n} annotations have ignore 1: neither learnt nor counted, as crowds"
+        many = "{n} annotations have ignore 1: ignored in training and evaluation, as crowds"
         yield Problem(WARNING, "ignored", many, name)
 
 

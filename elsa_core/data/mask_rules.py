@@ -37,7 +37,7 @@ def mask_problems(
     mask = one.get("segmentation")
     if not mask:
         if needed:
-            many = "{n} annotations have an empty mask, others have masks: fit for boxes only"
+            many = "{n} annotations have an empty mask, others have masks: usable for boxes only"
             rest = "must have a mask: polygons, or RLE with size and counts, as its segmentation"
             yield Problem(ERROR, "no-mask", many, name, f"{rest}, got {shown(mask)}")
         return

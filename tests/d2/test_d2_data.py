@@ -218,7 +218,7 @@ def test_a_part_with_another_class_is_refused(copy):
     with pytest.raises(UsageError, match="no category is called 'ten': the categories are 0, 1"):
         check_dataset(name, classes=[*DIGITS[:9], "ten"])
     edit(copy, categories=[{"id": i, "name": "digit"} for i in range(1, 11)])
-    with pytest.raises(UsageError, match="category 2 has the name .digit., which is there twice"):
+    with pytest.raises(UsageError, match="category 2 has the name .digit., which is used twice"):
         check_dataset(name)
 
 

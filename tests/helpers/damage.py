@@ -67,7 +67,7 @@ def _annotation(**values):
 CONTRADICTIONS = [
     (_annotation(image_id=999), "belongs to image 999, which is not in the file"),
     (_annotation(category_id=11), "has category 11, which is not in the file"),
-    (_annotation(id=1), "has the id 1, which is there twice"),
+    (_annotation(id=1), "has the id 1, which is used twice"),
     (_annotation(segmentation={"size": [9, 9]}),
         "must have polygons or RLE with size and counts as its segmentation"),
     (_annotation(segmentation={"size": [96, 96], "counts": "\x01"}),

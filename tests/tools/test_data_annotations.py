@@ -223,7 +223,7 @@ def test_files_that_are_none(tmp_path, text, message):
     [
         ("no image of that id", "annotation 9 belongs to image 77, which is not in the file"),
         ("no category of that id", "annotation 9 has category 3, which is not in the file"),
-        ("annotation id twice", "annotation 1 has the id 1, which is there twice"),
+        ("annotation id twice", "annotation 1 has the id 1, which is used twice"),
         ("box of 3 numbers", "annotation 9 must have a bbox of 4 numbers, got [1, 2, 3]"),
         (
             "RLE without counts",
