@@ -52,7 +52,6 @@ def test_training_in_autocast_without_graph_break():
         torch.testing.assert_close(compiled(image), model(image), rtol=0.05, atol=0.05)
 
 
-@pytest.mark.slow
 def test_attention_dropout_without_graph_break():
     layer = ELSA(12, 3, 3, 4, attn_drop=0.5)
     out = torch.compile(layer, fullgraph=True, backend="aot_eager")(torch.randn(1, 5, 6, 12))
@@ -86,7 +85,6 @@ def test_export_with_dynamic_size():
     torch.testing.assert_close(program.module()(image), model(image), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.slow
 def test_inductor():
     """The default compiler: its code relies on the strides that the fake kernels promise."""
 

@@ -14,7 +14,6 @@ import elsa_core.weights  # noqa: E402
 from elsa_core.torchvision import elsa_swin_fpn_backbone  # noqa: E402
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", [MaskRCNN, FasterRCNN])
 def test_detectors_train_and_predict(kind):
     torch.manual_seed(0)

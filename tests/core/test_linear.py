@@ -110,7 +110,6 @@ ONLOOKERS = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("onlooker", ONLOOKERS.values(), ids=ONLOOKERS)
 def test_plain_pytorch_wherever_someone_looks_on(onlooker, calls):
     onlooker()

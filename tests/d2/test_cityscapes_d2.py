@@ -315,7 +315,6 @@ SPOILT = {
 }  # fmt: skip
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("spoil, message", SPOILT.values(), ids=SPOILT)
 def test_spoilt_data_is_refused(copy, tmp_path, tool, capfd, spoil, message):
     spoil(copy)

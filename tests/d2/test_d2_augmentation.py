@@ -107,7 +107,6 @@ def entries(data):
     return DatasetCatalog.get("digits_training")
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("crop", [True, False])
 @pytest.mark.parametrize("flip", [True, False])
 def test_training_data_are_mmdetections(digits, monkeypatch, tmp_path, crop, flip):

@@ -55,7 +55,6 @@ def detect(refusal, root, *flags, **changes):
     return refusal(d2_tiny.CONFIG, keys, *flags)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "spoil, workers, words",
     [
@@ -83,7 +82,6 @@ def test_an_image_that_an_evaluation_meets(refusal, copy, tmp_path):
     assert "cannot be read: " in sentence
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("change, problem", CONTRADICTIONS)
 def test_annotations_that_contradict_themselves(refusal, copy, change, problem):
     file = edit(copy, "training", change)
@@ -102,7 +100,6 @@ def test_masks_that_cannot_be_used(refusal, copy):
     assert sentence.startswith(f"the annotations of image {copy}/images/training/"), sentence
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("workers", [0, 1])
 @pytest.mark.parametrize(
     "folder, content, words",

@@ -53,7 +53,6 @@ def config(digits, output, task, **changes):
     return load_config(CONFIG, overrides(digits, **keys))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "task, part, dtype",
     [

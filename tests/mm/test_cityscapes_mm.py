@@ -38,7 +38,6 @@ def samples(cityscapes, predict):
         }
 
 
-@pytest.mark.slow
 def test_the_truth_as_prediction_is_perfect(cityscapes):
     with DefaultScope.overwrite_default_scope("mmseg"):
         metric = METRICS.build(Config.fromfile(SEGMENTOR).test_evaluator[1])

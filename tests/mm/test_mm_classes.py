@@ -72,7 +72,6 @@ def said(root):
     return list(objects.values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "number, order",
     [
@@ -109,7 +108,6 @@ def test_a_part_and_an_evaluation_get_the_order_of_the_model(copy):
     assert dataset.metainfo["classes"] == tuple(stored) and named(dataset) == said(copy)
 
 
-@pytest.mark.slow
 def test_classes_of_a_file_that_are_none_of_the_models_are_left_out_and_said(copy, monkeypatch):
     lines = []
     monkeypatch.setattr("elsa_mm.coco.print_log", lambda text, *_, **__: lines.append(text))
@@ -179,7 +177,6 @@ def test_labels_that_stand_for_two_classes_are_refused(parts, stored, message):
         classes.check(built, names, stored, "x.pth")
 
 
-@pytest.mark.slow
 def test_data_sets_that_number_as_mmdetection_does_have_to_agree(copy):
     renumber(copy, lambda digit: digit + 1, -1)
     built = runner("mmdet", val=build(config(copy)))
@@ -187,7 +184,6 @@ def test_data_sets_that_number_as_mmdetection_does_have_to_agree(copy):
         classes.check(built, ["val"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("framework", CONFIGS)
 def test_a_checkpoint_of_other_classes_is_refused(refusal, digits, tmp_path, framework):
     from elsa_tools.predict import load_inferencer

@@ -259,7 +259,6 @@ def test_refusals_before_anything_is_built(refusal, tmp_path):
     )
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "setting, place", [("model.head", "model.head"), ("data_preprocessor", "data_preprocessor")]
 )

@@ -62,7 +62,6 @@ READ = {
 }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("framework, folder, spoil, workers, words", READ.values(), ids=READ)
 def test_a_file_that_training_meets(refusal, copy, framework, folder, spoil, workers, words):
     spoil(copy / folder)
@@ -72,7 +71,6 @@ def test_a_file_that_training_meets(refusal, copy, framework, folder, spoil, wor
     assert any(words.format(name) in sentence for name in names), sentence
 
 
-@pytest.mark.slow
 def test_a_file_that_an_evaluation_meets(refusal, copy, checkpoint):
     cut_all(copy / "images/validation")
     values = options("mmseg", copy, test_dataloader__num_workers=1)
@@ -80,7 +78,6 @@ def test_a_file_that_an_evaluation_meets(refusal, copy, checkpoint):
     assert sentence.startswith(f"image {copy}/images/validation/")
 
 
-@pytest.mark.slow
 def test_a_label_map_that_an_evaluation_at_several_scales_meets(refusal, copy, checkpoint):
     paint(100)(copy / "annotations/validation")
     sentence = refusal(

@@ -236,7 +236,6 @@ def test_evaluated_checkpoints_take_every_form(models, form, tmp_path):
         check_weights(models["mmdet"], path, read_checkpoint(path))
 
 
-@pytest.mark.slow
 def test_load_from_is_refused_by_the_tool(refusal, digits, tmp_path):
     torch.save({"state_dict": {"conv1.weight": torch.zeros(2)}}, tmp_path / "resnet.pth")
     values = options("mmdet", digits, load_from=tmp_path / "resnet.pth")

@@ -18,7 +18,6 @@ from elsa_mm import preflight
 from elsa_mm.loading import check_weights
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "framework, head, classes",
     [("mmdet", "roi_head.bbox_head", 10), ("mmseg", "decode_head", 11)],
@@ -117,7 +116,6 @@ param_scheduler = []
 """
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("loop", [EPOCHS, EPOCHS.split("\n", 2)[2]], ids=["epochs", "iterations"])
 def test_last_batch_of_one_image_for_batch_normalisation(refusal, digits, tmp_path, loop):
     (tmp_path / "config.py").write_text(f"_base_ = [{str(CONFIGS['mmseg'])!r}]\n{loop}")

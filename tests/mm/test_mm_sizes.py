@@ -83,7 +83,6 @@ def test_a_mixed_batch_is_said_once(images, said, when):
             getattr(EqualSizesHook(), when)(runner, 0, {"inputs": images})
 
 
-@pytest.mark.slow
 def test_a_segmentation_that_will_mix_sizes_does_not_begin(digits, refusal, tmp_path):
     data = tmp_path / "mixed"
     shutil.copytree(digits, data)

@@ -8,7 +8,7 @@ from pathlib import Path
 import killing_mm
 import pytest
 import torch
-from killing import ITERATION, PATIENCE, fork, free_port, read_losses, statuses_of, two_ranks
+from killing import ITERATION, fork, free_port, read_losses, statuses_of, two_ranks
 from mm_tiny import REPOSITORY
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
@@ -84,16 +84,12 @@ def train_in_two(folder, environments, *arguments, config="", bases=()):
 SHORT = "train_cfg = dict(max_iters={}, val_interval=100)\n"
 
 
-def strategies():
-    yield "fsdp"
-    missing = pytest.mark.skipif(
-        find_spec("deepspeed") is None, reason="the package deepspeed is not installed"
-    )
-    yield pytest.param("deepspeed", marks=missing)
+MISSING = find_spec("deepspeed") is None
+DEEPSPEED = pytest.mark.skipif(MISSING, reason="the package deepspeed is not installed")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", list(strategies()))
+@pytest.mark.parametrize("name", ["fsdp", pytest.param("deepspeed", marks=DEEPSPEED)])
 def test_strategies_train_as_two_plain_processes_do(folder, name):
     plain, sharded = folder / "plain", folder / "sharded"
     for place in (plain, sharded):
@@ -162,21 +158,13 @@ def test_two_machines_through_torchrun(folder):
         fork(killing_mm.run_tool, torchrun, [*launch, rank, *tool], folder, f"{rank}.txt", threads)
         for rank in (0, 1)
     ]
-    try:
-        for machine_ in machines:
-            machine_.join(PATIENCE)
-        statuses = [machine_.exitcode for machine_ in machines]
-    finally:
-        for machine_ in machines:
-            machine_.terminate()
-            machine_.join(PATIENCE)
+    statuses = statuses_of(machines)
     log = (folder / "0.txt").read_text()
     assert statuses == [0, 0], log[-3000:]
     assert "GPU number: 2" in log and "Iter(train) [2/2]" in log
     assert find_last_checkpoint(folder / "out").name == "iter_2.pth"
 
 
-@pytest.mark.slow
 def test_tensorboard(folder):
     backends = [dict(type="LocalVisBackend"), dict(type="TensorboardVisBackend")]
     config = SHORT.format(3) + f"visualizer = dict(vis_backends={backends!r})\n"

@@ -86,7 +86,6 @@ def test_leaves_are_a_few_lines_and_say_what_their_name_says(method, variant):
     assert (dataset.dataset if "rcnn" in words else dataset).type.endswith("CityscapesDataset")
 
 
-@pytest.mark.slow
 @variants
 @each
 def test_parameters_rates_and_decays_are_equal_in_both_frameworks(method, variant):
@@ -121,7 +120,6 @@ def rates(model, optimizer):
     }
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("framework", [built_d2, built_mm], ids=["detectron2", "openmmlab"])
 @variants
 def test_segmentation_is_the_recipe(framework, variant, monkeypatch):
@@ -172,7 +170,6 @@ def test_detection_has_the_frameworks_own_schedules(variant):
     assert other.train_cfg.max_epochs * dataset.times * 2965 / 8 == pytest.approx(24000, rel=0.02)
 
 
-@pytest.mark.slow
 @variants
 def test_detection_has_the_same_sizes_and_data(variant):
     cfg, ours, other, theirs = build("mask_rcnn", variant)

@@ -190,7 +190,6 @@ def test_what_a_data_set_of_one_ending_would_leave_out(refusal, copy):
     )
 
 
-@pytest.mark.slow
 def test_masks_of_0_and_255_are_refused_before_a_run(refusal, copy):
     only_255(copy)
     words = "hold only 0 and 255, but 0 and 255 stand for no class: classes begin at 1"

@@ -47,6 +47,17 @@ def by_image(detections, limit):
     return {image: ones[:limit] for image, ones in found.items()}
 
 
+def tensors_of(found, classes, size):
+    """Boxes, scores, labels and masks of an image's detections; no masks where they have none."""
+    masks = [torch.from_numpy(one.mask) for one in found if one.mask is not None]
+    return (
+        torch.tensor([one.box for one in found]).reshape(-1, 4),
+        torch.tensor([one.score for one in found]),
+        torch.tensor([classes.index(one.name) for one in found]).long(),
+        torch.stack(masks) if masks else torch.zeros(0, *size),
+    )
+
+
 class InDetectron2:
     """A file as a run of Detectron2 sees it."""
 
@@ -89,15 +100,11 @@ class InDetectron2:
         evaluator = self.evaluator()
         evaluator.reset()
         for record in records:
-            mine = found.get(record["image_id"], [])
-            size = record["height"], record["width"]
-            instances = Instances(size)
-            instances.pred_boxes = Boxes(torch.tensor([one.box for one in mine]).reshape(-1, 4))
-            instances.scores = torch.tensor([one.score for one in mine])
-            instances.pred_classes = torch.tensor([classes.index(one.name) for one in mine]).long()
+            mine, size = found.get(record["image_id"], []), (record["height"], record["width"])
+            boxes, scores, labels, masks = tensors_of(mine, classes, size)
+            instances = Instances(size, pred_boxes=Boxes(boxes), scores=scores, pred_classes=labels)
             if self.task == "segm":
-                masks = [torch.from_numpy(one.mask) for one in mine]
-                instances.pred_masks = torch.stack(masks) if masks else torch.zeros(0, *size)
+                instances.pred_masks = masks
             evaluator.process([{"image_id": record["image_id"]}], [{"instances": instances}])
         scores = evaluator.evaluate()[self.task]
         return [scores[name] for name in D2_NAMES]
@@ -167,14 +174,8 @@ class InMMDetection:
         metric.dataset_meta = dataset.metainfo
         for info in dataset:
             mine, size = found.get(info["img_id"], []), (info["height"], info["width"])
-            instances = dict(
-                bboxes=torch.tensor([one.box for one in mine]).reshape(-1, 4),
-                scores=torch.tensor([one.score for one in mine]),
-                labels=torch.tensor([classes.index(one.name) for one in mine]).long(),
-            )
-            if self.task == "segm":
-                masks = [torch.from_numpy(one.mask) for one in mine]
-                instances["masks"] = torch.stack(masks) if masks else torch.zeros(0, *size)
+            names = ("bboxes", "scores", "labels", "masks")[: 4 if self.task == "segm" else 3]
+            instances = dict(zip(names, tensors_of(mine, classes, size), strict=False))
             sample = dict(img_id=info["img_id"], ori_shape=size, pred_instances=instances)
             metric.process({}, [sample])
         scores = metric.evaluate(size=len(coco["images"]))

@@ -228,7 +228,6 @@ def openmmlab_scores(path, tmp_path, change):
         return runner.test()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["digits", "ade20k", "odd files"])
 def test_mean_iou_in_mmsegmentation(layout, trees, tmp_path):
     root, classes, reduce = trees[layout]
@@ -246,7 +245,6 @@ def test_mean_iou_in_mmsegmentation(layout, trees, tmp_path):
     assert {found[name] for name in ("aAcc", "mIoU", "mAcc")} == {100}
 
 
-@pytest.mark.slow
 def test_semantic_scores_of_cityscapes_in_mmsegmentation(trees, tmp_path):
     def change(cfg):
         cfg.test_dataloader.dataset.data_root = str(trees["cityscapes"][0])
@@ -256,7 +254,6 @@ def test_semantic_scores_of_cityscapes_in_mmsegmentation(trees, tmp_path):
     assert {found[name] for name in names} == {100}
 
 
-@pytest.mark.slow
 def test_instance_scores_of_cityscapes_in_mmdetection(trees, tmp_path):
     root = trees["cityscapes"][0]
 

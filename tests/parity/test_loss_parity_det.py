@@ -86,7 +86,6 @@ def boxes(scenes):
     return [proposals_for(item[0], SIZE, seed) for seed, item in enumerate(scenes)]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("objects", ["usual", "hard"])
 def test_head_losses_and_their_gradients(models, scenes, boxes, objects):
     first, second, ours, theirs = models

@@ -83,7 +83,6 @@ def test_the_scan_sees_every_form_of_import(tmp_path):
     assert imported_packages(file) == {"a", "c", "i", "k"}
 
 
-@pytest.mark.slow
 def test_no_file_imports_itself_by_way_of_others():
     files = modules()
     graph = {name: imported_modules(name, path, set(files)) for name, path in files.items()}

@@ -215,7 +215,6 @@ def test_malformed_pixel(capsys):
     assert "a pixel is X,Y, two whole numbers, got 3;4" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_full_disk_leaves_no_picture(tmp_path, monkeypatch, capsys):
     def full(file):
         raise OSError(28, "No space left on device")

@@ -97,7 +97,6 @@ def test_demo_writes_coco_results(inferencer, path, digits, tmp_path, monkeypatc
     assert "must have the names of the model's classes, '3' is not" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 def test_sahi_predicts_what_the_inferencer_predicts(inferencer, path):
     predict = pytest.importorskip("sahi.predict", reason="SAHI is not installed")
     from elsa_tools.predict.sahi import ElsaDetectionModel

@@ -133,7 +133,6 @@ def test_a_video_becomes_a_video(weights, video, tmp_path):
     assert sorted(path.name for path in out.iterdir()) == ["digits.mp4", "results.json"]
 
 
-@pytest.mark.slow
 def test_broken_inputs_are_named_and_the_others_done(weights, images, tmp_path, capsys):
     folder, out = tmp_path / "in", tmp_path / "out"
     folder.mkdir()
