@@ -52,12 +52,8 @@ def test_accumulated_iterations_are_one_step(kind, tolerance):
 
 
 def test_scaled_learning_rate_counts_accumulated_iterations():
-    cfg = Config(
-        dict(
-            auto_scale_lr=dict(enable=False, base_batch_size=16),
-            optim_wrapper=dict(accumulative_counts=4),
-        )
-    )
+    cfg = Config(dict(auto_scale_lr=dict(enable=False, base_batch_size=16)))
+    cfg.optim_wrapper = dict(accumulative_counts=4)
     cli._enable_auto_scale_lr(cfg)
     assert cfg.auto_scale_lr == dict(enable=True, base_batch_size=4)
 

@@ -155,10 +155,8 @@ def test_detections_in_mixed_precision(models, dtype):
         assert torch.equal(a.proposal_boxes.tensor, b.bboxes) and len(a) == PROPOSALS
     for a, b in zip(found, expected, strict=True):
         assert len(a) == len(b) == DETECTIONS and torch.equal(a.scores, b.scores)
-        ours, others = (
-            (a.pred_classes, a.scores, a.pred_boxes.tensor),
-            (b.labels, b.scores, b.bboxes),
-        )
+        ours = a.pred_classes, a.scores, a.pred_boxes.tensor
+        others = b.labels, b.scores, b.bboxes
         left, right = in_order(*ours), in_order(*others)
         assert len(left) > DETECTIONS // 2
         for mine, other in zip(ours, others, strict=True):
