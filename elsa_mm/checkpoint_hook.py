@@ -158,16 +158,15 @@ class StoppableCheckpointHook(CheckpointHook):
         self._stop_if_told(runner, runner.iter, runner.epoch)
 
     def after_train(self, runner: Any) -> None:
+        self.stop_listening()
         super().after_train(runner)
-        self.close()
-
-    def close(self) -> None:
-        """Restore the signal handlers and release the lock; MMEngine leaves `after_train` out if a
-        training fails."""
-        if self.signals is not None:
-            self.signals.close()
         if self.lock is not None:
             self.lock.release()
+
+    def stop_listening(self) -> None:
+        """Restore the signal handlers. MMEngine does not call `after_train` if a training fails."""
+        if self.signals is not None:
+            self.signals.close()
 
     def _stop_if_told(self, runner: Any, done: int, epoch: int) -> None:
         """Saves and raises TrainingEnded if any process got a signal.

@@ -161,7 +161,7 @@ def _train(options: argparse.Namespace) -> None:
         finally:
             for hook in runner.hooks:
                 if isinstance(hook, StoppableCheckpointHook):
-                    hook.close()
+                    hook.stop_listening()
 
 
 def _test(options: argparse.Namespace) -> None:
