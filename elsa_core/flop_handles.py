@@ -31,6 +31,14 @@ def _traced_attention(inputs: list[Any], outputs: list[Any]) -> int:
     return attention(_shape(value), kernel_size.toIValue(), ghosts)
 
 
+def _traced_dot_product(inputs: list[Any], outputs: list[Any]) -> int:
+    return scaled_dot_product_attention(*map(_shape, inputs[:3]))
+
+
+def _size_of_output(inputs: list[Any], outputs: list[Any]) -> int:
+    return prod(_shape(outputs[0]))
+
+
 def _shape(value: Any) -> Any:
     """Return the shape of a tensor in a traced graph; None for None."""
     return value.type().sizes() if value.isCompleteTensor() else None
@@ -39,13 +47,9 @@ def _shape(value: Any) -> Any:
 # By the operator's name in a traced graph.
 MULTIPLY_ADDS: dict[str, Handle] = {
     "elsa::attention": _traced_attention,
-    "aten::scaled_dot_product_attention": lambda inputs, outputs: scaled_dot_product_attention(
-        *map(_shape, inputs[:3])
-    ),
+    "aten::scaled_dot_product_attention": _traced_dot_product,
 }
-ACTIVATIONS: dict[str, Handle] = dict.fromkeys(
-    MULTIPLY_ADDS, lambda inputs, outputs: prod(_shape(outputs[0]))
-)
+ACTIVATIONS: dict[str, Handle] = dict.fromkeys(MULTIPLY_ADDS, _size_of_output)
 
 
 def register_handles(module: ModuleType, **tables: dict[str, Handle]) -> None:
