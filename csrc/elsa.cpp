@@ -12,8 +12,8 @@ STABLE_TORCH_LIBRARY(elsa, m) {
       "SymInt kernel_size, SymInt dilation) -> Tensor");
   m.def(
       "attention_backward(Tensor grad, Tensor value, Tensor logits, Tensor? ghost_add, "
-      "Tensor? ghost_mul, SymInt kernel_size, SymInt dilation) -> (Tensor, Tensor, Tensor, "
-      "Tensor)");
+      "Tensor? ghost_mul, SymInt kernel_size, SymInt dilation, bool ghost_gradients=True) -> "
+      "(Tensor, Tensor, Tensor, Tensor)");
 }
 
 // What newer compilers take from newer libraries, defined here as glibc.h says.

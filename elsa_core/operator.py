@@ -79,15 +79,24 @@ def _attention_fake(value: Tensor, *problem: Any) -> Tensor:
     return torch.empty_like(value, memory_format=torch.contiguous_format)
 
 
-def _backward_fake(grad: Tensor, *problem: Any) -> tuple[Tensor, ...]:
-    check_problem(*problem, grad=grad)
+def _backward_fake(
+    grad: Tensor,
+    value: Tensor,
+    logits: Tensor,
+    ghost_add: Tensor | None,
+    ghost_mul: Tensor | None,
+    kernel_size: int,
+    dilation: int,
+    ghost_gradients: bool = True,
+) -> tuple[Tensor, ...]:
+    check_problem(value, logits, ghost_add, ghost_mul, kernel_size, dilation, grad=grad)
 
-    def like(tensor: Tensor | None) -> Tensor:
-        if tensor is None:
+    def like(tensor: Tensor | None, wanted: bool = True) -> Tensor:
+        if tensor is None or not wanted:
             return grad.new_empty(0)
         return torch.empty_like(tensor, memory_format=torch.contiguous_format)
 
-    return tuple(map(like, problem[:4]))
+    return like(value), like(logits), *(like(g, ghost_gradients) for g in (ghost_add, ghost_mul))
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -97,7 +106,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _attention_autograd(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     tensors = ctx.saved_tensors
-    grads = torch.ops.elsa.attention_backward(grad, *tensors, ctx.kernel_size, ctx.dilation)
+    options = ctx.kernel_size, ctx.dilation, any(ctx.needs_input_grad[2:4])
+    grads = torch.ops.elsa.attention_backward(grad, *tensors, *options)
     wanted = [
         g if tensor is not None and needed else None
         for g, tensor, needed in zip(grads, tensors, ctx.needs_input_grad, strict=False)

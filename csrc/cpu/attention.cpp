@@ -120,7 +120,8 @@ struct Chunk {
   int64_t b, g, begin, end;
 };
 
-// The arrays of a call, whole. ghost_mul and the parts are empty where there is no such filter.
+// The arrays of a call, whole. ghost_mul is empty where there is no such filter, a filter's parts
+// also where nobody wants its gradient.
 template <typename S>
 struct Operands {
   using T = Arithmetic<S>;
@@ -288,19 +289,20 @@ Tensor attention(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad, const Tensor& value, const Tensor& logits, const Ghost& ghost_add,
-    const Ghost& ghost_mul, int64_t kernel_size, int64_t dilation) {
+    const Ghost& ghost_mul, int64_t kernel_size, int64_t dilation, bool ghost_gradients) {
   const Problem p = check(value, logits, ghost_add, ghost_mul, kernel_size, dilation, &grad);
+  const bool has_add = ghost_gradients && ghost_add, has_mul = ghost_gradients && ghost_mul;
   const auto like_value = [&](int32_t dtype) {
     return empty(p, dtype, {p.batch, p.height, p.width, p.channels});
   };
   Tensor grad_value = like_value(p.dtype);
   Tensor grad_logits = empty(p, p.dtype, {p.batch, p.height, p.width, p.heads * p.row.taps()});
-  const auto zeros_like = [&](const Ghost& ghost) {
-    Tensor zeros =
-        ghost ? empty(p, p.dtype, {p.channels, p.kernel, p.kernel}) : empty(p, p.dtype, {0});
-    return torch::stable::zero_(zeros);
+  const auto zeros = [&](bool wanted) {
+    Tensor filters =
+        wanted ? empty(p, p.dtype, {p.channels, p.kernel, p.kernel}) : empty(p, p.dtype, {0});
+    return torch::stable::zero_(filters);
   };
-  Tensor grad_add = zeros_like(ghost_add), grad_mul = zeros_like(ghost_mul);
+  Tensor grad_add = zeros(has_add), grad_mul = zeros(has_mul);
   if (p.is_empty()) return {grad_value, grad_logits, grad_add, grad_mul};
   const EvenMap grads = evenly_spaced(p, grad), values = evenly_spaced(p, value);
   const Tensor all_logits = torch::stable::contiguous(logits);
@@ -313,15 +315,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     // threads.
     const int64_t rows = std::max(kChunkRows, 2 * p.reach());
     const int64_t parts = p.batch * ((p.height + rows - 1) / rows);
-    const auto filters = [&](const Ghost& ghost) {
-      return buffer<T>({ghost ? parts : 0, p.heads, p.row.taps(), p.row.depth});
+    const auto filters = [&](bool wanted) {
+      return buffer<T>({wanted ? parts : 0, p.heads, p.row.taps(), p.row.depth});
     };
     const Operands<S> call = operands<S>(p, values, all_logits, ghost_add, ghost_mul);
     const Map<S> upstream(grads);
     constexpr bool kSameType = std::is_same_v<T, S>;
     const Tensor sum = kSameType ? grad_value : like_value(dtype_of<T>());
-    Results<S> results{
-        output<T>(sum), output<S>(grad_logits), filters(ghost_add), filters(ghost_mul)};
+    Results<S> results{output<T>(sum), output<S>(grad_logits), filters(has_add), filters(has_mul)};
     const int64_t numbers = p.pixels() * p.channels;
     parallel_for(0, numbers, kGrain, [&](int64_t begin, int64_t end) {
       std::fill(results.grad_value + begin, results.grad_value + end, T(0));
@@ -337,8 +338,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
                 results.grad_value + begin, results.grad_value + end, out + begin,
                 [](T x) { return static_cast<S>(x); });
           });
-    if (ghost_add) grad_add = sum_ghost<S>(results.add_parts, parts, p);
-    if (ghost_mul) grad_mul = sum_ghost<S>(results.mul_parts, parts, p);
+    if (has_add) grad_add = sum_ghost<S>(results.add_parts, parts, p);
+    if (has_mul) grad_mul = sum_ghost<S>(results.mul_parts, parts, p);
   });
   return {grad_value, grad_logits, grad_add, grad_mul};
 }

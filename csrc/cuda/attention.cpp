@@ -159,17 +159,18 @@ Tensor attention(
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const Tensor& grad, const Tensor& value, const Tensor& logits, const Ghost& ghost_add,
-    const Ghost& ghost_mul, int64_t kernel_size, int64_t dilation) {
+    const Ghost& ghost_mul, int64_t kernel_size, int64_t dilation, bool ghost_gradients) {
   const Problem p = check(value, logits, ghost_add, ghost_mul, kernel_size, dilation, &grad);
+  const bool has_add = ghost_gradients && ghost_add, has_mul = ghost_gradients && ghost_mul;
   const torch::stable::accelerator::DeviceGuard guard(p.device_index);
   const cudaStream_t stream = current_stream(p);
   const int64_t taps = p.kernel * p.kernel;
-  const auto like = [&](const Ghost& ghost) {
-    return ghost ? empty(p, p.dtype, {p.channels, p.kernel, p.kernel}) : empty(p, p.dtype, {0});
+  const auto filters = [&](bool wanted) {
+    return wanted ? empty(p, p.dtype, {p.channels, p.kernel, p.kernel}) : empty(p, p.dtype, {0});
   };
   Tensor grad_value = empty(p, p.dtype, {p.batch, p.height, p.width, p.channels});
   Tensor grad_logits = empty(p, p.dtype, {p.batch, p.height, p.width, p.heads * taps});
-  Tensor grad_add = like(ghost_add), grad_mul = like(ghost_mul);
+  Tensor grad_add = filters(has_add), grad_mul = filters(has_mul);
   if (p.is_empty())
     return {
         grad_value, grad_logits, torch::stable::zero_(grad_add), torch::stable::zero_(grad_mul)};
@@ -187,18 +188,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     const int32_t arithmetic = dtype_of<T>();
     const int64_t parts = kernels == Kernels::any ? ghost_parts_any(p.pixels(), p.channels * taps)
                                                   : ghost_parts_k7(p.batch * p.height);
-    const auto sums = [&](const Ghost& ghost) {
-      return ghost ? Ghost(empty(p, arithmetic, {parts, taps, p.channels})) : Ghost();
+    const auto sums = [&](bool wanted) {
+      return wanted ? Ghost(empty(p, arithmetic, {parts, taps, p.channels})) : Ghost();
     };
     const Tensor softmax = empty(p, arithmetic, {p.pixels(), p.heads, 2});
-    const Ghost add_parts = sums(ghost_add), mul_parts = sums(ghost_mul);
+    const Ghost add_parts = sums(has_add), mul_parts = sums(has_mul);
     const Backward<S> call{
         inputs.operands<S>(),
         map<S>(grads),
         output<S>(grad_value),
         output<S>(grad_logits),
-        ghost_add ? output<S>(grad_add) : nullptr,
-        ghost_mul ? output<S>(grad_mul) : nullptr,
+        has_add ? output<S>(grad_add) : nullptr,
+        has_mul ? output<S>(grad_mul) : nullptr,
         output<Softmax<T>>(softmax),
         parts,
         output<T>(add_parts),

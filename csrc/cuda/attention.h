@@ -54,9 +54,9 @@ struct Backward {
   Operands<S> operands;
   Map<const S> grad;
   S *grad_value, *grad_logits;
-  S *grad_add, *grad_mul;  // (C, K, K), null where the filter is
+  S *grad_add, *grad_mul;  // (C, K, K), null where there is no filter or nobody wants its gradient
   // Work space: softmax (B, H, W, G), and sums over a part of the pixels (parts, K*K, C) for each
-  // ghost filter that is there.
+  // of these two gradients that is there.
   Softmax<Arithmetic<S>>* softmax;
   int64_t parts;
   Arithmetic<S>*add_parts, *mul_parts;

@@ -189,7 +189,7 @@ __global__ void ghost_kernel(Backward<S> call, int64_t pixels_a_part) {
       const T product = number(call.grad.data[at.pixel * call.grad.stride + channel]) *
                         number(a.value.data[pixel * a.value.stride + channel]);
       add += product;
-      if (a.ghost_mul)
+      if (call.mul_parts)
         mul += product * attention_of(
                              call.softmax[at.pixel * a.heads + head],
                              a.logits.data[at.pixel * a.logits.stride + head * taps + tap]);
@@ -200,8 +200,8 @@ __global__ void ghost_kernel(Backward<S> call, int64_t pixels_a_part) {
     }
   }
   const int64_t out = blockIdx.y * channels * taps + i;
-  if (a.ghost_add) call.add_parts[out] = add;
-  if (a.ghost_mul) call.mul_parts[out] = mul;
+  if (call.add_parts) call.add_parts[out] = add;
+  if (call.mul_parts) call.mul_parts[out] = mul;
 }
 
 // Launches a kernel in which a warp takes a place and has `numbers` numbers of shared memory.
@@ -236,7 +236,7 @@ void backward_any(const Backward<S>& call, cudaStream_t stream) {
   const int64_t taps = a.kernel * a.kernel;
   launch_places<S>(logits_kernel<S>, call, taps, stream);
   launch_places<S>(value_kernel<S>, call, 0, stream);
-  if (!a.ghost_add && !a.ghost_mul) return;
+  if (!call.grad_add && !call.grad_mul) return;
   const int64_t filters = a.heads * a.depth * taps;
   const dim3 blocks(
       static_cast<unsigned>((filters + kGhostThreads - 1) / kGhostThreads),

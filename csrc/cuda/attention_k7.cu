@@ -282,7 +282,7 @@ void backward_k7(const Backward<S>& call, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>(k7::tile_count(a)));
   launch(k7::logits_kernel<S>, blocks, k7::kThreads, k7::kLogitsBytes<S>, stream, call);
   launch(k7::value_kernel<S>, blocks, k7::kThreads, k7::kGatherBytes<S>, stream, call);
-  if (!a.ghost_add) return;
+  if (!call.grad_add) return;
   const int64_t rows = a.batch * a.height;
   launch(
       k7::ghost_kernel<S>, dim3(static_cast<unsigned>(a.heads), static_cast<unsigned>(call.parts)),

@@ -296,7 +296,7 @@ void backward_k7_matrix(const Backward<S>& call, cudaStream_t stream) {
   const dim3 blocks(static_cast<unsigned>(tiles));
   launch(k7::logits_kernel<S>, blocks, k7::kThreads, k7::kLogitsBytes, stream, call);
   launch(k7::value_kernel<S>, blocks, k7::kThreads, k7::kGatherBytes, stream, call);
-  if (!a.ghost_add) return;
+  if (!call.grad_add) return;
   launch(
       k7::ghost_kernel<S>, dim3(static_cast<unsigned>(a.heads), static_cast<unsigned>(call.parts)),
       k7::kThreads, k7::kGhostBytes, stream, call, tiles / a.heads);

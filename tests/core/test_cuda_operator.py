@@ -120,6 +120,13 @@ def test_opcheck(ghosts, kernel_size):
     operator_inputs.assert_registrations_are_right(inputs, kernel_size)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
+def test_gradients_of_frozen_filters_are_left_out(ghosts, dtype):
+    inputs = make_inputs((1, 9, 17, 64, 2), 7, ghosts, dtype)
+    operator_inputs.assert_frozen_filters_are_left_out(torch.ops.elsa.attention_backward, inputs, 7)
+
+
 @needs_cuda
 @pytest.mark.parametrize("ghosts", [("add",), ("add", "mul")], ids=["add", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

@@ -10,7 +10,8 @@ from pathlib import Path
 import operator_inputs
 import pytest
 import torch
-from operator_inputs import GHOSTS, SHORT_AXES, make_inputs, value_and_gradients
+from operator_inputs import GHOSTS, LOW, SHORT_AXES, make_inputs, value_and_gradients
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import elsa_core
 from elsa_core import _fallback, elsa_attention, elsa_attention_reference
@@ -92,6 +93,61 @@ def test_reference_is_the_formula_of_the_paper():
 def test_gradcheck(ghosts, kernel_size, dilation):
     inputs = make_inputs((2, 3, 4, 6, 2), kernel_size, ghosts)
     operator_inputs.assert_gradients_are_right(inputs, kernel_size, dilation)
+
+
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
+def test_default_kernels_round_as_the_compiled_ones(ghosts, dtype):
+    inputs = make_inputs((2, 14, 17, 64, 2), 7, ghosts, dtype)
+    exact = operator_inputs.changed(inputs, torch.Tensor.double)
+    truths = value_and_gradients(elsa_attention_reference, exact, numbers=dtype)
+    runs = (
+        value_and_gradients(f, inputs, numbers=dtype) for f in (default_kernels, elsa_attention)
+    )
+    for ours, compiled, truth in zip(*runs, truths, strict=True):
+        assert ours.dtype == dtype
+        assert (ours - truth).abs().max() <= 1.5 * (compiled - truth).abs().max()
+
+
+class Launches(TorchDispatchMode):
+    """Counts the operators that would launch a kernel, and keeps the arguments of all."""
+
+    def __init__(self):
+        super().__init__()
+        self.count, self.calls = 0, []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        self.count += not function.is_view
+        self.calls.append((function.name(), arguments))
+        return function(*arguments, **(options or {}))
+
+
+@pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_default_kernels_launch_two_kernels_for_each_offset(dtype, ghosts):
+    inputs = make_inputs((1, 4, 5, 64, 2), 7, ghosts, dtype)
+    with torch.no_grad(), Launches() as launches:
+        _fallback.attention(*inputs, 7, 1)
+    assert launches.count <= 2 * 49 + 12
+
+
+@pytest.mark.parametrize("function", ["compiled", "default"])
+@pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
+def test_gradients_of_frozen_filters_are_left_out(ghosts, function):
+    backward = {"compiled": torch.ops.elsa, "default": _fallback}[function].attention_backward
+    inputs = make_inputs((2, 5, 6, 8, 2), 3, ghosts)
+    operator_inputs.assert_frozen_filters_are_left_out(backward, inputs, 3)
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_frozen_filters_are_seen_by_the_backward_pass(frozen):
+    inputs = make_inputs((1, 4, 5, 8, 2), 3)
+    inputs[2].requires_grad_(not frozen)
+    with Launches() as launches:
+        elsa_attention(*inputs, kernel_size=3).sum().backward()
+    (arguments,) = [of for name, of in launches.calls if name == "elsa::attention_backward"]
+    assert (arguments[7:] == (False,)) == frozen
+    assert (inputs[2].grad is None) == frozen
 
 
 @pytest.mark.parametrize("heads", [1, 2])

@@ -133,6 +133,14 @@ def assert_strides_of_axes_of_length_1_mean_nothing(inputs, kernel_size):
         assert result.stride() == expected.stride()
 
 
+def assert_frozen_filters_are_left_out(backward, inputs, kernel_size):
+    inputs = [None if t is None else t.detach() for t in inputs]
+    grad = torch.randn_like(inputs[0])
+    whole, part = (backward(grad, *inputs, kernel_size, 1, wanted) for wanted in (True, False))
+    assert all(map(torch.equal, part[:2], whole[:2]))
+    assert [tensor.numel() for tensor in part[2:]] == [0, 0]
+
+
 def assert_gradients_are_right(inputs, kernel_size, dilation):
     assert torch.autograd.gradcheck(
         lambda *tensors: elsa_attention(*tensors, kernel_size=kernel_size, dilation=dilation),
