@@ -22,11 +22,11 @@ STEPS = ("forward", "forward+backward")
 class Worker:
     """A process that times the operator of one checkout, with one thread."""
 
-    def __init__(self, checkout: Path, device: str, dtype: str) -> None:
+    def __init__(self, checkout: Path, device: str, dtype: str, batch: int) -> None:
         self.checkout = checkout
         environment = {**os.environ, "PYTHONPATH": str(checkout)}
         self.process = subprocess.Popen(
-            [sys.executable, "-P", __file__, "--serve", device, dtype],
+            [sys.executable, "-P", __file__, "--serve", device, dtype, str(batch)],
             env=environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -49,7 +49,7 @@ class Worker:
         self.process.wait()
 
 
-def serve(device: str, dtype: str) -> None:
+def serve(device: str, dtype: str, batch: str) -> None:
     """Reads shapes, one per line, and writes the seconds of each step."""
     import torch
 
@@ -63,10 +63,10 @@ def serve(device: str, dtype: str) -> None:
     options = {"device": device, "dtype": getattr(torch, dtype), "requires_grad": True}
     for line in sys.stdin:
         height, width, channels, heads = json.loads(line)
-        value = torch.randn(1, height, width, channels, **options)
-        logits = torch.randn(1, height, width, heads * 49, **options)
+        value = torch.randn(int(batch), height, width, channels, **options)
+        logits = torch.randn(int(batch), height, width, heads * 49, **options)
         inputs = value, logits, torch.randn(channels, 7, 7, **options)
-        grad = torch.ones_like(value)
+        grad = torch.randn_like(value)
 
         def forward(inputs: tuple = inputs) -> None:
             with torch.no_grad():
@@ -92,27 +92,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("checkout", type=Path, metavar="CHECKOUT")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
+    parser.add_argument("--batch", type=int, help="maps of a call, default: 1, 2 on a GPU")
     parser.add_argument("--rounds", type=int, default=7, help="at every shape, default: 7")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write the table as CSV, too")
     options = parser.parse_args(arguments)
-    if options.rounds < 1:
-        parser.error(f"--rounds must be positive, got {options.rounds}")
+    if options.batch is None:
+        options.batch = 1 if options.device == "cpu" else 2
+    for name in ("batch", "rounds"):
+        if getattr(options, name) < 1:
+            parser.error(f"--{name} must be positive, got {getattr(options, name)}")
     if not list(options.checkout.glob("elsa_core/_C*.so")):
         parser.error(f"{options.checkout} must have a built elsa_core, and has no elsa_core/_C.so")
 
-    from .operator import HEADLINES, stage_shapes
+    from .operator import HEADLINES, case_of, stage_shapes
 
     table = []
-    how = options.device, options.dtype
+    how = options.device, options.dtype, options.batch
     with Worker(ROOT, *how) as ours, Worker(options.checkout.resolve(), *how) as others:
         for shape in [*HEADLINES, *stage_shapes()]:
             turns = [(ours.time(shape), others.time(shape)) for _ in range(options.rounds)]
             for step in STEPS:
                 own, other = (statistics.median(turn[i][step] for turn in turns) for i in (0, 1))
-                case = f"{shape[0]}x{shape[1]}x{shape[2]} {shape[3]} heads"
+                case = case_of(shape, options.batch)
                 table.append((case, step, f"{1e3 * own:.4g}", f"{1e3 * other:.4g}"))
                 table[-1] += (f"{other / own:.3g}",)
-                print("{:24} {:16} {:>9} ms, other {:>9} ms: {}x".format(*table[-1]), flush=True)
+                print("{:32} {:16} {:>9} ms, other {:>9} ms: {}x".format(*table[-1]), flush=True)
     if options.out:
         with options.out.open("w", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")

@@ -10,6 +10,28 @@ import torch
 Run = Callable[[], object]
 
 
+def captured(run: Run) -> Run:
+    """Returns the replay of a call's kernels as a CUDA graph.
+
+    The call runs three times before, so that libraries have their handles and work space.
+
+    Raises:
+        RuntimeError: the call waits for the device, or does what graphs cannot hold.
+    """
+    torch.cuda.synchronize()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            run()
+    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    return graph.replay
+
+
 class Clock:
     """Times one call.
 

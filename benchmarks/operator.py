@@ -32,6 +32,12 @@ def stage_shapes() -> Iterator[Shape]:
     yield from sorted(found)
 
 
+def case_of(shape: Shape, batch: int) -> str:
+    """Returns a shape as the tables name it."""
+    maps = "" if batch == 1 else f", batch {batch}"
+    return f"{shape[0]}x{shape[1]}x{shape[2]} {shape[3]} heads{maps}"
+
+
 def unfold_path(value: Tensor, logits: Tensor, ghost_add: Tensor) -> Tensor:
     """Computes the operator with F.unfold, which copies every K*K neighbourhood.
 
@@ -48,20 +54,21 @@ def unfold_path(value: Tensor, logits: Tensor, ghost_add: Tensor) -> Tensor:
     return (weights * patches).sum(3).view(batch, channels, height, width)
 
 
-def unfold_bytes(shape: Shape, dtype: torch.dtype) -> int:
+def unfold_bytes(shape: Shape, batch: int, dtype: torch.dtype) -> int:
     """Returns the approximate peak memory of the unfold path's forward and backward, in bytes."""
     height, width, channels, _ = shape
-    return 5 * height * width * channels * KERNEL**2 * dtype.itemsize
+    return 5 * batch * height * width * channels * KERNEL**2 * dtype.itemsize
 
 
 def machine_limits(
-    shape: Shape, device: torch.device, dtype: torch.dtype
+    shape: Shape, batch: int, device: torch.device, dtype: torch.dtype
 ) -> dict[str, tuple[Run, ...]]:
     """Returns lower bounds on the time of any kernel: a copy of the bytes that the operator must
     read and write, and a square matrix product of as many multiply-adds; forward, and with
     backward."""
     height, width, channels, heads = shape
-    value, logits = height * width * channels, height * width * heads * KERNEL**2
+    positions = batch * height * width
+    value, logits = positions * channels, positions * heads * KERNEL**2
     # The backward pass reads a gradient beside the inputs and writes two.
     numbers = 2 * value + logits, 5 * value + 3 * logits
     # For each tap and channel one for the attention and one for the filter; then one for the
@@ -74,7 +81,7 @@ def machine_limits(
 
 
 def _contenders(
-    shape: Shape, device: torch.device, dtype: torch.dtype, memory: int, compiled: bool
+    shape: Shape, batch: int, device: torch.device, dtype: torch.dtype, memory: int, compiled: bool
 ) -> dict[str, tuple[Callable[..., Tensor], list[Tensor], Tensor]]:
     """Returns {name: (function, inputs, gradient of the output)}, each in its native layout."""
     height, width, channels, heads = shape
@@ -83,32 +90,39 @@ def _contenders(
         return torch.randn(*size, device=device, dtype=dtype).requires_grad_()
 
     filters = draw(channels, KERNEL, KERNEL)
-    last = [draw(1, height, width, channels), draw(1, height, width, heads * KERNEL**2), filters]
-    first = [draw(1, channels, height, width), draw(1, heads * KERNEL**2, height, width), filters]
+    taps = heads * KERNEL**2
+    last = [draw(batch, height, width, channels), draw(batch, height, width, taps), filters]
+    first = [draw(batch, channels, height, width), draw(batch, taps, height, width), filters]
 
     def elsa(value: Tensor, logits: Tensor, ghost_add: Tensor) -> Tensor:
         return elsa_attention(value, logits, ghost_add, kernel_size=KERNEL)
 
-    found = {"elsa": (elsa, last, torch.ones_like(last[0]))}
-    if unfold_bytes(shape, dtype) < memory:
-        found["unfold"] = (unfold_path, first, torch.ones_like(first[0]))
+    found = {"elsa": (elsa, last, torch.randn_like(last[0]))}
+    if unfold_bytes(shape, batch, dtype) < memory:
+        found["unfold"] = (unfold_path, first, torch.randn_like(first[0]))
         if compiled:
             fused = torch.compile(unfold_path, dynamic=False)
-            found["torch.compile of unfold"] = (fused, first, torch.ones_like(first[0]))
+            found["torch.compile of unfold"] = (fused, first, torch.randn_like(first[0]))
     if find_spec("natten"):
         import natten
 
-        qkv = [draw(1, height, width, heads, channels // heads) for _ in range(3)]
+        qkv = [draw(batch, height, width, heads, channels // heads) for _ in range(3)]
 
         def na2d(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return natten.na2d(query, key, value, kernel_size=KERNEL)
 
-        found["natten na2d"] = (na2d, qkv, torch.ones_like(qkv[0]))
+        found["natten na2d"] = (na2d, qkv, torch.randn_like(qkv[0]))
     return found
 
 
 def measure_operator(
-    clock: Clock, dtype: torch.dtype, quick: bool, memory: int, rounds: int, seconds: float
+    clock: Clock,
+    dtype: torch.dtype,
+    batch: int,
+    quick: bool,
+    memory: int,
+    rounds: int,
+    seconds: float,
 ) -> list[Row]:
     """Times forward, and forward with backward, at every shape.
 
@@ -121,12 +135,13 @@ def measure_operator(
         compiled = clock.device.type == "cuda" or shape in HEADLINES
         forward: dict[str, Run] = {}
         both: dict[str, Run] = {}
-        for name, parts in _contenders(shape, clock.device, dtype, memory, compiled).items():
+        how = shape, batch, clock.device, dtype
+        for name, parts in _contenders(*how, memory, compiled).items():
             forward[name] = lambda parts=parts: _forward(*parts)
             both[name] = lambda parts=parts: _both(*parts)
-        for name, limits in machine_limits(shape, clock.device, dtype).items():
+        for name, limits in machine_limits(*how).items():
             forward[name], both[name] = limits
-        case = f"{shape[0]}x{shape[1]}x{shape[2]} {shape[3]} heads"
+        case = case_of(shape, batch)
         rows += compare("operator", case, "forward", forward, clock, rounds, seconds)
         rows += compare("operator", case, "forward+backward", both, clock, rounds, seconds)
     return rows

@@ -9,6 +9,7 @@ import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, fields
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,10 +17,9 @@ import torch
 from elsa_core.runtime.errors import UsageError
 
 from .clock import Clock
-from .contenders import measure_models
+from .contenders import NEEDS, measure_models
 from .measure import Row, describe
 from .operator import measure_operator
-from .plots import draw
 
 PARTS = ("operator", "backbone", "detector")
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -55,6 +55,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar=("HEIGHT", "WIDTH"),
         help="of the models' input (default: 512 512 on the CPU, 800 1344 on a GPU)",
     )
+    parser.add_argument(
+        "--batch",
+        type=int,
+        help="maps of a call of the operator and images of a model (default: 1 on the CPU, 2 on a "
+        "GPU, which one image leaves idle)",
+    )
     parser.add_argument("--rounds", type=int, default=7, help="of every comparison")
     parser.add_argument(
         "--seconds", type=float, default=5.0, help="after which a contender skips the other rounds"
@@ -64,7 +70,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, help="folder of the results (default: by device, date)")
     options = parser.parse_args(arguments)
-    for name in ("threads", "rounds", "seconds", "memory_gib"):
+    if options.batch is None:
+        options.batch = 1 if options.device == "cpu" else 2
+    for name in ("threads", "batch", "rounds", "seconds", "memory_gib"):
         if getattr(options, name) <= 0:
             raise UsageError(
                 f"--{name.replace('_', '-')} must be positive, got {getattr(options, name)}"
@@ -73,6 +81,14 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError(f"--size must be at least 32 32, got {options.size[0]} {options.size[1]}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda needs a CUDA device, and PyTorch finds none")
+    missing = {part: name for part, name in NEEDS.items() if not find_spec(name)}
+    if found := [part for part in options.part if part not in missing]:
+        for part in options.part:
+            if part in missing:
+                print(f"{part} left out: it needs {missing[part]}, which is not installed")
+    else:
+        raise UsageError(f"{options.part[0]} needs {missing[options.part[0]]}, not installed here")
+    options.part = found
     return options
 
 
@@ -81,18 +97,18 @@ def measure(
 ) -> Iterator[tuple[str, list[Row]]]:
     """Yields the name and rows of each part as soon as it is done."""
     size = tuple(options.size or ((512, 512) if options.device == "cpu" else (800, 1344)))
-    rounds, seconds, quick = options.rounds, options.seconds, options.quick
+    rounds, seconds, quick, batch = options.rounds, options.seconds, options.quick, options.batch
     names = options.variant or (["tiny"] if quick else ["tiny", "small"])
     if "operator" in options.part:
         memory = int(options.memory_gib * 2**30)
-        yield "operator", measure_operator(clock, dtype, quick, memory, rounds, seconds)
+        yield "operator", measure_operator(clock, dtype, batch, quick, memory, rounds, seconds)
     for part, models in {"backbone": "backbone", "detector": "mask rcnn"}.items():
         if part in options.part:
-            yield part, measure_models(models, clock, dtype, names, size, rounds, seconds)
+            yield part, measure_models(models, clock, dtype, names, batch, size, rounds, seconds)
 
 
 def write(folder: Path, part: str, rows: list[Row], machine: dict[str, object]) -> None:
-    """Writes <part>.csv, <part>.png and machine.json."""
+    """Writes <part>.csv, <part>.png (with matplotlib) and machine.json."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "machine.json").write_text(json.dumps(machine, indent=2) + "\n")
     with (folder / f"{part}.csv").open("w", newline="") as file:
@@ -100,6 +116,11 @@ def write(folder: Path, part: str, rows: list[Row], machine: dict[str, object]) 
         table.writeheader()
         for line in map(asdict, rows):
             table.writerow({k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()})
+    if not find_spec("matplotlib"):
+        print(f"{part}.png left out: matplotlib is not installed")
+        return
+    from .plots import draw
+
     draw(folder / f"{part}.png", part, rows, machine)
 
 

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import against, operator, run
+from benchmarks import against, contenders, measure, operator, run
 from benchmarks.clock import Clock
 from benchmarks.measure import compare, peak_memory
 from elsa_core import elsa_attention_reference
@@ -28,6 +28,68 @@ def test_shapes_are_those_of_the_published_models():
     assert (56, 56, 96, 3) in shapes and (50, 84, 512, 16) in shapes
 
 
+def hide(monkeypatch, *hidden):
+    """Makes the benchmarks find every package but those."""
+    for module in (contenders, run):
+        found = module.find_spec
+        monkeypatch.setattr(
+            module, "find_spec", lambda name, found=found: name not in hidden and found(name)
+        )
+
+
+def test_all_data_are_random():
+    """Devices are faster with equal numbers."""
+    cpu = torch.device("cpu")
+    for limit in (measure.copy(1000, cpu, torch.float32), measure.product(32, cpu, torch.float32)):
+        assert limit().unique().numel() > 900
+    shape = (4, 5, 32, 1)
+    for _, inputs, grad in operator._contenders(
+        shape, 2, cpu, torch.float32, 2**30, False
+    ).values():
+        assert all(len(tensor) == 2 for tensor in (inputs[0], inputs[1], grad))
+        assert all(tensor.unique().numel() > 900 for tensor in (*inputs, grad))
+
+
+def test_backbones_are_compared_with_the_swin_that_is_installed(monkeypatch, capsys):
+    size = (64, 96)
+    hide(monkeypatch, "mmdet")
+    models = contenders._backbones("tiny", size)
+    assert list(models) == ["elsa", "timm swin"]
+    for model in models.values():
+        run_step = contenders._step(
+            model, (2, 3, *size), Clock(torch.device("cpu")), torch.float32, train=False
+        )
+        run_step()
+    count = [sum(p.numel() for p in model.parameters()) for model in models.values()]
+    assert count[0] == pytest.approx(count[1], rel=0.1)
+    assert capsys.readouterr().out == ""
+    hide(monkeypatch, "mmdet", "timm")
+    assert list(contenders._backbones("tiny", size)) == ["elsa"]
+    assert capsys.readouterr().out == "stock swin left out: neither mmdet nor timm is installed\n"
+
+
+def test_parts_that_need_more_are_left_out_by_name(monkeypatch, capsys):
+    hide(monkeypatch, "mmdet")
+    assert run.parse([]).part == ["operator", "backbone"]
+    out = capsys.readouterr().out
+    assert out == "detector left out: it needs mmdet, which is not installed\n"
+    assert run.main(["--part", "detector"]) == 2
+    assert "detector needs mmdet, not installed here" in capsys.readouterr().err
+
+
+def test_what_cannot_be_captured_is_left_out_by_name(monkeypatch, capsys):
+    def captured(step):
+        if step == "waits":
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return f"replay of {step}"
+
+    monkeypatch.setattr(contenders, "captured", captured)
+    graphs = contenders._graphs({"elsa": "step", "timm swin": "waits"})
+    assert graphs == {"elsa, CUDA graph": "replay of step"}
+    out = capsys.readouterr().out
+    assert out == "timm swin, CUDA graph left out: operation not permitted\n"
+
+
 @pytest.mark.slow
 def test_ratios_and_peak_memory():
     cpu = torch.device("cpu")
@@ -43,6 +105,7 @@ def test_writes_table_plot_and_machine(tmp_path, monkeypatch):
     monkeypatch.setattr(operator, "HEADLINES", [(8, 9, 64, 2)])
     threads = torch.get_num_threads()
     arguments = ["--quick", "--part", "operator", "--rounds", "2", "--memory-gib", "0.0001"]
+    arguments += ["--batch", "2"]
     try:
         assert run.main([*arguments, "--out", str(tmp_path)]) == 0
     finally:
@@ -51,6 +114,7 @@ def test_writes_table_plot_and_machine(tmp_path, monkeypatch):
     assert [row["step"] for row in rows[::3]] == ["forward", "forward+backward"]
     limits = ["copy of as many bytes", "product of as many FMAs"]
     assert [row["contender"] for row in rows] == 2 * ["elsa", *limits]
+    assert {row["case"] for row in rows} == {"8x9x64 2 heads, batch 2"}
     machine = json.loads((tmp_path / "machine.json").read_text())
     assert machine["threads"] == 1 and machine["limits"]["copy_gb_per_s"] > 0
     assert (tmp_path / "operator.png").read_bytes()[:4] == b"\x89PNG"
@@ -60,6 +124,7 @@ def test_writes_table_plot_and_machine(tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--rounds", "0"], "--rounds must be positive, got 0"),
+        (["--batch", "0"], "--batch must be positive, got 0"),
         (["--size", "16", "64"], "--size must be at least 32 32, got 16 64"),
     ],
 )
@@ -73,9 +138,13 @@ def test_two_checkouts_take_turns(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(operator, "HEADLINES", [(8, 9, 64, 2)])
     monkeypatch.setattr(operator, "stage_shapes", lambda: [(4, 5, 32, 1)])
     table = tmp_path / "against.csv"
-    assert against.main([str(against.ROOT), "--rounds", "2", "--out", str(table)]) == 0
+    options = ["--rounds", "2", "--batch", "3", "--out", str(table)]
+    assert against.main([str(against.ROOT), *options]) == 0
     rows = list(csv.DictReader(table.open()))
-    assert [row["case"] for row in rows[::2]] == ["8x9x64 2 heads", "4x5x32 1 heads"]
+    assert [row["case"] for row in rows[::2]] == [
+        "8x9x64 2 heads, batch 3",
+        "4x5x32 1 heads, batch 3",
+    ]
     assert [row["step"] for row in rows[:2]] == ["forward", "forward+backward"]
     assert all(float(row[name]) > 0 for row in rows for name in ("this_ms", "other_ms", "ratio"))
     capsys.readouterr()
