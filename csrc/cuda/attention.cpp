@@ -16,6 +16,7 @@
 #include <type_traits>
 
 #include "../problem.h"
+#include "answers.h"
 
 namespace elsa::cuda {
 namespace {
@@ -55,6 +56,17 @@ cudaStream_t current_stream(const Problem& p) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Of shared memory, for a block on the current device.
+int64_t most_shared_bytes() {
+  static Answers<int, int> answers;
+  const int device = current_device();
+  return answers.get(device, [&] {
+    int bytes = 0;
+    STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    return bytes;
+  });
+}
+
 enum class Kernels { any, k7, k7_matrix };
 
 template <typename S>
@@ -65,9 +77,7 @@ Kernels choose(const Problem& p, bool multiplied, std::initializer_list<const Ev
     if (p.kernel != 7 || p.channels != 32 * p.heads || p.dilation != 1 || multiplied ||
         most >= kMostK7 || p.pixels() * p.heads > kMostCounted)
       return Kernels::any;
-    int device = 0, bytes = 0;
-    STD_CUDA_CHECK(cudaGetDevice(&device));
-    STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    const int64_t bytes = most_shared_bytes();
     if constexpr (sizeof(S) == 2) {
       if (bytes >= shared_bytes_k7_matrix() && has_k7_matrix<S>()) return Kernels::k7_matrix;
     }

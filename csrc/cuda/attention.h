@@ -25,8 +25,9 @@ struct Map {
 
 // The softmax of one head and position without its taps: attention = exp(logit - max) * scale.
 // Two numbers rather than log(sum), whose rounding would spoil the attention of large logits.
+// Aligned so that they are read at once.
 template <typename T>
-struct Softmax {
+struct alignas(2 * sizeof(T)) Softmax {
   T max, scale;
 };
 

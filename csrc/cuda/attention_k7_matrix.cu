@@ -189,6 +189,7 @@ __global__ void __launch_bounds__(kThreads, 4) value_kernel(Backward<S> call) {
   if (a.ghost_add) load_filter<true>(filter, a, t, lane);
   Band attention;
   read_readers(attention, call.softmax, a, t, lane);
+  __syncwarp();  // or the compiler waits before it reads
   wait_for_copies();
   __syncthreads();
   gather(tile, planes, filter, attention, a, t, lane, call.grad_value);
@@ -278,9 +279,12 @@ int64_t shared_bytes_k7_matrix() {
 
 template <typename S>
 bool has_k7_matrix() {
-  cudaFuncAttributes attributes;
-  STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, k7::forward_kernel<S>));
-  return attributes.ptxVersion >= 80;
+  static Answers<int, bool> answers;
+  return answers.get(current_device(), [] {
+    cudaFuncAttributes attributes;
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, k7::forward_kernel<S>));
+    return attributes.ptxVersion >= 80;
+  });
 }
 
 template <typename S>

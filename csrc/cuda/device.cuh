@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <utility>
 
+#include "answers.h"
 #include "attention.h"
 
 namespace elsa::cuda {
@@ -65,14 +66,22 @@ __device__ Place place(const Operands<S>& a, int64_t item) {
       pixel, pixel / a.width % a.height, pixel % a.width, static_cast<int>(item - pixel * a.heads)};
 }
 
+// Lets a kernel's blocks on the current device have so much shared memory, always the same.
+inline void allow_shared(const void* kernel, int64_t bytes) {
+  static Answers<std::pair<const void*, int>, int64_t> allowed;
+  allowed.get({kernel, current_device()}, [&] {
+    STD_CUDA_CHECK(cudaFuncSetAttribute(
+        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)));
+    return bytes;
+  });
+}
+
 // Runs kernel(arguments...) with `shared` bytes of shared memory in each block.
 template <typename... Parameters, typename... Arguments>
 void launch(
     void (*kernel)(Parameters...), dim3 blocks, int threads, int64_t shared, cudaStream_t stream,
     Arguments&&... arguments) {
-  if (shared > 48 * 1024)
-    STD_CUDA_CHECK(cudaFuncSetAttribute(
-        kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)));
+  if (shared > 48 * 1024) allow_shared(reinterpret_cast<const void*>(kernel), shared);
   cudaLaunchConfig_t config{};
   config.gridDim = blocks;
   config.blockDim = dim3(threads);

@@ -95,6 +95,74 @@ def test_what_cannot_be_built_is_said(setup_py, monkeypatch, capsys, version, ob
         setup_py["find_cuda"]()
 
 
+needs_nvcc = pytest.mark.skipif(
+    not shutil.which("nvcc"), reason="needs nvcc, the CUDA compiler, on the PATH"
+)
+
+
+def device_code(setup_py, folder, name, arch, kind):
+    """A file's kernels, compiled as setup.py would."""
+    from torch.utils.cpp_extension import COMMON_NVCC_FLAGS, include_paths
+
+    out = folder / f"{name}.{arch}.{kind}"
+    headers = [f"-I{path}" for path in include_paths()]
+    flags = [*setup_py["NVCC_FLAGS"], *COMMON_NVCC_FLAGS, "-std=c++20", f"-arch={arch}"]
+    source = ROOT / f"csrc/cuda/{name}.cu"
+    command = ["nvcc", *flags, *headers, f"-{kind}", source, "-o", out]
+    done = subprocess.run(command, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return out
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "csrc/cuda").glob("*.cu")))
+def test_old_devices_get_no_instruction_that_they_lack(setup_py, tmp_path, name):
+    """The oldest that PyTorch and the compiler know: 7.0 of CUDA 12, 7.5 of CUDA 13."""
+    known = subprocess.check_output(["nvcc", "--list-gpu-arch"], text=True).split()
+    numbers = sorted(int(arch.removeprefix("compute_")) for arch in known)
+    oldest = next(number for number in numbers if number >= 70)
+    assert oldest < 80
+    text = device_code(setup_py, tmp_path, name, f"compute_{oldest}", "ptx").read_text()
+    assert ".entry" in text
+    assert not re.findall(r"ldmatrix|cp\.async|mma\.sync", text)
+    device_code(setup_py, tmp_path, name, f"sm_{oldest}", "cubin")
+
+
+def machine_code(binary):
+    """The instructions' names of each kernel."""
+    from torch.utils.cpp_extension import CUDA_HOME
+
+    tool = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=f"{CUDA_HOME}/bin")
+    if tool is None:  # Triton has it, too
+        triton = pytest.importorskip("triton")
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    if not os.access(tool, os.X_OK):
+        pytest.skip("needs cuobjdump, of the CUDA toolkit or of Triton")
+    text = subprocess.check_output([tool, "-sass", binary], text=True)
+    parts = re.split(r"^\s*Function : (\w+)", text, flags=re.MULTILINE)[1:]
+    instruction = r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@\S+\s+)?([A-Z]\S*)"
+    return {
+        name: re.findall(instruction, code, re.MULTILINE)
+        for name, code in zip(parts[::2], parts[1::2], strict=True)
+    }
+
+
+@pytest.mark.slow
+@needs_nvcc
+@pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
+def test_copies_go_on_while_the_value_kernel_reads(setup_py, tmp_path, arch):
+    """It waits for its tile after all logits and normalisers are under way, not before; of these
+    it reads both numbers at once, once for each of two pixels in each of ten rows."""
+    kernels = machine_code(device_code(setup_py, tmp_path, "attention_k7_matrix", arch, "cubin"))
+    values = [code for name, code in kernels.items() if "value_kernel" in name]
+    assert len(values) == 2  # in both types
+    for code in values:
+        reads = [i for i, name in enumerate(code) if re.match(r"LDG\.", name)]
+        assert max(reads) < code.index("LDGDEPBAR")
+        assert [code[i] for i in reads].count("LDG.E.64") == 2 * 10
+
+
 PROBE = """
 import sys
 import torch
@@ -107,7 +175,7 @@ assert not torch.cuda.is_initialized()
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="needs nvcc, the CUDA compiler")
+@needs_nvcc
 @pytest.mark.skipif(torch.version.cuda is None, reason="needs a PyTorch that is built with CUDA")
 def test_kernels_compile_link_and_register(tmp_path):
     """For one architecture, without a GPU, and with a toolkit that is found by itself."""

@@ -55,6 +55,36 @@ def emulated(tmp_path_factory):
     return folder
 
 
+QUESTIONS = """
+import ctypes, torch, elsa_core
+emulation = ctypes.CDLL(elsa_core.__path__[0] + "/_C.so")
+
+def run():
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        value, logits = torch.randn(1, 2, 3, 32, dtype=dtype), torch.randn(1, 2, 3, 49, dtype=dtype)
+        problem = value, logits, torch.randn(32, 7, 7, dtype=dtype), None, 7, 1
+        torch.ops.elsa.attention_backward(torch.ops.elsa.attention(*problem), *problem)
+    return emulation.emulation_questions()
+
+counts = [0]
+for device in (0, 1, 0):
+    emulation.emulation_set_device(device)
+    counts += [run(), run()]
+print(*counts)
+"""
+
+
+def test_the_runtime_is_asked_once_for_each_device(emulated):
+    """For what a device and its kernels may; a launch on a device that has not been asked fails."""
+    command = [sys.executable, "-c", QUESTIONS]
+    environment = {**os.environ, "PYTHONPATH": str(emulated)}
+    done = subprocess.run(command, cwd=emulated, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    counts = [int(word) for word in done.stdout.split()]
+    steps = [after - before for before, after in zip(counts[:-1], counts[1:], strict=True)]
+    assert steps[0] > 0 and steps == [steps[0], 0, steps[0], 0, 0, 0]
+
+
 # ELSA_EMULATION_ALL=1 leaves nothing out, and takes minutes.
 ALL = "ELSA_EMULATION_ALL" in os.environ
 LOW = "low and (tile and 7 or ghost or extreme)"

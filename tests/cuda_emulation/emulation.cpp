@@ -17,6 +17,7 @@
 #include <random>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "include/cuda_runtime.h"
@@ -62,7 +63,9 @@ std::vector<Thread> all;
 Thread* current;
 jmp_buf scheduler;
 const std::function<void()>* body_of_all;
-std::map<void*, int> allowed;
+int device;         // the current one; kernels ask for their shared memory on each
+int questions = 0;  // that the runtime has answered
+std::map<std::pair<const void*, int>, int> allowed;
 std::mutex one_launch;
 char lanes[2][1024 * kMostExchanged];
 
@@ -166,15 +169,11 @@ void require(bool condition, const char* rule) {
   if (!condition) throw std::runtime_error(std::string("CUDA emulation: ") + rule);
 }
 
-cudaError_t allow_shared(void* kernel, int bytes) {
-  if (bytes > kMostShared) return cudaErrorInvalidValue;
-  allowed[kernel] = bytes;
-  return cudaSuccess;
-}
-
-cudaError_t run(const cudaLaunchConfig_t& config, void* kernel, const std::function<void()>& body) {
+cudaError_t run(
+    const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body) {
   const std::lock_guard<std::mutex> guard(one_launch);
-  const auto most = allowed.count(kernel) ? allowed[kernel] : kPlainShared;
+  const auto known = allowed.find({kernel, device});
+  const int most = known != allowed.end() ? known->second : kPlainShared;
   const dim3 grid = config.gridDim;
   if (config.dynamicSmemBytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
   if (config.blockDim.x > 1024 || config.blockDim.x % kWarp || grid.x == 0 ||
@@ -205,14 +204,36 @@ cudaError_t run(const cudaLaunchConfig_t& config, void* kernel, const std::funct
 
 // ELSA_EMULATION_CAPABILITY: what kernels count as compiled for, 9.0 if nothing is said.
 int emulation::ptx_version() {
+  ++questions;
   const char* text = std::getenv("ELSA_EMULATION_CAPABILITY");
   return text ? static_cast<int>(std::lround(10 * std::atof(text))) : 90;
 }
 
+cudaError_t cudaGetDevice(int* current) {
+  *current = emulation::device;
+  return cudaSuccess;
+}
+
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int) {
+  ++emulation::questions;
   const char* text = std::getenv("ELSA_EMULATION_SHARED");
   *value = text ? std::atoi(text) : kMostShared;
   return cudaSuccess;
+}
+
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute, int bytes) {
+  ++emulation::questions;
+  if (bytes > kMostShared) return cudaErrorInvalidValue;
+  emulation::allowed[{kernel, emulation::device}] = bytes;
+  return cudaSuccess;
+}
+
+// For tests, by ctypes.
+extern "C" {
+__attribute__((visibility("default"))) void emulation_set_device(int device) {
+  emulation::device = device;
+}
+__attribute__((visibility("default"))) int emulation_questions() { return emulation::questions; }
 }
 
 // What LibTorch does with a device: nothing to guard, one stream, and errors that have a text.

@@ -31,7 +31,7 @@ void copy_now();
 
 int ptx_version();
 void require(bool condition, const char* rule);
-cudaError_t allow_shared(void* kernel, int bytes);
-cudaError_t run(const cudaLaunchConfig_t& config, void* kernel, const std::function<void()>& body);
+cudaError_t run(
+    const cudaLaunchConfig_t& config, const void* kernel, const std::function<void()>& body);
 
 }  // namespace emulation

@@ -43,21 +43,15 @@ T __shfl_xor_sync(unsigned mask, T value, int other) {
   return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ other);
 }
 
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
-
 template <typename... Parameters>
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, void (*)(Parameters...)) {
   attributes->ptxVersion = emulation::ptx_version();
   return cudaSuccess;
-}
-template <typename... Parameters>
-cudaError_t cudaFuncSetAttribute(void (*kernel)(Parameters...), cudaFuncAttribute, int bytes) {
-  return emulation::allow_shared(reinterpret_cast<void*>(kernel), bytes);
 }
 
 template <typename... Parameters, typename... Arguments>
 cudaError_t cudaLaunchKernelEx(
     const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
   return emulation::run(
-      *config, reinterpret_cast<void*>(kernel), [&] { kernel(Parameters(arguments)...); });
+      *config, reinterpret_cast<const void*>(kernel), [&] { kernel(Parameters(arguments)...); });
 }
