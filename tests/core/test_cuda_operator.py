@@ -4,12 +4,17 @@ All of it needs a GPU, but for what test_cuda_emulation.py runs in an emulation 
 """
 
 import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import operator_inputs
 import pytest
 import torch
 from operator_inputs import GHOSTS, LOW, SHORT_AXES, value_and_gradients, with_constant_logits
 
+import elsa_core
 from elsa_core import elsa_attention, elsa_attention_reference
 
 EMULATED = "ELSA_EMULATION" in os.environ
@@ -198,6 +203,81 @@ def test_can_be_captured_in_a_graph(kernel_size):
     out.zero_()
     graph.replay()
     assert torch.equal(out, expected)
+
+
+FIRST_CALL = """
+import contextlib, sys
+import torch, elsa_core
+device = sys.argv[1]
+capture = contextlib.nullcontext()
+if device == "cuda":
+    graph = torch.cuda.CUDAGraph()
+    capture = torch.cuda.graph(graph)
+half, bfloat16, single = torch.float16, torch.bfloat16, torch.float32
+calls = []
+for dtype, kernel in ((half, 7), (bfloat16, 7), (single, 7), (single, 3)):
+    sizes = (1, 9, 17, 64), (1, 9, 17, 2 * kernel**2), (64, kernel, kernel), (1, 9, 17, 64)
+    *tensors, grad = (torch.randn(size).to(device, dtype) for size in sizes)
+    calls.append((grad, *tensors, None, kernel, 1))
+
+def run():
+    attention, backward = torch.ops.elsa.attention, torch.ops.elsa.attention_backward
+    return [t for call in calls for t in (attention(*call[1:]), *backward(*call))]
+
+with capture:
+    results = run()
+if device == "cuda":
+    for tensor in results:
+        tensor.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+assert len(results) == 20 and all(map(torch.equal, results, run()))
+assert all(tensor.abs().sum() > 0 for tensor in results if tensor.numel())
+"""
+
+
+def test_first_call_in_a_process_can_be_captured_in_a_graph():
+    """What the kernels ask of the device, and their loading, are no work of a stream."""
+    root = str(Path(elsa_core.__file__).parents[1])
+    paths = os.pathsep.join(filter(None, [root, os.getenv("PYTHONPATH")]))
+    command = [sys.executable, "-c", FIRST_CALL, DEVICE]
+    environment = {**os.environ, "PYTHONPATH": paths}
+    done = subprocess.run(command, env=environment, text=True, capture_output=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel_size", [3, 7])
+def test_two_streams_at_once(kernel_size, dtype):
+    """Each thread fills a stream of its own, which waits first, so that both have work at once."""
+    shape, rounds = ((1, 9, 17, 64, 2), 2) if EMULATED else ((2, 50, 76, 96, 3), 20)
+    attention, backward = torch.ops.elsa.attention, torch.ops.elsa.attention_backward
+
+    def run(problem):
+        return [attention(*problem), *backward(problem[0].flip(1), *problem)]
+
+    def run_in_a_stream(problem):
+        if EMULATED:
+            return [run(problem) for _ in range(rounds)]
+        with torch.cuda.stream(torch.cuda.Stream()):
+            torch.cuda._sleep(20_000_000)
+            return [run(problem) for _ in range(rounds)]
+
+    problems = []
+    for seed in range(2):
+        inputs = make_inputs(shape, kernel_size, dtype=dtype, seed=seed)
+        problems.append([*(t if t is None else t.detach() for t in inputs), kernel_size, 1])
+    expected = [run(problem) for problem in problems]
+    if not EMULATED:
+        torch.cuda.synchronize()
+    with ThreadPoolExecutor(2) as threads:
+        results = list(threads.map(run_in_a_stream, problems))
+    if not EMULATED:
+        torch.cuda.synchronize()
+    assert not torch.equal(expected[0][0], expected[1][0])
+    for runs, reference in zip(results, expected, strict=True):
+        assert len(runs) == rounds
+        assert all(all(map(torch.equal, tensors, reference)) for tensors in runs)
 
 
 @needs_cuda
