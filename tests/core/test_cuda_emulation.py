@@ -7,51 +7,24 @@ GPU rounds its fast exponential.
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import emulated_kernels
 import pytest
-from torch.utils.cpp_extension import include_paths, library_paths
-
-from elsa_core._range import TORCH_WITH_EXTENSION as TARGET
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
-EMULATION = ROOT / "tests/cuda_emulation"
 TESTS = [ROOT / f"tests/core/test_{name}.py" for name in ("cuda_operator", "operator_properties")]
-KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-SOURCES = [EMULATION / "emulation.cpp", EMULATION / "attention.cpp", *KERNELS]
-COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
-# The standard that the headers of the newest PyTorch need.
-FLAGS = ["-O2", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]
-FLAGS += ["-DUSE_CUDA", "-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*TARGET)]
-# longjmp to another stack is what the emulation does.
-FLAGS += ["-U_FORTIFY_SOURCE", f"-I{EMULATION / 'include'}"]
-# Instead of the header that has the same in the GPU's own language.
-FLAGS += ["-include", EMULATION / "include/instructions.cuh"]
-
-
-def compiled(*arguments):
-    done = subprocess.run([COMPILER, *map(str, arguments)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
 
 
 @pytest.fixture(scope="module")
 def emulated(tmp_path_factory):
     """A folder with an elsa_core whose kernels for the CPU are those for CUDA."""
     folder = tmp_path_factory.mktemp("emulated")
-    shutil.copytree(ROOT / "elsa_core", folder / "elsa_core", ignore=shutil.ignore_patterns("*.so"))
-    headers = [f"-isystem{path}" for path in include_paths()]
-    objects = [folder / f"{source.name}.o" for source in SOURCES]
-    for source, target in zip(SOURCES, objects, strict=True):
-        compiled(*FLAGS, *headers, "-xc++", "-c", source, "-o", target)
-    torch = [flag for path in library_paths() for flag in (f"-L{path}", f"-Wl,-rpath,{path}")]
-    # Its own stand-ins for LibTorch's functions come first.
-    libraries = ["-Wl,-Bsymbolic", "-Wl,--no-as-needed", "-ltorch"]
-    compiled("-shared", "-o", folder / "elsa_core/_C.so", *objects, *torch, *libraries)
+    emulated_kernels.build(folder)
     return folder
 
 
