@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import grouped_conv
 from .linear import Linear, linear
 from .operator import elsa_attention
 
@@ -28,9 +29,15 @@ class PointwiseConv2d(nn.Conv2d):
 
 
 class ChannelsLastConv2d(nn.Conv2d):
-    """Convolution of a channels-last map, [B, H, W, C_in] -> [B, H', W', C_out]."""
+    """Convolution of a channels-last map, [B, H, W, C_in] -> [B, H', W', C_out].
 
-    def forward(self, x: Tensor) -> Tensor:
+    With a ``factor`` like ``x``, of their product, in the form that `grouped_conv.use` chose; the
+    kernel size must be odd, and padding keep the size of the map.
+    """
+
+    def forward(self, x: Tensor, factor: Tensor | None = None) -> Tensor:
+        if factor is not None:
+            return grouped_conv.product_conv2d(x, factor, self.weight, self.bias, self.groups)
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
@@ -112,7 +119,11 @@ class ELSA(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.pre_proj(x).split(self.split_sizes, dim=-1)
         convolution, _, pointwise = self.attn  # the GELU runs inside pointwise
-        logits = pointwise(convolution(query * key), gelu_before=True)
+        if grouped_conv.chosen() != "torch" and isinstance(convolution, ChannelsLastConv2d):
+            logits = convolution(query, key)
+        else:  # also of a user's layer that stands in for this one
+            logits = convolution(query * key)
+        logits = pointwise(logits, gelu_before=True)
         ghost_add, ghost_mul = self.ghost_filters()
         if self.training and self.attn_drop > 0:
             x = self._attend_with_dropout(value, logits, ghost_add, ghost_mul)

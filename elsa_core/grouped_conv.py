@@ -1,0 +1,101 @@
+"""Grouped convolution of the product of two maps, which makes ELSA's logits, in several forms.
+
+`torch` is PyTorch's grouped convolution, and the default. `dense` joins groups in blocks with
+zeros between them: a GPU may have fast kernels for wide groups alone. Both compute the
+same from the same parameters. Choose by the environment variable ELSA_CONVOLUTION or by `use`.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["CHOICES", "chosen", "dense_weight", "product_conv2d", "use"]
+
+CHOICES = ("torch", "dense")
+VARIABLE = "ELSA_CONVOLUTION"
+DENSE_CHANNELS = 64
+"""Least channels of a dense block: the narrowest tile in which tensor cores are fully used.
+
+Each channel is multiplied by all others of its block, so that wider ones cost as much more.
+"""
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in CHOICES:
+        raise ValueError(f"{source} must be one of {', '.join(CHOICES)}, got {name!r}")
+    return name
+
+
+_chosen = _checked(os.environ.get(VARIABLE) or "torch", VARIABLE)
+
+
+def chosen() -> str:
+    """Return the form in use, one of `CHOICES`."""
+    return _chosen
+
+
+class use:
+    """Choose the form for the whole process, or for a ``with`` block.
+
+    ``use("dense")`` lasts until the next call; ``with use("dense"):`` restores the previous choice
+    at the end of the block. Keep the choice until the backward pass where activations are
+    recomputed.
+
+    Raises ValueError for an unknown name.
+    """
+
+    def __init__(self, name: str) -> None:
+        global _chosen
+        self._previous = _chosen
+        _chosen = _checked(name, "the form of the grouped convolution")
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: Any) -> None:
+        global _chosen
+        _chosen = self._previous
+
+
+def product_conv2d(
+    query: Tensor, key: Tensor, weight: Tensor, bias: Tensor | None, groups: int
+) -> Tensor:
+    """Convolve ``query * key``, [B, H, W, C] each, in the chosen form: [B, H, W, C].
+
+    Differentiable in all tensors. In `dense`, a product that is infinite or NaN makes NaN of all
+    channels of its block, not of its group alone.
+
+    Args:
+        weight: [C, C / groups, K, K], K odd; the maps are padded with zeros to keep their size.
+        bias: [C], or None for none.
+    """
+    if _chosen == "dense":
+        groups_per_block = _groups_per_block(groups, weight.shape[1])
+        weight = dense_weight(weight, groups, groups_per_block)
+        groups //= groups_per_block
+    x = (query * key).permute(0, 3, 1, 2)
+    padding = weight.shape[-1] // 2
+    return F.conv2d(x, weight, bias, padding=padding, groups=groups).permute(0, 2, 3, 1)
+
+
+def dense_weight(weight: Tensor, groups: int, groups_per_block: int) -> Tensor:
+    """Return the weight of the same convolution with ``groups / groups_per_block`` groups.
+
+    [C, width, K, K] -> [C, groups_per_block * width, K, K] in channels-last memory, with zeros
+    where a channel is of another group.
+    """
+    blocks = groups // groups_per_block
+    weight = weight.unflatten(0, (blocks, groups_per_block, -1)).permute(0, 2, 4, 5, 3, 1)
+    weight = torch.diag_embed(weight, dim1=1, dim2=5)  # [blocks, group, out, K, K, group, in]
+    return weight.flatten(5, 6).flatten(0, 2).permute(0, 3, 1, 2)
+
+
+def _groups_per_block(groups: int, width: int) -> int:
+    """The fewest groups that fill blocks of the same size with at least DENSE_CHANNELS channels."""
+    sizes = [n for n in range(1, groups) if groups % n == 0 and n * width >= DENSE_CHANNELS]
+    return min(sizes, default=groups)
