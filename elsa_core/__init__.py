@@ -2,10 +2,18 @@
 
 from . import _requirements as _requirements
 from .backbone import ELSASwin
+from .backends import backend_of, use_backend
 from .operator import elsa_attention
 from .reference import elsa_attention_reference
 from .variants import VARIANTS
 
 __version__ = "0.1.0"
 
-__all__ = ["VARIANTS", "ELSASwin", "elsa_attention", "elsa_attention_reference"]
+__all__ = [
+    "VARIANTS",
+    "ELSASwin",
+    "backend_of",
+    "elsa_attention",
+    "elsa_attention_reference",
+    "use_backend",
+]

@@ -15,6 +15,7 @@ import torch
 from . import __version__
 from ._extension import binaries
 from ._range import PYTHON, TORCH_WITH_EXTENSION, dotted, numbers, python_obstacle
+from .backends import NAMES, backend_of, backends_of, has_kernels, use_backend
 from .frameworks import Report, check_frameworks
 from .operator import has_extension
 from .runtime.packages import DISTRIBUTIONS, is_missing
@@ -34,11 +35,12 @@ OPTIONAL = {
 }
 
 
-def _kernels(key: str) -> str:
-    """Return the targets of the operator's compiled kernels for a dispatch key."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("elsa::attention", key):
-        return "none, plain PyTorch instead"
-    if key == "CPU":
+def _kernels(device_type: str) -> str:
+    """Return the targets of the operator's compiled kernels for "cpu" or "cuda"."""
+    if not has_kernels(device_type):
+        instead = "plain PyTorch" if device_type == "cpu" or is_missing("triton") else "Triton"
+        return f"none, {instead} instead"
+    if device_type == "cpu":
         return torch.ops.elsa.cpu_capability()
     names = torch.ops.elsa.cuda_architectures().split(",")  # such as 800, 1200
     return f"for compute capability {', '.join(f'{name[:-2]}.{name[-2]}' for name in names)}"
@@ -82,8 +84,8 @@ def examine(frameworks: bool = True) -> Report:
         f"{platform.system()} {platform.machine()}",
         f"PyTorch {torch.__version__}, built for CUDA {torch.version.cuda or 'none'}",
         f"extension: {_extension()}",
-        f"CPU kernels: {_kernels('CPU')}",
-        f"CUDA kernels: {_kernels('CUDA')}",
+        f"CPU kernels: {_kernels('cpu')}",
+        f"CUDA kernels: {_kernels('cuda')}",
         f"matrix products on the CPU: oneDNN {_yes(torch.backends.mkldnn.is_available())}, "
         f"MKL {_yes(torch.backends.mkl.is_available())}",
     ]
@@ -118,7 +120,14 @@ def _check_versions(report: Report) -> None:
 
 
 def _check_device(report: Report, device: torch.device) -> None:
-    report.lines.append(f"{device}: {describe_device(device)}")
+    chosen = backend_of(device)
+    report.lines.append(f"{device}: {describe_device(device)}; operator by {chosen}")
+    for name in sorted(backends_of(device), key=lambda name: name != chosen):
+        with use_backend(name if name in NAMES else None):
+            _check_backend(report, device, name)
+
+
+def _check_backend(report: Report, device: torch.device, name: str) -> None:
     errors = {
         dtype: max(max(check_operator(device, dtype, multiplied)) for multiplied in (False, True))
         for dtype in TOLERANCE
@@ -128,14 +137,14 @@ def _check_device(report: Report, device: torch.device) -> None:
     whole = backbone <= BACKBONE_TOLERANCE
     figures = ", ".join(f"{str(t).removeprefix('torch.')} {e:.0e}" for t, e in errors.items())
     report.lines.append(
-        f"self-check {device}: operator and gradients {'right' if right else 'WRONG'} "
+        f"self-check {device} by {name}: operator and gradients {'right' if right else 'WRONG'} "
         f"(relative errors: {figures}), a small backbone {'right' if whole else 'WRONG'} "
         f"({backbone:.0e})"
     )
     if not right or not whole:
         report.faults.append(
-            f"results on {device} are wrong: report it with these lines, and remove the extension "
-            "(elsa_core/_C*.so) to continue in plain PyTorch"
+            f"results of {name} on {device} are wrong: report it with these lines, and set "
+            "ELSA_BACKEND to another one of cuda, triton and torch to continue"
         )
 
 

@@ -1,7 +1,8 @@
 """Enhanced local self-attention (arXiv 2112.12786) as a PyTorch operator.
 
-The compiled kernels register themselves. This file has the front end and the parts shared by all
-devices: default kernels, autograd, autocast and the fake kernels for torch.compile.
+The compiled kernels register themselves, those in Python in `backends`. This file has the front end
+and the parts shared by all devices: default kernels, autograd, autocast and the fake kernels for
+torch.compile.
 """
 
 from typing import Any
@@ -11,13 +12,13 @@ from torch import Tensor
 from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd.forward_ad import unpack_dual
 
-from . import _fallback
+from . import _fallback, backends
 from ._extension import load_extension
 from ._problem import check_problem, is_cast
 
 __all__ = ["elsa_attention", "has_extension"]
 
-AUTOCAST = ("cpu", "cuda")
+AUTOCAST = ("cpu", *backends.GPUS)
 """Devices on which autocast changes the type of the tensors."""
 _ATTENTION, _BACKWARD = "elsa::attention", "elsa::attention_backward"
 
@@ -170,3 +171,4 @@ def _register(library: torch.library.Library) -> None:
 
 _library = torch.library.Library("elsa", "FRAGMENT")
 _register(_library)
+backends.choose_from_environment()

@@ -1,6 +1,7 @@
-"""The CUDA kernels against the operator's definition.
+"""The kernels of GPUs against the operator's definition: CUDA's, or Triton's by name.
 
-All of it needs a GPU, but for what test_cuda_emulation.py runs in an emulation on the CPU.
+All of it needs a GPU, but for what test_cuda_emulation.py runs in an emulation on the CPU, and
+test_triton.py in Triton's interpreter.
 """
 
 import os
@@ -15,12 +16,14 @@ import torch
 from operator_inputs import GHOSTS, LOW, SHORT_AXES, value_and_gradients, with_constant_logits
 
 import elsa_core
-from elsa_core import elsa_attention, elsa_attention_reference
+from elsa_core import backend_of, elsa_attention, elsa_attention_reference
+from elsa_core.backends import has_kernels
 
 EMULATED = "ELSA_EMULATION" in os.environ
-DEVICE = "cpu" if EMULATED else "cuda"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cpu" if EMULATED or INTERPRETED else "cuda"
 needs_cuda = pytest.mark.needs_cuda
-pytestmark = [] if EMULATED else [needs_cuda]
+pytestmark = [needs_cuda] if DEVICE == "cuda" else []
 
 SHAPES = {
     "published": (1, 9, 19, 64, 2),
@@ -33,7 +36,7 @@ PUBLISHED = {  # 32 channels a head, for the kernels of K = 7
     "a tile and a bit": (1, 9, 17, 96, 3),
     "narrow": (3, 70, 3, 32, 1),
     "wide": (1, 3, 150, 64, 2),
-    "stage 1": (2, 50, 76, 96, 3) if not EMULATED else (1, 20, 37, 96, 3),
+    "stage 1": (2, 50, 76, 96, 3) if DEVICE == "cuda" else (1, 20, 37, 96, 3),
     "stage 3": (1, 14, 14, 384, 12),
 }
 
@@ -50,12 +53,13 @@ def assert_rounds_once(inputs, kernel_size=7):
     operator_inputs.assert_rounds_once(inputs, kernel_size, roundings=1)
 
 
-def test_extension_has_cuda_kernels():
-    """Without them the other tests would judge the default kernels."""
-    for name in ("elsa::attention", "elsa::attention_backward"):
-        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, DEVICE.upper()), (
-            "the extension has no CUDA kernels: build it again where there are nvcc and a GPU"
-        )
+def test_these_kernels_are_tested():
+    """And not those of plain PyTorch."""
+    if EMULATED:
+        assert has_kernels("cuda")
+    else:
+        wanted = os.environ.get("ELSA_BACKEND", "cuda")
+        assert backend_of(torch.device(DEVICE, 0)) == wanted, f"there are no kernels of {wanted}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from elsa_core import doctor, frameworks, self_check
+from elsa_core import _fallback, doctor, frameworks, self_check
 from elsa_core.operator import has_extension
 
 
@@ -22,13 +22,17 @@ def test_report_names_what_there_is(capsys):
     assert f"elsa_core {doctor.__version__} in {Path(doctor.__file__).parent}, Python " in out
     assert f"PyTorch {torch.__version__}" in out
     assert ("_C" in out) == has_extension
-    assert "self-check cpu: operator and gradients right" in out
-    assert "a small backbone right" in out
+    assert "; operator by cpu\n" in out
+    for name in ("cpu", "torch"):
+        line = (
+            rf"^self-check cpu by {name}: operator and gradients right \(.* a small backbone right"
+        )
+        assert re.search(line, out, re.MULTILINE)
     installed = [name for name in frameworks.PUBLISHED if find_spec(name)]
     for name, version in frameworks.versions().items():
         what = "its compiled operators load" if name == "mmcv" else "a small backbone right"
         assert name in installed and re.search(f"^{name} {version}.*: {what}", out, re.MULTILINE)
-    assert len(out.splitlines()) < 12 + len(installed) + 2 * torch.cuda.device_count()
+    assert len(out.splitlines()) < 13 + len(installed) + 4 * torch.cuda.device_count()
 
 
 def test_command_line(capsys):
@@ -58,6 +62,15 @@ def test_wrong_kernels_are_found(what, filters, monkeypatch, capsys):
     monkeypatch.setattr(self_check, "elsa_attention", wrong)
     assert doctor.main(["--core"]) == 1
     assert "operator and gradients WRONG" in capsys.readouterr().out
+
+
+def test_every_back_end_is_checked(monkeypatch, capsys):
+    right = _fallback.attention
+    monkeypatch.setattr(_fallback, "attention", lambda *problem: 1.01 * right(*problem))
+    assert doctor.main(["--core"]) == 1
+    out = capsys.readouterr().out
+    assert "self-check cpu by cpu: operator and gradients right" in out
+    assert "WRONG: results of torch on cpu are wrong" in out
 
 
 def test_a_wrong_backbone_is_found(monkeypatch, capsys):

@@ -23,6 +23,7 @@ CORE = {
     "timm.py": {"timm"},
     "torchvision.py": {"torchvision"},
     "transformers.py": {"transformers"},
+    "triton": {"triton"},
     "weights": {"tqdm"},
     "data": {"numpy", "PIL", "pycocotools", "cityscapesscripts"},
 }

@@ -1,0 +1,74 @@
+"""Triton's kernels: by the tests of a GPU in its interpreter, and compiled for other devices."""
+
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
+TESTS = [Path(__file__).with_name(f"test_{name}.py") for name in ("cuda_operator", "backends")]
+# ELSA_TRITON_ALL=1 leaves nothing out, and takes a quarter of an hour. What no kernel of Triton
+# computes is left out: float64, and what CUDA's kernels alone refuse.
+ALL = "ELSA_TRITON_ALL" in os.environ
+OURS = "not float64 and not refuses"
+SOME = (
+    "(agrees and (odd or batch) and (both or none) and (3-1 or 3-2 or 7-1) and not 13"
+    " or published and pixel and add or rounds_once and pixel and 7 or any_ghost and both-torch.b"
+    " or strided and 8-3-torch.float16 or mean_nothing and 3 and float16 or opcheck and both-3"
+    " or extreme and 12 or nan and 12 or these or interpreter)"
+)
+
+
+def run(environment, wanted):
+    """The number of tests that passed; all of those that are wanted."""
+    command = [sys.executable, "-W", "ignore", "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    command += ["-p", "no:xdist", *TESTS, "-k", wanted]
+    environment = {**os.environ, "ELSA_BACKEND": "triton", "OMP_NUM_THREADS": "1", **environment}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return int(re.search(r"(\d+) passed", done.stdout)[1])
+
+
+@pytest.mark.slow
+def test_kernels_pass_the_tests_of_a_gpu():
+    wanted = OURS if ALL else f"{OURS} and {SOME}"
+    assert run({"TRITON_INTERPRET": "1"}, wanted) > 35
+
+
+@pytest.mark.needs_cuda
+def test_kernels_pass_the_tests_on_a_gpu():
+    assert run({"TRITON_INTERPRET": "0"}, OURS) > 200
+
+
+CASES = {  # kernel size, channels a head, ghost filters
+    "published": (7, 32, ("add",)),
+    "both filters": (7, 32, ("add", "mul")),
+    "no filter": (3, 24, ()),
+    "largest": (13, 64, ("add", "mul")),
+    "one channel": (5, 1, ("add",)),
+}
+
+
+TYPES = [("published", dtype) for dtype in ("float32", "float16", "bfloat16")]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("name, dtype", [*TYPES, *((name, "bfloat16") for name in [*CASES][1:])])
+def test_kernels_compile_for_other_devices(name, dtype, target, record_property):
+    """Those of the published models without a spilled register."""
+    from triton_targets import compile_all, resources
+
+    compiled = compile_all(target, getattr(torch, dtype), *CASES[name])
+    kernels = ["forward", "logits", "value", *(["ghost"] if CASES[name][2] else [])]
+    assert list(compiled) == [f"{kernel}_kernel" for kernel in kernels]
+    for kernel, binary in compiled.items():
+        taken = resources(binary)
+        record_property(kernel, taken._asdict())
+        assert taken.shared <= 48 * 1024
+        assert name != "published" or taken.spilled == 0, (kernel, taken)
