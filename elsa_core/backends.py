@@ -159,11 +159,13 @@ def _try_triton(device: torch.device, dtype: torch.dtype) -> ModuleType | str:
     try:
         kernels = import_module(_KERNELS)
         small = torch.zeros(1, 1, 1, 1, device=device, dtype=dtype)
-        kernels.attention(small, small, None, None, 1, 1)
+        problem = small, small, small[0], None, 1, 1
+        kernels.attention(*problem)
+        kernels.attention_backward(small, *problem)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton, its compilers and the drivers raise what they like
-        return str(error).strip().partition("\n")[0] or type(error).__name__
+        return str(error).strip().rpartition("\n")[-1] or type(error).__name__
     return kernels
 
 

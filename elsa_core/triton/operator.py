@@ -17,6 +17,9 @@ from .. import _fallback
 from .._problem import check_problem
 from . import kernels
 
+if not hasattr(triton.language, "gather"):
+    raise ImportError(f"Triton 3.3 or later is needed, and this is {triton.__version__}")
+
 LARGEST_KERNEL = 13
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARTS = 64
