@@ -108,15 +108,15 @@ def runner():
     runner.stop()
 
 
-@pytest.mark.slow
 @page
-@for_each(PAGES)
 def test_building_again_takes_nothing_from_a_cache(path):
     """Pip would install the wheel that it built for another PyTorch, or without CUDA."""
     again = [line for line in path.read_text().splitlines() if "--force-reinstall" in line]
     assert all("--no-cache-dir" in line for line in again)
 
 
+@pytest.mark.slow
+@page
 def test_commands_of_a_page_run_in_order(path, runner, digits, tmp_path):
     if not any(block.runs for block in read_page(path)):
         return
