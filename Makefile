@@ -12,7 +12,7 @@ EMULATION := tests/cuda_emulation
 # The frameworks' thousands of files are compiled to bytecode once, not in each process.
 export PYTHONDONTWRITEBYTECODE :=
 CPP_FILES = $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh \
-	$(EMULATION)/*.cpp $(EMULATION)/*.h $(EMULATION)/include/*.h $(EMULATION)/include/*.cuh)
+	$(EMULATION)/*.cpp $(EMULATION)/*.h $(EMULATION)/include/*.h $(EMULATION)/include/*.cuh tools/gpu/*.cu)
 DEMO_ARGS ?=
 TEST_ARGS ?=
 # Two test files at a time, in the order of their names: those with few but long tests not last.
@@ -22,9 +22,10 @@ BENCH_ARGS ?=
 FUZZ_ARGS ?=
 ENV_ARGS ?=
 WHEEL_ARGS ?=
+GPU_ARGS ?=
 WHEEL_PYTHON ?= $(or $(wildcard $(VENV)/python),$(PYTHON))
 
-.PHONY: help setup pins demo test test-fast test-gpu test-asan test-environments test-aarch64 fuzz wheel bench lint format zoo clean
+.PHONY: help setup pins demo test test-fast test-gpu test-asan test-environments test-aarch64 gpu-check fuzz wheel bench lint format zoo clean
 
 help:
 	@echo 'make setup     make .venv: pinned packages, mmcv and the extension compiled (Linux, Python 3.10-3.13)'
@@ -33,6 +34,7 @@ help:
 	@echo 'make test      run the tests (TEST_ARGS=...)'
 	@echo 'make test-fast run the tests that take no time, in 3 minutes'
 	@echo 'make test-gpu  run the tests; those that need CUDA fail where there is none'
+	@echo 'make gpu-check check and measure everything on a GPU in 10 minutes (GPU_ARGS="--help", --rehearse needs no GPU)'
 	@echo 'make test-asan run the operator tests with AddressSanitizer'
 	@echo 'make test-environments  run the guides in fresh environments of many versions (ENV_ARGS=--help)'
 	@echo 'make test-aarch64  build the wheel for aarch64 and test it in emulation (TEST_ARGS=...)'
@@ -164,6 +166,9 @@ test-fast: setup
 test-gpu: setup
 	@grep -q nv_fatbin elsa_core/_C.so || FORCE_CUDA=1 $(VENV)/python setup.py build_ext --inplace --force
 	FAIL_WITHOUT_CUDA=1 $(VENV)/python -m pytest -q $(TEST_ARGS)
+
+gpu-check: setup
+	@$(VENV)/python tools/gpu_check.py $(GPU_ARGS)
 
 # A build of its own in build/asan, so that the sanitizer never reaches the installed extension. Its
 # checks are calls and leave out the stack, or the compiler takes many minutes.

@@ -1,0 +1,62 @@
+"""Calls the operator and does nothing else, for NVIDIA's tools.
+
+Inputs are drawn on the CPU and copied, so that no other kernel writes what the operator reads: a
+tool that looks at the operator's kernels alone would take that for memory that nothing has written.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from .common import DEVICE, DTYPES, REHEARSAL, SHAPES, draw, operator_of
+
+MAPS = [(1, 1, 1), (1, 2, 3), (1, 8, 16), (2, 9, 17), (1, 7, 1), (1, 1, 40), (1, 20, 5)]
+MAPS += [(1, 16, 32), (1, 17, 33), (3, 5, 5), (1, 3, 50), (1, 13, 19)]
+if REHEARSAL:
+    MAPS = MAPS[:2]
+# Channels, heads, kernel size, dilation, ghosts, types.
+PROBLEMS = [
+    (64, 2, 7, 1, ("add",), ("fp32", "bf16", "fp16")),
+    (64, 2, 7, 1, ("add", "mul"), ("fp32", "bf16")),
+    (30, 3, 3, 2, ("add",), ("fp32",)),
+]
+
+
+def small() -> list[tuple]:
+    """Returns the calls for the sanitizers."""
+    return [
+        ((*size, channels, heads), kernel_size, dilation, ghosts, dtype)
+        for channels, heads, kernel_size, dilation, ghosts, dtypes in PROBLEMS
+        for dtype in dtypes
+        for size in MAPS
+    ]
+
+
+def large() -> list[tuple]:
+    """Returns the calls for the profiler: stage 1 at 800x1344, each kernel once for each type."""
+    shape = next(iter(SHAPES.values()))
+    return [(shape, 7, 1, ("add",), dtype) for dtype in ("bf16", "fp32")]
+
+
+def main() -> None:
+    if REHEARSAL:
+        from .rehearsal import install_stand_ins
+
+        install_stand_ins()
+    calls = {"small": small, "large": large}[sys.argv[1]]()
+    forward, backward = operator_of("cuda")
+    for done, (shape, kernel_size, dilation, ghosts, dtype) in enumerate(calls, 1):
+        tensors = draw(shape, kernel_size, ghosts, DTYPES[dtype], "cpu")
+        grad, *inputs = [None if t is None else t.to(DEVICE) for t in tensors]
+        forward(*inputs, kernel_size, dilation)
+        backward(grad, *inputs, kernel_size, dilation)
+        torch.cuda.synchronize()
+        named = "x".join(map(str, shape))
+        print(f"call {done} of {len(calls)}: {named} K {kernel_size} {ghosts} {dtype}", flush=True)
+    print("all calls done", flush=True)
+
+
+if __name__ == "__main__":
+    main()

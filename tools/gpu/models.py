@@ -1,0 +1,186 @@
+"""Step "models": ELSA-Swin beside timm's Swin of the same size, in bfloat16 by autocast.
+
+Parts: tiny, small; dense and cuda (forms of the grouped convolution), triton (back end of the
+operator).
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from elsa_core import ELSASwin
+
+from .common import (
+    DEVICE,
+    REHEARSAL,
+    Rows,
+    Run,
+    free,
+    kernel_times,
+    one_line,
+    step_arguments,
+    time_us,
+)
+
+CASES = {"800x1344": (2, (800, 1344)), "224": (128, (224, 224))}
+if REHEARSAL:
+    CASES = {"224": (2, (32, 32))}
+TINY = {"embed_dim": 32, "depths": (1, 1, 1), "num_heads": (1, 2, 4)}
+"""Of a rehearsal."""
+MODES = (
+    ("training step", False),
+    ("training step", True),
+    ("inference", True),
+    ("inference", False),
+)
+Build = Callable[[str, tuple[int, int]], nn.Module]
+KINDS = {
+    "operator": r"elsa|^_?(forward|logits|value|ghost)",
+    "convolution": r"conv|fprop|dgrad|wgrad|cudnn",
+    "matrix products": r"gemm|cutlass|nvjet|matmul",
+    "attention of windows": r"flash|fmha|attention|sdp",
+    "norms and softmax": r"norm|softmax",
+}
+
+
+def elsa(name: str, size: tuple[int, int]) -> nn.Module:
+    if REHEARSAL:
+        return ELSASwin({**TINY, "group_width": 8}, out_indices=(0, 1, 2))
+    return ELSASwin(name)
+
+
+def swin(name: str, size: tuple[int, int]) -> nn.Module:
+    import timm
+
+    options: dict = {"features_only": True, "img_size": size, "drop_path_rate": 0.0}
+    if REHEARSAL:
+        options |= {**TINY, "out_indices": (0, 1, 2)}
+    return timm.create_model(f"swin_{name}_patch4_window7_224", pretrained=False, **options)
+
+
+def step_of(model: nn.Module, image: torch.Tensor, train: bool) -> Run:
+    """Returns a function that runs a training step without an optimizer, or inference."""
+
+    def run() -> None:
+        model.train(train)
+        if train:
+            model.zero_grad(set_to_none=True)
+        with (
+            torch.set_grad_enabled(train),
+            torch.autocast(DEVICE.type, dtype=torch.bfloat16),
+        ):
+            outs = model(image)
+        if train:
+            sum(out.float().mean() for out in outs).backward()
+
+    return run
+
+
+def measure(rows: Rows, name: str, contender: str, build: Build, profile: Path) -> int:
+    """Times a model in all cases and modes; returns how many fail."""
+    failures = 0
+    for size_name, (images, size) in CASES.items():
+        case = f"{name} {size_name}"
+        torch.manual_seed(0)
+        try:
+            model = build(name, size).to(DEVICE)
+        except Exception as error:
+            rows.add(case, contender=contender, error=one_line(error))
+            failures += 1
+            continue
+        for mode, graph in MODES:
+            batch = images
+            while batch:
+                figures = {"contender": contender, "mode": mode, "graph": graph, "batch": batch}
+                with rows.case(case, **figures) as row:
+                    image = torch.randn(batch, 3, *size, device=DEVICE)
+                    run = step_of(model, image, mode == "training step")
+                    torch.cuda.reset_peak_memory_stats()
+                    try:
+                        row["us"] = time_us(run, graph=graph, budget=0.6)
+                    except torch.OutOfMemoryError as error:
+                        row["out_of_memory"] = one_line(error)
+                    else:
+                        row["us_per_image"] = row["us"] / batch
+                        row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+                        if mode == "training step" and not graph:
+                            row["kinds"] = write_profile(profile, f"{case}, {contender}", run)
+                failures += "error" in row
+                run = image = None
+                model.zero_grad(set_to_none=True)
+                free()
+                batch = batch // 2 if "out_of_memory" in row else 0
+    return failures
+
+
+def write_profile(path: Path, title: str, run: Run) -> dict[str, float]:
+    """Appends the kernels of a step by their time; returns the milliseconds of each kind."""
+    sums: dict[str, list[float]] = defaultdict(list)
+    for name, us in kernel_times(run):
+        sums[name].append(us)
+    total = sum(map(sum, sums.values()))
+    kinds: dict[str, float] = defaultdict(float)
+    lines = [f"{title}: {total / 1e3:.2f} ms of kernels in a training step"]
+    for name, times in sorted(sums.items(), key=lambda item: -sum(item[1])):
+        patterns = KINDS.items()
+        kind = next((k for k, pattern in patterns if re.search(pattern, name, re.I)), "the rest")
+        kinds[kind] += sum(times)
+        if len(lines) <= 30:
+            share = sum(times) / total
+            lines.append(f"{sum(times) / 1e3:9.3f} ms {share:6.1%} {len(times):5}x {name[:150]}")
+    with path.open("a") as file:
+        file.write("\n".join(lines) + "\n\n")
+    return {kind: round(us / 1e3, 3) for kind, us in kinds.items()}
+
+
+def chosen(part: str) -> AbstractContextManager[object]:
+    """Returns the context of a part: a form of the convolution, or a back end of the operator.
+
+    Raises:
+        ImportError, ValueError or RuntimeError: there is no such one.
+    """
+    if part == "triton":
+        from elsa_core.backends import use_backend
+
+        return use_backend("triton")
+    if part in ("dense", "cuda"):
+        from elsa_core import grouped_conv
+
+        return grouped_conv.use(part)
+    return nullcontext()
+
+
+def main() -> int:
+    rows, folder, part = step_arguments("models")
+    profile = folder / "profile.txt"
+    torch.backends.cudnn.benchmark = True
+    if part in ("tiny", "small"):
+        failures = measure(rows, part, "elsa", elsa, profile)
+        try:
+            import timm  # noqa: F401
+        except ImportError:
+            rows.add(part, contender="swin", absent="timm is not installed")
+            return int(failures > 0)
+        return int(failures + measure(rows, part, "swin", swin, profile) > 0)
+    try:
+        context = chosen(part)
+    except (ImportError, ValueError, RuntimeError) as error:
+        rows.add("tiny", contender=f"elsa, {part}", absent=one_line(error))
+        return 0
+    with context:
+        failures = measure(rows, "tiny", f"elsa, {part}", elsa, profile)
+        if part != "triton" and not REHEARSAL:
+            failures += measure(rows, "small", f"elsa, {part}", elsa, profile)
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

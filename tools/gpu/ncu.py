@@ -1,0 +1,67 @@
+"""Step "ncu": hardware counters of each of the operator's kernels, once, at stage 1."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+import subprocess
+import sys
+
+from .common import seconds_left, short, step_arguments
+
+SECTIONS = ("SpeedOfLight", "LaunchStats", "Occupancy", "MemoryWorkloadAnalysis", "WarpStateStats")
+METRICS = {
+    "Duration": "duration",
+    "Memory Throughput": "memory",
+    "DRAM Throughput": "dram",
+    "L1/TEX Cache Throughput": "l1",
+    "L2 Cache Throughput": "l2",
+    "Compute (SM) Throughput": "sm",
+    "Registers Per Thread": "registers",
+    "Dynamic Shared Memory Per Block": "shared",
+    "Achieved Occupancy": "occupancy",
+    "Mem Busy": "memory_busy",
+    "Mem Pipes Busy": "memory_pipes",
+}
+
+
+def main() -> int:
+    rows, folder, _ = step_arguments("ncu")
+    report = folder / "ncu.csv"
+    if not shutil.which("ncu"):
+        report.write_text("ncu is not on the PATH\n")
+        rows.add("ncu", error="ncu is not on the PATH")
+        return 1
+    # --clock-control none leaves the device's clocks alone.
+    command = ["ncu", "--csv", "--page", "details", "--clock-control", "none"]
+    command += [word for section in SECTIONS for word in ("--section", section)]
+    command += ["--kernel-name", "regex:elsa", "--kernel-name-base", "mangled"]
+    command += ["--launch-count", "24", "--target-processes", "all"]
+    command += [sys.executable, "-W", "ignore", "-m", "gpu.driver", "large"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=max(1.0, seconds_left() - 3)
+        )
+        out, end = done.stdout, f"status {done.returncode}"
+    except subprocess.TimeoutExpired as error:
+        out = (error.stdout or b"").decode(errors="replace")
+        end = "out of time"
+    report.write_text(out)
+    kernels: dict[str, dict[str, str]] = {}
+    start = out.find('"ID"')
+    for line in csv.DictReader(io.StringIO(out[start:])) if start >= 0 else ():
+        key = f"{line.get('ID')}: {short(line.get('Kernel Name') or '')}"
+        row = kernels.setdefault(key, {})
+        if (name := METRICS.get(line.get("Metric Name") or "")) is not None:
+            row.setdefault(name, f"{line['Metric Value']} {line['Metric Unit']}".strip())
+    for key, row in kernels.items():
+        rows.add(key, **row)
+    if not kernels:
+        said = [s for s in out.splitlines() if "ERR" in s or "rror" in s or "Failed" in s]
+        rows.add("ncu", error=f"no counters ({end}): {(said or out.splitlines()[-1:] or [''])[0]}")
+    return int(not kernels)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

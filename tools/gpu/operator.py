@@ -1,0 +1,127 @@
+"""Step "operator": the times of the operator at the shapes of ELSA-Swin-T and S.
+
+Parts: cuda, compiled (torch.compile of the unfold path), triton, copy (of as many bytes as the
+operator must read and write). Each time is that of CUDA graphs over three sets of inputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections import defaultdict
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from .common import (
+    DEVICE,
+    DTYPES,
+    NO_TRITON,
+    REHEARSAL,
+    SHAPES,
+    draw,
+    has_triton,
+    kernel_times,
+    operator_of,
+    short,
+    step_arguments,
+    time_us,
+)
+
+SETS = 3
+STEPS = ("forward", "forward+backward")
+# What the targets are about comes first.
+ORDER = [("bf16", STEPS[1]), ("fp32", STEPS[0]), ("bf16", STEPS[0]), ("fp32", STEPS[1])]
+Call = Callable[[list[Tensor]], object]
+
+
+def plain_calls(family: str) -> dict[str, Call]:
+    forward, backward = operator_of(family)
+
+    def both(inputs: list[Tensor]) -> None:
+        grad, *problem = inputs
+        forward(*problem, None, 7, 1)
+        backward(grad, *problem, None, 7, 1)
+
+    return {STEPS[0]: lambda inputs: forward(*inputs[1:], None, 7, 1), STEPS[1]: both}
+
+
+def compiled_calls() -> dict[str, Call]:
+    from benchmarks.operator import unfold_path
+
+    torch._dynamo.reset()
+    backend = "aot_eager" if REHEARSAL else "inductor"
+    fused = torch.compile(unfold_path, dynamic=False, backend=backend)
+
+    def forward(inputs: list[Tensor]) -> None:
+        with torch.no_grad():
+            fused(*inputs[1:])
+
+    def both(inputs: list[Tensor]) -> None:
+        torch.autograd.grad(fused(*inputs[1:]), inputs[1:], inputs[0])
+
+    return {STEPS[0]: forward, STEPS[1]: both}
+
+
+def input_sets(part: str, shape: tuple[int, ...], dtype: torch.dtype) -> list[list[Tensor]]:
+    """Returns gradient, value, logits and ghost filter of each set, in the contender's layout."""
+    sets = []
+    for seed in range(SETS):
+        drawn = [t for t in draw(shape, 7, ("add",), dtype, DEVICE, seed) if t is not None]
+        if part == "compiled":
+            first = [t.permute(0, 3, 1, 2).contiguous() for t in drawn[:3]]
+            drawn = [t.requires_grad_() for t in (*first, drawn[3])]
+            drawn[0].requires_grad_(False)
+        sets.append(drawn)
+    return sets
+
+
+def call_all(call: Call, sets: list[list[Tensor]]) -> None:
+    for inputs in sets:
+        call(inputs)
+
+
+def copies(shape: tuple[int, ...], dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    batch, height, width, channels, heads = shape
+    value, logits = batch * height * width * channels, batch * height * width * heads * 49
+    runs = {}
+    for step, count in zip(STEPS, (2 * value + logits, 5 * value + 3 * logits), strict=True):
+        source = torch.randn(SETS, count // 2, device=DEVICE, dtype=dtype)
+        target = torch.empty_like(source)
+        runs[step] = lambda source=source, target=target: [
+            b.copy_(a) for a, b in zip(source, target, strict=True)
+        ]
+    return runs
+
+
+def main() -> int:
+    rows, _, part = step_arguments("operator")
+    if part == "triton" and not has_triton():
+        rows.add("triton", contender="triton", absent=NO_TRITON)
+        return 0
+    failures = 0
+    passes = [ORDER[:2], ORDER[2:]] if part == "compiled" else [ORDER]
+    for order in passes:
+        for (name, shape), (dtype, step) in itertools.product(SHAPES.items(), order):
+            figures = {"contender": part, "dtype": dtype, "pass": step}
+            with rows.case(name, **figures) as row:
+                if part == "copy":
+                    row["us"] = time_us(copies(shape, DTYPES[dtype])[step], SETS)
+                    continue
+                call = (compiled_calls() if part == "compiled" else plain_calls(part))[step]
+                sets = input_sets(part, shape, DTYPES[dtype])
+                row["us"] = time_us(partial(call_all, call, sets), SETS)
+                if part in ("cuda", "triton"):
+                    sums: dict[str, float] = defaultdict(float)
+                    for kernel, us in kernel_times(partial(call, sets[0])):
+                        sums[short(kernel)] += us
+                    largest = sorted(sums.items(), key=lambda item: -item[1])[:8]
+                    row["kernels"] = {kernel: round(us, 2) for kernel, us in largest}
+            failures += "error" in row
+    return int(failures > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
