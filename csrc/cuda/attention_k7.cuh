@@ -60,6 +60,17 @@ __device__ Tile tile_at(const Operands<S>& a, unsigned tile, int head) {
       image, static_cast<int>(strip - image * rows) * kRows,
       static_cast<int>(tile - strip * columns) * kColumns, head};
 }
+// The tile with the next number, of the same head.
+template <typename S>
+__device__ void next_tile(Tile& t, const Operands<S>& a) {
+  t.left += kColumns;
+  if (t.left < a.width) return;
+  t.left = 0;
+  t.top += kRows;
+  if (t.top < a.height) return;
+  t.top = 0;
+  ++t.image;
+}
 // Heads change fastest: neighbouring blocks read the same pixels' logits.
 template <typename S>
 __device__ Tile tile_of_block(const Operands<S>& a) {

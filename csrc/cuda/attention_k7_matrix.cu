@@ -7,20 +7,27 @@ namespace elsa::cuda {
 namespace k7 {
 namespace {
 
-// Parts of a block's shared memory, in bytes; each a multiple of 16.
-constexpr int64_t kGatherBytes = (kTile + kPlanes) * 2 + kFilterPairs * 4;
-constexpr int64_t kLogitsBytes = (kTile + kGrads) * 2 + kWeightPairs * 4;
-constexpr int64_t kGhostBytes = (kTile + kGrads + kPlanes + kGradPlanes) * 2;
+// Channels that a block of the ghost kernel has: half a head, so that more blocks fit.
+constexpr int kGhostDepth = 16, kGhostHalves = kDepth / kGhostDepth;
+constexpr int kGhostWarpChannels = kGhostDepth / kWarps;
+
+// Shared memory of a block, in bytes; each part is a multiple of 16.
+constexpr int64_t kGatherBytes = (kTilePixels + kPlane) * kDepth * 2 + kFilterPairs * 4;
+constexpr int64_t kLogitsBytes = (kTilePixels + kGradPixels) * kDepth * 2 + kWeightPairs * 4;
+constexpr int64_t kGhostBytes = (kTilePixels + kGradPixels + kPlane + kGradPlane) * kGhostDepth * 2;
+// Two blocks fit where a multiprocessor has 100 KB, 1 KB of which each block leaves to the system.
+static_assert(std::max({kGatherBytes, kLogitsBytes, kGhostBytes}) <= (100 - 2 * 1) * 1024 / 2);
 
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 4) forward_kernel(Forward<S> call) {
   S* tile = block_memory<S>();
-  S* planes = tile + kTile;  // before, logits
-  Pair* filter = reinterpret_cast<Pair*>(planes + kPlanes);
+  S* planes = tile + kTilePixels * kDepth;  // before, logits
+  Pair* filter = reinterpret_cast<Pair*>(planes + kPlane * kDepth);
   const Operands<S>& a = call.operands;
   const Tile t = tile_of_block(a);
   const Lane lane;
-  copy_tile<kHaloRows, kTileColumns>(tile, a.value, a, t, t.top - kRadius, t.left - kRadius);
+  copy_tile<kDepth, kHaloRows, kTileColumns>(
+      tile, a.value, a, t, t.head * kDepth, t.top - kRadius, t.left - kRadius);
   Pair* logits = reinterpret_cast<Pair*>(planes);
   load_logits(logits, a, t, lane);
   if (a.ghost_add) load_filter<false>(filter, a, t, lane);
@@ -45,36 +52,41 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(Forward<S> call) {
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 3) logits_kernel(Backward<S> call) {
   S* tile = block_memory<S>();
-  S* grads = tile + kTile;
-  Pair* logits = reinterpret_cast<Pair*>(grads + kGrads);  // and their gradients
+  S* grads = tile + kTilePixels * kDepth;
+  Pair* logits = reinterpret_cast<Pair*>(grads + kGradPixels * kDepth);  // and their gradients
   const Operands<S>& a = call.operands;
   const Tile t = tile_of_block(a);
   const Lane lane;
-  copy_tile<kHaloRows, kTileColumns>(tile, a.value, a, t, t.top - kRadius, t.left - kRadius);
-  copy_tile<kRows, kColumns>(grads, call.grad, a, t, t.top, t.left);
+  const int channel = t.head * kDepth;
+  copy_tile<kDepth, kHaloRows, kTileColumns>(
+      tile, a.value, a, t, channel, t.top - kRadius, t.left - kRadius);
+  copy_tile<kDepth, kRows, kColumns>(grads, call.grad, a, t, channel, t.top, t.left);
   load_logits(logits, a, t, lane);
   wait_for_copies();
   __syncthreads();
 
   Pair grad[kWarpRows / 2][2][4];  // of two rows of positions, in two halves of the channels
-  const S* grad_row = grads + ((lane.top + lane.index / 8 % 2) * kColumns + lane.strip) * kPixel +
-                      lane.index % 8 * kPixel + lane.index / 16 * 8;
 #pragma unroll
-  for (int j = 0; j < kWarpRows / 2; ++j)
+  for (int half = 0; half < 2; ++half) {
+    const S* grad_row =
+        grads + chunk_at<kDepth>(
+                    (lane.top + lane.index / 8 % 2) * kColumns + lane.strip + lane.index % 8,
+                    2 * half + lane.index / 16);
 #pragma unroll
-    for (int half = 0; half < 2; ++half)
-      load_matrices(grad[j][half], grad_row + j * 2 * kColumns * kPixel + half * kDepth / 2);
+    for (int j = 0; j < kWarpRows / 2; ++j)
+      load_matrices(grad[j][half], grad_row + j * 2 * kColumns * kDepth);
+  }
 
   float products[kWarpRows][2 * kKernel];
   const bool left = lane.left();
-  const S* from = tile + (lane.top * kTileColumns + lane.strip) * kPixel + lane.index % 8 * kPixel +
-                  lane.index / 8 * 8;
+  const S* from = tile + chunk_at<kDepth>(
+                             lane.top * kTileColumns + lane.strip + lane.index % 8, lane.index / 8);
 #pragma unroll
   for (int row = 0; row < kPixelRows; ++row) {
     Pair pixels[2][4];
 #pragma unroll
     for (int half = 0; half < 2; ++half)
-      load_matrices(pixels[half], from + (row * kTileColumns + half * 8) * kPixel);
+      load_matrices(pixels[half], from + (row * kTileColumns + half * 8) * kDepth);
 #pragma unroll
     for (int j = 0; j < kWarpRows / 2; ++j) {
       const int ky = row - 2 * j;  // of the upper positions; the lower ones' is one less
@@ -180,12 +192,13 @@ __device__ void read_readers(
 template <typename S>
 __global__ void __launch_bounds__(kThreads, 4) value_kernel(Backward<S> call) {
   S* tile = block_memory<S>();
-  S* planes = tile + kTile;
-  Pair* filter = reinterpret_cast<Pair*>(planes + kPlanes);
+  S* planes = tile + kTilePixels * kDepth;
+  Pair* filter = reinterpret_cast<Pair*>(planes + kPlane * kDepth);
   const Operands<S>& a = call.operands;
   const Tile t = tile_of_block(a);
   const Lane lane;
-  copy_tile<kHaloRows, kTileColumns>(tile, call.grad, a, t, t.top - kRadius, t.left - kRadius);
+  copy_tile<kDepth, kHaloRows, kTileColumns>(
+      tile, call.grad, a, t, t.head * kDepth, t.top - kRadius, t.left - kRadius);
   if (a.ghost_add) load_filter<true>(filter, a, t, lane);
   Band attention;
   read_readers(attention, call.softmax, a, t, lane);
@@ -195,43 +208,53 @@ __global__ void __launch_bounds__(kThreads, 4) value_kernel(Backward<S> call) {
   gather(tile, planes, filter, attention, a, t, lane, call.grad_value);
 }
 
-// Gradient of the additive filters, summed over a part of the tiles. In a product the first factor
-// has the pixels of a channel, columns of the image as rows, the second the gradients of a strip of
-// positions; both are summed over the tile's rows and strips. Of the pixels that a position thus
-// meets, those in the band are its taps.
+// Gradient of the additive filters of half a head, summed over a part of the tiles. In a product
+// the first factor has the pixels of a channel, columns of the image as rows, the second the
+// gradients of a strip of positions; both are summed over the tile's rows and strips. Of the pixels
+// that a position thus meets, those in the band are its taps.
 template <typename S>
-__global__ void __launch_bounds__(kThreads, 3) ghost_kernel(Backward<S> call, int64_t tiles) {
+__global__ void __launch_bounds__(kThreads, 4) ghost_kernel(Backward<S> call, int64_t tiles) {
   S* tile = block_memory<S>();
-  S* grads = tile + kTile;
-  S* planes = grads + kGrads;
-  S* grad_planes = planes + kPlanes;
+  S* grads = tile + kTilePixels * kGhostDepth;
+  S* planes = grads + kGradPixels * kGhostDepth;
+  S* grad_planes = planes + kPlane * kGhostDepth;
   const Operands<S>& a = call.operands;
   const Lane lane;
-  const int channel = lane.channel(), head = blockIdx.x;
-  const S* from =
-      planes + channel * kPlane + lane.index % 8 * kTileColumns + (lane.index / 8 + 1) / 2 * 8;
-  const S* grad = grad_planes + channel * kGradPlane + lane.index % 8 * kColumns +
-                  lane.index / 8 % 2 * 8 + lane.index / 16 * kGradPlane;
+  const int head = blockIdx.x / kGhostHalves, block_channel = blockIdx.x * kGhostDepth;
+  const int channel = lane.warp * kGhostWarpChannels;
+  // Two warps turn the same 8 channels.
+  const int turned = lane.warp % 2 * kChunk, part = lane.warp / 2;
+  const PlaneRow plane_row(lane);
+  const int exchange = exchanged(channel) ? plane_row.exchange : 0;
+  const S* even = planes + channel * kPlane + plane_row.offset + exchange;
+  const S* odd = planes + channel * kPlane + plane_row.offset - exchange;
+  // Rows of positions are two chunks, so that those of the last four rows are exchanged.
+  const int strip = lane.index / 8 % 2 ^ lane.index % 8 / 4;
+  const S* grad = grad_planes + (channel + lane.index / 16) * kGradPlane +
+                  lane.index % 8 * kColumns + strip * kChunk;
   // A lane's positions are the columns 2 * lane.column and the next one of a strip.
   const int first = lane.row - 2 * lane.column, second = first - 1;
-  float sums[kWarpChannels][kKernel][2] = {};
-  const int64_t end = tiles * (blockIdx.y + 1) / gridDim.y;
-  const auto copy = [&](int64_t i) {
-    const Tile t = tile_at(a, static_cast<unsigned>(i), head);
-    copy_tile<kHaloRows, kTileColumns>(tile, a.value, a, t, t.top - kRadius, t.left - kRadius);
-    copy_tile<kRows, kColumns>(grads, call.grad, a, t, t.top, t.left);
+  float sums[kGhostWarpChannels][kKernel][2] = {};
+  const int64_t begin = tiles * blockIdx.y / gridDim.y, end = tiles * (blockIdx.y + 1) / gridDim.y;
+  const auto copy = [&](const Tile& t) {
+    copy_tile<kGhostDepth, kHaloRows, kTileColumns>(
+        tile, a.value, a, t, block_channel, t.top - kRadius, t.left - kRadius);
+    copy_tile<kGhostDepth, kRows, kColumns>(grads, call.grad, a, t, block_channel, t.top, t.left);
   };
-  int64_t i = tiles * blockIdx.y / gridDim.y;
-  if (i < end) copy(i);
-  while (i < end) {
+  int left = static_cast<int>(end - begin);
+  Tile t = tile_at(a, static_cast<unsigned>(begin), head);
+  if (left > 0) copy(t);
+  while (left > 0) {
     wait_for_copies();
     __syncthreads();
-    transpose<kTilePixels, kPlane>(planes, tile, channel, lane);
-    transpose<kRows * kColumns, kGradPlane>(grad_planes, grads, channel, lane);
+    transpose_pixels<kGhostDepth, 2>(planes, tile, turned, part, lane);
+    transpose<kGhostDepth, kGradPixels, kGradPlane, 2>(
+        grad_planes, grads, turned, part, lane, [](int i) { return (i ^ i / 8 % 2) * kChunk; });
     __syncthreads();
-    if (++i < end) copy(i);
+    next_tile(t, a);
+    if (--left > 0) copy(t);
 #pragma unroll
-    for (int two = 0; two < kWarpChannels; two += 2) {
+    for (int two = 0; two < kGhostWarpChannels; two += 2) {
       Pair positions[4];
       load_transposed(positions, grad + two * kGradPlane);
 #pragma unroll
@@ -239,7 +262,7 @@ __global__ void __launch_bounds__(kThreads, 3) ghost_kernel(Backward<S> call, in
 #pragma unroll
         for (int ky = 0; ky < kKernel; ++ky) {
           Pair pixels[4];
-          load_transposed(pixels, from + c * kPlane + ky * kTileColumns);
+          load_transposed(pixels, (ky % 2 ? odd : even) + c * kPlane + ky * kTileColumns);
           float products[4] = {};
           multiply_add<S>(products, pixels, positions[c % 2 * 2], positions[c % 2 * 2 + 1]);
           sums[c][ky][0] += first >= 0 ? products[0] : products[2];
@@ -252,7 +275,7 @@ __global__ void __launch_bounds__(kThreads, 3) ghost_kernel(Backward<S> call, in
   // Each tap of a channel is in 8 numbers of the warp, one for each column of a strip.
   float* parts = reinterpret_cast<float*>(planes + channel * kPlane);  // [column][tap]
 #pragma unroll
-  for (int c = 0; c < kWarpChannels; ++c) {
+  for (int c = 0; c < kGhostWarpChannels; ++c) {
     __syncwarp();
 #pragma unroll
     for (int ky = 0; ky < kKernel; ++ky) {
@@ -265,7 +288,8 @@ __global__ void __launch_bounds__(kThreads, 3) ghost_kernel(Backward<S> call, in
       float total = 0;
       for (int column = 0; column < kStrip; ++column)
         total += parts[column * kKernel * kTapRow + slot(o)];
-      call.add_parts[((blockIdx.y * kTaps + o) * a.heads + head) * kDepth + channel + c] = total;
+      call.add_parts[(blockIdx.y * kTaps + o) * a.heads * kDepth + block_channel + channel + c] =
+          total;
     }
   }
 }
@@ -302,7 +326,8 @@ void backward_k7_matrix(const Backward<S>& call, cudaStream_t stream) {
   launch(k7::value_kernel<S>, blocks, k7::kThreads, k7::kGatherBytes, stream, call);
   if (!call.grad_add) return;
   launch(
-      k7::ghost_kernel<S>, dim3(static_cast<unsigned>(a.heads), static_cast<unsigned>(call.parts)),
+      k7::ghost_kernel<S>,
+      dim3(static_cast<unsigned>(a.heads * k7::kGhostHalves), static_cast<unsigned>(call.parts)),
       k7::kThreads, k7::kGhostBytes, stream, call, tiles / a.heads);
   launch_sum_parts(call, stream);
 }

@@ -22,26 +22,37 @@ constexpr int kPixelRows = kWarpRows + 2 * kRadius;
 constexpr int kStrips = kColumns / kStrip;
 static_assert(kWarps == kStrips * kRows / kWarpRows);
 
-// In a tile of pixels 40 numbers are from pixel to pixel, so that 8 rows of a matrix, 16 bytes
-// each, are in different banks; 16 pixels from each strip's first one are in it.
-constexpr int kPixel = kDepth + 8;
+// A chunk is what a row of a matrix takes: 8 numbers, 16 bytes, an eighth of all banks.
+constexpr int kChunk = 8;
+// Pixels of a tile, in which are 16 from each strip's first one, and of the positions alone.
 constexpr int kTileColumns = kColumns + 8, kTilePixels = kHaloRows * kTileColumns;
-constexpr int kTile = kTilePixels * kPixel;
-constexpr int kGrads = kRows * kColumns * kPixel;
+constexpr int kGradPixels = kRows * kColumns;
+
+// Where a chunk of a pixel's channels is. Chunks change places from pixel to pixel, so that those
+// of 8 neighbouring pixels are in different banks; 8 pixels on, the places are the same.
+template <int Depth>
+__device__ int chunk_at(int pixel, int chunk) {
+  constexpr int kChunks = Depth / kChunk;
+  return pixel * Depth + (chunk ^ pixel / (8 / kChunks) % kChunks) * kChunk;
+}
+static_assert(kTileColumns % 8 == 0 && kColumns % 8 == 0);
 
 // The same pixels channel by channel: a plane of a channel, of kTilePixels numbers or, in float32,
 // of the sums for the tile's positions, one strip after the other.
-constexpr int kPlane = kTilePixels + 8, kStripSums = kRows * kStrip;
-constexpr int kPlanes = kDepth * kPlane;
-constexpr int kGradPlane = kRows * kColumns + 8, kGradPlanes = kDepth * kGradPlane;
-static_assert(kPlane * 2 >= kStrips * kStripSums * 4);
+constexpr int kPlane = kTilePixels, kStripSums = kRows * kStrip;
+constexpr int kGradPlane = kGradPixels + kChunk;
+// Planes are 8 banks apart, so that of 8 of them the last four have neighbouring chunks exchanged,
+// and their sums begin 8 numbers later.
+static_assert(kPlane / 2 % 32 == 8);
+__device__ inline int exchanged(int channel) { return channel / 4 % 2; }
+static_assert(kPlane * 2 >= (kStrips * kStripSums + 8) * 4);
 
 // A row of taps takes 4 pairs. Those of an even column are in the order (0, 1) .. (6, none), those
 // of an odd one (none, 0) .. (5, 6), so that a lane reads the pair that it holds in the band.
 constexpr int kPairs = kTapRow / 2, kPositionPairs = kKernel * kPairs;
 constexpr int kWeightPairs = kRows * kColumns * kPositionPairs;
 constexpr int kFilterPairs = kDepth * kKernel * 2 * kPairs;
-static_assert(kWeightPairs * 2 <= kPlanes);
+static_assert(kWeightPairs * 2 <= kDepth * kPlane);
 
 template <typename S>
 __device__ Pair pack(float x, float y) {
@@ -103,23 +114,24 @@ __device__ inline void transpose_quad(Pair (&pairs)[4]) {
   }
 }
 
-// Starts to copy the head's channels of Rows x Columns pixels from (top, left) into shared memory;
-// zeros outside of the map and beyond the columns that taps read. A thread has a column.
-template <int Rows, int Columns, typename S>
+// Starts to copy Depth channels of Rows x Columns pixels from (top, left) into shared memory; zeros
+// outside of the map and beyond the columns that taps read. A thread has a chunk of a column.
+template <int Depth, int Rows, int Columns, typename S>
 __device__ void copy_tile(
-    S* tile, const Map<const S>& map, const Operands<S>& a, const Tile& t, int top, int left) {
-  constexpr int kPack = 8, kPacks = kDepth / kPack, kAtOnce = kThreads / (Columns * kPacks);
-  const int channel = threadIdx.x % kPacks * kPack, item = threadIdx.x / kPacks;
+    S* tile, const Map<const S>& map, const Operands<S>& a, const Tile& t, int channel, int top,
+    int left) {
+  constexpr int kChunks = Depth / kChunk, kAtOnce = kThreads / (Columns * kChunks);
+  const int chunk = threadIdx.x % kChunks, item = threadIdx.x / kChunks;
   const int column = item % Columns, first = item / Columns;
   if (first >= kAtOnce) return;
   const bool read = column < kHaloColumns && column_inside(a, left + column);
   const int64_t step = kAtOnce * a.width * map.stride;
-  const S* from = map.data + pixel_at(a, t, top + first, left + column) * map.stride +
-                  t.head * kDepth + channel;
-  S* to = tile + (first * Columns + column) * kPixel + channel;
+  const S* from =
+      map.data + pixel_at(a, t, top + first, left + column) * map.stride + channel + chunk * kChunk;
+  S* to = tile + chunk_at<Depth>(first * Columns + column, chunk);
 #pragma unroll
   for (int row = 0; row < Rows; row += kAtOnce) {
-    copy_async(to + row * Columns * kPixel, from, read && row_inside(a, top + first + row));
+    copy_async(to + row * Columns * Depth, from, read && row_inside(a, top + first + row));
     from += step;
   }
 }
@@ -219,22 +231,54 @@ __device__ inline void band_quarters(Pair (&quarters)[4], Pair upper, Pair lower
   quarters[3] = left ? 0 : lower;
 }
 
-// Turns 8 channels of a tile of Pixels pixels into planes.
-template <int Pixels, int Plane, typename S>
-__device__ void transpose(S* planes, const S* tile, int channel, const Lane& lane) {
-  constexpr int kMatrices = Pixels / 8;
-  const S* from = tile + lane.index % 8 * kPixel + channel;
-  S* to = planes + (channel + lane.row) * Plane + 2 * lane.column;
+// Turns 8 channels of a tile into planes. Of each 4 * Parts matrices of 8 pixels a warp has the
+// part's 4; place(i) is where matrix i is in its plane. Loads of kAtOnce matrices are under way at
+// a time.
+template <int Depth, int Pixels, int Plane, int Parts, typename S, typename Place>
+__device__ void transpose(
+    S* planes, const S* tile, int channel, int part, const Lane& lane, const Place& place) {
+  constexpr int kMatrices = Pixels / 8, kStep = 4 * Parts, kAtOnce = 4 * kStep;
+  const int own = part * 4 + lane.index / 8;
+  const S* from = tile + chunk_at<Depth>(lane.index % 8, channel / kChunk) + own * 8 * Depth;
+  S* to = planes + (channel + lane.row) * Plane + 2 * lane.column + part * 4 * kChunk;
 #pragma unroll
-  for (int first = 0; first < kMatrices; first += 4) {
-    const int own = first + lane.index / 8;
-    Pair pairs[4];
-    load_transposed(pairs, from + (own < kMatrices ? own : kMatrices - 1) * 8 * kPixel);
+  for (int begin = 0; begin < kMatrices; begin += kAtOnce) {
+    Pair pairs[kAtOnce / kStep][4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i)
-      if (first + i < kMatrices) *reinterpret_cast<Pair*>(to + (first + i) * 8) = pairs[i];
+    for (int first = begin; first < begin + kAtOnce && first < kMatrices; first += kStep) {
+      // The last step may have fewer; lanes without a matrix load one again.
+      const int back = first + kStep > kMatrices ? max(0, first + own - kMatrices + 1) : 0;
+      load_transposed(pairs[(first - begin) / kStep], from + (first - back) * 8 * Depth);
+    }
+#pragma unroll
+    for (int first = begin; first < begin + kAtOnce && first < kMatrices; first += kStep)
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (first + kStep <= kMatrices || first + part * 4 + i < kMatrices)
+          *reinterpret_cast<Pair*>(to + place(first + i)) = pairs[(first - begin) / kStep][i];
   }
 }
+template <int Depth, int Parts, typename S>
+__device__ void transpose_pixels(
+    S* planes, const S* tile, int channel, int part, const Lane& lane) {
+  const int exchange = exchanged(lane.row) * kChunk;
+  transpose<Depth, kTilePixels, kPlane, Parts>(planes, tile, channel, part, lane, [&](int i) {
+    return i * kChunk + (i % 2 ? -exchange : exchange);
+  });
+}
+
+// The lane's row of the matrices of a first factor, at the first row of a channel's plane: columns
+// 0 to 7 of image rows, 8 to 15 twice, and 16 to 23. `exchange` is what exchanged chunks add in
+// even rows of taps and subtract in odd ones.
+struct PlaneRow {
+  int offset, exchange;
+
+  __device__ explicit PlaneRow(const Lane& lane) {
+    const int chunk = lane.index % 8 * (kTileColumns / kChunk) + (lane.index / 8 + 1) / 2;
+    offset = chunk * kChunk;
+    exchange = chunk % 2 ? -kChunk : kChunk;
+  }
+};
 
 // Planes of the sums over taps of filter[o, c] * tile[q + o, c], for 8 channels of the head and all
 // positions q of the tile. A channel's plane of pixels makes room for its sums. In a product the
@@ -243,18 +287,21 @@ __device__ void transpose(S* planes, const S* tile, int channel, const Lane& lan
 template <typename S>
 __device__ void convolve(S* planes, const Pair* filter, int channel, const Lane& lane) {
   constexpr int kAtOnce = 2;
-  const S* from = planes + lane.index % 8 * kTileColumns + (lane.index / 8 + 1) / 2 * 8;
+  const PlaneRow plane_row(lane);
   const Pair* band = filter + lane.row % 2 * kPairs + lane.pair();
   const bool left = lane.left();
 #pragma unroll 1
   for (int end = channel + kWarpChannels; channel < end; channel += kAtOnce) {
+    const int exchange = exchanged(channel) ? plane_row.exchange : 0;
+    const S* even = planes + channel * kPlane + plane_row.offset + exchange;
+    const S* odd = planes + channel * kPlane + plane_row.offset - exchange;
     float sums[kAtOnce][4] = {};
 #pragma unroll
     for (int ky = 0; ky < kKernel; ++ky) {
 #pragma unroll
       for (int i = 0; i < kAtOnce; ++i) {
         Pair pixels[4];
-        load_matrices(pixels, from + (channel + i) * kPlane + ky * kTileColumns);
+        load_matrices(pixels, (ky % 2 ? odd : even) + i * kPlane + ky * kTileColumns);
         const Pair taps = band[((channel + i) * kKernel + ky) * 2 * kPairs];
         multiply_add<S>(sums[i], pixels, left ? taps : 0, left ? 0 : taps);
       }
@@ -263,7 +310,8 @@ __device__ void convolve(S* planes, const Pair* filter, int channel, const Lane&
 #pragma unroll
     for (int i = 0; i < kAtOnce; ++i) {
       float* plane = reinterpret_cast<float*>(planes + (channel + i) * kPlane);
-      float2* to = reinterpret_cast<float2*>(plane + lane.row * kStrip + 2 * lane.column);
+      float2* to = reinterpret_cast<float2*>(
+          plane + exchanged(channel) * 8 + lane.row * kStrip + 2 * lane.column);
       to[0] = {sums[i][0], sums[i][1]};
       to[kStripSums / 2] = {sums[i][2], sums[i][3]};
     }
@@ -281,12 +329,13 @@ __device__ void gather(
   float sums[kWarpRows / 2][kDepth / 8][4] = {};
   if (a.ghost_add) {
     const int channel = lane.channel();
-    transpose<kTilePixels, kPlane>(planes, tile, channel, lane);
+    transpose_pixels<kDepth, 1>(planes, tile, channel, 0, lane);
     __syncwarp();
     convolve(planes, filter, channel, lane);
     __syncthreads();
     const float* from = reinterpret_cast<const float*>(planes) + lane.strip * kRows +
-                        lane.top * kStrip + lane.row + 2 * lane.column * (kPlane / 2);
+                        lane.top * kStrip + lane.row + 2 * lane.column * (kPlane / 2) +
+                        exchanged(2 * lane.column) * 8;
 #pragma unroll
     for (int row = 0; row < kWarpRows; ++row)
 #pragma unroll
@@ -297,13 +346,18 @@ __device__ void gather(
   }
 
   const bool left = lane.left();
-  const S* from = tile + (lane.top * kTileColumns + lane.strip) * kPixel +
-                  lane.index % 16 * kPixel + lane.index / 16 * 8;
+  const S* halves[2];  // of the channels
+#pragma unroll
+  for (int half = 0; half < 2; ++half)
+    halves[half] = tile + chunk_at<kDepth>(
+                              lane.top * kTileColumns + lane.strip + lane.index % 16,
+                              2 * half + lane.index / 16);
 #pragma unroll
   for (int row = 0; row < kPixelRows; ++row) {
     Pair pixels[2][4];
-    load_transposed(pixels[0], from + row * kTileColumns * kPixel);
-    load_transposed(pixels[1], from + row * kTileColumns * kPixel + kDepth / 2);
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+      load_transposed(pixels[half], halves[half] + row * kTileColumns * kDepth);
 #pragma unroll
     for (int j = 0; j < kWarpRows / 2; ++j) {
       const int ky = row - 2 * j;  // of the upper positions; the lower ones' is one less

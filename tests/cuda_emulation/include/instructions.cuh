@@ -35,10 +35,15 @@ inline void load(Pair (&matrices)[4], const void* row, bool transposed) {
   using Row = std::array<uint16_t, 8>;
   emulation::require(
       reinterpret_cast<uintptr_t>(row) % sizeof(Row) == 0, "rows of a matrix start at 16 bytes");
+  const auto places = emulation::share(reinterpret_cast<uintptr_t>(row));
+  const int lane = static_cast<int>(threadIdx.x % kWarp);
+  for (int other = lane / 8 * 8; other < lane; ++other)
+    emulation::require(
+        (places[lane] - places[other]) / sizeof(Row) % 8 != 0,
+        "rows of a matrix are in different memory banks");
   Row own;
   std::memcpy(&own, row, sizeof(own));
   const auto rows = emulation::share(own);
-  const int lane = static_cast<int>(threadIdx.x % kWarp);
   for (int i = 0; i < 4; ++i) {
     uint16_t numbers[2];
     for (int j = 0; j < 2; ++j) {
