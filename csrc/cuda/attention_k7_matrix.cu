@@ -224,10 +224,15 @@ __global__ void __launch_bounds__(kThreads, 4) ghost_kernel(Backward<S> call, in
   const int channel = lane.warp * kGhostWarpChannels;
   // Two warps turn the same 8 channels.
   const int turned = lane.warp % 2 * kChunk, part = lane.warp / 2;
+  // Of a channel's pixels: columns 0 to 7 of two rows of taps, then 8 to 15; behind the former,
+  // 16 to 23.
+  constexpr int kRowChunks = kTileColumns / kChunk;
+  const int chunk = (lane.index % 8 + lane.index / 8 % 2) * kRowChunks + lane.index / 16;
+  const S* pixels_of_two = planes + channel * kPlane + (chunk ^ exchanged(channel)) * kChunk;
   const PlaneRow plane_row(lane);
-  const int exchange = exchanged(channel) ? plane_row.exchange : 0;
-  const S* even = planes + channel * kPlane + plane_row.offset + exchange;
-  const S* odd = planes + channel * kPlane + plane_row.offset - exchange;
+  const S* pixels_of_last = planes + channel * kPlane + plane_row.offset +
+                            (exchanged(channel) ? plane_row.exchange : 0) +
+                            (kKernel - 1) * kTileColumns;
   // Rows of positions are two chunks, so that those of the last four rows are exchanged.
   const int strip = lane.index / 8 % 2 ^ lane.index % 8 / 4;
   const S* grad = grad_planes + (channel + lane.index / 16) * kGradPlane +
@@ -259,15 +264,30 @@ __global__ void __launch_bounds__(kThreads, 4) ghost_kernel(Backward<S> call, in
       load_transposed(positions, grad + two * kGradPlane);
 #pragma unroll
       for (int c = two; c < two + 2; ++c) {
+        const Pair upper = positions[c % 2 * 2], lower = positions[c % 2 * 2 + 1];
 #pragma unroll
-        for (int ky = 0; ky < kKernel; ++ky) {
-          Pair pixels[4];
-          load_transposed(pixels, (ky % 2 ? odd : even) + c * kPlane + ky * kTileColumns);
-          float products[4] = {};
-          multiply_add<S>(products, pixels, positions[c % 2 * 2], positions[c % 2 * 2 + 1]);
-          sums[c][ky][0] += first >= 0 ? products[0] : products[2];
-          sums[c][ky][1] += second >= 0 ? products[1] : products[3];
+        for (int ky = 0; ky < kKernel - 1; ky += 2) {
+          const S* from = pixels_of_two + c * kPlane + ky * kTileColumns;
+          Pair near[4], right[2];
+          load_transposed(near, from);
+          load_transposed(right, from + 2 * kChunk);
+          const Pair far[4] = {near[2], near[3], right[0], right[1]};
+          float products[2][4] = {};  // of pixels 0 to 7 and 8 to 15 with positions
+          multiply_add<S>(products[0], near, upper, lower);
+          multiply_add<S>(products[1], far, upper, lower);
+#pragma unroll
+          for (int two_ky = 0; two_ky < 2; ++two_ky) {
+            float (&sum)[2] = sums[c][ky + two_ky];
+            sum[0] += first >= 0 ? products[0][2 * two_ky] : products[1][2 * two_ky];
+            sum[1] += second >= 0 ? products[0][2 * two_ky + 1] : products[1][2 * two_ky + 1];
+          }
         }
+        Pair pixels[4];
+        load_transposed(pixels, pixels_of_last + c * kPlane);
+        float products[4] = {};
+        multiply_add<S>(products, pixels, upper, lower);
+        sums[c][kKernel - 1][0] += first >= 0 ? products[0] : products[2];
+        sums[c][kKernel - 1][1] += second >= 0 ? products[1] : products[3];
       }
     }
   }

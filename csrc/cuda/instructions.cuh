@@ -66,6 +66,15 @@ __device__ inline void load_transposed(Pair (&matrices)[4], const void* row) {
                  : "r"(address)
                  : "memory");
 }
+// Two matrices, whose rows lanes 0 to 15 name.
+__device__ inline void load_transposed(Pair (&matrices)[2], const void* row) {
+  const auto address = static_cast<unsigned>(__cvta_generic_to_shared(row));
+  if constexpr (kHasMatrices)
+    asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+                 : "=r"(matrices[0]), "=r"(matrices[1])
+                 : "r"(address)
+                 : "memory");
+}
 
 // sum (16 x 8) += a (16 x 16) * b (16 x 8). The quarters of a follow each other by columns:
 // {upper left, lower left, upper right, lower right}; b0 and b1 are the upper and lower half of b,

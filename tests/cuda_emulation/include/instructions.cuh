@@ -31,20 +31,21 @@ float half_of(Pair pair, int second) {
   return number(numbers[second]);
 }
 
-inline void load(Pair (&matrices)[4], const void* row, bool transposed) {
+template <int Count>
+void load(Pair (&matrices)[Count], const void* row, bool transposed) {
   using Row = std::array<uint16_t, 8>;
   emulation::require(
       reinterpret_cast<uintptr_t>(row) % sizeof(Row) == 0, "rows of a matrix start at 16 bytes");
   const auto places = emulation::share(reinterpret_cast<uintptr_t>(row));
   const int lane = static_cast<int>(threadIdx.x % kWarp);
-  for (int other = lane / 8 * 8; other < lane; ++other)
+  for (int other = lane / 8 * 8; other < lane && lane < 8 * Count; ++other)
     emulation::require(
         (places[lane] - places[other]) / sizeof(Row) % 8 != 0,
         "rows of a matrix are in different memory banks");
-  Row own;
-  std::memcpy(&own, row, sizeof(own));
+  Row own{};
+  if (lane < 8 * Count) std::memcpy(&own, row, sizeof(own));
   const auto rows = emulation::share(own);
-  for (int i = 0; i < 4; ++i) {
+  for (int i = 0; i < Count; ++i) {
     uint16_t numbers[2];
     for (int j = 0; j < 2; ++j) {
       const int first = lane / 4, second = lane % 4 * 2 + j;
@@ -59,7 +60,8 @@ inline void load(Pair (&matrices)[4], const void* row, bool transposed) {
 inline void load_matrices(Pair (&matrices)[4], const void* row) {
   emulated::load(matrices, row, false);
 }
-inline void load_transposed(Pair (&matrices)[4], const void* row) {
+template <int Count>
+void load_transposed(Pair (&matrices)[Count], const void* row) {
   emulated::load(matrices, row, true);
 }
 
