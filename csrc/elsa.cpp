@@ -1,5 +1,5 @@
-// The operator's schema. Kernels register themselves at the foot of their own files; autograd,
-// autocast and fake kernels are registered in elsa_core/operator.py.
+// The operators' schemas. Kernels register themselves at the foot of their own files; autograd,
+// autocast and fake kernels are registered in elsa_core/operator.py and elsa_core/_grouped_conv.py.
 #include <torch/csrc/stable/library.h>
 
 #include <sstream>
@@ -14,6 +14,10 @@ STABLE_TORCH_LIBRARY(elsa, m) {
       "attention_backward(Tensor grad, Tensor value, Tensor logits, Tensor? ghost_add, "
       "Tensor? ghost_mul, SymInt kernel_size, SymInt dilation, bool ghost_gradients=True) -> "
       "(Tensor, Tensor, Tensor, Tensor)");
+  m.def("grouped_conv(Tensor query, Tensor key, Tensor weight, Tensor? bias) -> Tensor");
+  m.def(
+      "grouped_conv_backward(Tensor grad, Tensor query, Tensor key, Tensor weight, Tensor? bias) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 }
 
 // What newer compilers take from newer libraries, defined here as glibc.h says.

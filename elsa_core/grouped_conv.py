@@ -1,8 +1,15 @@
 """Grouped convolution of the product of two maps, which makes ELSA's logits, in several forms.
 
-`torch` is PyTorch's grouped convolution, and the default. `dense` joins groups in blocks with
-zeros between them: a GPU may have fast kernels for wide groups alone. Both compute the
-same from the same parameters. Choose by the environment variable ELSA_CONVOLUTION or by `use`.
+- `torch`: PyTorch's grouped convolution, the default. On CPUs it is the fastest form.
+- `dense`: the same with fewer and wider groups, and zeros between those of the weight. A GPU may
+  have fast kernels for wide groups alone.
+- `cuda`: the operator ``elsa::grouped_conv``, CUDA kernels for float16 and bfloat16 that multiply
+  query and key as they read them. They serve a kernel size of 7, groups of 4 or 8 channels,
+  multiples of 8 channels, and devices of compute capability 8.0 or later; all else goes to `torch`.
+  They are differentiable once, in reverse mode.
+
+All compute the same from the same parameters. Choose by the environment variable ELSA_CONVOLUTION
+or by `use`.
 """
 
 from __future__ import annotations
@@ -14,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._grouped_conv import has_cuda_kernels, is_served
+
 __all__ = ["CHOICES", "chosen", "dense_weight", "product_conv2d", "use"]
 
-CHOICES = ("torch", "dense")
+CHOICES = ("torch", "dense", "cuda")
 VARIABLE = "ELSA_CONVOLUTION"
 DENSE_CHANNELS = 64
 """Least channels of a dense block: the narrowest tile in which tensor cores are fully used.
@@ -28,6 +37,11 @@ Each channel is multiplied by all others of its block, so that wider ones cost a
 def _checked(name: str, source: str) -> str:
     if name not in CHOICES:
         raise ValueError(f"{source} must be one of {', '.join(CHOICES)}, got {name!r}")
+    if name == "cuda" and not has_cuda_kernels():
+        raise RuntimeError(
+            f"{source} is 'cuda', but this installation has no CUDA kernels for devices of compute "
+            "capability 8.0 or later: build it with FORCE_CUDA=1, or choose torch or dense"
+        )
     return name
 
 
@@ -46,7 +60,7 @@ class use:
     at the end of the block. Keep the choice until the backward pass where activations are
     recomputed.
 
-    Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name, RuntimeError for `cuda` where there are no such kernels.
     """
 
     def __init__(self, name: str) -> None:
@@ -67,13 +81,15 @@ def product_conv2d(
 ) -> Tensor:
     """Convolve ``query * key``, [B, H, W, C] each, in the chosen form: [B, H, W, C].
 
-    Differentiable in all tensors. In `dense`, a product that is infinite or NaN makes NaN of all
-    channels of its block, not of its group alone.
+    A product that is infinite or NaN makes NaN not only in its group, but also in the groups that
+    share a block with it: in `dense` of DENSE_CHANNELS channels, in `cuda` of 8.
 
     Args:
         weight: [C, C / groups, K, K], K odd; the maps are padded with zeros to keep their size.
         bias: [C], or None for none.
     """
+    if _chosen == "cuda" and is_served(query, key, weight):
+        return torch.ops.elsa.grouped_conv(query, key, weight, bias)
     if _chosen == "dense":
         groups_per_block = _groups_per_block(groups, weight.shape[1])
         weight = dense_weight(weight, groups, groups_per_block)

@@ -80,11 +80,34 @@ OLD = f"{LOW} or nan or properties and (published or extreme)"
 )
 def test_kernels_pass_the_tests_of_a_gpu(emulated, order, shared, capability, wanted, least):
     """And have the operator's properties."""
+    assert (
+        passed(emulated, TESTS, "not narrower" if ALL else wanted, order, capability, shared)
+        > least
+    )
+
+
+@pytest.mark.parametrize(
+    "order, capability, wanted, least",
+    [
+        ("0", "9.0", "not old", 60),
+        ("1", "9.0", "agrees or parts", 32),
+        ("2", "9.0", "agrees", 31),
+        ("0", "7.5", "old", 0),
+    ],
+    ids=["in order", "in reverse", "shuffled", "old"],
+)
+def test_grouped_convolution_passes_the_tests_of_a_gpu(emulated, order, capability, wanted, least):
+    test = ROOT / "tests/core/test_cuda_grouped_conv.py"
+    assert passed(emulated, [test], wanted, order, capability) > least
+
+
+def passed(folder, tests, wanted, order, capability, shared="232448"):
+    """How many of the wanted tests there are, all of which must pass."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ELSA_EMULATION": "1"}
     environment |= {"ELSA_EMULATION_ORDER": order, "ELSA_EMULATION_SHARED": shared}
     environment["ELSA_EMULATION_CAPABILITY"] = capability
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
-    command += ["-c", ROOT / "pyproject.toml", *TESTS, "-k", "not narrower" if ALL else wanted]
-    done = subprocess.run(command, cwd=emulated, env=environment, capture_output=True, text=True)
+    command += ["-c", ROOT / "pyproject.toml", *tests, "-k", wanted]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:]
-    assert int(re.search(r"(\d+) passed", done.stdout)[1]) > least
+    return int(re.search(r"(\d+) passed", done.stdout)[1])

@@ -1,12 +1,13 @@
 """The forms of the grouped convolution of a product: all are PyTorch's, in value and gradients."""
 
-import runpy
+from importlib import util
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from elsa_core import ELSASwin, grouped_conv
+from elsa_core import ELSASwin, _grouped_conv, grouped_conv
 from elsa_core.layers import ELSA, ChannelsLastConv2d
 
 SHAPES = {  # batch, height, width, groups, channels of a group, kernel size
@@ -166,6 +167,131 @@ def test_hooks_and_layers_of_a_users_own_are_called():
     assert torch.equal(*results)
 
 
+OPERATOR_SHAPES = {name: SHAPES[name] for name in ("tiny, stage 1", "one pixel", "batch 0")}
+
+
+@pytest.mark.parametrize("shape", OPERATOR_SHAPES.values(), ids=OPERATOR_SHAPES)
+@pytest.mark.parametrize("has_bias", [True, False], ids=["bias", "no bias"])
+def test_operator_has_default_kernels(shape, has_bias):
+    """Whatever the device and type; what the CUDA kernels serve is in test_cuda_grouped_conv.py."""
+    *inputs, bias = make_inputs(shape)
+    inputs += [bias] * has_bias
+
+    def functions(function):
+        return lambda *tensors: function(*tensors) if has_bias else function(*tensors, None)
+
+    results = value_and_gradients(functions(torch.ops.elsa.grouped_conv), inputs)
+    torch.testing.assert_close(results, value_and_gradients(functions(definition), inputs))
+    assert all(result.is_contiguous() for result in results)
+
+
+def test_operator_is_registered_as_pytorch_wants():
+    inputs = make_inputs((1, 3, 4, 2, 4, 3))
+    backward = [torch.randn(1, 3, 4, 8, dtype=torch.float64), *(t.detach() for t in inputs)]
+    for bias in (True, False):
+        torch.library.opcheck(
+            torch.ops.elsa.grouped_conv, (*inputs[:3], inputs[3] if bias else None)
+        )
+        torch.library.opcheck(
+            torch.ops.elsa.grouped_conv_backward, (*backward[:4], backward[4] if bias else None)
+        )
+    assert torch.autograd.gradcheck(torch.ops.elsa.grouped_conv, inputs, fast_mode=True)
+
+
+def test_operator_casts_in_autocast():
+    inputs = make_inputs(SHAPES["one pixel"], torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = torch.ops.elsa.grouped_conv(*inputs)
+    assert out.dtype == torch.bfloat16
+    grads = torch.autograd.grad(out.sum(), inputs)
+    assert {grad.dtype for grad in grads} == {torch.float32}
+
+
+def test_operator_says_what_it_cannot_differentiate():
+    inputs = make_inputs(SHAPES["one pixel"])
+    out = torch.ops.elsa.grouped_conv(*inputs)
+    (grad,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match="differentiable once: .*torch or dense"):
+        grad.sum().backward()
+    with pytest.raises(NotImplementedError, match="grouped_conv has no forward-mode derivative"):
+        torch.func.jvp(
+            lambda query: torch.ops.elsa.grouped_conv(query, *inputs[1:]),
+            (inputs[0].detach(),),
+            (torch.ones_like(inputs[0]),),
+        )
+
+
+@pytest.mark.parametrize(
+    "change, error, words",
+    [
+        ({"query": torch.ones(2, 3, 8)}, ValueError, r"query \[B, H, W, C\].*got \[2, 3, 8\]"),
+        ({"key": torch.ones(1, 3, 4, 6)}, ValueError, r"key of shape \[1, 3, 4, 8\], got .* 6\]"),
+        ({"weight": torch.ones(6, 4, 3, 3)}, ValueError, r"weight \[C, width, K, K\], got"),
+        ({"weight": torch.ones(8, 3, 3, 3)}, ValueError, r"C a multiple of width.*\[8, 3, 3, 3\]"),
+        ({"weight": torch.ones(8, 4, 2, 2)}, ValueError, r"K odd, got \[8, 4, 2, 2\]"),
+        ({"bias": torch.ones(4)}, ValueError, r"bias of shape \[8\], got \[4\]"),
+        ({"key": torch.ones(1, 3, 4, 8).double()}, TypeError, "float32 for query and .*64 for key"),
+        ({"key": torch.ones(1, 3, 4, 8, device="meta")}, ValueError, "cpu for query and meta for"),
+    ],
+    ids=str,
+)
+def test_operator_refuses_what_does_not_match(change, error, words):
+    tensors = {name: torch.ones(1, 3, 4, 8) for name in ("query", "key")}
+    tensors |= {"weight": torch.ones(8, 4, 3, 3), "bias": torch.ones(8)} | change
+    with pytest.raises(error, match=words):
+        _grouped_conv.check(**tensors)
+
+
+@pytest.mark.parametrize(
+    "served, change",
+    [
+        (True, {}),
+        (False, {"device": "cpu"}),
+        (False, {"dtype": torch.float32}),
+        (False, {"weight_dtype": torch.float32}),
+        (True, {"weight_dtype": torch.float32, "autocast": torch.float16}),
+        (False, {"autocast": torch.bfloat16}),
+        (False, {"weight": (12, 4, 7, 7)}),
+        (False, {"weight": (16, 2, 7, 7)}),
+        (False, {"weight": (16, 8, 5, 5)}),
+        (True, {"weight": (16, 8, 7, 7)}),
+        (False, {"width": 2**22}),
+        (False, {"major": 7}),
+    ],
+    ids=str,
+)
+def test_what_the_cuda_kernels_serve(monkeypatch, served, change):
+    case = {"device": "cuda", "dtype": torch.float16, "weight": (16, 4, 7, 7), "width": 5}
+    case |= {"weight_dtype": torch.float16, "autocast": None, "major": 8} | change
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: case["autocast"] is not None)
+    monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: case["autocast"])
+    properties = SimpleNamespace(major=case["major"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    device = SimpleNamespace(type=case["device"])
+    shape = (1, 3, case["width"], case["weight"][0])
+    query = SimpleNamespace(device=device, dtype=case["dtype"], shape=shape)
+    weight = SimpleNamespace(dtype=case["weight_dtype"], shape=case["weight"])
+    assert _grouped_conv.is_served(query, query, weight) == served
+
+
+@pytest.mark.parametrize("served", [True, False])
+def test_operator_is_called_where_it_serves(monkeypatch, served):
+    monkeypatch.setattr(grouped_conv, "has_cuda_kernels", lambda: True)
+    monkeypatch.setattr(grouped_conv, "is_served", lambda *tensors: served)
+    inputs = make_inputs(SHAPES["tiny, stage 1"])
+    with grouped_conv.use("cuda"):
+        out = convolve(*inputs)
+        # The compiler sees one operator.
+        graphs = []
+        compiled = torch.compile(
+            convolve, fullgraph=True, backend=lambda g, _: graphs.append(g) or g
+        )
+        torch.testing.assert_close(compiled(*inputs), out)
+    assert ("PermuteBackward" in str(out.grad_fn)) != served
+    assert ("elsa.grouped_conv" in str(graphs[0].graph)) == served
+    torch.testing.assert_close(out, definition(*inputs))
+
+
 def test_choice_is_restored_or_stays():
     assert grouped_conv.chosen() == "torch"
     with pytest.raises(KeyError), grouped_conv.use("dense"):
@@ -177,16 +303,43 @@ def test_choice_is_restored_or_stays():
     grouped_conv.use("torch")
 
 
+def imported_anew():
+    spec = util.spec_from_file_location("elsa_core._anew", grouped_conv.__file__)
+    module = util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
 def test_unknown_form_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="must be one of torch, dense.*, got 'fast'"):
+    with pytest.raises(ValueError, match="must be one of torch, dense, cuda, got 'fast'"):
         grouped_conv.use("fast")
     assert grouped_conv.chosen() == "torch"
     monkeypatch.setenv("ELSA_CONVOLUTION", "Dense")
     with pytest.raises(ValueError, match="^ELSA_CONVOLUTION must be one of .*, got 'Dense'$"):
-        runpy.run_path(grouped_conv.__file__)
+        imported_anew()
     for name in ("dense", ""):
         monkeypatch.setenv("ELSA_CONVOLUTION", name)
-        assert runpy.run_path(grouped_conv.__file__)["chosen"]() == (name or "torch")
+        assert imported_anew().chosen() == (name or "torch")
+
+
+def test_kernels_that_are_not_there_are_refused(monkeypatch):
+    monkeypatch.setattr(_grouped_conv, "has_cuda_kernels", lambda: False)
+    monkeypatch.setattr(grouped_conv, "has_cuda_kernels", lambda: False)
+    with pytest.raises(RuntimeError, match="'cuda', but this installation has no CUDA kernels"):
+        grouped_conv.use("cuda")
+    assert grouped_conv.chosen() == "torch"
+    monkeypatch.setenv("ELSA_CONVOLUTION", "cuda")
+    with pytest.raises(RuntimeError, match="^ELSA_CONVOLUTION is 'cuda', but"):
+        imported_anew()
+
+
+@pytest.mark.parametrize("architectures, there", [("", False), ("750", False), ("750,900", True)])
+def test_kernels_are_there_if_compiled_for_tensor_cores(monkeypatch, architectures, there):
+    dispatch = "_dispatch_has_kernel_for_dispatch_key"
+    monkeypatch.setattr(torch._C, dispatch, lambda name, key: bool(architectures))
+    operators = SimpleNamespace(elsa=SimpleNamespace(cuda_architectures=lambda: architectures))
+    monkeypatch.setattr(torch, "ops", operators)
+    assert _grouped_conv.has_cuda_kernels() == there
 
 
 def test_convolution_of_one_map_has_no_form():

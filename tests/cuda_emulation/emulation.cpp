@@ -1,6 +1,7 @@
 // Threads of a block as contexts of one CPU thread. Between two barriers they run one after the
 // other, in an order that ELSA_EMULATION_ORDER gives: 0 as they are numbered, 1 in reverse, others
-// shuffled. A kernel whose threads race has other results in another order. Shared memory begins as
+// shuffled. A warp goes ahead of the others up to the block's barrier, but for those shuffled. A
+// kernel whose threads race has other results in another order. Shared memory begins as
 // NaN, and is NaN beyond what a launch asked for, where writing fails.
 #include "emulation.h"
 
@@ -98,26 +99,29 @@ void resume(unsigned index) {
   setcontext(&current->start);
 }
 
-// Lets those go on whose barrier is complete; whether there are any.
-bool release() {
-  bool any = false;
-  for (size_t first = 0; first < all.size(); first += kWarp) {
+// Threads that go on: a warp whose barrier is complete, in the first order always the first one, in
+// reverse the last one, or else all at the block's barrier; none at the end.
+struct Range {
+  size_t first, last;
+};
+Range release(std::mt19937& random, int chosen) {
+  const size_t warps = all.size() / kWarp, start = chosen > 1 ? random() % warps : 0;
+  for (size_t i = 0; i < warps; ++i) {
+    const size_t first = (chosen == 1 ? warps - 1 - i : (start + i) % warps) * kWarp;
     const auto begin = all.begin() + first, end = begin + kWarp;
     const auto waits = [](const Thread& t) { return t.state == State::at_warp; };
-    if (!std::any_of(begin, end, waits)) continue;
     if (!std::all_of(begin, end, waits)) continue;
     std::for_each(begin, end, [](Thread& t) { t.state = State::ready; });
-    any = true;
+    return {first, first + kWarp};
   }
-  if (any) return true;
-  for (const Thread& t : all)
-    require(t.state != State::at_warp, "all lanes of a warp must come to its barrier");
+  bool any = false;
   for (Thread& t : all) {
+    require(t.state != State::at_warp, "all lanes of a warp must come to its barrier");
     if (t.state != State::at_block) continue;
     t.state = State::ready;
     any = true;
   }
-  return any;
+  return {0, any ? all.size() : 0};
 }
 
 void run_block(std::mt19937& random, int chosen) {
@@ -127,14 +131,14 @@ void run_block(std::mt19937& random, int chosen) {
     t.exchanges = 0;
     t.copies.clear();
   }
-  std::vector<unsigned> sequence(all.size());
-  std::iota(sequence.begin(), sequence.end(), 0u);
-  if (chosen == 1) std::reverse(sequence.begin(), sequence.end());
-  do {
+  for (Range next{0, all.size()}; next.first < next.last; next = release(random, chosen)) {
+    std::vector<unsigned> sequence(next.last - next.first);
+    std::iota(sequence.begin(), sequence.end(), static_cast<unsigned>(next.first));
+    if (chosen == 1) std::reverse(sequence.begin(), sequence.end());
     if (chosen > 1) std::shuffle(sequence.begin(), sequence.end(), random);
     for (const unsigned index : sequence)
       if (all[index].state == State::ready) resume(index);
-  } while (release());
+  }
 }
 
 }  // namespace

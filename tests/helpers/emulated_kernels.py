@@ -12,7 +12,7 @@ from elsa_core._range import TORCH_WITH_EXTENSION as TARGET
 ROOT = Path(__file__).resolve().parents[2]
 EMULATION = ROOT / "tests/cuda_emulation"
 KERNELS = sorted((ROOT / "csrc/cuda").glob("*.cu"))
-SOURCES = [EMULATION / "emulation.cpp", EMULATION / "attention.cpp", *KERNELS]
+SOURCES = [*sorted(EMULATION.glob("*.cpp")), *KERNELS]
 COMPILER = os.environ.get("CXX") or shutil.which("c++") or "g++"
 # The standard that the headers of the newest PyTorch need.
 FLAGS = ["-O2", "-g0", "-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wno-unknown-pragmas"]

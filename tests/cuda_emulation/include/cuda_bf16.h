@@ -22,3 +22,8 @@ inline float2 __bfloat1622float2(__nv_bfloat162 pair) {
 inline __nv_bfloat162 __floats2bfloat162_rn(float x, float y) {
   return {__float2bfloat16_rn(x), __float2bfloat16_rn(y)};
 }
+inline __nv_bfloat162 __hmul2(__nv_bfloat162 a, __nv_bfloat162 b) {
+  return {
+      __float2bfloat16_rn(__bfloat162float(a.x) * __bfloat162float(b.x)),
+      __float2bfloat16_rn(__bfloat162float(a.y) * __bfloat162float(b.y))};
+}

@@ -15,8 +15,11 @@
 #define __shared__
 #define __launch_bounds__(...)
 
-struct float2 {
+struct alignas(8) float2 {
   float x, y;
+};
+struct alignas(8) uint2 {
+  uint32_t x, y;
 };
 struct alignas(16) float4 {
   float x, y, z, w;
