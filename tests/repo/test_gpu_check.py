@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from gpu import probe, rehearsal, sanitizers, schedule, summary, tables  # noqa: E402
+from gpu.common import has_triton  # noqa: E402
 
 POISON = """
 
@@ -75,13 +76,15 @@ def test_rehearsal_runs_every_step_and_writes_every_file(emulation, tmp_path):
     contenders = {row["contender"] for row in rows if row["step"] == "operator" and "us" in row}
     assert {"cuda", "compiled", "copy"} <= contenders
     timed = {(row["contender"], row["mode"], row["graph"]) for row in rows if "us_per_image" in row}
-    names = {name for name, _, _ in timed}
-    assert {"elsa", "swin", "elsa, dense"} <= names and len(timed) == 4 * len(names)
+    for name in ("elsa", "swin", "elsa, dense"):
+        assert sum(contender == name for contender, _, _ in timed) == 4
+    counts = {row["set"]: row["passed"] for row in rows if row["step"] == "tests" and "set" in row}
+    assert counts["cuda"] > 1 and (not has_triton() or counts["triton"])
     suite = ElementTree.parse(tmp_path / "tests.xml").getroot()[0]
-    assert int(suite.get("tests")) == len(suite) > 4 and suite.get("failures") == "0"
+    assert int(suite.get("tests")) == len(suite) > 1 and suite.get("failures") == "0"
     said = (tmp_path / "sanitizer.txt").read_text()
     assert said.count("all calls done") == 4 and "RACECHECK SUMMARY: 0 hazards" in said
-    assert (tmp_path / "profile.txt").read_text().count(" ms of kernels in a training step") > 3
+    assert (tmp_path / "profile.txt").read_text().count(" ms of kernels in a training step") > 2
     assert '"Kernel Name"' in (tmp_path / "ncu.csv").read_text()
     assert "===== probe cuda" in log and "===== compile flex" in log
 
@@ -200,10 +203,12 @@ def test_kernels_are_right_only_when_the_probe_has_ended_and_found_nothing(rows,
 
 
 def test_failed_and_lost_tests_are_not_right():
-    counts = dict(passed=3, failed=0, skipped=1, not_run=0, text="")
+    counts = dict(set="cuda", passed=3, failed=0, skipped=1, not_run=0, text="")
     assert summary.are_right([row("tests", "all", **counts)], ["tests"])[0] == "yes"
     failed = row("tests", "all", **{**counts, "failed": 1})
     assert summary.are_right([failed], ["tests"])[0] == "NO"
+    late = row("tests", "all", **{**counts, "set": "triton", "text": "out of time"})
+    assert summary.are_right([row("tests", "all", **counts), late], ["tests"])[0] == "yes"
     lost = row("tests", "all", **{**counts, "text": "out of time"})
     assert summary.are_right([lost], ["tests"])[0] == "NOT SHOWN"
     few = [row("sanitizers", tool, state="clean", errors=0) for tool in ("memcheck", "racecheck")]

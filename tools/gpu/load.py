@@ -12,6 +12,7 @@ from .common import DEVICE, REHEARSAL, ROOT, seconds_left, step_arguments
 
 QUESTION = """
 import torch, elsa_core
+from elsa_core import backends
 from elsa_core._extension import binaries
 keys = [torch._C._dispatch_has_kernel_for_dispatch_key(name, KEY)
         for name in ("elsa::attention", "elsa::attention_backward")]
@@ -23,7 +24,9 @@ elif not hasattr(torch.ops.elsa, "cuda_architectures"):
 elif not all(keys):
     print(f"{file.name} registers no kernels for {KEY}")
 else:
-    print(f"right: {file.name} for {torch.ops.elsa.cuda_architectures()}")
+    found = ", ".join(backends.backends_of(torch.device(KEY.lower())))
+    built = torch.ops.elsa.cuda_architectures() or "the emulation"
+    print(f"right: {file.name} for {built}; back ends {found}")
 """
 
 

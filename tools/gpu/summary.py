@@ -70,12 +70,14 @@ def are_right(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, list[str]
         for row in counts:
             text = f", {row['text']}" if row["text"] else ""
             lines.append(
-                f"- tests: {row['passed']} passed, {row['failed']} failed, {row['skipped']} "
-                f"skipped, {row['not_run']} not run{text}"
+                f"- tests, {row['set']}: {row['passed']} passed, {row['failed']} failed, "
+                f"{row['skipped']} skipped, {row['not_run']} not run{text}"
             )
         failures = [row for row in rows if row["step"] == "tests" and row["case"] == "failure"]
-        lines += [f"  - {row['test']}" for row in failures[:10]]
-        known &= bool(counts) and counts[0]["passed"] > 0 and not counts[0]["text"]
+        lines += [f"  - {row['set']}, {row['test']}" for row in failures[:10]]
+        known &= any(
+            row["set"] == "cuda" and row["passed"] > 0 and not row["text"] for row in counts
+        )
         wrong += sum(row["failed"] for row in counts) or len(failures)
     forms = [row for row in rows if row["step"] == "conv" and row.get("wrong")]
     for row in forms[:6]:
