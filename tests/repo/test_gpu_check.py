@@ -63,6 +63,8 @@ def test_rehearsal_runs_every_step_and_writes_every_file(emulation, tmp_path):
     places = [text.index(f"\n## {title}") for title in titles]
     assert text.index("Kernels clean") < places[0] and places == sorted(places)
     assert "## Errors" not in text
+    for name in ("rows.jsonl", "tests.xml", "sanitizer.txt", "profile.txt", "ncu.csv"):
+        assert "rehearsal" in (tmp_path / name).read_text()
     assert json.loads((tmp_path / "machine.json").read_text())["rehearsal"] is True
 
     rows = summary.read(tmp_path / "rows.jsonl")
@@ -72,7 +74,7 @@ def test_rehearsal_runs_every_step_and_writes_every_file(emulation, tmp_path):
     assert not [row for row in rows if "error" in row]
     families = {row["family"] for row in rows if row["step"] == "probe" and "family" in row}
     kernels = {"attention_any", "attention_k7", "attention_k7_matrix"}
-    assert families == {"instructions", *kernels, "torch", "triton"}
+    assert families == {"instructions", *kernels, "torch", "triton", "grouped_conv"}
     contenders = {row["contender"] for row in rows if row["step"] == "operator" and "us" in row}
     assert {"cuda", "compiled", "copy"} <= contenders
     timed = {(row["contender"], row["mode"], row["graph"]) for row in rows if "us_per_image" in row}

@@ -11,7 +11,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -46,6 +46,7 @@ class Rows:
 
     def add(self, case: str, **figures: Any) -> None:
         row = {"step": self.step, "case": case, **{k: _plain(v) for k, v in figures.items()}}
+        row |= {"rehearsal": True} if REHEARSAL else {}
         line = json.dumps(row)
         with self.path.open("a") as file:
             file.write(line + "\n")
@@ -216,6 +217,33 @@ def operator_of(family: str) -> tuple[Callable[..., Tensor], Callable[..., tuple
     if not elsa_core.operator.has_extension or not hasattr(torch.ops.elsa, "cuda_architectures"):
         raise RuntimeError("the extension has no CUDA kernels")
     return torch.ops.elsa.attention, torch.ops.elsa.attention_backward
+
+
+def convolution() -> tuple[Callable[..., Tensor], Callable[..., tuple[Tensor, ...]]] | None:
+    """Returns ``elsa::grouped_conv`` and its backward if the device has kernels of its own."""
+    with suppress(ImportError):
+        import elsa_core.grouped_conv  # noqa: F401
+    if not hasattr(torch.ops.elsa, "grouped_conv"):
+        return None
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    if not has_kernel("elsa::grouped_conv", DEVICE.type.upper()):
+        return None
+    return torch.ops.elsa.grouped_conv, torch.ops.elsa.grouped_conv_backward
+
+
+def draw_convolution(
+    shape: Sequence[int], width: int, dtype: torch.dtype, device: torch.device | str
+) -> list[Tensor]:
+    """Returns the gradient of the output, query, key, weight and bias, drawn on ``device``.
+
+    Args:
+        shape: batch, height, width, channels.
+        width: channels of a group.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    sizes = [shape] * 3 + [(shape[-1], width, 7, 7), shape[-1:]]
+    drawn = [torch.randn(*size, generator=generator, device=device) for size in sizes]
+    return [tensor.to(dtype) for tensor in drawn]
 
 
 def draw(

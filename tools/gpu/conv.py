@@ -15,7 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .common import DEVICE, DTYPES, REHEARSAL, Rows, step_arguments, time_us
+from .common import (
+    DEVICE,
+    DTYPES,
+    REHEARSAL,
+    Rows,
+    convolution,
+    draw_convolution,
+    step_arguments,
+    time_us,
+)
 
 KERNEL = 7
 # Batch, height, width and channels of the maps at 800x1344, for T and S alike.
@@ -38,23 +47,23 @@ def measure_forms(rows: Rows) -> int:
     except ImportError:
         rows.add("forms", absent="elsa_core has no grouped_conv")
         return 0
-    if "cuda" not in grouped_conv.CHOICES:
-        rows.add("forms", absent="elsa_core.grouped_conv has no form cuda")
+    own = convolution()
+    if own is None:
+        rows.add("forms", absent="there are no kernels of our own for the grouped convolution")
     failures = 0
     for dtype, (stage, shape), width in itertools.product(("bf16", "fp32"), MAPS.items(), WIDTHS):
         channels = shape[-1]
         groups = channels // width
-        generator = torch.Generator(DEVICE).manual_seed(0)
-        sizes = [shape, shape, (channels, width, KERNEL, KERNEL), (channels,), shape]
-        *inputs, grad = [
-            torch.randn(size, generator=generator, device=DEVICE).to(DTYPES[dtype])
-            for size in sizes
-        ]
+        grad, *inputs = draw_convolution(shape, width, DTYPES[dtype], DEVICE)
         inputs = [t.requires_grad_() for t in inputs]
         exact = None
-        for form in grouped_conv.CHOICES:
-            with rows.case(f"{stage}, width {width}", form=form, dtype=dtype) as row:
+        for form in ("torch", "dense", "cuda"):
+            if form == "cuda" and (own is None or dtype == "fp32"):
+                continue
+            with rows.case(f"{stage}, width {width}", form=form, dtype=dtype, wrong=0) as row:
                 call = partial(grouped_conv.product_conv2d, *inputs, groups)
+                if own and form == "cuda":
+                    call, form = partial(own[0], *inputs), "torch"
                 with grouped_conv.use(form), torch.no_grad():
                     out = call().float()
                     exact = out if exact is None else exact

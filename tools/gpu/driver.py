@@ -6,16 +6,27 @@ tool that looks at the operator's kernels alone would take that for memory that 
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
 
-from .common import DEVICE, DTYPES, REHEARSAL, SHAPES, draw, operator_of
+from .common import (
+    DEVICE,
+    DTYPES,
+    REHEARSAL,
+    SHAPES,
+    convolution,
+    draw,
+    draw_convolution,
+    operator_of,
+)
 
 MAPS = [(1, 1, 1), (1, 2, 3), (1, 8, 16), (2, 9, 17), (1, 7, 1), (1, 1, 40), (1, 20, 5)]
 MAPS += [(1, 16, 32), (1, 17, 33), (3, 5, 5), (1, 3, 50), (1, 13, 19)]
 if REHEARSAL:
     MAPS = MAPS[3:4]
+CONVOLVED = [(1, 5, 6, 16) if REHEARSAL else (2, 200, 336, 64)]
 # Channels, heads, kernel size, dilation, ghosts, types.
 PROBLEMS = [
     (64, 2, 7, 1, ("add",), ("fp32", "bf16", "fp16")),
@@ -40,12 +51,31 @@ def large() -> list[tuple]:
     return [(shape, 7, 1, ("add",), dtype) for dtype in ("bf16", "fp32")]
 
 
+def convolve(size: str) -> int:
+    """Calls the grouped convolution's own kernels, if there are any; returns how many calls."""
+    operators = convolution()
+    if operators is None:
+        return 0
+    forward, backward = operators
+    shapes = {"small": [(1, 1, 1, 8), (1, 17, 17, 40), (2, 3, 40, 16)], "large": CONVOLVED}[size]
+    calls = list(itertools.product(shapes, (4, 8), ("bf16",)))
+    for done, (shape, width, dtype) in enumerate(calls, 1):
+        tensors = draw_convolution(shape, width, DTYPES[dtype], "cpu")
+        grad, *inputs = [tensor.to(DEVICE) for tensor in tensors]
+        forward(*inputs)
+        backward(grad, *inputs)
+        torch.cuda.synchronize()
+        print(f"convolution {done}: {'x'.join(map(str, shape))} width {width}", flush=True)
+    return len(calls)
+
+
 def main() -> None:
     if REHEARSAL:
         from .rehearsal import install_stand_ins
 
         install_stand_ins()
     calls = {"small": small, "large": large}[sys.argv[1]]()
+    convolved = convolve(sys.argv[1])
     forward, backward = operator_of("cuda")
     for done, (shape, kernel_size, dilation, ghosts, dtype) in enumerate(calls, 1):
         tensors = draw(shape, kernel_size, ghosts, DTYPES[dtype], "cpu")
@@ -54,7 +84,8 @@ def main() -> None:
         backward(grad, *inputs, kernel_size, dilation)
         torch.cuda.synchronize()
         named = "x".join(map(str, shape))
-        print(f"call {done} of {len(calls)}: {named} K {kernel_size} {ghosts} {dtype}", flush=True)
+        said = f"{named} K {kernel_size} {ghosts} {dtype}"
+        print(f"call {convolved + done} of {convolved + len(calls)}: {said}", flush=True)
     print("all calls done", flush=True)
 
 

@@ -129,6 +129,7 @@ def write_profile(path: Path, title: str, run: Run) -> dict[str, float]:
         sums[name].append(us)
     total = sum(map(sum, sums.values()))
     kinds: dict[str, float] = defaultdict(float)
+    title = f"rehearsal, {title}" if REHEARSAL else title
     lines = [f"{title}: {total / 1e3:.2f} ms of kernels in a training step"]
     for name, times in sorted(sums.items(), key=lambda item: -sum(item[1])):
         patterns = KINDS.items()

@@ -37,7 +37,7 @@ def main() -> int:
     command = ["ncu", "--csv", "--page", "details", "--clock-control", "none"]
     command += [word for section in SECTIONS for word in ("--section", section)]
     command += ["--kernel-name", "regex:elsa", "--kernel-name-base", "mangled"]
-    command += ["--launch-count", "24", "--target-processes", "all"]
+    command += ["--launch-count", "48", "--target-processes", "all"]
     command += [sys.executable, "-W", "ignore", "-m", "gpu.driver", "large"]
     try:
         done = subprocess.run(

@@ -1,11 +1,12 @@
 """Step "probe": instructions, then each family of kernels against float64 on the CPU.
 
 Results of kernels begin as NaN, so that a number that nothing wrote is seen. Parts: instructions,
-cuda, triton, torch.
+cuda, triton, torch, conv (the grouped convolution's own kernels).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from elsa_core import elsa_attention_reference
@@ -26,7 +28,9 @@ from .common import (
     REHEARSAL,
     ROOT,
     Rows,
+    convolution,
     draw,
+    draw_convolution,
     has_triton,
     one_line,
     operator_of,
@@ -49,6 +53,7 @@ TYPES = {**DTYPES, "fp64": torch.float64}
 # Largest error of a tensor, relative to its largest number.
 TOLERANCE = {"bf16": 1.2e-2, "fp16": 1.5e-3, "fp32": 1e-5, "fp64": 1e-11}
 NAMES = ("output", "grad value", "grad logits", "grad ghost_add", "grad ghost_mul")
+CONVOLUTION = ("output", "grad query", "grad key", "grad weight", "grad bias")
 
 
 def family_of(problem: str, dtype: str) -> str:
@@ -82,11 +87,13 @@ def places(wrong: Tensor) -> str:
     return f"{len(indices)} of {wrong.numel()} numbers in {ranges}; first {first}"
 
 
-def judge(found: Sequence[Tensor], expected: Sequence[Tensor], dtype: str) -> dict[str, object]:
+def judge(
+    found: Sequence[Tensor], expected: Sequence[Tensor], dtype: str, names: Sequence[str] = NAMES
+) -> dict[str, object]:
     """Returns the largest error relative to a tensor's largest number, how many tensors are wrong,
     and where. A number that is NaN is wrong."""
     row: dict[str, object] = {"error_of_max": 0.0, "wrong": 0}
-    for name, ours, truth in zip(NAMES, found, expected, strict=True):
+    for name, ours, truth in zip(names, found, expected, strict=True):
         if truth.numel() == 0:
             continue
         if ours.shape != truth.shape:
@@ -144,6 +151,35 @@ def probe_family(rows: Rows, family: str) -> int:
     return failures
 
 
+CONVOLVED = [(1, 1, 1, 8), (1, 17, 17, 40), (1, 3, 40, 16), (1, 40, 2, 8), (2, 25, 33, 64)]
+
+
+def probe_convolution(rows: Rows) -> int:
+    """Compares the grouped convolution's own kernels with double precision."""
+    operators = convolution()
+    if operators is None:
+        rows.add("grouped_conv", family="grouped_conv", absent="there are no kernels for it")
+        return 0
+    forward, backward = operators
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    failures = 0
+    dtypes = ("bf16",) if REHEARSAL else ("bf16", "fp16")
+    for dtype, width, shape in itertools.product(dtypes, (4, 8), CONVOLVED):
+        case = f"grouped_conv, {dtype}, width {width}, {'x'.join(map(str, shape))}"
+        with rows.case(case, family="grouped_conv", wrong=1) as row:
+            inputs = draw_convolution(shape, width, TYPES[dtype], "cpu")
+            grad, *exact = [t.double() for t in inputs]
+            query, key, weight, bias = [t.requires_grad_() for t in exact]
+            groups, product = shape[-1] // width, (query * key).movedim(-1, 1)
+            out = F.conv2d(product, weight, bias, padding=3, groups=groups).movedim(1, -1)
+            truth = [out.detach(), *torch.autograd.grad(out, exact, grad)]
+            grad, *given = [t.to(DEVICE) for t in inputs]
+            found = [forward(*given), *backward(grad, *given)]
+            row |= judge(found, truth, dtype, CONVOLUTION)
+        failures += row["wrong"]
+    return failures
+
+
 def one_hot(rows: Rows, family: str) -> None:
     """Says for each tap which pixel the forward kernel reads: the attention is 1 at that tap."""
     forward, _ = operator_of(family)
@@ -159,7 +195,7 @@ def one_hot(rows: Rows, family: str) -> None:
                 logits[..., tap] = 0
                 given = [t.to(DEVICE, TYPES[dtype]) for t in (value, logits)]
                 found = forward(*given, None, None, 7, 1).cpu().float()
-                padded = torch.nn.functional.pad(numbers[0, ..., 0], (3, 3, 3, 3))
+                padded = F.pad(numbers[0, ..., 0], (3, 3, 3, 3))
                 truth = padded[3 + y : 3 + y + height, 3 + x : 3 + x + width]
                 bad = found != truth[None, ..., None]
                 if bad.any():
@@ -216,6 +252,8 @@ def main() -> int:
         return 0
     if part == "instructions":
         return int(probe_instructions(rows) > 0)
+    if part == "conv":
+        return int(probe_convolution(rows) > 0)
     failures = probe_family(rows, part)
     if failures:
         try:

@@ -32,7 +32,7 @@ FAMILIES = ("cuda", "triton", "torch")
 STEPS = {
     "facts": Step(40, 5),
     "load": Step(170, 5),
-    "probe": Step(90, 10, ("instructions", *FAMILIES)),
+    "probe": Step(90, 10, ("instructions", *FAMILIES, "conv")),
     "sanitizers": Step(170, 30, beside=True),
     "tests": Step(170, 30),
     "operator": Step(110, 20, ("cuda", "compiled", "triton", "copy")),
@@ -136,7 +136,8 @@ class Schedule:
         finally:
             for _, running, _ in waiting:
                 running.stop()
-        text, status = summary.write(self.folder, names)
+        rehearsal = "ELSA_GPU_CHECK_REHEARSAL" in self.environment
+        text, status = summary.write(self.folder, names, rehearsal)
         print(text, flush=True)
         return status
 

@@ -105,7 +105,7 @@ def _number(value: object) -> float:
 
 
 def _why(row: Row) -> str:
-    known = {"step", "case", "family", "wrong", "form", "dtype"}
+    known = {"step", "case", "family", "wrong", "form", "dtype", "rehearsal"}
     return "; ".join(f"{k} {v}" for k, v in row.items() if k not in known)[:400]
 
 
@@ -134,7 +134,7 @@ def steps_table(rows: Sequence[Row]) -> list[str]:
     return tables.table(("step", "state", "s", ""), lines)
 
 
-def write(folder: Path, names: Sequence[str]) -> tuple[str, int]:
+def write(folder: Path, names: Sequence[str], rehearsal: bool) -> tuple[str, int]:
     """Writes summary.md and what steps have not written; returns its text and the exit status."""
     rows = read(folder / "rows.jsonl")
     machine: dict[str, Any] = {}
@@ -142,7 +142,7 @@ def write(folder: Path, names: Sequence[str]) -> tuple[str, int]:
         machine = json.loads((folder / "machine.json").read_text())
     title = f"{machine.get('device', 'unknown device')}, PyTorch {machine.get('torch', '?')}"
     lines = [f"# GPU check: {title}", ""]
-    if machine.get("rehearsal"):
+    if rehearsal:
         lines += [
             "A rehearsal on the CPU: all kernels are emulated, and no time means anything.",
             "",

@@ -190,7 +190,9 @@ def limits(rows: Sequence[Row]) -> list[str]:
             lines.append(f"- {case}, microseconds of each kernel: {kernels}")
     for row in rows:
         if row["step"] == "ncu" and "duration" in row:
-            figures = ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("step", "case"))
+            figures = ", ".join(
+                f"{k} {v}" for k, v in row.items() if k not in ("step", "case", "rehearsal")
+            )
             lines.append(f"- counters of {row['case']}: {figures}")
     for row in rows:
         if row["step"] == "models" and row.get("kinds"):
