@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import functools
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack
 from importlib import import_module
 from importlib.util import find_spec
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,9 +30,11 @@ GPUS = ("cuda", "xpu")
 _OPERATORS = ("attention", "attention_backward")
 _KERNELS = "elsa_core.triton.operator"
 _chosen: str | None = None
-_library: torch.library.Library | None = None
+_library = torch.library.Library("elsa", "FRAGMENT")
+_lock = threading.Lock()
 
 
+@functools.cache
 def has_kernels(device_type: str) -> bool:
     """Return whether the extension has kernels for "cpu" or "cuda"."""
     marks = {"cpu": "cpu_capability", "cuda": "cuda_architectures"}
@@ -61,7 +65,7 @@ def backend_of(device: torch.device) -> str:
 def use_backend(name: str | None) -> AbstractContextManager[object]:
     """Choose the kernels of the operator by name, in all threads, from now on.
 
-    As a context manager, it restores the former choice at the end:
+    As a context manager, it restores the former choice at the end, in all threads, too:
 
     >>> with elsa_core.use_backend("torch"):
     ...     out = model(image)
@@ -96,7 +100,7 @@ def choose_from_environment() -> None:
 
 
 def _choose(name: str | None, asked_by: str) -> None:
-    global _chosen, _library
+    global _chosen
     if name not in (None, *NAMES):
         raise ValueError(f"{asked_by} must be cuda, triton or torch, got {name!r}")
     if name == "cuda" and not has_kernels("cuda"):
@@ -108,49 +112,64 @@ def _choose(name: str | None, asked_by: str) -> None:
         raise RuntimeError(
             f"{asked_by} asks for triton, which is not installed: choose cuda or torch"
         )
-    if _library is not None:
-        _library._destroy()
-    _chosen, _library = name, torch.library.Library("elsa", "FRAGMENT")
-    for device_type in ("cpu", *GPUS):
-        kernels = _python_kernels(device_type)
-        for operator in _OPERATORS if kernels else ():
-            assert kernels is not None
-            _library.impl(operator, kernels(operator), device_type.upper())
+    with _lock:
+        _chosen = name
+        for device_type in ("cpu", *GPUS):
+            by_triton = name == "triton" or not has_kernels(device_type)
+            if name == "torch" or (by_triton and _triton_serves(device_type)):
+                _register(device_type)
 
 
-def _python_kernels(device_type: str) -> Callable[[str], Callable[..., object]] | None:
-    """Return what makes the kernels in Python for a device; None to leave it its own."""
-    if _chosen == "torch":
-        return functools.partial(getattr, _fallback)
-    if _chosen == "triton" and _triton_serves(device_type):
-        return _by_triton
-    by_default = device_type in GPUS and not has_kernels(device_type)
-    return _by_triton if by_default and _chosen is None and _triton_serves(device_type) else None
+@functools.cache
+def _register(device_type: str) -> None:
+    """Register kernels that follow the choice, for good: other threads may be in one."""
+    key = device_type.upper()
+    for operator in _OPERATORS:
+        own = None
+        if has_kernels(device_type):
+            own = torch.library.get_kernel(f"elsa::{operator}", key)
+        _library.impl(operator, _follow(operator, own), key, with_keyset=True)
 
 
-def _triton_serves(device_type: str) -> bool:
-    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
-    return (device_type in GPUS or interpreted) and find_spec("triton") is not None
+def _follow(operator: str, own: Any) -> Callable[..., object]:
+    """Return a kernel that calls the chosen one; ``own`` is the compiled one or None."""
 
-
-def _by_triton(operator: str) -> Callable[..., object]:
-    def kernel(first: Tensor, *others: object) -> object:
-        kernels = _triton_kernels(first.device, first.dtype)
-        if isinstance(kernels, str):
-            reason = f"Triton does not work on {first.device} with {first.dtype} ({kernels})"
-            if _chosen == "triton":
-                raise RuntimeError(f"elsa_attention: {reason}, and triton was chosen by name")
-            _warn_once(f"elsa_core computes in plain PyTorch (slower): {reason}")
-            kernels = _fallback
-        return getattr(kernels, operator)(first, *others)
+    def kernel(keyset: Any, first: Tensor, *others: object) -> object:
+        kernels = _kernels_in_python(first.device, first.dtype)
+        if kernels is None and own is not None:
+            return own.call_boxed(keyset, first, *others)
+        return getattr(kernels or _fallback, operator)(first, *others)
 
     return kernel
 
 
+def _kernels_in_python(device: torch.device, dtype: torch.dtype) -> ModuleType | None:
+    """Return the module of the chosen kernels; None for those that a device has by default."""
+    if _chosen == "torch":
+        return _fallback
+    by_default = device.type in GPUS and not has_kernels(device.type)
+    if not _triton_serves(device.type) or not (_chosen == "triton" or by_default):
+        return None
+    kernels = _triton_kernels(device, dtype)
+    if not isinstance(kernels, str):
+        return kernels
+    reason = f"Triton does not work on {device} with {dtype} ({kernels})"
+    if _chosen == "triton":
+        raise RuntimeError(f"elsa_attention: {reason}, and triton was chosen by name")
+    _warn_once(f"elsa_core computes in plain PyTorch (slower): {reason}")
+    return None
+
+
+def _triton_serves(device_type: str) -> bool:
+    interpreted = device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return device_type in GPUS or interpreted
+
+
 def _triton_kernels(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType | str:
     """Return the module of the kernels, or why they do not run on the device."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return import_module(_KERNELS)  # a trial would become a part of the graph
+    if device.type == "cuda" and torch.cuda.is_initialized():
+        if torch.cuda.is_current_stream_capturing():
+            return import_module(_KERNELS)  # a trial would become a part of the graph
     return _try_triton(device, dtype)
 
 

@@ -1,5 +1,6 @@
 """The choice of the operator's kernels: by default, by name, and a sentence where it is wrong."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -45,8 +46,9 @@ def test_gpus_without_compiled_kernels_use_triton():
     for name in ("elsa::attention", "elsa::attention_backward"):
         for key in ("CUDA", "XPU"):
             assert torch._C._dispatch_has_kernel_for_dispatch_key(name, key)
+    assert backend_of(torch.device("cuda")) == ("triton" if torch.cuda.is_available() else "torch")
     with use_backend("torch"):
-        assert backends._python_kernels("cuda")("attention") is _fallback.attention
+        assert backends._kernels_in_python(torch.device("cuda"), torch.float32) is _fallback
 
 
 @compiled
@@ -75,6 +77,15 @@ def test_compiled_models_follow_the_choice():
         assert all(map(torch.equal, results, value_and_gradients(elsa_attention, inputs)))
 
 
+@compiled
+def test_the_end_of_a_choice_takes_no_kernel_away():
+    """Another thread may be about to enter it, and would do so in freed memory."""
+    with use_backend("torch"):
+        kernels = torch._C._dispatch_dump("elsa::attention")
+    assert "CPU (inactive)" in kernels  # the compiled one
+    assert torch._C._dispatch_dump("elsa::attention") == kernels
+
+
 WRONG = {
     "another": (lambda: use_backend("vulkan"), ValueError, "must be cuda, triton or torch, got 'v"),
     "no kernels": (lambda: use_backend("cuda"), RuntimeError, "extension has no CUDA kernels"),
@@ -97,7 +108,19 @@ def test_triton_that_is_not_there_cannot_be_chosen(monkeypatch):
     monkeypatch.setattr(backends, "find_spec", lambda name: None)
     with pytest.raises(RuntimeError, match="triton, which is not installed: choose cuda or torch"):
         use_backend("triton")
-    assert backends._python_kernels("cuda") is None
+
+
+@compiled
+def test_without_triton_a_gpu_has_plain_pytorch(monkeypatch):
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, backends._KERNELS, raising=False)
+    backends._try_triton.cache_clear()
+    backends._warn_once.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match="in plain PyTorch .slower.*on cuda.*triton"):
+            assert backends._kernels_in_python(torch.device("cuda"), torch.float32) is None
+    finally:
+        backends._try_triton.cache_clear()
 
 
 @compiled
@@ -106,8 +129,11 @@ def test_triton_that_does_not_work_is_said(monkeypatch):
     reason = "Failed to find C compiler"
     monkeypatch.setattr(backends, "_try_triton", lambda device, dtype: reason)
     backends._warn_once.cache_clear()
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(backends, "has_kernels", lambda device_type: False)
+    monkeypatch.setattr(backends, "GPUS", ("cpu",))
     inputs = [None if t is None else t.detach() for t in make_inputs((1, 4, 5, 8, 2), 3)]
-    kernel = backends._by_triton("attention")
+    kernel = functools.partial(backends._follow("attention", None), None)
     with pytest.warns(RuntimeWarning, match=f"in plain PyTorch .slower.*on cpu.*float64 .{reason}"):
         out = kernel(*inputs, 3, 1)
     assert torch.equal(out, _fallback.attention(*inputs, 3, 1))
