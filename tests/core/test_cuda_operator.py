@@ -50,7 +50,8 @@ def assert_agrees(inputs, kernel_size=7, dilation=1):
 
 
 def assert_rounds_once(inputs, kernel_size=7):
-    operator_inputs.assert_rounds_once(inputs, kernel_size, roundings=1)
+    roundings = 2 if INTERPRETED else 1  # Triton's interpreter cuts numbers of bfloat16 off
+    operator_inputs.assert_rounds_once(inputs, kernel_size, roundings)
 
 
 def test_these_kernels_are_tested():
