@@ -105,7 +105,6 @@ def flex(rows: Rows) -> int:
 
 def main() -> int:
     rows, _, part = step_arguments("compile")
-    torch.backends.cudnn.benchmark = True
     return int({"backbones": backbones, "operator": operator, "flex": flex}[part](rows) > 0)
 
 

@@ -1,7 +1,7 @@
 """Step "models": ELSA-Swin beside timm's Swin of the same size, in bfloat16 by autocast.
 
 Parts: tiny, small; dense and cuda (forms of the grouped convolution), triton (back end of the
-operator).
+operator), benchmark (cuDNN tries its kernels, as torch.backends.cudnn.benchmark has it).
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
+from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -84,10 +86,10 @@ def step_of(model: nn.Module, image: torch.Tensor, train: bool) -> Run:
     return run
 
 
-def measure(rows: Rows, name: str, contender: str, build: Build, profile: Path) -> int:
-    """Times a model in all cases and modes; returns how many fail."""
+def measure(rows: Rows, name: str, builds: dict[str, Build], profile: Path) -> int:
+    """Times the contenders, one size after the other, in all modes; returns how many fail."""
     failures = 0
-    for size_name, (images, size) in CASES.items():
+    for (size_name, (images, size)), (contender, build) in product(CASES.items(), builds.items()):
         case = f"{name} {size_name}"
         torch.manual_seed(0)
         try:
@@ -96,30 +98,50 @@ def measure(rows: Rows, name: str, contender: str, build: Build, profile: Path) 
             rows.add(case, contender=contender, error=one_line(error))
             failures += 1
             continue
-        few = REHEARSAL and (name != "tiny" or "triton" in contender)
+        few = REHEARSAL and (name != "tiny" or contender == "elsa, triton")
         for mode, graph in MODES[3:] if few else MODES:
-            batch = images
-            while batch:
-                figures = {"contender": contender, "mode": mode, "graph": graph, "batch": batch}
-                with rows.case(case, **figures) as row:
-                    image = torch.randn(batch, 3, *size, device=DEVICE)
-                    run = step_of(model, image, mode == "training step")
-                    torch.cuda.reset_peak_memory_stats()
-                    try:
-                        row["us"] = time_us(run, graph=graph, budget=0.6)
-                    except torch.OutOfMemoryError as error:
-                        row["out_of_memory"] = one_line(error)
-                    else:
-                        row["us_per_image"] = row["us"] / batch
-                        row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
-                        if mode == "training step" and not graph:
-                            row["kinds"] = write_profile(profile, f"{case}, {contender}", run)
-                failures += "error" in row
-                run = image = None
-                model.zero_grad(set_to_none=True)
-                free()
-                batch = batch // 2 if "out_of_memory" in row else 0
+            failures += measure_mode(
+                rows, case, contender, model, mode, graph, images, size, profile
+            )
+        del model
+        free()
     return failures
+
+
+def measure_mode(
+    rows: Rows,
+    case: str,
+    contender: str,
+    model: nn.Module,
+    mode: str,
+    graph: bool,
+    batch: int,
+    size: tuple[int, int],
+    profile: Path,
+) -> int:
+    """Times a mode, with half the batch where memory does not suffice; returns 1 if that fails."""
+    while batch:
+        figures = {"contender": contender, "mode": mode, "graph": graph, "batch": batch}
+        with rows.case(case, **figures) as row:
+            image = torch.randn(batch, 3, *size, device=DEVICE)
+            run = step_of(model, image, mode == "training step")
+            torch.cuda.reset_peak_memory_stats()
+            try:
+                row["us"] = time_us(run, graph=graph, budget=0.3)
+            except torch.OutOfMemoryError as error:
+                row["out_of_memory"] = one_line(error)
+            else:
+                row["us_per_image"] = row["us"] / batch
+                row["peak_mib"] = torch.cuda.max_memory_allocated() / 2**20
+                if mode == "training step" and not graph:
+                    row["kinds"] = write_profile(profile, f"{case}, {contender}", run)
+        image = run = None
+        model.zero_grad(set_to_none=True)
+        free()
+        if "out_of_memory" not in row:
+            return int("error" in row)
+        batch //= 2
+    return 1
 
 
 def write_profile(path: Path, title: str, run: Run) -> dict[str, float]:
@@ -127,7 +149,7 @@ def write_profile(path: Path, title: str, run: Run) -> dict[str, float]:
     sums: dict[str, list[float]] = defaultdict(list)
     for name, us in kernel_times(run):
         sums[name].append(us)
-    total = sum(map(sum, sums.values()))
+    total = max(sum(map(sum, sums.values())), 1e-9)
     kinds: dict[str, float] = defaultdict(float)
     title = f"rehearsal, {title}" if REHEARSAL else title
     lines = [f"{title}: {total / 1e3:.2f} ms of kernels in a training step"]
@@ -157,30 +179,28 @@ def chosen(part: str) -> AbstractContextManager[object]:
         from elsa_core import grouped_conv
 
         return grouped_conv.use(part)
-    return nullcontext()
+    return torch.backends.cudnn.flags(benchmark=part == "benchmark")
 
 
 def main() -> int:
     rows, folder, part = step_arguments("models")
-    profile = folder / "profile.txt"
-    torch.backends.cudnn.benchmark = True
-    if part in ("tiny", "small"):
-        failures = measure(rows, part, "elsa", elsa, profile)
-        try:
-            import timm  # noqa: F401
-        except ImportError:
-            rows.add(part, contender="swin", absent="timm is not installed")
-            return int(failures > 0)
-        return int(failures + measure(rows, part, "swin", swin, profile) > 0)
+    builds, name = {"elsa": elsa, "swin": swin}, part
+    if not find_spec("timm"):
+        rows.add(part, contender="swin", absent="timm is not installed")
+        del builds["swin"]
+    if part not in ("tiny", "small"):
+        name, builds = "tiny", {f"{who}, {part}": build for who, build in builds.items()}
+    if part in ("dense", "cuda", "triton"):
+        builds.pop(f"swin, {part}", None)
     try:
         context = chosen(part)
     except (ImportError, ValueError, RuntimeError) as error:
         rows.add("tiny", contender=f"elsa, {part}", absent=one_line(error))
         return 0
     with context:
-        failures = measure(rows, "tiny", f"elsa, {part}", elsa, profile)
-        if part != "triton" and not REHEARSAL:
-            failures += measure(rows, "small", f"elsa, {part}", elsa, profile)
+        failures = measure(rows, name, builds, folder / "profile.txt")
+        if part in ("dense", "cuda") and not REHEARSAL:
+            failures += measure(rows, "small", builds, folder / "profile.txt")
     return int(failures > 0)
 
 

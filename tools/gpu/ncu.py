@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 import shutil
 import subprocess
 import sys
@@ -44,9 +45,10 @@ def main() -> int:
             command, capture_output=True, text=True, timeout=max(1.0, seconds_left() - 3)
         )
         out, end = done.stdout, f"status {done.returncode}"
+        errors = done.stderr
     except subprocess.TimeoutExpired as error:
         out = (error.stdout or b"").decode(errors="replace")
-        end = "out of time"
+        end, errors = "out of time", ""
     report.write_text(out)
     kernels: dict[str, dict[str, str]] = {}
     start = out.find('"ID"')
@@ -58,8 +60,9 @@ def main() -> int:
     for key, row in kernels.items():
         rows.add(key, **row)
     if not kernels:
-        said = [s for s in out.splitlines() if "ERR" in s or "rror" in s or "Failed" in s]
-        rows.add("ncu", error=f"no counters ({end}): {(said or out.splitlines()[-1:] or [''])[0]}")
+        lines = (out + errors).splitlines()
+        said = [line for line in lines if re.search("ERR|[Ee]rror|Failed", line)]
+        rows.add("ncu", error=f"no counters ({end}): {(said or lines[-1:] or [''])[0]}")
     return int(not kernels)
 
 

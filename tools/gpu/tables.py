@@ -119,13 +119,17 @@ def targets(rows: Sequence[Row]) -> list[str]:
     ]
 
 
+def _form(row: Row) -> str:
+    return f"{row['form']}{', benchmark' if row['benchmark'] else ''}"
+
+
 def forms(rows: Sequence[Row]) -> list[str]:
     lines = [
-        (row["case"], row["dtype"], row["form"], _us(row["forward_us"]), _us(row.get("both_us")))
+        (row["case"], row["dtype"], _form(row), _us(row["forward_us"]), _us(row.get("both_us")))
         for row in rows
         if row["step"] == "conv" and "forward_us" in row
     ]
-    absent = [f"{row['absent']}." for row in rows if row["step"] == "conv" and "absent" in row]
+    absent = {f"- {row['absent']}" for row in rows if row["step"] == "conv" and "absent" in row}
     return [*table(("map", "type", "form", *STEPS), sorted(lines)), *absent]
 
 
@@ -134,7 +138,7 @@ def passes(rows: Sequence[Row]) -> list[str]:
     lines = [
         (
             row["case"].removesuffix(", passes"),
-            row["form"] + (", benchmark" if row["benchmark"] else ""),
+            _form(row),
             row["layout"],
             row["dtype"],
             *(_us(row.get(name)) for name in names),
@@ -162,7 +166,7 @@ def models(rows: Sequence[Row]) -> list[str]:
     absent = [
         f"- {row['contender']}: left out, {row['absent']}"
         for row in rows
-        if row["step"] == "models" and "absent" in row
+        if row["step"] == "models" and "absent" in row and row["contender"] != "swin"
     ]
     head = ("backbone", "", "", "contender", "ms", "of timm's Swin", "peak MiB")
     return [*table(head, lines), *absent]
