@@ -141,7 +141,7 @@ def _products(
     the filters of a row of taps, of which a pixel is the tap ``distance`` of a position.
     """
     products = tl.zeros(distance.shape, tl.float32)
-    for first in tl.static_range(0, DEPTH, CHANNELS):
+    for first in range(0, DEPTH, CHANNELS):
         within = first + tl.arange(0, CHANNELS)
         known = _known(within, DEPTH, CHANNELS)
         upstream = tl.load(
@@ -197,7 +197,7 @@ def logits_kernel(
     """Gradient of the logits, contiguous, and the softmax for the kernels that follow.
 
     ``softmax`` (B, H, W, G, 2) gets the maximum of the logits and the reciprocal of the sum of
-    their exponentials. A tile is COLUMNS positions of an image row, ``dilation`` apart. Their taps
+    their exponentials. A tile is COLUMNS positions of an image row, ``dilation`` apart: their taps
     in another row are a band in the matrix of these positions and 2 * COLUMNS pixels. WIDEN
     multiplies in float32.
     """
@@ -205,14 +205,15 @@ def logits_kernel(
     program = tl.program_id(0)
     head = program % heads
     tile = program // heads
-    across = tl.cdiv(tl.cdiv(width, dilation), COLUMNS) * dilation
+    apart = tl.minimum(dilation, width)
+    across = tl.cdiv(tl.cdiv(width, apart), COLUMNS) * apart
     image = (tile // (across * height)).to(tl.int64)
     y = tile // across % height
-    left = tile % across % dilation + tile % across // dilation * COLUMNS * dilation
+    left = tile % across % apart + tile % across // apart * COLUMNS * apart
     position = tl.arange(0, COLUMNS)
     pixel = tl.arange(0, 2 * COLUMNS)
-    x = left + position * dilation
-    column = left + (pixel - KERNEL // 2) * dilation
+    x = left + position * apart
+    column = left + (pixel - KERNEL // 2) * apart
     if WIDE:
         y = y.to(tl.int64)
         x = x.to(tl.int64)

@@ -1,6 +1,6 @@
 """``elsa::attention`` and its backward by Triton: memory, block sizes and launches.
 
-What the kernels do not serve (float64, K > 13) goes to plain PyTorch.
+What the kernels do not serve (float64, K > 13, sides of 44 million) goes to plain PyTorch.
 """
 
 from __future__ import annotations
@@ -195,8 +195,9 @@ class _Call:
             own["rows"] = self.batch * self.height
             grid = (own["parts"] * self.heads, groups, self.kernel_size)
         elif kernel == "logits":
-            across = triton.cdiv(triton.cdiv(self.width, self.dilation), block.columns)
-            tiles = self.height * across * self.dilation
+            apart = min(self.dilation, self.width)
+            across = triton.cdiv(triton.cdiv(self.width, apart), block.columns) * apart
+            tiles = self.height * across
             # A filter would be rounded; and Triton's interpreter multiplies bfloat16 as integers.
             own["WIDEN"] = own["MUL"] or not isinstance(kernels.logits_kernel, JITFunction)
             grid = (self.batch * tiles * self.heads, 1, 1)
@@ -233,7 +234,10 @@ class _Call:
 
 
 def _is_served(value: Tensor, kernel_size: int) -> bool:
-    return value.dtype in DTYPES and kernel_size <= LARGEST_KERNEL
+    batch, height, width, channels = value.shape
+    # Counted in 32 bits: columns, up to 48 dilations beyond the map; image rows; sums for filters.
+    most = max(48 * max(height, width), batch * height, PARTS * kernel_size**2 * channels)
+    return value.dtype in DTYPES and kernel_size <= LARGEST_KERNEL and most < 2**31
 
 
 def _packed(tensor: Tensor) -> Tensor:

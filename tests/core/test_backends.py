@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from operator_inputs import GHOSTS, make_inputs, value_and_gradients
+from operator_inputs import GHOSTS, assert_agrees, make_inputs, value_and_gradients
 
 from elsa_core import (
     _fallback,
@@ -184,6 +184,14 @@ def test_interpreter_has_nan_and_infinity_as_the_reference(ghosts):
     results = value_and_gradients(elsa_attention, tensors, 3)
     expected = value_and_gradients(elsa_attention_reference, tensors, 3)
     torch.testing.assert_close(results, expected, rtol=1e-4, atol=1e-4, equal_nan=True)
+
+
+@interpreted
+@pytest.mark.parametrize("height, width", [(9, 2), (2, 9)])
+def test_interpreter_has_dilations_beyond_a_side(height, width):
+    inputs = make_inputs((1, height, width, 6, 2), 3, ("add", "mul"), torch.float32)
+    assert_agrees(inputs, 3, 5)
+    assert_agrees(inputs, 3, 2**30 - 1)
 
 
 @interpreted

@@ -51,6 +51,7 @@ CASES = {  # kernel size, channels a head, ghost filters
     "no filter": (3, 24, ()),
     "largest": (13, 64, ("add", "mul")),
     "one channel": (5, 1, ("add",)),
+    "wide heads": (7, 256, ("add",)),
 }
 
 
@@ -72,3 +73,32 @@ def test_kernels_compile_for_other_devices(name, dtype, target, record_property)
         record_property(kernel, taken._asdict())
         assert taken.shared <= 48 * 1024
         assert name != "published" or taken.spilled == 0, (kernel, taken)
+
+
+@pytest.mark.parametrize("dilation", [2, 50, 2**30 - 1])
+def test_programs_are_no_more_than_positions(dilation, monkeypatch):
+    from elsa_core.triton import kernels, operator
+
+    class Kernel:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda **arguments: None
+
+    grids = []
+    for name in ("logits", "value"):
+        monkeypatch.setattr(kernels, f"{name}_kernel", Kernel())
+    value, logits = torch.zeros(2, 50, 3, 8), torch.zeros(2, 50, 3, 2 * 9)
+    operator.attention_backward(value, value, logits, None, None, 3, dilation)
+    assert max(first * second * third for first, second, third in grids) <= 2 * 50 * 3 * 2
+
+
+HUGE = {"width": (1, 1, 2**26, 1), "rows": (2**16, 2**15, 1, 1), "channels": (1, 1, 1, 2**22)}
+
+
+@pytest.mark.parametrize("shape", HUGE.values(), ids=HUGE)
+def test_sizes_beyond_32_bits_are_left_to_plain_pytorch(shape):
+    from elsa_core.triton import operator
+
+    less = [size // 16 or 1 for size in shape]
+    served = [operator._is_served(torch.empty(s, device="meta"), 3) for s in (shape, less)]
+    assert served == [False, True]
