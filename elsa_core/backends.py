@@ -41,19 +41,21 @@ def has_kernels(device_type: str) -> bool:
     return device_type in marks and hasattr(torch.ops.elsa, marks[device_type])
 
 
-def backends_of(device: torch.device) -> list[str]:
+def backends_of(device: torch.device | str) -> list[str]:
     """Return the back ends that can be used on a device, in the order of choice.
 
     "cpu" and "cuda" are the compiled kernels, "triton" is Triton, "torch" is plain PyTorch.
     """
+    device = torch.device(device)
     found = [device.type] if has_kernels(device.type) else []
     if _triton_serves(device.type) and not isinstance(_triton_kernels(device), str):
         found.append("triton")
     return [*found, "torch"]
 
 
-def backend_of(device: torch.device) -> str:
+def backend_of(device: torch.device | str) -> str:
     """Return the back end that computes on a device now; see `backends_of`."""
+    device = torch.device(device)
     found = backends_of(device)
     if _chosen in found:
         return _chosen

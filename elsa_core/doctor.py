@@ -18,11 +18,13 @@ from ._range import PYTHON, TORCH_WITH_EXTENSION, dotted, numbers, python_obstac
 from .backends import NAMES, backend_of, backends_of, has_kernels, use_backend
 from .frameworks import Report, check_frameworks
 from .operator import has_extension
+from .runtime.errors import one_line
 from .runtime.packages import DISTRIBUTIONS, is_missing
 from .runtime.quiet import quiet_frameworks
 from .self_check import BACKBONE_TOLERANCE, TOLERANCE, check_backbone, check_operator
 
 FOLDER = Path(__file__).parent
+OTHER = "set ELSA_BACKEND to another one of cuda, triton and torch to continue"
 # Optional modules and their purpose.
 OPTIONAL = {
     "pictures, INPUT.RESIZE_BACKEND cv2": ("cv2",),
@@ -124,7 +126,10 @@ def _check_device(report: Report, device: torch.device) -> None:
     report.lines.append(f"{device}: {describe_device(device)}; operator by {chosen}")
     for name in sorted(backends_of(device), key=lambda name: name != chosen):
         with use_backend(name if name in NAMES else None):
-            _check_backend(report, device, name)
+            try:
+                _check_backend(report, device, name)
+            except Exception as error:  # any, as of compilers and drivers
+                report.faults.append(f"{name} on {device} fails with {one_line(error)!r}: {OTHER}")
 
 
 def _check_backend(report: Report, device: torch.device, name: str) -> None:
@@ -143,8 +148,7 @@ def _check_backend(report: Report, device: torch.device, name: str) -> None:
     )
     if not right or not whole:
         report.faults.append(
-            f"results of {name} on {device} are wrong: report it with these lines, and set "
-            "ELSA_BACKEND to another one of cuda, triton and torch to continue"
+            f"results of {name} on {device} are wrong: report it with these lines, and {OTHER}"
         )
 
 

@@ -35,7 +35,7 @@ def same_choice_afterwards():
 @compiled
 def test_compiled_kernels_come_first():
     assert backends.backends_of(CPU) == ["cpu", "torch"]
-    assert backend_of(CPU) == "cpu"
+    assert backend_of(CPU) == backend_of("cpu") == "cpu"
 
 
 @compiled

@@ -73,6 +73,17 @@ def test_every_back_end_is_checked(monkeypatch, capsys):
     assert "WRONG: results of torch on cpu are wrong" in out
 
 
+def test_a_back_end_that_fails_is_named(monkeypatch, capsys):
+    def fail(*problem):
+        raise RuntimeError("no such\ninstruction")
+
+    monkeypatch.setattr(_fallback, "attention", fail)
+    assert doctor.main(["--core"]) == 1
+    out = capsys.readouterr().out
+    assert "self-check cpu by cpu: operator and gradients right" in out
+    assert "WRONG: torch on cpu fails with 'no such instruction': set ELSA_BACKEND to" in out
+
+
 def test_a_wrong_backbone_is_found(monkeypatch, capsys):
     class Wrong(self_check.ELSASwin):
         def forward(self, x):
