@@ -130,7 +130,9 @@ def _register(device_type: str) -> None:
         own = None
         if has_kernels(device_type):
             own = torch.library.get_kernel(f"elsa::{operator}", key)
-        _library.impl(operator, _follow(operator, own), key, with_keyset=True)
+        with warnings.catch_warnings():  # PyTorch 2.10 and 2.11 warn of a second kernel
+            warnings.simplefilter("ignore")
+            _library.impl(operator, _follow(operator, own), key, with_keyset=True)
 
 
 def _follow(operator: str, own: Any) -> Callable[..., object]:
