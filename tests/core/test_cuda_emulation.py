@@ -109,5 +109,5 @@ def passed(folder, tests, wanted, order, capability, shared="232448"):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist"]
     command += ["-c", ROOT / "pyproject.toml", *tests, "-k", wanted]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:]
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[:1000]
     return int(re.search(r"(\d+) passed", done.stdout)[1])
