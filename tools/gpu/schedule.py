@@ -139,6 +139,7 @@ class Schedule:
         rehearsal = "ELSA_GPU_CHECK_REHEARSAL" in self.environment
         text, status = summary.write(self.folder, names, rehearsal)
         print(text, flush=True)
+        print(*summary.verdicts(text), sep="\n", flush=True)
         return status
 
     def begin(self, name: str, part: str, end: float) -> Running:

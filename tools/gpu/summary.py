@@ -52,6 +52,7 @@ def are_right(rows: Sequence[Row], names: Sequence[str]) -> tuple[str, list[str]
         for family, cases in families.items():
             if absent := [row["absent"] for row in cases if "absent" in row]:
                 lines.append(f"- {family}: left out, {absent[0]}")
+                known &= family != "cuda"
                 continue
             bad = [row for row in cases if row.get("wrong") or "error" in row]
             worst = max((row.get("error_of_max", 0.0) for row in cases), key=_number)
@@ -132,6 +133,12 @@ def steps_table(rows: Sequence[Row]) -> list[str]:
             name = f"{row['step']} {row['part']}".strip()
             lines.append((name, row["state"], f"{row['seconds']:g}", row["text"]))
     return tables.table(("step", "state", "s", ""), lines)
+
+
+def verdicts(text: str) -> list[str]:
+    """Returns the lines of a summary that matter most, for the end of what is printed."""
+    starts = ("Kernels ", "- met: ", "- MISSED: ")
+    return [line for line in text.splitlines() if line.startswith(starts)]
 
 
 def write(folder: Path, names: Sequence[str], rehearsal: bool) -> tuple[str, int]:

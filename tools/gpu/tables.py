@@ -23,7 +23,7 @@ def speeds(rows: Sequence[Row]) -> list[str]:
         ("Targets", targets(rows)),
         ("Operator, microseconds", operator(rows)),
         ("Grouped convolution with its product, microseconds", forms(rows)),
-        ("Grouped convolution, passes, microseconds", passes(rows)),
+        ("Grouped convolution, passes in bf16, microseconds", passes(rows)),
         ("Backbones, milliseconds", models(rows)),
         ("With torch.compile", compiled(rows)),
         ("What limits them", limits(rows)),
@@ -140,13 +140,12 @@ def passes(rows: Sequence[Row]) -> list[str]:
             row["case"].removesuffix(", passes"),
             _form(row),
             row["layout"],
-            row["dtype"],
             *(_us(row.get(name)) for name in names),
         )
         for row in rows
-        if row["step"] == "conv" and "layout" in row and "error" not in row
+        if row["step"] == "conv" and row.get("dtype") == "bf16" and "layout" in row
     ]
-    return table(("map", "form", "layout", "type", *(n.removesuffix(" us") for n in names)), lines)
+    return table(("map", "form", "layout", *(n.removesuffix(" us") for n in names)), lines)
 
 
 def models(rows: Sequence[Row]) -> list[str]:

@@ -5,7 +5,6 @@ Sets: cuda, triton (the same tests by that back end; compiling for each takes it
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from .common import REHEARSAL, ROOT, has_triton, seconds_left, step_arguments
+from .summary import read
 
 
 @dataclass
@@ -93,7 +93,7 @@ def main() -> int:
     for process in cut:
         process.kill()
         process.wait()
-    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    lines = read(results)
     records = [line for line in lines if "test" in line]
     write_xml(folder / "tests.xml", records)
     wrong = False
