@@ -32,6 +32,7 @@ _KERNELS = "elsa_core.triton.operator"
 _chosen: str | None = None
 _library = torch.library.Library("elsa", "FRAGMENT")
 _lock = threading.Lock()
+_tried: dict[tuple[torch.device, torch.dtype], ModuleType | str] = {}
 
 
 @functools.cache
@@ -171,20 +172,23 @@ def _triton_serves(device_type: str) -> bool:
 
 def _triton_kernels(device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType | str:
     """Return the module of the kernels, or why they do not run on the device."""
-    if device.type == "cuda" and torch.cuda.is_initialized():
-        if torch.cuda.is_current_stream_capturing():
-            return import_module(_KERNELS)  # a trial would become a part of the graph
-    return _try_triton(device, dtype)
+    key = device, dtype
+    if key not in _tried:
+        if device.type == "cuda" and torch.cuda.is_initialized():
+            if torch.cuda.is_current_stream_capturing():  # a trial would be a part of the graph
+                return _try_triton(device, dtype, launch=False)
+        _tried[key] = _try_triton(device, dtype)
+    return _tried[key]
 
 
-@functools.cache
-def _try_triton(device: torch.device, dtype: torch.dtype) -> ModuleType | str:
+def _try_triton(device: torch.device, dtype: torch.dtype, launch: bool = True) -> ModuleType | str:
     try:
         kernels = import_module(_KERNELS)
-        small = torch.zeros(1, 1, 1, 1, device=device, dtype=dtype)
-        problem = small, small, small[0], None, 1, 1
-        kernels.attention(*problem)
-        kernels.attention_backward(small, *problem)
+        if launch:
+            small = torch.zeros(1, 1, 1, 1, device=device, dtype=dtype)
+            problem = small, small, small[0], None, 1, 1
+            kernels.attention(*problem)
+            kernels.attention_backward(small, *problem)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # Triton, its compilers and the drivers raise what they like

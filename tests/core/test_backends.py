@@ -114,20 +114,32 @@ def test_triton_that_is_not_there_cannot_be_chosen(monkeypatch):
 def test_without_triton_a_gpu_has_plain_pytorch(monkeypatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     monkeypatch.delitem(sys.modules, backends._KERNELS, raising=False)
-    backends._try_triton.cache_clear()
+    monkeypatch.setattr(backends, "_tried", {})
     backends._warn_once.cache_clear()
-    try:
-        with pytest.warns(RuntimeWarning, match="in plain PyTorch .slower.*on cuda.*triton"):
-            assert backends._kernels_in_python(torch.device("cuda"), torch.float32) is None
-    finally:
-        backends._try_triton.cache_clear()
+    with pytest.warns(RuntimeWarning, match="in plain PyTorch .slower.*on cuda.*triton"):
+        assert backends._kernels_in_python(torch.device("cuda"), torch.float32) is None
+
+
+@compiled
+def test_a_graph_capture_knows_the_trials_before_it(monkeypatch):
+    pytest.importorskip("triton")
+    monkeypatch.setattr(backends, "_tried", {})
+    gpu, number = torch.device("cuda:7"), torch.float32
+    assert isinstance(before := backends._triton_kernels(gpu, number), str)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert backends._triton_kernels(gpu, number) == before
+    backends._tried.clear()
+    assert backends._triton_kernels(gpu, number) is sys.modules[backends._KERNELS]
+    monkeypatch.setitem(sys.modules, backends._KERNELS, None)
+    assert "triton" in backends._triton_kernels(gpu, number)
 
 
 @compiled
 def test_triton_that_does_not_work_is_said(monkeypatch):
     """Once; by name it is an error."""
     reason = "Failed to find C compiler"
-    monkeypatch.setattr(backends, "_try_triton", lambda device, dtype: reason)
+    monkeypatch.setattr(backends, "_triton_kernels", lambda device, dtype: reason)
     backends._warn_once.cache_clear()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(backends, "has_kernels", lambda device_type: False)
