@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from gpu import probe, rehearsal, sanitizers, schedule, summary, tables  # noqa: E402
+from gpu import models, probe, rehearsal, sanitizers, schedule, summary, tables  # noqa: E402
 from gpu.common import has_triton  # noqa: E402
 
 POISON = """
@@ -249,6 +249,14 @@ def test_probe_says_where_errors_lie():
     assert judged["output"] == (
         "2 of 120 numbers in 0..0 x 2..2 x 1..2 x 4..4; first (0, 2, 1, 4), (0, 2, 2, 4)"
     )
+
+
+def test_models_are_timed_with_cudnn(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", False)
+    for part in ("tiny", "benchmark"):
+        with models.chosen(part):
+            assert torch.backends.cudnn.enabled
+            assert torch.backends.cudnn.benchmark == (part == "benchmark")
 
 
 @pytest.mark.slow
