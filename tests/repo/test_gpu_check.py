@@ -200,6 +200,14 @@ def ended(step, state="done", part=""):
         ([row("probe", "a", family="torch", wrong=0), ended("probe", "out of time")], "NOT SHOWN"),
         ([row("probe", "a", family="torch", wrong=0), ended("probe", "failed", "cuda")], "NO"),
         ([row("probe", "a", family="cuda", absent="no kernels"), ended("probe")], "NOT SHOWN"),
+        (
+            [
+                row("probe", "a", family="attention_k7", wrong=0),
+                ended("probe", "done", "cuda"),
+                ended("probe", "out of time", "triton"),
+            ],
+            "yes",
+        ),
     ],
 )
 def test_kernels_are_right_only_when_the_probe_has_ended_and_found_nothing(rows, verdict):

@@ -32,12 +32,12 @@ FAMILIES = ("cuda", "triton", "torch")
 STEPS = {
     "facts": Step(40, 5),
     "load": Step(170, 5),
-    "probe": Step(90, 10, ("instructions", *FAMILIES, "conv")),
-    "sanitizers": Step(155, 30, beside=True),
-    "tests": Step(155, 30),
-    "operator": Step(100, 20, ("cuda", "compiled", "triton", "copy")),
-    "conv": Step(75, 15, ("heuristics", "benchmark")),
-    "models": Step(130, 25, ("tiny", "small", "cuda", "dense", "triton", "benchmark")),
+    "probe": Step(120, 10, ("instructions", *FAMILIES, "conv")),
+    "sanitizers": Step(150, 30, beside=True),
+    "tests": Step(150, 30),
+    "operator": Step(90, 20, ("cuda", "compiled", "triton", "copy")),
+    "conv": Step(60, 15, ("heuristics", "benchmark")),
+    "models": Step(110, 25, ("tiny", "small", "cuda", "dense", "triton", "benchmark")),
     "ncu": Step(60, 20),
     "compile": Step(200, 30, ("backbones", "operator", "flex")),
 }
