@@ -183,6 +183,45 @@ def test_a_sanitizer_is_clean_only_when_all_calls_are_done():
     assert (row["state"], row["first"]) == ("not shown", "Error: Device not supported")
 
 
+FAKES = {
+    "compute-sanitizer": """
+case "$*" in
+  *memcheck*) echo "call 1 of 1: x"; echo "all calls done"
+    echo "========= Invalid __global__ write of size 2 bytes"
+    echo "========= ERROR SUMMARY: 2 errors"; exit 9 ;;
+  *racecheck*kns*) echo "unrecognised option '--kernel-name'"; exit 1 ;;
+  *racecheck*) echo "call 1 of 1: x"; echo "all calls done"
+    echo "========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)" ;;
+  *initcheck*) echo "========= Error: Device not supported"; exit 1 ;;
+  *) echo "call 1 of 72: x"; exec sleep 1000 ;;
+esac
+""",
+    "ncu": "echo '==ERROR== ERR_NVGPUCTRPERM - no permission' >&2; exit 1",
+}
+
+
+@pytest.mark.slow
+def test_findings_of_the_tools_are_rows_and_what_is_cut_off_keeps_its_log(tmp_path):
+    tools, out = tmp_path / "tools", tmp_path / "out"
+    tools.mkdir(), out.mkdir()
+    for name, script in FAKES.items():
+        (tools / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tools / name).chmod(0o755)
+    environment = rehearsal.environment(ROOT) | {"PATH": f"{tools}:{os.environ['PATH']}"}
+    environment["ELSA_GPU_CHECK_END"] = str(time.monotonic() + 10)
+    for step in ("sanitizers", "ncu"):
+        command = [sys.executable, "-W", "ignore", "-m", f"gpu.{step}", "--out", out]
+        assert subprocess.run(command, env=environment, capture_output=True).returncode == 1
+    rows = {row["case"]: row for row in summary.read(out / "rows.jsonl")}
+    assert (rows["memcheck"]["state"], rows["memcheck"]["errors"]) == ("errors", 2)
+    assert rows["racecheck"]["state"] == "clean"
+    assert rows["initcheck"]["first"] == "Error: Device not supported"
+    assert rows["synccheck"]["text"] == "out of time" and rows["synccheck"]["calls"] == "1 of 72"
+    assert "===== synccheck\ncall 1 of 72: x" in (out / "sanitizer.txt").read_text()
+    assert summary.are_clean(list(summary.read(out / "rows.jsonl")), ["sanitizers"])[0] == "NO"
+    assert rows["ncu"]["error"].endswith("ERR_NVGPUCTRPERM - no permission")
+
+
 def row(step, case, **figures):
     return {"step": step, "case": case, **figures}
 
