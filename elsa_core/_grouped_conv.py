@@ -15,8 +15,8 @@ from torch import Tensor
 from ._problem import is_cast
 from .operator import AUTOCAST, _autograd
 
-KERNEL_SIZE, GROUP_WIDTHS, MOST = 7, (4, 8), 2**22
-"""What the CUDA kernels serve; height, width and channels must be less than MOST."""
+KERNEL_SIZE, GROUP_WIDTHS, MOST = 7, (4, 8), 2**26
+"""What the CUDA kernels serve; height and width * channels must be at most MOST."""
 
 
 def has_cuda_kernels() -> bool:
@@ -42,7 +42,7 @@ def is_served(query: Tensor, key: Tensor, weight: Tensor) -> bool:
         and kernel == [KERNEL_SIZE, KERNEL_SIZE]
         and group_width in GROUP_WIDTHS
         and channels % 8 == 0
-        and all(size < MOST for size in query.shape[1:])
+        and max(query.shape[1], query.shape[2] * channels) <= MOST
         and torch.cuda.get_device_properties(query.device).major >= 8
     )
 

@@ -41,9 +41,9 @@ Problem check(
     fail(
         "elsa::grouped_conv needs float16 or bfloat16 on CUDA devices, got ", name_of_dtype(query));
   require(
-      std::max({p.height, p.width, p.channels}) < kMostGroupedConv &&
+      p.height <= kMostPitch && p.width <= kMostPitch / std::max<int64_t>(p.channels, 1) &&
           grouped_conv_blocks(p.batch, p.height, p.width, p.channels) <= kMostCounted,
-      "elsa::grouped_conv needs height, width and channels of less than ", kMostGroupedConv,
+      "elsa::grouped_conv needs height and width * channels of at most ", kMostPitch,
       " on CUDA devices, and fewer positions in all, got ", shape_of(query));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(query.get(), &p.device_type));
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(query.get(), &p.device_index));
@@ -93,12 +93,13 @@ S* data(const Tensor& tensor) {
   return static_cast<S*>(tensor.mutable_data_ptr());
 }
 
-// A map that the kernels can read: aligned to 16 bytes, pixel by pixel, and with a small stride. A
+// A map that the kernels can read: aligned to 16 bytes, pixel by pixel, and not too wide. A
 // copy where it must be; keep it alive.
 struct Readable {
   Readable(const Problem& p, const Tensor& tensor) : map(evenly_spaced(p, tensor)) {
     const auto address = reinterpret_cast<uintptr_t>(map.tensor.const_data_ptr());
-    if ((address | (map.stride * 2)) % 16 != 0 || map.stride < 0 || map.stride >= kMostGroupedConv)
+    if ((address | (map.stride * 2)) % 16 != 0 || map.stride < 0 ||
+        map.stride > kMostPitch / p.width)
       map = copied(p, map.tensor);
   }
   template <typename S>

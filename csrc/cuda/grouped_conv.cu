@@ -39,19 +39,6 @@ __global__ void pack_kernel(const S* weight, int64_t chunks, int group_width, S*
   }
 }
 
-// The quarters of a factor whose left half are the pixels of an image row, and whose right half of
-// the next one; of the same one for the last row of taps. `pairs` have two rows each, in that
-// order.
-__device__ inline void last_column(
-    Pair (&quarters)[4], const Pair (&pairs)[kRowPairs][4], int row, bool single) {
-  const int next = single ? row : row + 1;
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    quarters[i] = pairs[row / 2][row % 2 * 2 + i];
-    quarters[2 + i] = pairs[next / 2][next % 2 * 2 + i];
-  }
-}
-
 // sums += the convolution of a plane, at 16 positions of each of kWarpRows rows. In a product the
 // rows of the first factor are positions, its columns the channels of two taps' pixels, and the
 // columns of the second output channels.
@@ -60,24 +47,13 @@ __device__ void convolve(
     float (&sums)[kWarpRows][4], const S* plane, const Pair (&taps)[kPairs][2], int lane) {
   const S* across = plane + (lane % 16 + lane / 16) * kChunk;
   const S* down = plane + (lane % 16 + kKernel - 1 + lane / 16 * kHaloColumns) * kChunk;
-  Pair last[kRowPairs][4];
-  const auto add_last_column = [&](int row) {
-#pragma unroll
-    for (int y = 0; y < kWarpRows; ++y) {
-      const int ky = row - y;
-      if (ky < 0 || ky >= kKernel || ky % 2) continue;
-      Pair pixels[4];
-      last_column(pixels, last, row, ky == kKernel - 1);
-      multiply_add<S>(sums[y], pixels, taps[kAcross + ky / 2][0], taps[kAcross + ky / 2][1]);
-    }
-  };
 #pragma unroll
   for (int row = 0; row < kPixelRows; ++row) {
-    Pair pixels[kRowTaps][4];
+    Pair pixels[kRowTaps][4], last[4];
 #pragma unroll
     for (int i = 0; i < kRowTaps; ++i)
       load_matrices(pixels[i], across + (row * kHaloColumns + 2 * i) * kChunk);
-    if (row % 2 == 0) load_matrices(last[row / 2], down + row * kHaloColumns * kChunk);
+    if (row + 1 < kPixelRows) load_matrices(last, down + row * kHaloColumns * kChunk);
 #pragma unroll
     for (int i = 0; i < kRowTaps; ++i) {
 #pragma unroll
@@ -88,9 +64,11 @@ __device__ void convolve(
         multiply_add<S>(sums[y], pixels[i], two[0], two[1]);
       }
     }
-    // An odd row's pair ends in the next one, which comes with an even row.
-    if (row % 2 == 0 && row > 0) add_last_column(row - 1);
-    if (row % 2 == 0 || row == kPixelRows - 1) add_last_column(row);
+#pragma unroll
+    for (int y = 0; y < kWarpRows; ++y) {
+      const int pair = last_pair(row - y);
+      if (pair >= 0) multiply_add<S>(sums[y], last, taps[pair][0], taps[pair][1]);
+    }
   }
 }
 
@@ -147,21 +125,31 @@ __device__ void convolve_tile(S* tile, const GroupedConv<S>& a, const Place& pla
   __syncthreads();
 }
 
-// Calls write(numbers, pixel, channel) for each chunk of the tile's results within the map.
+// Calls write(numbers, row, column) for each chunk of the tile's results within the map.
 template <typename S, typename Write>
 __device__ void write_tile(
     const S* tile, const GroupedConv<S>& a, const Place& place, const Write& write) {
-  const int chunk = threadIdx.x % kChunks, channel = place.channel + chunk * kChunk;
-  if (channel >= a.channels) return;
+  const int chunk = threadIdx.x % kChunks, own = static_cast<int>(threadIdx.x) / kChunks;
 #pragma unroll
   for (int first = 0; first < kRows * kColumns; first += kThreads / kChunks) {
-    const int position = first + threadIdx.x / kChunks;
-    const int y = place.top + position / kColumns, x = place.left + position % kColumns;
-    if (inside(a, y, x))
-      write(
-          *reinterpret_cast<const uint4*>(tile + result(position, chunk)), pixel_at(a, place, y, x),
-          channel);
+    const int position = first + own, row = position / kColumns, column = position % kColumns;
+    if (inside(a, place.top + row, place.left + column))
+      write(*reinterpret_cast<const uint4*>(tile + result(position, chunk)), row, column);
   }
+}
+template <typename S>
+__device__ void store_chunk(S* out, const uint4& numbers) {
+  *reinterpret_cast<uint4*>(out) = numbers;
+}
+
+// Where a block's results are in a contiguous map, and those of its other positions from there.
+template <typename S>
+__device__ int64_t first_result(const GroupedConv<S>& a, const Place& place, int channel) {
+  return pixel_at(a, place, place.top, place.left) * a.channels + channel;
+}
+template <typename S>
+__device__ int result_offset(const GroupedConv<S>& a, int row, int column) {
+  return (row * static_cast<int>(a.width) + column) * a.channels;
 }
 
 template <typename S>
@@ -175,10 +163,13 @@ __global__ void __launch_bounds__(kThreads, 2) forward_kernel(GroupedConvForward
   S* tile = block_memory<S>();
   const GroupedConv<S>& a = call.operands;
   const Place place = place_of_block(a);
-  load_tile<kRows, kThreads, 4>(tile, a, place, a.query, a.key);
+  load_tile<kRows, kThreads, 4, 2>(tile, a, place, a.query, a.key);
   convolve_tile(tile, a, place, a.bias);
-  write_tile(tile, a, place, [&](const uint4& numbers, int64_t pixel, int channel) {
-    *reinterpret_cast<uint4*>(call.out + pixel * a.channels + channel) = numbers;
+  const int channel = place.channel + threadIdx.x % kChunks * kChunk;
+  if (channel >= a.channels) return;
+  S* out = call.out + first_result(a, place, channel);
+  write_tile(tile, a, place, [&](const uint4& numbers, int row, int column) {
+    store_chunk(out + result_offset(a, row, column), numbers);
   });
 }
 
@@ -188,14 +179,16 @@ __global__ void __launch_bounds__(kThreads, 2) maps_kernel(GroupedConvBackward<S
   S* tile = block_memory<S>();
   const GroupedConv<S>& a = call.operands;
   const Place place = place_of_block(a);
-  load_tile<kRows, kThreads, 8>(tile, a, place, call.grad);
+  load_tile<kRows, kThreads, 8, 1>(tile, a, place, call.grad);
   convolve_tile(tile, a, place, static_cast<const S*>(nullptr));
-  write_tile(tile, a, place, [&](const uint4& numbers, int64_t pixel, int channel) {
-    const uint4 query = load_chunk(a.query, pixel, channel);
-    const uint4 key = load_chunk(a.key, pixel, channel);
-    const int64_t at = pixel * a.channels + channel;
-    *reinterpret_cast<uint4*>(call.grad_query + at) = product<S>(numbers, key);
-    *reinterpret_cast<uint4*>(call.grad_key + at) = product<S>(numbers, query);
+  const int channel = place.channel + threadIdx.x % kChunks * kChunk;
+  if (channel >= a.channels) return;
+  const Chunks<S> query(a.query, a, place, channel), key(a.key, a, place, channel);
+  const int64_t first = first_result(a, place, channel);
+  write_tile(tile, a, place, [&](const uint4& numbers, int row, int column) {
+    const int64_t at = first + result_offset(a, row, column);
+    store_chunk(call.grad_query + at, product<S>(numbers, key.load(row, column)));
+    store_chunk(call.grad_key + at, product<S>(numbers, query.load(row, column)));
   });
 }
 

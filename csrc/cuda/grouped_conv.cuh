@@ -16,17 +16,22 @@ constexpr int kKernel = 7, kRadius = kKernel / 2, kTaps = kKernel * kKernel;
 // kColumns columns; a warp has kWarpRows rows of it.
 constexpr int kChunk = 8, kChunks = 4, kColumns = 16, kWarpRows = 8;
 constexpr int kHaloColumns = kColumns + 2 * kRadius;
-// Image rows that a warp's positions read, and the pairs of them.
-constexpr int kPixelRows = kWarpRows + 2 * kRadius, kRowPairs = kPixelRows / 2;
-static_assert(kPixelRows % 2 == 0);
+constexpr int kPixelRows = kWarpRows + 2 * kRadius;  // that a warp's positions read
 
 // Taps go to the tensor cores in pairs: first those of two neighbouring columns, then those of the
-// last column, of two neighbouring rows; the last pair has one tap.
-constexpr int kRowTaps = kKernel / 2, kAcross = kKernel * kRowTaps,
-              kPairs = kAcross + kKernel / 2 + 1;
+// last column, of two neighbouring rows. Its first one is alone: the pixel below, which is a tap of
+// the same position, is multiplied by 0.
+constexpr int kRowTaps = kKernel / 2, kAcross = kKernel * kRowTaps, kPairs = kAcross + kRadius + 1;
+constexpr int kNoTap = kTaps;
 __host__ __device__ constexpr int tap_of(int pair, int second) {
   if (pair < kAcross) return pair / kRowTaps * kKernel + pair % kRowTaps * 2 + second;
-  return ((pair - kAcross) * 2 + second) * kKernel + kKernel - 1;  // kTaps and more: none
+  const int row = 2 * (pair - kAcross) - 1 + second;
+  return pair > kAcross ? row * kKernel + kKernel - 1 : second ? kNoTap : kKernel - 1;
+}
+// Which pair of the last column has the tap of this row as its first one; none: -1.
+__host__ __device__ constexpr int last_pair(int row) {
+  if (row == 0) return kAcross;
+  return row > 0 && row < kKernel && row % 2 ? kAcross + (row + 1) / 2 : -1;
 }
 
 // A tile of pixels is kept chunk by chunk. Planes begin in different banks for two neighbouring
@@ -99,43 +104,61 @@ __device__ uint4 product(const uint4& a, const uint4& b) {
   return {product<S>(a.x, b.x), product<S>(a.y, b.y), product<S>(a.z, b.z), product<S>(a.w, b.w)};
 }
 
+// The chunks of a map that a thread reads: one of kChunks, at pixels around the tile's first one.
+// Offsets of pixels fit in 32 bits, as kMostPitch says.
 template <typename S>
-__device__ uint4 load_chunk(const Map<const S>& map, int64_t pixel, int channel) {
-  return *reinterpret_cast<const uint4*>(map.data + pixel * map.stride + channel);
-}
+struct Chunks {
+  const S* first;
+  int pitch, stride;
+
+  __device__ Chunks(
+      const Map<const S>& map, const GroupedConv<S>& a, const Place& place, int channel)
+      : first(map.data + pixel_at(a, place, place.top, place.left) * map.stride + channel),
+        pitch(static_cast<int>(a.width * map.stride)),
+        stride(static_cast<int>(map.stride)) {}
+  __device__ const S* at(int row, int column) const {
+    return first + (row * pitch + column * stride);
+  }
+  __device__ uint4 load(int row, int column) const {
+    return *reinterpret_cast<const uint4*>(at(row, column));
+  }
+};
 
 // Writes the block's channels of a tile with a border of kRadius pixels to shared memory: the
 // product of two maps, or one map; zeros outside of the map. A thread reads AtOnce pixels at a
 // time.
-template <int Rows, int Threads, int AtOnce, typename S, typename... Maps>
+template <int Rows, int Threads, int AtOnce, int Unroll, typename S, typename... Maps>
 __device__ void load_tile(
     S* tile, const GroupedConv<S>& a, const Place& place, const Maps&... maps) {
   constexpr int kStep = Threads / kChunks, kPixels = kHaloPixels<Rows>;
   const int chunk = threadIdx.x % kChunks, channel = place.channel + chunk * kChunk;
+  const int own = static_cast<int>(threadIdx.x) / kChunks;
   const bool has_channel = channel < a.channels;
-#pragma unroll
+  const Chunks<S> from[] = {Chunks<S>(maps, a, place, channel)...};
+  S* to = tile + chunk * kTilePlane<Rows> + own * kChunk;
+#pragma unroll(Unroll)
   for (int first = 0; first < kPixels; first += kStep * AtOnce) {
     uint4 numbers[AtOnce][sizeof...(maps)];
 #pragma unroll
     for (int i = 0; i < AtOnce; ++i) {
-      const int pixel = first + i * kStep + static_cast<int>(threadIdx.x) / kChunks;
-      const int row = pixel / kHaloColumns;
-      const int y = place.top + row - kRadius;
-      const int x = place.left + pixel - row * kHaloColumns - kRadius;
-      const bool read = has_channel && pixel < kPixels && inside(a, y, x);
-      int map = 0;
-      ((numbers[i][map++] =
-            read ? load_chunk(maps, pixel_at(a, place, y, x), channel) : uint4{0, 0, 0, 0}),
-       ...);
+      const int begin = first + i * kStep, pixel = begin + own;
+      const int row = pixel / kHaloColumns - kRadius;
+      const int column = pixel % kHaloColumns - kRadius;
+      const bool read = has_channel && (begin + kStep <= kPixels || pixel < kPixels) &&
+                        inside(a, place.top + row, place.left + column);
+#pragma unroll
+      for (size_t map = 0; map < sizeof...(maps); ++map) {
+        numbers[i][map] = {0, 0, 0, 0};
+        if (read) numbers[i][map] = from[map].load(row, column);
+      }
     }
 #pragma unroll
     for (int i = 0; i < AtOnce; ++i) {
-      const int pixel = first + i * kStep + static_cast<int>(threadIdx.x) / kChunks;
+      const int begin = first + i * kStep;
       uint4 chunk_of_pixel = numbers[i][0];
       if constexpr (sizeof...(maps) == 2) chunk_of_pixel = product<S>(numbers[i][0], numbers[i][1]);
-      if (pixel < kPixels)
-        *reinterpret_cast<uint4*>(tile + chunk * kTilePlane<Rows> + pixel * kChunk) =
-            chunk_of_pixel;
+      if (begin + kStep <= kPixels || begin + own < kPixels)
+        *reinterpret_cast<uint4*>(to + begin * kChunk) = chunk_of_pixel;
     }
   }
 }

@@ -6,8 +6,9 @@
 namespace elsa::cuda {
 
 // Served are K = 7, groups of 4 or 8 channels, and multiples of 8 channels. Maps must be aligned to
-// 16 bytes, pixel by pixel, and height, width, channels and strides be less than kMostGroupedConv.
-inline constexpr int64_t kMostGroupedConv = 1 << 22;
+// 16 bytes, pixel by pixel, and rows be at most kMostPitch numbers apart, so that offsets within
+// the 22 rows of a tile fit in 32 bits; so must be the height.
+inline constexpr int64_t kMostPitch = 1 << 26;
 
 template <typename S>
 struct GroupedConv {

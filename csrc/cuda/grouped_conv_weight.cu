@@ -17,62 +17,45 @@ template <typename S>
 __device__ void copy_grads(
     S* grads, const GroupedConv<S>& a, const Place& place, const Map<const S>& map) {
   const int chunk = threadIdx.x % kChunks, channel = place.channel + chunk * kChunk;
+  const int own = static_cast<int>(threadIdx.x) / kChunks;
+  const Chunks<S> from(map, a, place, channel);
 #pragma unroll
   for (int first = 0; first < kRows * kColumns; first += kThreads / kChunks) {
-    const int position = first + threadIdx.x / kChunks;
-    const int y = place.top + position / kColumns, x = place.left + position % kColumns;
-    const bool read = channel < a.channels && inside(a, y, x);
-    const int64_t at = pixel_at(a, place, y, x) * map.stride + channel;
-    copy_async(grads + chunk * kGradPlane + position * kChunk, map.data + (read ? at : 0), read);
-  }
-}
-
-// The quarters of a factor whose upper half are the pixels of an image row, and whose lower half of
-// the next one, or ones for the last row of taps: their products are the gradient of the bias.
-template <typename S>
-__device__ void last_column(
-    Pair (&quarters)[4], const Pair (&pairs)[kRowPairs][4], int row, bool single) {
-  const Pair ones = pack<S>(1, 1);
-  const int next = single ? row : row + 1;
-#pragma unroll
-  for (int half = 0; half < 2; ++half) {
-    quarters[2 * half] = pairs[row / 2][2 * half + row % 2];
-    quarters[2 * half + 1] = single ? ones : pairs[next / 2][2 * half + next % 2];
+    const int position = first + own, row = position / kColumns, column = position % kColumns;
+    const bool read = channel < a.channels && inside(a, place.top + row, place.left + column);
+    copy_async(
+        grads + chunk * kGradPlane + position * kChunk, read ? from.at(row, column) : map.data,
+        read);
   }
 }
 
 // sums[pair of taps] += the products of a plane of pixels with one of gradients. In a product the
 // rows of the first factor are the channels of two taps' pixels, its columns positions of an image
-// row, and the columns of the second output channels.
+// row, and the columns of the second output channels. Where the first factor is ones, the sums are
+// the gradient of the bias.
 template <typename S>
 __device__ void multiply_planes(
-    float (&sums)[kPairs][4], const S* pixel_plane, const S* grad_plane, int lane) {
+    float (&sums)[kPairs][4], float (&bias)[4], const S* pixel_plane, const S* grad_plane,
+    int lane) {
+  const Pair one = pack<S>(1, 1), ones[4] = {one, one, one, one};
   Pair grads[kWarpRows / 2][4];  // of two rows
 #pragma unroll
-  for (int j = 0; j < kWarpRows / 2; ++j)
+  for (int j = 0; j < kWarpRows / 2; ++j) {
     load_transposed(grads[j], grad_plane + (j * 2 * kColumns + lane) * kChunk);
+    multiply_add<S>(bias, ones, grads[j][0], grads[j][1]);
+    multiply_add<S>(bias, ones, grads[j][2], grads[j][3]);
+  }
   const int second = lane / 8 % 2, column = lane / 16 * 8 + lane % 8;
   const S* across = pixel_plane + (column + second) * kChunk;
   const S* down = pixel_plane + (column + kKernel - 1 + second * kHaloColumns) * kChunk;
   const auto add = [&](float (&sum)[4], const Pair(&pixels)[4], int y) {
     multiply_add<S>(sum, pixels, grads[y / 2][y % 2 * 2], grads[y / 2][y % 2 * 2 + 1]);
   };
-  Pair last[kRowPairs][4];
-  const auto add_last_column = [&](int row) {
-#pragma unroll
-    for (int y = 0; y < kWarpRows; ++y) {
-      const int ky = row - y;
-      if (ky < 0 || ky >= kKernel || ky % 2) continue;
-      Pair pixels[4];
-      last_column<S>(pixels, last, row, ky == kKernel - 1);
-      add(sums[kAcross + ky / 2], pixels, y);
-    }
-  };
 #pragma unroll
   for (int row = 0; row < kPixelRows; ++row) {
+    Pair pixels[4];
 #pragma unroll
     for (int i = 0; i < kRowTaps; ++i) {
-      Pair pixels[4];
       load_transposed(pixels, across + (row * kHaloColumns + 2 * i) * kChunk);
 #pragma unroll
       for (int y = 0; y < kWarpRows; ++y) {
@@ -80,9 +63,13 @@ __device__ void multiply_planes(
         if (ky >= 0 && ky < kKernel) add(sums[ky * kRowTaps + i], pixels, y);
       }
     }
-    if (row % 2 == 0) load_transposed(last[row / 2], down + row * kHaloColumns * kChunk);
-    if (row % 2 == 0 && row > 0) add_last_column(row - 1);
-    if (row % 2 == 0 || row == kPixelRows - 1) add_last_column(row);
+    if (row + 1 == kPixelRows) break;
+    load_transposed(pixels, down + row * kHaloColumns * kChunk);
+#pragma unroll
+    for (int y = 0; y < kWarpRows; ++y) {
+      const int pair = last_pair(row - y);
+      if (pair >= 0) add(sums[pair], pixels, y);
+    }
   }
 }
 
@@ -95,17 +82,18 @@ __global__ void __launch_bounds__(kThreads, 3)
   const int lane = threadIdx.x % kWarp, chunk = threadIdx.x / kWarp;
   const int channel = (blockIdx.x * kChunks + chunk) * kChunk;
   const bool works = channel < a.channels;
-  float sums[kPairs][4] = {};
-  const int64_t end = tiles * (blockIdx.y + 1) / gridDim.y;
+  float sums[kPairs][4] = {}, bias[4] = {};
+  const unsigned end = static_cast<unsigned>(tiles * (blockIdx.y + 1) / gridDim.y);
 #pragma unroll 1
-  for (int64_t i = tiles * blockIdx.y / gridDim.y; i < end; ++i) {
-    const Place place = place_of<kRows>(a, static_cast<unsigned>(i), blockIdx.x);
+  for (unsigned i = static_cast<unsigned>(tiles * blockIdx.y / gridDim.y); i < end; ++i) {
+    const Place place = place_of<kRows>(a, i, blockIdx.x);
     copy_grads(grads, a, place, call.grad);
-    load_tile<kRows, kThreads, 2>(tile, a, place, a.query, a.key);
+    load_tile<kRows, kThreads, 2, 1>(tile, a, place, a.query, a.key);
     wait_for_copies();
     __syncthreads();
     if (works)
-      multiply_planes(sums, tile + chunk * kTilePlane<kRows>, grads + chunk * kGradPlane, lane);
+      multiply_planes(
+          sums, bias, tile + chunk * kTilePlane<kRows>, grads + chunk * kGradPlane, lane);
     __syncthreads();
   }
   if (!works) return;
@@ -131,7 +119,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (in == 0)
     *reinterpret_cast<float2*>(
         call.bias_parts + static_cast<int64_t>(blockIdx.y) * a.channels + channel + out) = {
-        sums[kPairs - 1][2], sums[kPairs - 1][3]};
+        bias[0], bias[1]};
 }
 
 }  // namespace
