@@ -137,8 +137,8 @@ def attention_backward(
             )
             for name, ghost in wanted.items()
         }
-    empty = value.new_empty(0)
-    return grad_value, grad_logits, grads.get("add", empty), grads.get("mul", empty)
+    add, mul = (grads[name] if name in grads else value.new_empty(0) for name in ("add", "mul"))
+    return grad_value, grad_logits, add, mul
 
 
 class _Call:
