@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ._problem import is_cast
-from .operator import AUTOCAST, _autograd
+from .operator import AUTOCAST, _autocast, _autograd
 
 KERNEL_SIZE, GROUP_WIDTHS, MOST = 7, (4, 8), 2**26
 """What the CUDA kernels serve; height and width * channels must be at most MOST."""
@@ -167,21 +167,6 @@ def _refuse_double_backward(ctx: Any, *grads: Tensor) -> None:
     )
 
 
-def _autocast(device_type: str) -> Any:
-    key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
-
-    def kernel(*tensors: Tensor | None) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-
-        def cast(tensor: Tensor | None) -> Tensor | None:
-            return tensor.to(dtype) if tensor is not None and is_cast(tensor.dtype) else tensor
-
-        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return torch.ops.elsa.grouped_conv(*map(cast, tensors))
-
-    return kernel
-
-
 def _register(library: torch.library.Library) -> None:
     for function in (grouped_conv, grouped_conv_backward):
         name = function.__name__
@@ -190,7 +175,8 @@ def _register(library: torch.library.Library) -> None:
             library.define(name + schema, tags=torch.Tag.pt2_compliant_tag)
         library.impl(name, function, "CompositeExplicitAutograd")
     for device_type in AUTOCAST:
-        library.impl("grouped_conv", _autocast(device_type), f"Autocast{device_type.upper()}")
+        kernel = _autocast("grouped_conv", device_type)
+        library.impl("grouped_conv", kernel, f"Autocast{device_type.upper()}")
     torch.library.register_fake("elsa::grouped_conv", _fake, lib=library)
     torch.library.register_fake("elsa::grouped_conv_backward", _backward_fake, lib=library)
     for name, backward, setup_context in (

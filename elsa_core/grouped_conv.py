@@ -15,7 +15,7 @@ or by `use`.
 from __future__ import annotations
 
 import os
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +45,10 @@ def _checked(name: str, source: str) -> str:
     return name
 
 
-_chosen = _checked(os.environ.get(VARIABLE) or "torch", VARIABLE)
+try:
+    _chosen = _checked(os.environ.get(VARIABLE) or "torch", VARIABLE)
+except (ValueError, RuntimeError) as error:
+    raise ImportError(str(error)) from error
 
 
 def chosen() -> str:
@@ -53,27 +56,26 @@ def chosen() -> str:
     return _chosen
 
 
-class use:
+def use(name: str) -> AbstractContextManager[object]:
     """Choose the form for the whole process, or for a ``with`` block.
 
     ``use("dense")`` lasts until the next call; ``with use("dense"):`` restores the previous choice
     at the end of the block. Keep the choice until the backward pass where activations are
     recomputed.
 
-    Raises ValueError for an unknown name, RuntimeError for `cuda` where there are no such kernels.
+    Raises:
+        ValueError: an unknown name.
+        RuntimeError: there are no kernels for `cuda`.
     """
+    restore = ExitStack()
+    restore.callback(_choose, _chosen)
+    _choose(name)
+    return restore
 
-    def __init__(self, name: str) -> None:
-        global _chosen
-        self._previous = _chosen
-        _chosen = _checked(name, "the form of the grouped convolution")
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: Any) -> None:
-        global _chosen
-        _chosen = self._previous
+def _choose(name: str) -> None:
+    global _chosen
+    _chosen = _checked(name, "the form of the grouped convolution")
 
 
 def product_conv2d(

@@ -137,18 +137,18 @@ def _autograd(name: str, backward: Any, setup_context: Any) -> Any:
     return refuse_tangents
 
 
-def _autocast(device_type: str) -> Any:
-    def kernel(*problem: Any) -> Tensor:
-        *tensors, kernel_size, dilation = problem
+def _autocast(name: str, device_type: str) -> Any:
+    operator = getattr(torch.ops.elsa, name).default
+    key = getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}")
+
+    def kernel(*inputs: Any) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
 
-        def cast(tensor: Tensor | None) -> Tensor | None:
-            return tensor.to(dtype) if tensor is not None and is_cast(tensor.dtype) else tensor
+        def cast(value: Any) -> Any:
+            return value.to(dtype) if isinstance(value, Tensor) and is_cast(value.dtype) else value
 
-        with torch._C._ExcludeDispatchKeyGuard(
-            torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, f"Autocast{device_type.upper()}"))
-        ):
-            return torch.ops.elsa.attention(*map(cast, tensors), kernel_size, dilation)
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return operator(*map(cast, inputs))
 
     return kernel
 
@@ -159,7 +159,9 @@ def _register(library: torch.library.Library) -> None:
     library.impl("attention", _fallback.attention, "CompositeExplicitAutograd")
     library.impl("attention_backward", _fallback.attention_backward, "CompositeExplicitAutograd")
     for device_type in AUTOCAST:
-        library.impl("attention", _autocast(device_type), f"Autocast{device_type.upper()}")
+        library.impl(
+            "attention", _autocast("attention", device_type), f"Autocast{device_type.upper()}"
+        )
     torch.library.register_fake(_ATTENTION, _attention_fake, lib=library)
     torch.library.register_fake(_BACKWARD, _backward_fake, lib=library)
     for name, backward, setup_context in (
