@@ -167,7 +167,10 @@ PROBE = """
 import sys
 import torch
 torch.ops.load_library(sys.argv[1])
-for name in ("elsa::attention", "elsa::attention_backward"):
+for name in (
+    "elsa::attention", "elsa::attention_backward",
+    "elsa::grouped_conv", "elsa::grouped_conv_backward",
+):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
 assert torch.ops.elsa.cuda_architectures() == "800"
 assert not torch.cuda.is_initialized()
