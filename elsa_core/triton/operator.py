@@ -15,11 +15,18 @@ from triton.runtime import JITFunction
 
 from .. import _fallback
 from .._problem import check_problem
-from . import kernels
+from .gradients import ghost_kernel, logits_kernel
+from .kernels import forward_kernel, value_kernel
 
 if not hasattr(triton.language, "gather"):
     raise ImportError(f"Triton 3.3 or later is needed, and this is {triton.__version__}")
 
+KERNELS = {
+    "forward": forward_kernel,
+    "logits": logits_kernel,
+    "value": value_kernel,
+    "ghost": ghost_kernel,
+}
 LARGEST_KERNEL = 13
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARTS = 64
@@ -199,7 +206,7 @@ class _Call:
             across = triton.cdiv(triton.cdiv(self.width, apart), block.columns) * apart
             tiles = self.height * across
             # A filter would be rounded; and Triton's interpreter multiplies bfloat16 as integers.
-            own["WIDEN"] = own["MUL"] or not isinstance(kernels.logits_kernel, JITFunction)
+            own["WIDEN"] = own["MUL"] or not isinstance(KERNELS[kernel], JITFunction)
             grid = (self.batch * tiles * self.heads, 1, 1)
         else:
             own["ROWS"] = block.rows
@@ -207,7 +214,7 @@ class _Call:
             grid = (self.batch * tiles * self.heads, groups, 1)
         if size is not None:
             own["SIZE"] = _power(size)
-        getattr(kernels, f"{kernel}_kernel")[grid](
+        KERNELS[kernel][grid](
             height=self.height,
             width=self.width,
             heads=self.heads,

@@ -15,7 +15,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 
-from elsa_core.triton import kernels, operator
+from elsa_core.triton import operator
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -65,15 +65,15 @@ class _Compiler(triton.runtime.JITFunction):
 def compiling_for(target):
     """Within it, launches of the operator's kernels compile them into the dict that it yields."""
     compiled = {}
-    names = {name: kernel for name, kernel in vars(kernels).items() if name.endswith("_kernel")}
-    fakes = {name: _Compiler(kernel, compiled) for name, kernel in names.items()}
+    kernels = dict(operator.KERNELS)
+    fakes = {name: _Compiler(kernel, compiled) for name, kernel in kernels.items()}
     driver = _Driver(TARGETS[target])
     with (
-        mock.patch.multiple(kernels, **fakes),
+        mock.patch.dict(operator.KERNELS, fakes),
         mock.patch.object(triton.runtime.driver, "_active", driver),
     ):
         yield compiled
-    for kernel in names.values():  # what is compiled for another device must not be run
+    for kernel in kernels.values():  # what is compiled for another device must not be run
         kernel.device_caches.clear()
 
 
