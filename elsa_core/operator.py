@@ -13,7 +13,7 @@ from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd.forward_ad import unpack_dual
 
 from . import _fallback, backends
-from ._extension import load_extension
+from ._extension import INSTALL, binaries, load_extension
 from ._problem import check_problem, is_cast
 
 __all__ = ["elsa_attention", "has_extension"]
@@ -67,12 +67,20 @@ def elsa_attention(
 
 
 def _define(library: torch.library.Library) -> None:
-    """Define the schema of csrc/elsa.cpp if there is no extension."""
-    for function in (_fallback.attention, _fallback.attention_backward):
-        library.define(
-            function.__name__ + torch.library.infer_schema(function, mutates_args=()),
-            tags=torch.Tag.pt2_compliant_tag,
-        )
+    """Define the schema of csrc/elsa.cpp, or see that the extension has the same.
+
+    Raises:
+        ImportError: the extension was built from other sources.
+    """
+    for name in ("attention", "attention_backward"):
+        schema = name + torch.library.infer_schema(getattr(_fallback, name), mutates_args=())
+        if not has_extension:
+            library.define(schema, tags=torch.Tag.pt2_compliant_tag)
+        elif str(getattr(torch.ops.elsa, name).default._schema) != f"elsa::{schema}":
+            raise ImportError(
+                f"{binaries()[0]} was built from other sources than those beside it: build it "
+                f"again by '{INSTALL}'"
+            )
 
 
 def _attention_fake(value: Tensor, *problem: Any) -> Tensor:
@@ -154,8 +162,7 @@ def _autocast(name: str, device_type: str) -> Any:
 
 
 def _register(library: torch.library.Library) -> None:
-    if not has_extension:
-        _define(library)
+    _define(library)
     library.impl("attention", _fallback.attention, "CompositeExplicitAutograd")
     library.impl("attention_backward", _fallback.attention_backward, "CompositeExplicitAutograd")
     for device_type in AUTOCAST:

@@ -14,7 +14,7 @@ from operator_inputs import GHOSTS, LOW, SHORT_AXES, make_inputs, value_and_grad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import elsa_core
-from elsa_core import _fallback, elsa_attention, elsa_attention_reference
+from elsa_core import _fallback, elsa_attention, elsa_attention_reference, operator
 from elsa_core.operator import has_extension
 
 SHAPES = {
@@ -157,11 +157,11 @@ def test_opcheck(ghosts, heads):
     operator_inputs.assert_registrations_are_right(inputs, 3)
 
 
-def test_schema_of_extension_and_default_kernels_agree():
-    for name in ("attention", "attention_backward"):
-        inferred = torch.library.infer_schema(getattr(_fallback, name), mutates_args=())
-        schema = getattr(torch.ops.elsa, name).default._schema
-        assert str(schema) == f"elsa::{name}{inferred}"
+def test_extension_with_another_schema_is_refused(monkeypatch):
+    operator._define(operator._library)
+    monkeypatch.setattr(_fallback, "attention_backward", _fallback.attention)
+    with pytest.raises(ImportError, match=r"_C.*\.so was built from other sources .*'pip install"):
+        operator._define(operator._library)
 
 
 @pytest.mark.parametrize("kernel_size", [3, 7])
