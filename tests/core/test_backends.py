@@ -8,7 +8,14 @@ import warnings
 
 import pytest
 import torch
-from operator_inputs import GHOSTS, assert_agrees, make_inputs, value_and_gradients
+from operator_inputs import (
+    GHOSTS,
+    LOW,
+    assert_agrees,
+    assert_rounds_once,
+    make_inputs,
+    value_and_gradients,
+)
 
 from elsa_core import (
     _fallback,
@@ -204,6 +211,13 @@ def test_interpreter_has_dilations_beyond_a_side(height, width):
     inputs = make_inputs((1, height, width, 6, 2), 3, ("add", "mul"), torch.float32)
     assert_agrees(inputs, 3, 5)
     assert_agrees(inputs, 3, 2**30 - 1)
+
+
+@interpreted
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_interpreter_sums_low_precision_in_float32(dtype):
+    inputs = make_inputs((1, 4, 5, 64, 2), 7, ("add", "mul"), dtype)
+    assert_rounds_once(inputs, 7, roundings=2)  # the interpreter cuts bfloat16 off
 
 
 @interpreted

@@ -18,7 +18,7 @@ ALL = "ELSA_TRITON_ALL" in os.environ
 OURS = "not float64 and not refuses"
 SOME = (
     "(agrees and (odd or batch) and (both or none) and (3-1 or 3-2 or 7-1) and not 13"
-    " or published and pixel and add or rounds_once and pixel and 7 or any_ghost and both-torch.b"
+    " or published and pixel and add or rounds_once and pixel and 7"
     " or strided and 8-3-torch.float16 or mean_nothing and 3 and float16 or opcheck and none-3"
     " or extreme and 12 or nan and 12 or these or interpreter)"
 )
