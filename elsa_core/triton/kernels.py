@@ -57,6 +57,28 @@ def softmax_of(logits, TAPS: tl.constexpr):
     return largest, 1.0 / total
 
 
+@triton.jit
+def _add_tap(
+    total,
+    attention,
+    window,
+    ghost_add,
+    ghost_mul,
+    filters,
+    known,
+    ADD: tl.constexpr,
+    MUL: tl.constexpr,
+):
+    """Return the sum with a tap's pixels, weighted by attention, then by filters."""
+    attended = attention[:, None] * window
+    if MUL:
+        attended *= tl.load(ghost_mul + filters, mask=known, other=0.0)[None, :]
+    total += attended
+    if ADD:
+        total += tl.load(ghost_add + filters, mask=known, other=0.0)[None, :] * window
+    return total
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     value,
@@ -108,13 +130,11 @@ def forward_kernel(
                 pixels[:, None] + channel[None, :], mask=taken[:, None] & known[None, :], other=0.0
             ).to(tl.float32)
             logit = tl.load(of_logits + tap).to(tl.float32)
-            attended = (tl.exp(logit - largest) * scale)[:, None] * window
+            attention = tl.exp(logit - largest) * scale
             filters = tap * heads * DEPTH + channel
-            if MUL:
-                attended *= tl.load(ghost_mul + filters, mask=known, other=0.0)[None, :]
-            total += attended
-            if ADD:
-                total += tl.load(ghost_add + filters, mask=known, other=0.0)[None, :] * window
+            total = _add_tap(
+                total, attention, window, ghost_add, ghost_mul, filters, known, ADD, MUL
+            )
     pixel = (image * height + y) * width + x
     to = out + (pixel * heads * DEPTH)[:, None] + channel[None, :]
     tl.store(to, total.to(out.dtype.element_ty), mask=inside[:, None] & known[None, :])
@@ -175,13 +195,11 @@ def value_kernel(
             logit = tl.load(
                 logits + row * logits_row + column * logits_column + tap, mask=taken, other=0.0
             ).to(tl.float32)
-            attended = (tl.exp(logit - largest) * scale)[:, None] * window
+            attention = tl.exp(logit - largest) * scale
             filters = tap * heads * DEPTH + channel
-            if MUL:
-                attended *= tl.load(ghost_mul + filters, mask=known, other=0.0)[None, :]
-            total += attended
-            if ADD:
-                total += tl.load(ghost_add + filters, mask=known, other=0.0)[None, :] * window
+            total = _add_tap(
+                total, attention, window, ghost_add, ghost_mul, filters, known, ADD, MUL
+            )
     pixel = (image * height + y) * width + x
     to = grad_value + (pixel * heads * DEPTH)[:, None] + channel[None, :]
     tl.store(to, total.to(grad_value.dtype.element_ty), mask=inside[:, None] & known[None, :])
