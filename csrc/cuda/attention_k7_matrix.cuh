@@ -55,15 +55,6 @@ constexpr int kFilterPairs = kDepth * kKernel * 2 * kPairs;
 static_assert(kWeightPairs * 2 <= kDepth * kPlane);
 
 template <typename S>
-__device__ Pair pack(float x, float y) {
-  S numbers[2];
-  store(numbers, x);
-  store(numbers + 1, y);
-  Pair pair;
-  memcpy(&pair, numbers, sizeof(pair));
-  return pair;
-}
-template <typename S>
 __device__ float2 unpack(Pair pair) {
   S numbers[2];
   memcpy(numbers, &pair, sizeof(pair));

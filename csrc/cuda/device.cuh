@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/macros.h>
 
 #include <cstdint>
+#include <cstring>
 #include <utility>
 
 #include "answers.h"
@@ -26,6 +27,17 @@ __device__ inline void store(float* out, float x) { *out = x; }
 __device__ inline void store(double* out, double x) { *out = x; }
 __device__ inline void store(__half* out, float x) { *out = __float2half_rn(x); }
 __device__ inline void store(__nv_bfloat16* out, float x) { *out = __float2bfloat16_rn(x); }
+
+// Two 16-bit numbers in a register, the first in the lower half.
+template <typename S>
+__device__ uint32_t pack(float x, float y) {
+  S numbers[2];
+  store(numbers, x);
+  store(numbers + 1, y);
+  uint32_t pair;
+  memcpy(&pair, numbers, sizeof(pair));
+  return pair;
+}
 
 __device__ inline float exponential(float x) { return expf(x); }
 __device__ inline double exponential(double x) { return exp(x); }

@@ -78,16 +78,6 @@ __device__ Place place_of(const GroupedConv<S>& a, unsigned tile, unsigned chunk
       static_cast<int>(chunks * kChunks * kChunk)};
 }
 
-template <typename S>
-__device__ Pair pack(float x, float y) {
-  S numbers[2];
-  store(numbers, x);
-  store(numbers + 1, y);
-  Pair pair;
-  memcpy(&pair, numbers, sizeof(pair));
-  return pair;
-}
-
 // Products of two 16-bit numbers each, rounded as PyTorch rounds them.
 template <typename S>
 __device__ Pair product(Pair a, Pair b) {
