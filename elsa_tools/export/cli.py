@@ -62,8 +62,8 @@ def run(options: argparse.Namespace) -> int:
     if not os.path.isdir(folder):
         raise UsageError(f"the folder {folder} of --out does not exist")
     from .onnx import TOLERANCE, Backbone, export, wrap
+    from .record import Record, record_of
 
-    metadata = {}
     if options.arch:
         backbone = ELSASwin(options.arch)
         if options.weights:
@@ -71,6 +71,7 @@ def run(options: argparse.Namespace) -> int:
 
             load_backbone(backbone, options.weights)
         module = Backbone(backbone, None)
+        record = Record(task="features", normalised=True)
     else:
         from elsa_tools.predict.load import load_inferencer
 
@@ -78,13 +79,12 @@ def run(options: argparse.Namespace) -> int:
             options.config, options.weights, device="cpu", options=options.options
         )
         module = wrap(inferencer, options.part)
-        if "logits" in module.names:
-            metadata["classes"] = ",".join(inferencer.classes)
+        record = record_of(inferencer, None if "logits" in module.names else "features")
     if not options.weights:
         print("export_onnx: without --weights the weights are random", file=sys.stderr)
     if sys.stderr.isatty():
         print("exporting ...", file=sys.stderr)
-    for difference in export(module, options.out, metadata=metadata):
+    for difference in export(module, options.out, record=record):
         size = "x".join(map(str, difference.shape))
         print(f"{size}: onnxruntime and PyTorch differ by {difference.value:.1e}")
     show(

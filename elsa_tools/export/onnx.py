@@ -26,6 +26,7 @@ from elsa_core.runtime.files import replacing_by_name
 from elsa_tools.predict.inferencer import Inferencer
 
 from . import graph as onnx_graph
+from .record import KEY, Record
 
 OPSET = 20
 TOLERANCE = 1e-4
@@ -144,12 +145,16 @@ def wrap(inferencer: Inferencer, part: str) -> Backbone:
 
 
 def export(
-    module: Backbone, path: str, *, sizes: Sequence[tuple[int, int]] = SIZES, metadata: Any = None
+    module: Backbone,
+    path: str,
+    *,
+    sizes: Sequence[tuple[int, int]] = SIZES,
+    record: Record | None = None,
 ) -> list[Difference]:
     """Writes ``path``, checked by onnx and compared with PyTorch over ``sizes`` (height, width).
 
     Args:
-        metadata: {name: text} for the file, beside what describes its input.
+        record: of the model, for the file's metadata.
 
     Raises:
         UsageError: it cannot be exported or written, or differs by more than 1e-4; then ``path``
@@ -157,11 +162,8 @@ def export(
     """
     module = module.cpu().float().eval()
     program = _translate(module)
-    facts = {"input": "RGB, normalised" if module.normalised else "RGB, 0..255"}
-    if not module.normalised:
-        facts["mean"] = ",".join(f"{value:g}" for value in module.mean.flatten().tolist())
-        facts["std"] = ",".join(f"{value:g}" for value in module.std.flatten().tolist())
-    program.model.metadata_props.update({**facts, **(metadata or {})})
+    if record is not None:
+        program.model.metadata_props[KEY] = record.to_json()
     with replacing_by_name(path) as part:
         program.save(part)
         onnx.checker.check_model(part, full_check=True)

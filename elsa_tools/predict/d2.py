@@ -16,6 +16,7 @@ from elsa_core.weights import forget_ahead
 from elsa_d2.checkpoint import check_checkpoint
 from elsa_d2.config import is_sem_seg
 from elsa_d2.data.classes import class_kind, class_names, number_of_classes
+from elsa_tools.export.record import Resize
 
 from .inferencer import Inferencer
 from .results import Detections, Result, Segmentation
@@ -91,3 +92,14 @@ class Detectron2Inferencer(Inferencer):
         if self.cfg.INPUT.FORMAT != "RGB":
             raise UsageError(f"INPUT.FORMAT must be RGB, got {self.cfg.INPUT.FORMAT}")
         return list(self.cfg.MODEL.PIXEL_MEAN), list(self.cfg.MODEL.PIXEL_STD)
+
+    def resize(self) -> Resize | None:
+        node = self.cfg.INPUT
+        if node.MIN_SIZE_TEST == 0:
+            return None
+        backend = {"cv2": "opencv", "pil": "pillow"}[node.RESIZE_BACKEND]
+        return Resize(int(node.MIN_SIZE_TEST), int(node.MAX_SIZE_TEST), backend)
+
+    def thresholds(self) -> tuple[float, float | None]:
+        score = float(self.cfg.MODEL.ROI_HEADS.SCORE_THRESH_TEST)
+        return score, 0.5 if self.cfg.MODEL.MASK_ON else None

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from elsa_core.data.classes import difference
+from elsa_tools.export.record import Resize
 
 from .results import Result, Segmentation, palette
 
@@ -65,6 +66,17 @@ class Inferencer(ABC):
 
         Raises UsageError where the model takes blue first.
         """
+
+    @abstractmethod
+    def resize(self) -> Resize | None:
+        """The resize of the test pipeline; None: images keep their size.
+
+        Raises UsageError where the test pipeline changes images in another way.
+        """
+
+    @abstractmethod
+    def thresholds(self) -> tuple[float, float | None]:
+        """A detector's least score, and the least probability in a mask: None without masks."""
 
     def name_classes(
         self,

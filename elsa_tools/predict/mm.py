@@ -15,15 +15,19 @@ from mmengine.structures import InstanceData, PixelData
 
 import elsa_core.weights
 import elsa_mm  # noqa: F401  registers the backbone
+from elsa_core.data.problems import shown
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_mm import preflight
 from elsa_mm.loading import check_weights, plain_state
 from elsa_mm.nested import walk
+from elsa_tools.export.record import Resize
 
 from .inferencer import Inferencer
 from .results import Detections, Result, Segmentation
 
 TASKS = {"mmdet": "detection", "mmseg": "segmentation"}
+# Steps of a test pipeline after which an image has the same pixels.
+_CHANGE_NOTHING = ("LoadImageFromFile", "LoadAnnotations", "PackSegInputs", "PackDetInputs")
 
 
 class OpenMMLabInferencer(Inferencer):
@@ -123,6 +127,38 @@ class OpenMMLabInferencer(Inferencer):
             raise UsageError("model.data_preprocessor.bgr_to_rgb must be True, for an RGB model")
         return list(node["mean"]), list(node["std"])
 
+    def resize(self) -> Resize | None:
+        found = None
+        for step in self.cfg.test_dataloader.dataset.pipeline:
+            name = str(step["type"]).rpartition(".")[2]
+            if name == "Resize" and found is None:
+                found = _resize(step)
+            elif name not in _CHANGE_NOTHING:
+                raise UsageError(
+                    "the test pipeline of an exported model must be LoadImageFromFile, Resize, "
+                    f"LoadAnnotations and Pack{self.framework[2:].title()}Inputs, got {name}"
+                )
+            elif step.get("to_float32"):
+                raise UsageError(
+                    f"{name} of an exported model must have to_float32=False, got True"
+                )
+        if self.task == "segmentation":
+            if (mode := self.model.test_cfg.get("mode", "whole")) != "whole":
+                raise UsageError(
+                    f"an exported segmentor must have model.test_cfg.mode='whole', got {mode!r}"
+                )
+            if padding := self.model.data_preprocessor.test_cfg:
+                raise UsageError(
+                    "an exported segmentor must not pad test images "
+                    f"(model.data_preprocessor.test_cfg), got {shown(dict(padding))}"
+                )
+        return found
+
+    def thresholds(self) -> tuple[float, float | None]:
+        node = self.cfg.model.test_cfg.rcnn
+        with_mask = getattr(self.model, "with_mask", False)
+        return float(node.score_thr), float(node.mask_thr_binary) if with_mask else None
+
 
 def read_config(path: str, options: Sequence[str] = ()) -> Config:
     """Raises UsageError for a file or options that cannot be used."""
@@ -138,6 +174,25 @@ def read_config(path: str, options: Sequence[str] = ()) -> Config:
     except (ImportError, KeyError, OSError, SyntaxError, TypeError, ValueError) as error:
         raise UsageError(f"the config {path} cannot be used: {one_line(error)}") from error
     return cfg
+
+
+def _resize(step: Any) -> Resize:
+    """Raises UsageError for a resize that changes the ratio, or by other means than cv2's."""
+    settings = {"backend": "cv2", "interpolation": "bilinear", "keep_ratio": False, **step}
+    wanted = {"backend": "cv2", "interpolation": "bilinear", "keep_ratio": True}
+    for name, value in wanted.items():
+        if settings[name] != value:
+            raise UsageError(
+                f"the test pipeline's Resize of an exported model must have {name}={value!r}, "
+                f"got {settings[name]!r}"
+            )
+    scale = settings.get("scale")
+    if scale is None:
+        raise UsageError(
+            f"the test pipeline's Resize of an exported model must have a scale, got {shown(step)}"
+        )
+    scale = (scale, scale) if isinstance(scale, int) else scale
+    return Resize(int(min(scale)), int(max(scale)), "opencv")
 
 
 def _number_of_classes(model: Any) -> int:

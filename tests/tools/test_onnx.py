@@ -15,6 +15,7 @@ from elsa_tools.export import graph as onnx_graph
 from elsa_tools.export import onnx as onnx_export
 from elsa_tools.export.cli import main
 from elsa_tools.export.onnx import SIZES, TOLERANCE, Backbone, compare, export, wrap
+from elsa_tools.export.record import KEY, Record, record_of
 from elsa_tools.predict import load_inferencer
 
 SMALL = vars(TINY)
@@ -84,7 +85,8 @@ def test_a_variant_is_the_same(tmp_path, capsys, monkeypatch):
     model = onnx.load(path)
     assert {(o.domain, o.version) for o in model.opset_import} == {("", 20)}
     assert {node.domain for node in model.graph.node} == {""} and not model.functions
-    assert {p.key: p.value for p in model.metadata_props}["input"] == "RGB, normalised"
+    record = Record.from_json(model.metadata_props[0].value)
+    assert record == Record(task="features", normalised=True)
 
 
 @pytest.mark.slow
@@ -94,7 +96,8 @@ def test_upernet_is_the_same(framework, tmp_path):
     inferencer = load_inferencer(SEG[framework], None, device="cpu")
     randomised(inferencer.model)
     path = str(tmp_path / "upernet.onnx")
-    found = export(wrap(inferencer, "auto"), path)
+    record = record_of(inferencer)
+    found = export(wrap(inferencer, "auto"), path, record=record)
     assert all(difference.value <= TOLERANCE for difference in found)
     # Against the framework's own way to logits, normalisation included.
     image = torch.randint(0, 256, (1, 3, 75, 110)).float()
@@ -110,7 +113,7 @@ def test_upernet_is_the_same(framework, tmp_path):
     assert logits.shape == (1, 11, 75, 110)
     assert np.abs(logits - wanted.numpy()).max() <= TOLERANCE * wanted.abs().max()
     props = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
-    assert props["mean"] == "123.675,116.28,103.53" and props["input"] == "RGB, 0..255"
+    assert Record.from_json(props[KEY]) == record
 
 
 def test_a_detector_gives_its_backbone(tmp_path):

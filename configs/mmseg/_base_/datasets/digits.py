@@ -22,7 +22,7 @@ train_pipeline = [
 ]
 test_pipeline = [
     dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=scale),
+    dict(type="Resize", scale=(2048, 96), keep_ratio=True),
     # After the resize, because predictions are compared at the image's own size.
     dict(type="LoadAnnotations"),
     dict(type="PackSegInputs"),
