@@ -20,6 +20,7 @@ LARGE = {
 PACKAGES = ("elsa_core", *ADAPTERS, "elsa_tools")
 # What a folder or a file of elsa_core may import besides torch; its users import these by name.
 CORE = {
+    "detection.py": {"torchvision"},
     "timm.py": {"timm"},
     "torchvision.py": {"torchvision"},
     "transformers.py": {"transformers"},

@@ -1,0 +1,305 @@
+"""The operators ``elsa::topk``, ``elsa::nms`` and ``elsa::roi_align`` of detectors, for inference.
+
+Their shapes are known where PyTorch exports a program. torchvision's kernels compute them where it
+is installed, plain PyTorch elsewhere, in float32, by the same rules as `torchvision.ops.nms` and
+`torchvision.ops.roi_align` with ``aligned=True``.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Boxes that the plain NMS compares with those that it has kept at a time.
+_NMS_BLOCK = 1024
+# Numbers that the plain RoIAlign gathers at a time.
+_ROI_BLOCK = 2**23
+
+
+@functools.cache
+def has_kernel(name: str, device_type: str) -> bool:
+    """Whether torchvision is installed, with a kernel of ``torchvision::name`` for the device."""
+    try:
+        import torchvision  # noqa: F401
+    except (ImportError, RuntimeError):  # RuntimeError: built for another PyTorch
+        return False
+    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
+    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
+        f"torchvision::{name}", key
+    )
+
+
+def float32_threshold(threshold: float) -> float:
+    """The float32 that every float32 exceeds if and only if it exceeds ``threshold``."""
+    rounded = torch.tensor(threshold, dtype=torch.float32, device="cpu")
+    if rounded.item() > threshold:
+        rounded = rounded.nextafter(rounded - 1)
+    return rounded.item()
+
+
+@torch.library.custom_op("elsa::topk", mutates_args=())
+def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The best ``min(k, N)`` of scores [B, N], best first, ties by lower index.
+
+    Returns:
+        Values [B, min(k, N)] and their indices, int64 of the same shape.
+
+    Raises:
+        ValueError: ``scores`` has other dimensions than two, or ``k`` is negative.
+    """
+    _check_topk(scores, k)
+    k = min(k, scores.shape[1])
+    if k == scores.shape[1] or k == 0:
+        values, indices = scores.sort(dim=1, descending=True, stable=True)
+        return values[:, :k].clone(), indices[:, :k].clone()
+    # A sort of the few that can be among the best. NaN is the largest number here, as in `sort`.
+    least = scores.topk(k, dim=1).values[:, -1:]
+    chosen = []
+    for row, able in zip(scores, ~(scores < least), strict=True):
+        candidates = able.nonzero().squeeze(1)
+        order = row[candidates].sort(descending=True, stable=True).indices[:k]
+        chosen.append(candidates[order])
+    indices = torch.stack(chosen) if chosen else scores.new_empty(0, k, dtype=torch.int64)
+    return scores.gather(1, indices), indices
+
+
+@torch.library.custom_op("elsa::nms", mutates_args=())
+def nms(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, most: int
+) -> tuple[Tensor, Tensor]:
+    """Greedy non-maximum suppression in each image, among boxes of score > ``score_threshold``.
+
+    A box is suppressed where its IoU with a kept one of higher score, or of equal score and lower
+    index, exceeds ``iou_threshold``.
+
+    Args:
+        boxes: [B, N, 4], x1 y1 x2 y2.
+        scores: [B, N], above -1 where they exceed ``score_threshold``.
+        most: how many boxes of an image are kept at most.
+
+    Returns:
+        Indices, int64, and scores of the kept boxes, [B, most] each, best first. A row without a
+        box has index 0 and score -1.
+
+    Raises:
+        ValueError: the shapes are others, or ``most`` is negative.
+    """
+    _check_nms(boxes, scores, most)
+    if boxes.shape[:2] != scores.shape:
+        raise ValueError(
+            "elsa::nms needs boxes [B, N, 4] and scores [B, N], got "
+            f"{list(boxes.shape)} and {list(scores.shape)}"
+        )
+    suppress = _torchvision_nms if has_kernel("nms", boxes.device.type) else _plain_nms
+    indices = scores.new_zeros(len(scores), most, dtype=torch.int64)
+    values = scores.new_full((len(scores), most), -1)
+    for image, able in enumerate(scores > score_threshold):
+        candidates = able.nonzero().squeeze(1)
+        of_candidates = scores[image, candidates].float()
+        kept = suppress(boxes[image, candidates].float(), of_candidates, iou_threshold, most)
+        kept = candidates[kept]
+        indices[image, : len(kept)] = kept
+        values[image, : len(kept)] = scores[image, kept]
+    return indices, values
+
+
+@torch.library.custom_op("elsa::roi_align", mutates_args=())
+def roi_align(
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    images: Tensor,
+    levels: Tensor,
+    scales: Sequence[float],
+    size: int,
+    sampling_ratio: int,
+) -> Tensor:
+    """RoIAlign with ``aligned=True`` of each box on the map of its level.
+
+    Args:
+        maps: [B, C, H_l, W_l] of each level.
+        boxes: [R, 4], x1 y1 x2 y2 in pixels of the image. One that is not finite counts as a
+            box of no extent at the origin.
+        images: [R], int64, index of the image in the batch.
+        levels: [R], int64, index of the map.
+        scales: size of each map divided by the size of the image.
+        size: bins along a side.
+        sampling_ratio: samples along a side of a bin; 0: as many as pixels of the map, rounded up.
+
+    Returns:
+        [R, C, size, size], in the dtype of the maps.
+
+    Raises:
+        ValueError: the shapes are others, or the numbers of maps and scales differ.
+    """
+    _check_roi_align(maps, boxes, scales, size)
+    if not images.shape == levels.shape == boxes.shape[:1]:
+        raise ValueError(
+            "elsa::roi_align needs boxes [R, 4], images [R] and levels [R], got "
+            f"{list(boxes.shape)}, {list(images.shape)} and {list(levels.shape)}"
+        )
+    align = _torchvision_roi_align if has_kernel("roi_align", boxes.device.type) else _roi_align
+    boxes = boxes.float()
+    # Kernels read outside the map at coordinates that are not finite.
+    boxes = torch.where(boxes.isfinite().all(1, keepdim=True), boxes, 0.0)
+    out = maps[0].new_zeros(len(boxes), maps[0].shape[1], size, size)
+    for level, (feature, scale) in enumerate(zip(maps, scales, strict=True)):
+        rows = (levels == level).nonzero().squeeze(1)
+        if len(rows):
+            found = align(feature.float(), boxes[rows], images[rows], scale, size, sampling_ratio)
+            out[rows] = found.to(out.dtype)
+    return out
+
+
+@topk.register_fake
+def _topk_fake(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    _check_topk(scores, k)
+    shape = (scores.shape[0], torch.sym_min(k, scores.shape[1]))
+    return scores.new_empty(shape), scores.new_empty(shape, dtype=torch.int64)
+
+
+@nms.register_fake
+def _nms_fake(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, score_threshold: float, most: int
+) -> tuple[Tensor, Tensor]:
+    _check_nms(boxes, scores, most)
+    shape = (scores.shape[0], most)
+    return scores.new_empty(shape, dtype=torch.int64), scores.new_empty(shape)
+
+
+@roi_align.register_fake
+def _roi_align_fake(
+    maps: Sequence[Tensor],
+    boxes: Tensor,
+    images: Tensor,
+    levels: Tensor,
+    scales: Sequence[float],
+    size: int,
+    sampling_ratio: int,
+) -> Tensor:
+    _check_roi_align(maps, boxes, scales, size)
+    return maps[0].new_empty(boxes.shape[0], maps[0].shape[1], size, size)
+
+
+def _check_topk(scores: Tensor, k: int) -> None:
+    if scores.dim() != 2 or k < 0:
+        raise ValueError(
+            f"elsa::topk needs scores [B, N] and k >= 0, got {list(scores.shape)} and {k}"
+        )
+
+
+def _check_nms(boxes: Tensor, scores: Tensor, most: int) -> None:
+    if boxes.dim() != 3 or boxes.shape[2] != 4 or scores.dim() != 2 or most < 0:
+        raise ValueError(
+            "elsa::nms needs boxes [B, N, 4], scores [B, N] and most >= 0, got "
+            f"{list(boxes.shape)}, {list(scores.shape)} and {most}"
+        )
+
+
+def _check_roi_align(
+    maps: Sequence[Tensor], boxes: Tensor, scales: Sequence[float], size: int
+) -> None:
+    shapes = [list(feature.shape) for feature in maps]
+    if not shapes or len(shapes) != len(scales) or any(len(shape) != 4 for shape in shapes):
+        raise ValueError(
+            "elsa::roi_align needs maps [B, C, H, W] and as many scales, at least one, got "
+            f"{shapes} and {len(scales)} scales"
+        )
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or size < 1:
+        raise ValueError(
+            f"elsa::roi_align needs boxes [R, 4] and size >= 1, got {list(boxes.shape)} and {size}"
+        )
+
+
+def _torchvision_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, most: int) -> Tensor:
+    return torch.ops.torchvision.nms(boxes, scores, iou_threshold)[:most]
+
+
+def _plain_nms(boxes: Tensor, scores: Tensor, iou_threshold: float, most: int) -> Tensor:
+    """Indices of the kept ones of boxes [N, 4], best first, at most ``most``."""
+    order = scores.sort(descending=True, stable=True).indices
+    threshold = float32_threshold(iou_threshold)
+    kept = order[:0]
+    for block in order.split(_NMS_BLOCK):
+        if len(kept) >= most:
+            break
+        block = block[~(_iou(boxes[kept], boxes[block]) > threshold).any(0)]
+        overlaps = (_iou(boxes[block], boxes[block]) > threshold).triu(1)
+        # After n steps the first n are as one after another would leave them.
+        alive, before = torch.ones_like(block, dtype=torch.bool), None
+        while before is None or not torch.equal(alive, before):
+            alive, before = ~overlaps[alive].any(0), alive
+        kept = torch.cat((kept, block[alive]))
+    return kept[:most]
+
+
+def _iou(a: Tensor, b: Tensor) -> Tensor:
+    """IoU [N, M] of boxes [N, 4] and [M, 4]; NaN of two boxes of no extent."""
+    extent = torch.minimum(a[:, None, 2:], b[:, 2:]) - torch.maximum(a[:, None, :2], b[:, :2])
+    shared = extent.clamp(min=0).prod(2)
+    areas = [(boxes[:, 2:] - boxes[:, :2]).prod(1) for boxes in (a, b)]
+    return shared / (areas[0][:, None] + areas[1] - shared)
+
+
+def _torchvision_roi_align(
+    feature: Tensor, boxes: Tensor, images: Tensor, scale: float, size: int, sampling_ratio: int
+) -> Tensor:
+    rois = torch.cat((images[:, None].to(boxes.dtype), boxes), 1)
+    return torch.ops.torchvision.roi_align(feature, rois, scale, size, size, sampling_ratio, True)
+
+
+def _roi_align(
+    feature: Tensor, boxes: Tensor, images: Tensor, scale: float, size: int, sampling_ratio: int
+) -> Tensor:
+    """[R, C, size, size] of boxes [R, 4] on one map [B, C, H, W]."""
+    feature = feature.permute(0, 2, 3, 1).contiguous()
+    rows = max(1, _ROI_BLOCK // (size * size * feature.shape[3]))
+    parts = [
+        _roi_align_block(feature, *block, scale, size, sampling_ratio)
+        for block in zip(boxes.split(rows), images.split(rows), strict=True)
+    ]
+    return torch.cat(parts).permute(0, 3, 1, 2)
+
+
+def _roi_align_block(
+    feature: Tensor, boxes: Tensor, images: Tensor, scale: float, size: int, sampling_ratio: int
+) -> Tensor:
+    """[R, size, size, C] of boxes [R, 4] on a map [B, H, W, C], one sample of each bin at a time.
+
+    The sums run in torchvision's order.
+    """
+    start, end = (boxes * scale - 0.5).split(2, 1)
+    bins = (end - start) / size
+    if sampling_ratio > 0:
+        samples = torch.full_like(bins, sampling_ratio)
+    else:
+        samples = bins.ceil()
+    first = start[:, :, None] + torch.arange(size, device=boxes.device) * bins[:, :, None]
+    out = feature.new_zeros(len(boxes), size, size, feature.shape[3])
+    most_x, most_y = (int(most) for most in samples.amax(0))
+    for index_y in range(most_y):
+        for index_x in range(most_x):
+            index = samples.new_tensor((index_x, index_y))
+            rows = (samples > index).all(1).nonzero().squeeze(1)
+            step = (index + 0.5) * bins[rows] / samples[rows]
+            xs, ys = (first[rows] + step[:, :, None]).unbind(1)
+            image = images[rows, None, None]
+            total: Tensor | float = 0.0
+            for y, weight_y in _taps(ys, feature.shape[1]):
+                for x, weight_x in _taps(xs, feature.shape[2]):
+                    weight = weight_y[:, :, None] * weight_x[:, None, :]
+                    total = total + weight[..., None] * feature[image, y[:, :, None], x[:, None]]
+            out[rows] += total
+    return out / samples.prod(1).clamp(min=1)[:, None, None, None]
+
+
+def _taps(position: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
+    """The two neighbours of each position along an axis, and their weights; 0 outside."""
+    inside = (position >= -1) & (position <= length)
+    position = position.clamp(0, length - 1)
+    low = position.long().clamp(0, length - 1)
+    fraction = position - low
+    high = (low + 1).clamp(max=length - 1)
+    return [(low, (1 - fraction) * inside), (high, fraction * inside)]
