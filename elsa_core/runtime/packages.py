@@ -17,11 +17,13 @@ DISTRIBUTIONS = {
     "cv2": "opencv-python-headless",  # the builds of OpenCV with windows need libGL
     "ftfy": "ftfy",  # MMSegmentation imports ftfy and regex but does not require them
     "matplotlib": "matplotlib",
+    "nncf": "nncf",
     "numpy": "numpy",
     "onnx": "onnx",
     "onnx_ir": "onnx-ir",
     "onnxruntime": "onnxruntime",
     "onnxscript": "onnxscript",
+    "openvino": "openvino",
     "pycocotools": "pycocotools",
     "regex": "regex",
     "safetensors": "safetensors",

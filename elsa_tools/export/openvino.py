@@ -1,0 +1,151 @@
+"""OpenVINO models of exported ONNX files: a pair of files, .xml with the graph and .bin with the
+weights.
+
+OpenVINO computes in bfloat16 where the processor can, unless it is told otherwise: class scores
+then differ in the second digit. `load_openvino` tells it to compute in float32.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import openvino as ov
+
+from elsa_core.runtime.errors import UsageError, one_line
+from elsa_core.runtime.files import replacing_by_name
+
+# Keys in the model's rt_info: the record as in ONNX files, and the SHA-256 of the .bin file.
+RECORD, WEIGHTS = "elsa", "elsa_weights"
+# Stands for the digest until the weights are written.
+_NO_DIGEST = "?" * 64
+
+
+def to_openvino(
+    onnx_path: str, path: str, half: bool = False, check: Callable[[str], object] | None = None
+) -> None:
+    """Write an exported ONNX file as an OpenVINO model.
+
+    Args:
+        path: the .xml file; weights go to the .bin file beside it. Both are written, or neither.
+        half: store weights in float16. Computation stays in float32.
+        check: called with the path of the complete model before it gets its name. If it raises, the
+            files at ``path`` do not change.
+
+    Raises:
+        UsageError: the file has no record, OpenVINO cannot read it, or ``path`` cannot be written.
+    """
+    record = onnx_record(onnx_path)
+    if half:
+        record = json.dumps({**json.loads(record), "precision": "float16"})
+    write_openvino(read_model(onnx_path), path, record, half, check)
+
+
+def onnx_record(path: str) -> str:
+    """Return the record (JSON) of an exported ONNX file. Raises UsageError if there is none."""
+    import onnx
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError is no public name
+        raise UsageError(f"{path} cannot be read as ONNX: {one_line(error)[:200]}") from error
+    record = {prop.key: prop.value for prop in model.metadata_props}.get(RECORD)
+    if not record:
+        raise UsageError(f"{path} must be an ONNX file of `elsa export`, it has no record")
+    return record
+
+
+def read_model(path: str) -> ov.Model:
+    """Read an ONNX file or an .xml file. Raises UsageError if OpenVINO cannot."""
+    try:
+        return ov.Core().read_model(path)
+    except RuntimeError as error:
+        raise UsageError(f"OpenVINO cannot read {path}: {one_line(error)[:300]}") from error
+
+
+def write_openvino(
+    model: ov.Model,
+    path: str,
+    record: str,
+    half: bool = False,
+    check: Callable[[str], object] | None = None,
+) -> None:
+    """Write a model and its record; the rest as in `to_openvino`."""
+    if not path.endswith(".xml"):
+        raise UsageError(f"the name of an OpenVINO model must end in .xml, got {path}")
+    model.set_rt_info(record, [RECORD])
+    model.set_rt_info(_NO_DIGEST, [WEIGHTS])
+    with _pair(path) as name:
+        try:
+            ov.save_model(model, name, compress_to_fp16=half)
+        except RuntimeError as error:
+            raise UsageError(f"{path} cannot be written: {one_line(error)[:200]}") from error
+        _set_digest(name)
+        # OpenVINO does not notice a full disk while it writes.
+        read_model(name)
+        if check is not None:
+            check(name)
+
+
+def load_openvino(path: str, threads: int | None = None) -> tuple[ov.CompiledModel, str]:
+    """Return a model for the processor, computing in float32, and its record (JSON).
+
+    Raises UsageError if the pair is incomplete, comes from two exports, or has no record.
+    """
+    weights = weights_path(path)
+    for part in (path, weights):
+        if not os.path.isfile(part):
+            raise UsageError(f"an OpenVINO model is a pair of files, {part} is missing")
+    model = read_model(path)
+    if not (model.has_rt_info([RECORD]) and model.has_rt_info([WEIGHTS])):
+        raise UsageError(f"{path} must be a model of `elsa export`, it has no record")
+    if model.get_rt_info([WEIGHTS]).astype(str) != _digest(weights):
+        raise UsageError(f"{path} and {weights} must come from one export, they do not")
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    compiled = ov.Core().compile_model(model, "CPU", settings)
+    return compiled, model.get_rt_info([RECORD]).astype(str)
+
+
+def weights_path(path: str) -> str:
+    """The .bin file of an .xml file."""
+    return f"{os.path.splitext(path)[0]}.bin"
+
+
+@contextmanager
+def _pair(path: str) -> Iterator[str]:
+    """Yield the name of an .xml file; it and the .bin file beside it get their names at the end.
+
+    OpenVINO names the weights after the graph, which temporary files cannot be: links are.
+    """
+    with (
+        replacing_by_name(path) as graph,
+        replacing_by_name(weights_path(path)) as weights,
+        tempfile.TemporaryDirectory() as folder,
+    ):
+        name = os.path.join(folder, "model.xml")
+        os.symlink(os.path.abspath(graph), name)
+        os.symlink(os.path.abspath(weights), weights_path(name))
+        yield name
+
+
+def _set_digest(path: str) -> None:
+    with open(path, "r+b") as file:
+        text = file.read()
+        assert text.count(_NO_DIGEST.encode()) == 1
+        file.seek(text.index(_NO_DIGEST.encode()))
+        file.write(_digest(weights_path(path)).encode())
+
+
+def _digest(path: str) -> str:
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
