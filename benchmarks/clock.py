@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -46,6 +46,7 @@ class Clock:
         if device.type == "cuda":
             self.name = "time on the device"
             self.time = self._time_on_device
+            self._now = self._now_on_device
             self._filled = torch.empty(2**28, dtype=torch.int8, device=device)
             return
         own = torch.get_num_threads() == 1
@@ -57,6 +58,21 @@ class Clock:
         start = self._now()
         run()
         return self._now() - start
+
+    def split(self, parts: Iterator[str]) -> Iterator[tuple[str, float]]:
+        """Yields the name and seconds of each part, which the iterator names when it is done.
+
+        On a GPU the wall time until the device has done the part.
+        """
+        start = self._now()
+        for name in parts:
+            end = self._now()
+            yield name, end - start
+            start = self._now()
+
+    def _now_on_device(self) -> float:
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
     def _time_on_device(self, run: Run) -> float:
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

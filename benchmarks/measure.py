@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import datetime
 import gc
+import math
 import os
 import platform
 import statistics
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +88,50 @@ def compare(
             f"{median / base:7.2f}x {peaks[name]:8.1f} MiB",
             flush=True,
         )
+    return rows
+
+
+Parts = Callable[[], Iterator[str]]
+"""Runs a model and yields the name of each part as soon as it is done."""
+
+WHOLE, SUM = "whole", "sum of the parts"
+TOLERANCE = 0.03
+"""By which the sum of the parts may differ from the whole."""
+
+
+def compare_parts(
+    case: str, wholes: Mapping[str, Run], parts: Mapping[str, Parts], clock: Clock, rounds: int
+) -> list[Row]:
+    """Times the whole and each part of all contenders in turns; ratios refer to the first one.
+
+    Says whose parts do not add up to the whole.
+    """
+    times: dict[tuple[str, str], list[float]] = {}
+    for name, whole in wholes.items():
+        whole()
+        list(clock.split(parts[name]()))
+    for _ in range(rounds):
+        for name, whole in wholes.items():
+            times.setdefault((WHOLE, name), []).append(clock.time(whole))
+            for part, seconds in clock.split(parts[name]()):
+                times.setdefault((part, name), []).append(seconds)
+    medians = {key: statistics.median(measured) for key, measured in times.items()}
+    first = next(iter(wholes))
+    for name in wholes:
+        own = [value for (part, which), value in medians.items() if which == name and part != WHOLE]
+        medians[SUM, name] = sum(own)
+    rows = []
+    for part in dict.fromkeys(part for part, _ in [*medians]):
+        for name in wholes:
+            measured = times.get((part, name), [medians[part, name]])
+            ratio = medians[part, name] / medians[part, first]
+            figures = (1e3 * medians[part, name], 1e3 * min(measured), rounds, ratio, math.nan)
+            rows.append(Row("parts", case, part, name, *figures))
+            print(f"parts {case:24} {part:16} {name:24} {figures[0]:9.2f} ms {ratio:7.2f}x")
+    for name in wholes:
+        share = medians[SUM, name] / medians[WHOLE, name]
+        verdict = "add" if abs(share - 1) <= TOLERANCE else "DO NOT ADD"
+        print(f"{name}: the parts {verdict} up to the whole ({share:.1%})", flush=True)
     return rows
 
 

@@ -17,11 +17,11 @@ import torch
 from elsa_core.runtime.errors import UsageError
 
 from .clock import Clock
-from .contenders import NEEDS, measure_models
+from .contenders import NEEDS, measure_models, measure_parts
 from .measure import Row, describe
 from .operator import measure_operator
 
-PARTS = ("operator", "backbone", "detector")
+PARTS = ("operator", "backbone", "detector", "parts")
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -105,6 +105,8 @@ def measure(
     for part, models in {"backbone": "backbone", "detector": "mask rcnn"}.items():
         if part in options.part:
             yield part, measure_models(models, clock, dtype, names, batch, size, rounds, seconds)
+    if "parts" in options.part:
+        yield "parts", measure_parts(clock, dtype, names, batch, size, rounds)
 
 
 def write(folder: Path, part: str, rows: list[Row], machine: dict[str, object]) -> None:

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import against, contenders, measure, operator, run
+from benchmarks import against, contenders, detectors, measure, operator, run
 from benchmarks.clock import Clock
 from benchmarks.measure import compare, peak_memory
 from elsa_core import elsa_attention_reference
@@ -72,7 +72,8 @@ def test_parts_that_need_more_are_left_out_by_name(monkeypatch, capsys):
     hide(monkeypatch, "mmdet")
     assert run.parse([]).part == ["operator", "backbone"]
     out = capsys.readouterr().out
-    assert out == "detector left out: it needs mmdet, which is not installed\n"
+    left_out = "{} left out: it needs mmdet, which is not installed\n"
+    assert out == left_out.format("detector") + left_out.format("parts")
     assert run.main(["--part", "detector"]) == 2
     assert "detector needs mmdet, not installed here" in capsys.readouterr().err
 
@@ -98,6 +99,64 @@ def test_ratios_and_peak_memory():
     first, second = compare("part", "case", "step", runs, Clock(cpu), rounds=5, seconds=9)
     assert first.ratio == 1 and second.ratio > 1 and second.rounds == 5
     assert second.ratio == pytest.approx(second.median_ms / first.median_ms)
+
+
+@pytest.mark.slow
+def test_detectors_do_equal_work_part_by_part(monkeypatch):
+    monkeypatch.setattr(detectors, "PROPOSALS", 50)
+    monkeypatch.setattr(detectors, "DETECTIONS", 5)
+    cpu, shape = torch.device("cpu"), (2, 3, 64, 64)
+    models = detectors.detectors("tiny", (64, 64))
+    for model in models.values():
+        model.rpn_head.test_cfg.max_per_img = 50
+        model.roi_head.test_cfg.max_per_img = 5
+    detectors.check_equal_work(models, shape, cpu)
+    parts = detectors.inference_parts(models["elsa"], shape, Clock(cpu), torch.float32)
+    assert list(parts()) == ["backbone", "FPN", "RPN", "box head", "mask head", "pasting"]
+    models["elsa"].rpn_head.test_cfg.nms.iou_threshold = 0.5
+    with pytest.raises(RuntimeError, match="the heads of elsa and stock swin must do equal work"):
+        detectors.check_equal_work(models, shape, cpu)
+    models["elsa"].roi_head.test_cfg.max_per_img = 4
+    with pytest.raises(RuntimeError, match=r"5 masks, got 50 and \[4, 64, 64\]"):
+        detectors.check_equal_work(models, shape, cpu)
+
+
+def test_layers_compute_and_give_the_same_outputs():
+    layers = [torch.nn.Linear(4, 81), torch.nn.Linear(4, 81)]
+    ours, theirs = (detectors.SameOutputs(layer, detectors._classes) for layer in layers)
+    x = torch.randn(1000, 4)
+    assert ours(x).equal(theirs(-x)) and ours(x).shape == (1000, 81)
+    levels = [detectors._objectness((1, 3, side, side)).flatten() for side in (64, 32)]
+    best = torch.cat(levels).topk(100).indices
+    assert 25 < (best < levels[0].numel()).sum() < 75
+
+
+def test_parts_that_do_not_add_up_are_named(capsys):
+    class Counter(Clock):
+        """Counts calls of `tick`."""
+
+        def __init__(self, device):
+            super().__init__(device)
+            self.ticks, self._now = 0, lambda: self.ticks
+
+        def tick(self, count):
+            self.ticks += count
+
+    clock = Counter(torch.device("cpu"))
+
+    def parts():
+        for name, ticks in {"backbone": 3, "head": 7}.items():
+            clock.tick(ticks)
+            yield name
+
+    wholes = {"elsa": lambda: clock.tick(10), "stock swin": lambda: clock.tick(11)}
+    rows = measure.compare_parts("case", wholes, dict.fromkeys(wholes, parts), clock, rounds=3)
+    figures = {(row.step, row.contender): row.median_ms / 1e3 for row in rows}
+    assert figures["whole", "stock swin"] == 11 and figures["sum of the parts", "elsa"] == 10
+    assert figures["backbone", "elsa"] == 3 and figures["head", "stock swin"] == 7
+    out = capsys.readouterr().out
+    assert "elsa: the parts add up to the whole (100.0%)" in out
+    assert "stock swin: the parts DO NOT ADD up to the whole (90.9%)" in out
 
 
 @pytest.mark.slow
