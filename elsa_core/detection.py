@@ -13,6 +13,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+OUTSIDE = (-1e5, -1e5, 1 - 1e5, 1 - 1e5)
+"""A box that lies outside every map: its RoIAlign is 0."""
 # Boxes that the plain NMS compares with those that it has kept at a time.
 _NMS_BLOCK = 1024
 # Numbers that the plain RoIAlign gathers at a time.
@@ -120,8 +122,7 @@ def roi_align(
 
     Args:
         maps: [B, C, H_l, W_l] of each level.
-        boxes: [R, 4], x1 y1 x2 y2 in pixels of the image. One that is not finite counts as a
-            box of no extent at the origin.
+        boxes: [R, 4], x1 y1 x2 y2 in pixels of the image. One that is not finite gives zeros.
         images: [R], int64, index of the image in the batch.
         levels: [R], int64, index of the map.
         scales: size of each map divided by the size of the image.
@@ -142,8 +143,9 @@ def roi_align(
         )
     align = _torchvision_roi_align if has_kernel("roi_align", boxes.device.type) else _roi_align
     boxes = boxes.float()
-    # Kernels read outside the map at coordinates that are not finite.
-    boxes = torch.where(boxes.isfinite().all(1, keepdim=True), boxes, 0.0)
+    # Kernels read outside the memory of the map at coordinates that are not finite.
+    outside = boxes.new_tensor(OUTSIDE)
+    boxes = torch.where(boxes.isfinite().all(1, keepdim=True), boxes, outside)
     out = maps[0].new_zeros(len(boxes), maps[0].shape[1], size, size)
     for level, (feature, scale) in enumerate(zip(maps, scales, strict=True)):
         rows = (levels == level).nonzero().squeeze(1)

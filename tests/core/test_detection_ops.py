@@ -6,11 +6,10 @@ import sys
 import pytest
 import torch
 import torchvision
+from detection_inputs import SCALES, pyramid, random_boxes, random_scores, rois
 from torch import Tensor, nn
 
 from elsa_core import detection
-
-SCALES = (1 / 4, 1 / 8, 1 / 16)
 
 
 @pytest.fixture(params=["torchvision", "plain"])
@@ -18,21 +17,6 @@ def kernels(request, monkeypatch):
     if request.param == "plain":
         monkeypatch.setattr(detection, "has_kernel", lambda name, device_type: False)
     return request.param
-
-
-def random_boxes(*shape: int, extent: float = 100, grid: float = 0, seed: int = 0) -> Tensor:
-    """Boxes [*shape, 4], a tenth of them of no extent; on multiples of ``grid`` where it counts."""
-    generator = torch.Generator().manual_seed(seed)
-    corner = torch.rand(*shape, 2, generator=generator) * extent * 1.2 - extent * 0.1
-    side = torch.rand(*shape, 2, generator=generator) ** 2 * extent
-    side[torch.rand(*shape, generator=generator) < 0.1] = 0
-    boxes = torch.cat((corner, corner + side), -1)
-    return (boxes / grid).round() * grid if grid else boxes
-
-
-def random_scores(*shape: int, levels: int = 0, seed: int = 1) -> Tensor:
-    scores = torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
-    return (scores * levels).round() / levels if levels else scores
 
 
 @pytest.mark.parametrize("levels", [0, 20])
@@ -87,21 +71,6 @@ def test_float32_threshold(threshold):
         assert (value > torch.tensor(detection.float32_threshold(threshold))).item() == wanted
 
 
-def pyramid(channels: int = 5, batch: int = 3, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(2)
-    return [
-        torch.randn(batch, channels, 100 // stride, 132 // stride, generator=generator).to(dtype)
-        for stride in (4, 8, 16)
-    ]
-
-
-def rois(count: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(3)
-    images = torch.randint(3, (count,), generator=generator)
-    levels = torch.randint(3, (count,), generator=generator)
-    return random_boxes(count, seed=4), images, levels
-
-
 @pytest.mark.parametrize("sampling_ratio", [0, 1, 2])
 @pytest.mark.parametrize("size", [7, 14])
 @pytest.mark.parametrize("count", [0, 1, 1000])
@@ -119,11 +88,13 @@ def test_roi_align_is_torchvision_on_each_level(kernels, monkeypatch, count, siz
         torch.testing.assert_close(found[rows], wanted, rtol=0, atol=1e-6)
 
 
-def test_roi_align_of_boxes_without_numbers_is_finite(kernels):
+@pytest.mark.parametrize("sampling_ratio", [0, 2])
+def test_roi_align_of_boxes_that_are_not_finite_is_zero(kernels, sampling_ratio):
     boxes = torch.tensor([[0.0, 0, float("nan"), 9], [0, float("-inf"), 4, 4], [9, 9, 1, 1]])
     index = torch.zeros(3, dtype=torch.int64)
-    found = torch.ops.elsa.roi_align(pyramid(), boxes, index, index, SCALES, 7, 2)
-    assert found.isfinite().all()
+    found = torch.ops.elsa.roi_align(pyramid(), boxes, index, index, SCALES, 7, sampling_ratio)
+    assert not found[:2].any()
+    assert found[2].any() == (sampling_ratio > 0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
