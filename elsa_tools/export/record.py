@@ -6,13 +6,10 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from elsa_core.data.problems import shown
 from elsa_core.runtime.errors import UsageError, one_line
-
-if TYPE_CHECKING:
-    from elsa_tools.predict.inferencer import Inferencer
 
 KEY = "elsa"  # of the record in the metadata of each format
 SCHEMA = 1
@@ -122,7 +119,22 @@ class Record:
         )
 
 
-def record_of(inferencer: Inferencer, task: str | None = None) -> Record:
+class Model(Protocol):
+    """What a record is made of; see `elsa_tools.predict.Inferencer`."""
+
+    framework: str
+    task: str
+    classes: list[str]
+    colours: list[tuple[int, int, int]]
+
+    def normalisation(self) -> tuple[list[float], list[float]]: ...
+
+    def resize(self) -> Resize | None: ...
+
+    def thresholds(self) -> tuple[float, float | None]: ...
+
+
+def record_of(inferencer: Model, task: str | None = None) -> Record:
     """Describes a loaded model of either framework.
 
     Args:
