@@ -5,6 +5,8 @@ Every map is channels last, [B, H, W, C], on the way in and on the way out.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from . import grouped_conv
 from .linear import Linear, linear
 from .operator import elsa_attention
+
+_is_exporting = getattr(torch.compiler, "is_exporting", lambda: False)  # PyTorch 2.7 and later
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -190,9 +194,13 @@ class WindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
         size, shift = self.window_size, self.shift
-        if not self.always_shift and min(height, width) <= size:
-            shift = 0
-        x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
+        if not self.always_shift:  # without a comparison, which would bind an exported program
+            larger: Any = torch.sym_min(1, (torch.sym_min(height, width) - 1) // size)
+            shift = larger * shift
+        x = pad_to_multiple(x, size, first=1)
+        if _is_exporting():
+            x = self._attend_by_index(self.pre_proj(x), (height, width), shift)
+            return self.proj_drop(self.post_proj(x))
         rows, columns = x.shape[1] // size, x.shape[2] // size
         if shift:
             x = x.roll((-shift, -shift), dims=(1, 2))
@@ -201,18 +209,56 @@ class WindowAttention(nn.Module):
         x = x.unflatten(2, (columns, size)).unflatten(1, (rows, size))
         x = x.permute(5, 0, 1, 3, 6, 2, 4, 7).flatten(5, 6).flatten(2, 4)
         value, query, key = x.unbind(0)
-        x = F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=self._bias(rows, columns, shift),
-            dropout_p=self.attn_drop if self.training else 0.0,
-        )
+        x = self._attend(value, query, key, self._bias(rows, columns, shift))
         x = x.unflatten(2, (size, size)).unflatten(1, (rows, columns, self.num_heads))
         x = x.permute(0, 1, 4, 2, 5, 3, 6).flatten(5).flatten(3, 4).flatten(1, 2)
         if shift:
             x = x.roll((shift, shift), dims=(1, 2))
         return self.proj_drop(self.post_proj(x[:, :height, :width]))
+
+    def _attend(self, value: Tensor, query: Tensor, key: Tensor, bias: Tensor) -> Tensor:
+        dropout = self.attn_drop if self.training else 0.0
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=bias, dropout_p=dropout)
+
+    def _attend_by_index(self, x: Tensor, size: tuple[int, int], shift: int) -> Tensor:
+        """Projections of a padded map, [B, H', W', 3C] -> [B, *size, C], for `torch.export`.
+
+        A program serves the sizes for which each comparison of lengths has the same result. The
+        tracer compares every dimension with 1, and a view with its base. Here no dimension is the
+        number of windows, and the map is cropped by index, so that one window, or a map that needs
+        no padding, is a size like others.
+        """
+        height, width = x.shape[1:3]
+        window, heads, tokens = self.window_size, self.num_heads, height * width
+        windows = tokens // window**2 * heads  # of all heads
+        token = torch.arange(tokens, device=x.device)
+        number, inside = token // window**2, token % window**2
+        columns = width // window
+        row = number // columns * window + inside // window
+        column = number % columns * window + inside % window
+        place = (row + shift) % height * width + (column + shift) % width
+
+        head = torch.arange(heads, device=x.device)
+        x = x.unflatten(3, (3 * heads, -1)).flatten(1, 3)
+        source = (head[:, None] + place * (3 * heads)).flatten()
+        value, query, key = (
+            x.index_select(1, source + part * heads).unflatten(1, (windows, window**2))
+            for part in range(3)
+        )
+        bias = self.rb[:, self.relative_id].reshape(heads, window**2, window**2)
+        bias = bias.index_select(0, torch.arange(windows, device=x.device) * heads // windows)
+        if self.shift:
+            region = 3 * shift_region(row, height, window, shift)
+            region = region + shift_region(column, width, window, shift)
+            region = torch.cat([region] * heads).unflatten(0, (windows, window**2))
+            apart = region[:, None, :] != region[:, :, None]
+            bias = bias + -100.0 * apart.to(bias.dtype)
+        x = self._attend(value, query, key, bias).flatten(1, 2)
+
+        row, column = (torch.arange(length, device=x.device) for length in size)
+        target = place.argsort().index_select(0, (row[:, None] * width + column).flatten())
+        x = x.index_select(1, (target[:, None] + head * tokens).flatten())
+        return x.unflatten(1, (*size, heads)).flatten(3)
 
     def _bias(self, rows: int, columns: int, shift: int) -> Tensor:
         """Position bias and shift mask, [rows * columns * heads, window**2, window**2]."""
@@ -222,6 +268,15 @@ class WindowAttention(nn.Module):
             mask = shift_mask(rows, columns, self.window_size, shift, self.rb.device)
             bias = bias + mask.to(bias.dtype).unsqueeze(1)
         return bias.expand(rows * columns, -1, -1, -1).flatten(0, 1)
+
+
+def pad_to_multiple(x: Tensor, size: int, first: int) -> Tensor:
+    """Pad the dimensions ``first`` and the next with zeros at the end to multiples of ``size``.
+
+    The new lengths are ``size * n`` to compilers, too, which see that windows divide them.
+    """
+    height, width = ((n + size - 1) // size * size - n for n in x.shape[first : first + 2])
+    return F.pad(x, (0, 0) * (x.dim() - first - 2) + (0, width, 0, height))
 
 
 def relative_position_id(window_size: int) -> Tensor:
@@ -244,9 +299,13 @@ def shift_mask(
     def regions(windows: int) -> Tensor:
         length = windows * window_size
         position = torch.arange(length, device=device)
-        region = (position >= length - window_size).long() + (position >= length - shift).long()
-        return region.reshape(windows, window_size)
+        return shift_region(position, length, window_size, shift).reshape(windows, window_size)
 
     region = 3 * regions(rows)[:, None, :, None] + regions(columns)[None, :, None, :]
     region = region.flatten(2).flatten(0, 1)
     return -100.0 * (region[:, None, :] != region[:, :, None]).float()
+
+
+def shift_region(position: Tensor, length: int, window_size: int, shift: int) -> Tensor:
+    """Return 0, 1 or 2 for each position of an axis: those that differ are no neighbours."""
+    return (position >= length - window_size).long() + (position >= length - shift).long()

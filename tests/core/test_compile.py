@@ -7,12 +7,12 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from elsa_core import ELSASwin, elsa_attention
 from elsa_core.layers import ELSA
 
-ARCH = {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2], "group_width": 4}
+ARCH = {"embed_dim": 12, "num_heads": [1, 2], "group_width": 4}
 
 
-def make_model(**options):
+def make_model(depths=(1, 1), **options):
     torch.manual_seed(0)
-    return ELSASwin(ARCH, out_indices=(0, 1), **options)
+    return ELSASwin({**ARCH, "depths": depths}, out_indices=(0, 1), **options)
 
 
 @pytest.fixture(autouse=True)
@@ -66,23 +66,49 @@ def test_one_compilation_for_every_size():
     counter = CompileCounterWithBackend("eager")
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     with torch.no_grad():
-        for height, width in [(64, 64), (72, 88), (65, 79), (90, 70), (101, 83)]:
+        for height, width in [(64, 64), (72, 88), (65, 79), (90, 70), (112, 168), (101, 83)]:
             image = torch.randn(1, 3, height, width)
             torch.testing.assert_close(compiled(image), model(image), rtol=1e-4, atol=1e-5)
     assert counter.frame_count <= 3
 
 
-@pytest.mark.slow
-def test_export_with_dynamic_size():
-    model = make_model().eval()
+def export(model, strict=False):
+    """Of two images with odd sides, for every size whose last map is larger than 1x1."""
     dynamic = torch.export.Dim.DYNAMIC
-    program = torch.export.export(
-        model, (torch.randn(1, 3, 64, 72),), dynamic_shapes=({2: dynamic, 3: dynamic},)
+    shapes = ({0: dynamic, 2: dynamic, 3: dynamic},)
+    return torch.export.export(
+        model, (torch.randn(2, 3, 97, 131),), dynamic_shapes=shapes, strict=strict
     )
-    names = {str(node.target) for node in program.graph.nodes}
-    assert "elsa.attention.default" in names
-    image = torch.randn(1, 3, 97, 83)
-    torch.testing.assert_close(program.module()(image), model(image), rtol=1e-4, atol=1e-5)
+
+
+# The last map is 7x7, one window; twice and four times as large; and of other sizes.
+SHAPES = [(1, 56, 56), (3, 112, 112), (1, 224, 224), (2, 64, 96), (1, 97, 131), (3, 9, 10)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("always_shift", [True, False])
+def test_export_with_dynamic_size(always_shift):
+    model = make_model((1, 2), always_shift=always_shift).eval()
+    with torch.no_grad():
+        program = export(model)
+        names = {str(node.target) for node in program.graph.nodes}
+        assert "elsa.attention.default" in names
+        for batch, *size in SHAPES:
+            image = torch.randn(batch, 3, *size)
+            torch.testing.assert_close(program.module()(image), model(image), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strict", [False, True])
+def test_export_of_a_training_graph(strict):
+    model = make_model((1, 2))
+    exported = export(model, strict).module()
+    for batch, *size in SHAPES[:5]:
+        image = torch.randn(batch, 3, *size)
+        results = outputs_and_gradients(exported, image)
+        torch.testing.assert_close(
+            results, outputs_and_gradients(model, image), rtol=1e-4, atol=1e-4
+        )
 
 
 def test_inductor():
