@@ -7,8 +7,8 @@ then differ in the second digit. `load_openvino` tells it to compute in float32.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
-import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -20,8 +20,11 @@ import openvino as ov
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.files import replacing_by_name
 
-# Keys in the model's rt_info: the record as in ONNX files, and the SHA-256 of the .bin file.
-RECORD, WEIGHTS = "elsa", "elsa_weights"
+from .openvino_ops import follow_onnx
+from .record import KEY, Record
+
+# Key in the model's rt_info, beside the record's: the SHA-256 of the .bin file.
+WEIGHTS = "elsa_weights"
 # Stands for the digest until the weights are written.
 _NO_DIGEST = "?" * 64
 
@@ -40,45 +43,74 @@ def to_openvino(
     Raises:
         UsageError: the file has no record, OpenVINO cannot read it, or ``path`` cannot be written.
     """
-    record = onnx_record(onnx_path)
+    model, record = read_exported(onnx_path)
     if half:
-        record = json.dumps({**json.loads(record), "precision": "float16"})
-    write_openvino(read_model(onnx_path), path, record, half, check)
+        record = dataclasses.replace(record, precision="float16")
+    write_openvino(model, path, record, half, check)
 
 
-def onnx_record(path: str) -> str:
-    """Return the record (JSON) of an exported ONNX file. Raises UsageError if there is none."""
+def read_exported(path: str) -> tuple[ov.Model, Record]:
+    """Read an exported model, an .onnx or .xml file, and its record.
+
+    Raises UsageError if OpenVINO cannot read it, if it has no record, or if an .xml file and its
+    .bin file are incomplete or come from two exports.
+    """
+    if path.endswith(".onnx"):
+        record = onnx_record(path)
+        model = _read(path)
+        follow_onnx(model)
+        return model, record
+    weights = weights_path(path)
+    for part in (path, weights):
+        if not os.path.isfile(part):
+            raise UsageError(f"an OpenVINO model is a pair of files, {part} is missing")
+    model = _read(path)
+    if not (model.has_rt_info([KEY]) and model.has_rt_info([WEIGHTS])):
+        raise UsageError(f"{path} must be a model of `elsa export`, it has no record")
+    if model.get_rt_info([WEIGHTS]).astype(str) != _digest(weights):
+        raise UsageError(f"{path} and {weights} must come from one export, they do not")
+    return model, Record.from_json(model.get_rt_info([KEY]).astype(str))
+
+
+def onnx_record(path: str) -> Record:
+    """Return the record of an exported ONNX file. Raises UsageError if there is none."""
     import onnx
 
     try:
         model = onnx.load(path, load_external_data=False)
     except Exception as error:  # protobuf's DecodeError is no public name
         raise UsageError(f"{path} cannot be read as ONNX: {one_line(error)[:200]}") from error
-    record = {prop.key: prop.value for prop in model.metadata_props}.get(RECORD)
+    record = {prop.key: prop.value for prop in model.metadata_props}.get(KEY)
     if not record:
         raise UsageError(f"{path} must be an ONNX file of `elsa export`, it has no record")
-    return record
+    return Record.from_json(record)
 
 
-def read_model(path: str) -> ov.Model:
-    """Read an ONNX file or an .xml file. Raises UsageError if OpenVINO cannot."""
-    try:
-        return ov.Core().read_model(path)
-    except RuntimeError as error:
-        raise UsageError(f"OpenVINO cannot read {path}: {one_line(error)[:300]}") from error
+def compile_model(model: ov.Model, threads: int | None = None) -> ov.CompiledModel:
+    """Compile a model for the processor, to compute in float32."""
+    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
+    if threads:
+        settings["INFERENCE_NUM_THREADS"] = threads
+    return ov.Core().compile_model(model, "CPU", settings)
+
+
+def load_openvino(path: str, threads: int | None = None) -> tuple[ov.CompiledModel, Record]:
+    """Return a compiled model and its record; errors as of `read_exported`."""
+    model, record = read_exported(path)
+    return compile_model(model, threads), record
 
 
 def write_openvino(
     model: ov.Model,
     path: str,
-    record: str,
+    record: Record,
     half: bool = False,
     check: Callable[[str], object] | None = None,
 ) -> None:
     """Write a model and its record; the rest as in `to_openvino`."""
     if not path.endswith(".xml"):
         raise UsageError(f"the name of an OpenVINO model must end in .xml, got {path}")
-    model.set_rt_info(record, [RECORD])
+    model.set_rt_info(record.to_json(), [KEY])
     model.set_rt_info(_NO_DIGEST, [WEIGHTS])
     with _pair(path) as name:
         try:
@@ -87,35 +119,21 @@ def write_openvino(
             raise UsageError(f"{path} cannot be written: {one_line(error)[:200]}") from error
         _set_digest(name)
         # OpenVINO does not notice a full disk while it writes.
-        read_model(name)
+        _read(name)
         if check is not None:
             check(name)
-
-
-def load_openvino(path: str, threads: int | None = None) -> tuple[ov.CompiledModel, str]:
-    """Return a model for the processor, computing in float32, and its record (JSON).
-
-    Raises UsageError if the pair is incomplete, comes from two exports, or has no record.
-    """
-    weights = weights_path(path)
-    for part in (path, weights):
-        if not os.path.isfile(part):
-            raise UsageError(f"an OpenVINO model is a pair of files, {part} is missing")
-    model = read_model(path)
-    if not (model.has_rt_info([RECORD]) and model.has_rt_info([WEIGHTS])):
-        raise UsageError(f"{path} must be a model of `elsa export`, it has no record")
-    if model.get_rt_info([WEIGHTS]).astype(str) != _digest(weights):
-        raise UsageError(f"{path} and {weights} must come from one export, they do not")
-    settings: dict[str, Any] = {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"}
-    if threads:
-        settings["INFERENCE_NUM_THREADS"] = threads
-    compiled = ov.Core().compile_model(model, "CPU", settings)
-    return compiled, model.get_rt_info([RECORD]).astype(str)
 
 
 def weights_path(path: str) -> str:
     """The .bin file of an .xml file."""
     return f"{os.path.splitext(path)[0]}.bin"
+
+
+def _read(path: str) -> ov.Model:
+    try:
+        return ov.Core().read_model(path)
+    except RuntimeError as error:
+        raise UsageError(f"OpenVINO cannot read {path}: {one_line(error)[:300]}") from error
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """OpenVINO models of exported ONNX files, compared with PyTorch and onnxruntime at any size."""
 
-import json
 import os
 
 import numpy as np
@@ -14,6 +13,7 @@ from weights_models import TINY
 from elsa_core import ELSASwin
 from elsa_core.runtime.errors import UsageError
 from elsa_tools.export.onnx import TOLERANCE, Backbone, export, wrap
+from elsa_tools.export.record import KEY, Record, record_of
 
 pytest.importorskip("openvino", reason="needs the package openvino")
 from elsa_tools.export.openvino import load_openvino, to_openvino  # noqa: E402
@@ -26,12 +26,9 @@ def backbone(tmp_path_factory):
     torch.manual_seed(0)
     module = Backbone(ELSASwin(vars(TINY)), None).eval()
     path = str(tmp_path_factory.mktemp("backbone") / "backbone.onnx")
-    export(module, path, sizes=[(40, 50)], metadata={"elsa": record(task="features")})
+    record = Record(task="features", normalised=True)
+    export(module, path, sizes=[(40, 50)], record=record)
     return module, path
-
-
-def record(**fields):
-    return json.dumps({"schema": 1, "precision": "float32", "classes": ["<&é'\"\n"], **fields})
 
 
 @pytest.mark.slow
@@ -40,8 +37,8 @@ def test_the_backbone_is_the_same(backbone, tmp_path):
     path = str(tmp_path / "backbone.xml")
     to_openvino(source, path)
     assert sorted(os.listdir(tmp_path)) == ["backbone.bin", "backbone.xml"]
-    compiled, text = load_openvino(path, threads=1)
-    assert json.loads(text) == json.loads(record(task="features"))
+    compiled, record = load_openvino(path, threads=1)
+    assert record == Record(task="features", normalised=True)
     assert [output.any_name for output in compiled.outputs] == module.names
     for shape in SHAPES:
         image = torch.randn(shape)
@@ -56,8 +53,9 @@ def test_the_backbone_is_the_same(backbone, tmp_path):
 @pytest.mark.slow
 def test_upernet_is_the_same(tmp_path):
     source, path = str(tmp_path / "upernet.onnx"), str(tmp_path / "upernet.xml")
-    module = wrap(untrained(SEG["mmseg"]), "auto")
-    export(module, source, sizes=[(40, 50)], metadata={"elsa": record(task="segmentation")})
+    inferencer = untrained(SEG["mmseg"])
+    module = wrap(inferencer, "auto")
+    export(module, source, sizes=[(40, 50)], record=record_of(inferencer))
     to_openvino(source, path)
     compiled, _ = load_openvino(path)
     session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
@@ -76,8 +74,8 @@ def test_half_the_weights(backbone, tmp_path):
     to_openvino(source, half, half=True)
     sizes = [os.path.getsize(path.replace(".xml", ".bin")) for path in (whole, half)]
     assert 0.45 < sizes[1] / sizes[0] < 0.55
-    compiled, text = load_openvino(half)
-    assert json.loads(text)["precision"] == "float16"
+    compiled, record = load_openvino(half)
+    assert record.precision == "float16"
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         wanted = module(image)[0].numpy()
@@ -123,7 +121,7 @@ def test_bad_files_are_refused(tmp_path):
     onnx.save(model, source)
     with pytest.raises(UsageError, match="it has no record"):
         to_openvino(source, str(tmp_path / "m.xml"))
-    onnx.helper.set_model_props(model, {"elsa": record()})
+    onnx.helper.set_model_props(model, {KEY: Record(task="features").to_json()})
     onnx.save(model, source)
     with pytest.raises(UsageError, match="must end in .xml"):
         to_openvino(source, str(tmp_path / "m.bin"))
