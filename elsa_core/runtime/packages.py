@@ -30,6 +30,7 @@ DISTRIBUTIONS = {
     "scipy": "scipy",
     "skimage": "scikit-image",
     "sklearn": "scikit-learn",
+    "supervision": "supervision",
     "tabulate": "tabulate",
     "tqdm": "tqdm",
 }

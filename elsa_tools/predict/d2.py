@@ -20,6 +20,7 @@ from elsa_tools.export.record import Resize
 
 from .inferencer import Inferencer
 from .results import Detections, Result, Segmentation
+from .timing import forward_times
 
 
 class Detectron2Inferencer(Inferencer):
@@ -57,7 +58,9 @@ class Detectron2Inferencer(Inferencer):
         self.name_classes(number_of_classes(cfg), names, configured, colours)
 
     def predict(self, image: np.ndarray) -> Result:
-        found = self.predictor(image)
+        with forward_times(self.model) as seconds:
+            found = self.predictor(image)
+        self.model_seconds = sum(seconds)
         if self.task == "segmentation":
             return Segmentation(found["sem_seg"].argmax(0).cpu().numpy())
         instances = found["instances"].to("cpu")

@@ -1,4 +1,4 @@
-"""The interface of a model with its test pipeline, common to both frameworks."""
+"""The interface of a model with its test pipeline, common to frameworks and exported models."""
 
 from __future__ import annotations
 
@@ -22,11 +22,12 @@ class Inferencer(ABC):
     """A model with its test pipeline.
 
     Attributes:
-        framework: "detectron2", "mmdet" or "mmseg".
+        framework: "detectron2", "mmdet" or "mmseg"; of an exported model, where it comes from.
         task: "detection" or "segmentation".
-        model: the framework's own, in evaluation mode.
+        model: the framework's own, in evaluation mode; an `Executor` of an exported model.
         classes: a name for each class; numbers where none are known, which ``note`` tells.
         colours: an RGB colour for each class.
+        model_seconds: what the model took in the last prediction, without the test pipeline.
     """
 
     framework: str
@@ -35,6 +36,7 @@ class Inferencer(ABC):
     classes: list[str]
     colours: list[tuple[int, int, int]]
     note: str | None = None
+    model_seconds: float = 0.0
 
     @property
     def most_pixels(self) -> int:
@@ -48,7 +50,8 @@ class Inferencer(ABC):
 
     @abstractmethod
     def draw(self, image: np.ndarray, result: Result) -> np.ndarray:
-        """The image [H, W, 3], blue first, with a result painted by the framework's visualiser."""
+        """The image [H, W, 3], blue first, with a result painted on it, by the framework's
+        visualiser where there is one."""
 
     def painted_labels(self, result: Segmentation) -> np.ndarray:
         """Labels [H, W], with a number that no class has where a background stays as it is."""

@@ -1,4 +1,4 @@
-"""Loads a model of either framework from a config and a checkpoint."""
+"""Loads a model: of either framework from a config and a checkpoint, or an exported one."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import elsa_core.weights
 from elsa_core.runtime.errors import UsageError
 
 from .inferencer import Inferencer
+from .runtime import RuntimeInferencer
 
 YAML, PYTHON = (".yaml", ".yml"), (".py",)
 
@@ -46,6 +47,22 @@ def load_inferencer(
     from .mm import OpenMMLabInferencer
 
     return OpenMMLabInferencer(path, weights, place, options)
+
+
+def load_exported(
+    path: str, *, device: str | None = None, threads: int | None = None
+) -> RuntimeInferencer:
+    """The model of a file that ``elsa export`` has written; needs neither framework.
+
+    Args:
+        path: an .onnx, .pt2 or .xml file.
+        device: "cpu" or "cuda"; None: what the executor of the file prefers.
+        threads: of one run on the CPU; None: as many as the executor likes.
+
+    Raises:
+        UsageError: a file or a device that cannot be used, or a missing package.
+    """
+    return RuntimeInferencer(path, device, threads)
 
 
 def find_config(config: str) -> str:

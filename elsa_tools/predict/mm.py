@@ -24,6 +24,7 @@ from elsa_tools.export.record import Resize
 
 from .inferencer import Inferencer
 from .results import Detections, Result, Segmentation
+from .timing import forward_times
 
 TASKS = {"mmdet": "detection", "mmseg": "segmentation"}
 # Steps of a test pipeline after which an image has the same pixels.
@@ -70,7 +71,9 @@ class OpenMMLabInferencer(Inferencer):
         with DefaultScope.overwrite_default_scope(self.framework), torch.no_grad():
             data = self.pipeline(dict(img=image, img_id=0))
             batch = {key: [value] for key, value in data.items()}
-            (found,) = self.model.test_step(batch)
+            with forward_times(self.model) as seconds:
+                (found,) = self.model.test_step(batch)
+        self.model_seconds = sum(seconds)
         if self.task == "segmentation":
             return Segmentation(found.pred_sem_seg.data[0].cpu().numpy())
         instances = found.pred_instances.cpu()

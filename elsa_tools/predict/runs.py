@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from typing import Any
 
 import numpy as np
@@ -18,13 +19,14 @@ from .inferencer import Inferencer
 from .inputs import Unreadable, is_video, open_video, read_image
 from .outputs import Names, VideoFile, image_ending, write_image
 from .results import Detections, Result, Segmentation, enlarge, reduce
+from .timing import Times
 
 
 class Demo:
     """Writes pictures and videos to a folder and keeps the records for results.json.
 
     ``images``, ``videos``: a record for each input that went well; ``failed``: "file" and "reason"
-    of the others.
+    of the others; ``times``: of all predictions.
     """
 
     def __init__(
@@ -35,6 +37,7 @@ class Demo:
         self.images: list[dict[str, Any]] = []
         self.videos: list[dict[str, Any]] = []
         self.failed: list[dict[str, str]] = []
+        self.times = Times()
 
     def process(self, path: str) -> None:
         """An input that cannot be read, predicted or drawn is recorded as failed.
@@ -99,7 +102,9 @@ class Demo:
     def _found(self, image: np.ndarray) -> tuple[Result, np.ndarray]:
         """The result for an image [H, W, 3], and the painted image, which may be smaller."""
         small = reduce(image, self.inferencer.most_pixels)
+        start = time.perf_counter()
         result = self.inferencer.predict(small)
+        self.times.add(self.inferencer.model_seconds, time.perf_counter() - start)
         if isinstance(result, Detections):
             result = result.above(self.score)
         picture = self.inferencer.draw(*enlarge(small, result))

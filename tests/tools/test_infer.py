@@ -67,6 +67,8 @@ def test_detections_are_drawn_and_recorded(framework, weights, images, tmp_path)
     assert status == 0
     assert (record["framework"], record["task"]) == (framework, "detection")
     assert record["classes"] == DIGITS and record["failed"] == []
+    assert record["time"]["images"] == 2
+    assert 0 < record["time"]["model_ms"] < record["time"]["image_ms"]
     assert [entry["file"] for entry in record["images"]] == list(map(str, images))
     for entry, path in zip(record["images"], images, strict=True):
         picture = cv2.imread(str(out / entry["picture"]))

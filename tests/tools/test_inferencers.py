@@ -93,7 +93,6 @@ def test_predictor_takes_weights_of_openmmlab(segmentor, image):
     assert predictor.cfg.MODEL.WEIGHTS == segmentor
     found = predictor(read_image(image))["sem_seg"].argmax(0).numpy()
     ours = load_inferencer(MMSEG, segmentor, device="cpu").predict(read_image(image))
-    # MMSegmentation stretches to 96x96, Detectron2 keeps the ratio: the same for a square.
     assert (found == ours.labels).mean() > 0.99
 
 
