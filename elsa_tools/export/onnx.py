@@ -1,4 +1,4 @@
-"""ONNX files of ELSA-Swin and of UPerNet on it, compared with PyTorch before they are written.
+"""ONNX files of backbones, segmentors and detectors.
 
 A file serves images of any number and size. It computes in float32.
 """
@@ -7,30 +7,29 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnx_ir.passes.common as passes
-import onnxruntime
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from onnxscript import optimizer
+from torch import Tensor
 
 from elsa_core import ELSASwin
 from elsa_core.runtime.errors import UsageError, one_line
-from elsa_core.runtime.files import replacing_by_name
-from elsa_tools.predict.inferencer import Inferencer
 
 from . import graph as onnx_graph
+from . import onnx_ops
+from .models import Exportable
 from .record import KEY, Record
 
 OPSET = 20
-TOLERANCE = 1e-4
-SIZES = ((64, 96), (97, 71), (130, 161))
+# Numbers of a constant from which float16 pays for its cast.
+_LEAST_HALF = 1024
 # The backbones that are being exported, by the number in the operator that stands for them.
 _backbones: dict[int, ELSASwin] = {}
 
@@ -59,163 +58,44 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
         _backbones[number], image
     ),
     torch.ops.aten.adaptive_avg_pool2d.default: onnx_graph.adaptive_average_pool,
+    **onnx_ops.TRANSLATIONS,
 }
 
 
-class Backbone(nn.Module):
-    """Images [B, 3, H, W] -> a map [B, C_i, H_i, W_i] of each output of the backbone.
+def write_onnx(module: Exportable, path: str, record: Record) -> None:
+    """Writes a file that onnx has checked; the caller replaces what was there.
 
-    Args:
-        normalisation: mean and deviation of images with values in 0..255, RGB; None for images
-            that are normalised already.
+    Where the record says float16, the weights that float16 holds exactly are stored in it.
+
+    Raises UsageError where PyTorch cannot export the model.
     """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(
-        self, backbone: ELSASwin, normalisation: tuple[Sequence[float], Sequence[float]] | None
-    ) -> None:
-        super().__init__()
-        self.backbone: Any = backbone
-        self.normalised = normalisation is None
-        mean, std = normalisation or ([0.0] * 3, [1.0] * 3)
-        self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
-        self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
-        self.names = [f"res{stage + 2}" for stage in backbone.out_indices]
-
-    def features(self, image: Tensor) -> tuple[Tensor, ...]:
-        image = image if self.normalised else (image - self.mean) / self.std
-        return ELSASwin.forward(self.backbone, image)
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        return self.features(image)
-
-
-class Segmentor(Backbone):
-    """Images [B, 3, H, W] -> logits [B, K, H, W], for Detectron2's and MMSegmentation's UPerNet."""
-
-    def __init__(self, inferencer: Inferencer) -> None:
-        model: Any = inferencer.model
-        super().__init__(model.backbone, inferencer.normalisation())
-        self.names = ["logits"]
-        self.detectron2 = inferencer.framework == "detectron2"
-        self.head: Any = model.sem_seg_head if self.detectron2 else model.decode_head
-
-    def forward(self, image: Tensor) -> tuple[Tensor, ...]:
-        features = self.features(image)
-        if self.detectron2:
-            logits = self.head.logits(dict(zip(self.backbone._out_features, features, strict=True)))
-        else:
-            logits = self.head(features)
-        size = image.shape[-2:]
-        return (F.interpolate(logits, size, mode="bilinear", align_corners=False),)
-
-
-@dataclass(frozen=True)
-class Difference:
-    """The largest difference between PyTorch and onnxruntime on random images of one size.
-
-    ``value`` is absolute for a backbone's maps, which layer normalisation keeps near 1, and divided
-    by the largest value for logits.
-    """
-
-    shape: tuple[int, ...]
-    value: float
-
-
-def wrap(inferencer: Inferencer, part: str) -> Backbone:
-    """What to export of a model: "backbone", "model", or "auto": the model where it is a UPerNet.
-
-    Raises UsageError for a backbone other than ELSA-Swin, and for a model other than UPerNet.
-    """
-    model = inferencer.model
-    backbone = getattr(model.backbone, "bottom_up", model.backbone)
-    if not isinstance(backbone, ELSASwin):
-        raise UsageError(f"the backbone must be an ELSA-Swin, got {type(backbone).__name__}")
-    if part == "backbone" or (part == "auto" and inferencer.task != "segmentation"):
-        return Backbone(backbone, inferencer.normalisation())
-    head = getattr(model, "sem_seg_head", getattr(model, "decode_head", None))
-    if type(head).__name__ not in ("UPerNetHead", "UPerHead"):
-        raise UsageError(
-            f"of whole models UPerNet alone is exported, got {type(model).__name__}: "
-            "--part backbone exports its backbone"
-        )
-    return Segmentor(inferencer)
-
-
-def export(
-    module: Backbone,
-    path: str,
-    *,
-    sizes: Sequence[tuple[int, int]] = SIZES,
-    record: Record | None = None,
-) -> list[Difference]:
-    """Writes ``path``, checked by onnx and compared with PyTorch over ``sizes`` (height, width).
-
-    Args:
-        record: of the model, for the file's metadata.
-
-    Raises:
-        UsageError: it cannot be exported or written, or differs by more than 1e-4; then ``path``
-            is as it was.
-    """
-    module = module.cpu().float().eval()
     program = _translate(module)
-    if record is not None:
-        program.model.metadata_props[KEY] = record.to_json()
-    with replacing_by_name(path) as part:
-        program.save(part)
-        onnx.checker.check_model(part, full_check=True)
-        found = compare(module, part, sizes)
-        worst = max(found, key=lambda difference: difference.value)
-        if not worst.value <= TOLERANCE:
-            raise UsageError(
-                f"onnxruntime and PyTorch must agree to {TOLERANCE:g}, they differ by "
-                f"{worst.value:.1e} on images of {worst.shape}: {path} was not written"
-            )
-    return found
+    if record.precision == "float16":
+        _store_half(program.model)
+    program.model.metadata_props[KEY] = record.to_json()
+    program.save(path)
+    onnx.checker.check_model(path, full_check=True)
 
 
-def compare(module: Backbone, path: str, sizes: Sequence[tuple[int, int]]) -> list[Difference]:
-    """The differences on random images, the first of them two at a time."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    generator = torch.Generator().manual_seed(0)
-    found = []
-    for index, size in enumerate(sizes):
-        image = torch.randn((2 if index == 0 else 1, 3, *size), generator=generator)
-        image = image if module.normalised else (image * 58 + 116).clamp(0, 255)
-        with torch.no_grad():
-            wanted = [output.numpy() for output in module(image)]
-        got = session.run(None, {"image": image.numpy()})
-        scale = np.abs(wanted[0]).max() if isinstance(module, Segmentor) else 1.0
-        worst = max(float(np.abs(a - b).max()) for a, b in zip(got, wanted, strict=True))
-        found.append(Difference(tuple(image.shape), worst / max(float(scale), 1e-12)))
-    return found
-
-
-def _translate(module: Backbone) -> Any:
-    # Two images with odd sides, so that nothing is taken for a constant.
-    example = torch.zeros(2, 3, 97, 131)
-    dynamic = torch.export.Dim.DYNAMIC
+def _translate(module: Exportable) -> Any:
     try:
         with _opaque(module.backbone), _quiet(), torch.no_grad():
             program: Any = torch.onnx.export(
                 module,
-                (example,),
+                module.example(),
                 dynamo=True,
                 optimize=False,
                 opset_version=OPSET,
-                input_names=["image"],
-                output_names=module.names,
-                dynamic_shapes=({0: dynamic, 2: dynamic, 3: dynamic},),
+                input_names=list(module.inputs),
+                output_names=list(module.names),
+                dynamic_shapes=module.dynamic_shapes(),
                 custom_translation_table=TRANSLATIONS,
                 verbose=False,
             )
     except torch.onnx.errors.OnnxExporterError as error:
         raise UsageError(f"PyTorch cannot export the model: {one_line(error)[:300]}") from error
+    # Without the names of types that PyTorch leaves to the executor, which warns of them.
+    optimizer.fold_constants(program.model, onnx_shape_inference=False)
     for change in (
         passes.RemoveUnusedNodesPass(),
         passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
@@ -228,17 +108,50 @@ def _translate(module: Backbone) -> Any:
     return program
 
 
-def _name_sizes(model: Any, module: Backbone) -> None:
-    """Readable names instead of the tracer's for the sizes of inputs and outputs."""
-    import onnx_ir
+def _store_half(model: Any) -> None:
+    """Stores large constants in float16, where it holds them exactly, with a cast back."""
+    for value in list(model.graph.initializers.values()):
+        if value.dtype != onnx_ir.DataType.FLOAT or value.const_value.size < _LEAST_HALF:
+            continue
+        numbers = value.const_value.numpy()
+        half = numbers.astype(np.float16)
+        if not np.array_equal(half, numbers):
+            continue
+        stored = onnx_ir.Value(
+            name=f"{value.name}_float16", const_value=onnx_ir.tensor(half, name=value.name)
+        )
+        cast = onnx_ir.node("Cast", [stored], {"to": onnx_ir.DataType.FLOAT})
+        value.replace_all_uses_with(cast.outputs[0])
+        del model.graph.initializers[value.name]
+        model.graph.initializers[stored.name] = stored
+        model.graph.insert_before(model.graph[0], cast)
 
-    model.graph.inputs[0].shape = onnx_ir.Shape(["batch", 3, "height", "width"])
-    for output, name in zip(model.graph.outputs, module.names, strict=True):
-        channels = output.shape[1]
-        sides = ["height", "width"]
+
+# Readable names instead of the tracer's for the sizes of inputs and outputs.
+_SHAPES: dict[str, list[str | int]] = {
+    "image": ["batch", 3, "height", "width"],
+    "size": ["batch", 2],
+    "logits": ["batch", -1, "height", "width"],
+    "boxes": ["detections", 4],
+    "scores": ["detections"],
+    "labels": ["detections"],
+    "images": ["detections"],
+    "masks": ["detections", -1, -1],
+}
+
+
+def _name_sizes(model: Any, module: Exportable) -> None:
+    values = zip(
+        (*model.graph.inputs, *model.graph.outputs), (*module.inputs, *module.names), strict=True
+    )
+    for value, name in values:
         if name.startswith("res"):
-            sides = [f"ceil({side}/{2 ** int(name[3:])})" for side in sides]
-        output.shape = onnx_ir.Shape(["batch", channels, *sides])
+            sides = [f"ceil({side}/{2 ** int(name[3:])})" for side in ("height", "width")]
+            shape: list[str | int] = ["batch", -1, *sides]
+        else:
+            shape = _SHAPES[name]
+        known = zip(shape, value.shape, strict=True)
+        value.shape = onnx_ir.Shape([old if side == -1 else side for side, old in known])
 
 
 @contextmanager

@@ -123,8 +123,12 @@ class OpenVino(Executor):
         return list(self.compiled(inputs).values())
 
 
-_EXECUTORS = {".onnx": OnnxRuntime, ".xml": OpenVino}
-ENDINGS = tuple(_EXECUTORS)
+EXECUTORS: dict[str, type[OnnxRuntime | OpenVino]] = {
+    "onnxruntime": OnnxRuntime,
+    "openvino": OpenVino,
+}
+_BY_ENDING = {".onnx": "onnxruntime", ".xml": "openvino"}
+ENDINGS = tuple(_BY_ENDING)
 
 
 def load_executor(path: str, device: str | None = None, threads: int | None = None) -> Executor:
@@ -140,13 +144,13 @@ def load_executor(path: str, device: str | None = None, threads: int | None = No
             or a device that the executor does not have.
     """
     ending = os.path.splitext(path)[1].lower()
-    if ending not in _EXECUTORS:
+    if ending not in _BY_ENDING:
         raise UsageError(f"the model must be a file {' or '.join(ENDINGS)}, got {path}")
     if not os.path.isfile(path):
         raise UsageError(f"the model {path} does not exist")
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
-    return _EXECUTORS[ending](path, device, threads)
+    return EXECUTORS[_BY_ENDING[ending]](path, device, threads)
 
 
 def _names(record: Record) -> tuple[Sequence[str], Sequence[str]]:

@@ -12,7 +12,7 @@ from elsa_core.runtime.errors import UsageError
 from elsa_tools.export.record import Record, Resize
 
 from .drawing import Painter
-from .executors import load_executor
+from .executors import Executor, load_executor
 from .inferencer import Inferencer
 from .paste import paste_masks
 from .results import Detections, Result, Segmentation
@@ -22,14 +22,17 @@ class RuntimeInferencer(Inferencer):
     """An exported model with the test pipeline that its record describes.
 
     Args:
-        path: an .onnx, .pt2 or .xml file that ``elsa export`` has written.
-        device, threads: see `elsa_tools.predict.executors.load_executor`.
+        model: an .onnx, .pt2 or .xml file that ``elsa export`` has written, or its executor.
+        device, threads: of a file, see `elsa_tools.predict.executors.load_executor`.
 
     Raises UsageError for a file that cannot be run, or that predicts features.
     """
 
-    def __init__(self, path: str, device: str | None = None, threads: int | None = None) -> None:
-        self.model = load_executor(path, device, threads)
+    def __init__(
+        self, model: str | Executor, device: str | None = None, threads: int | None = None
+    ) -> None:
+        self.model = model if isinstance(model, Executor) else load_executor(model, device, threads)
+        path = self.model.path
         record = self.record = self.model.record
         if record.task == "features":
             raise UsageError(f"the model must be a detector or a segmentor, {path} is a backbone")

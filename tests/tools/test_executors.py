@@ -16,7 +16,8 @@ from docs_blocks import REPOSITORY, read_page
 from toy_models import NAMES, RECORD, SCORES, Toy, save_onnx
 
 from elsa_core.runtime.errors import UsageError
-from elsa_tools.export.onnx import export, wrap
+from elsa_tools.export.models import wrap
+from elsa_tools.export.onnx import write_onnx
 from elsa_tools.export.record import KEY, Record, Resize, record_of
 from elsa_tools.predict import Detections, Segmentation, load_exported, load_inferencer
 from elsa_tools.predict.cli import main
@@ -124,7 +125,7 @@ def test_the_test_pipeline_is_the_frameworks(framework):
 def test_a_segmentor_predicts_what_its_checkpoint_predicts(digits, tmp_path):
     inferencer = untrained(SEG["mmseg"])
     path = str(tmp_path / "upernet.onnx")
-    export(wrap(inferencer, "auto"), path, sizes=[(64, 96)], record=record_of(inferencer))
+    write_onnx(wrap(inferencer), path, record_of(inferencer))
     model = load_exported(path, device="cpu")
     assert model.classes[0] == "background" and len(model.colours) == 11
     image = cv2.imread(str(min((digits / "images/validation").glob("*.jpg"))))

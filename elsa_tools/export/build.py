@@ -1,0 +1,96 @@
+"""Makes the exported form of a loaded model, or says in one sentence why it has none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from elsa_core import ELSASwin
+from elsa_core.runtime.errors import UsageError
+from elsa_core.weights.convert import convert
+from elsa_core.weights.names import CASCADE, MASK_RCNN
+from elsa_core.weights.recognise import recognise
+from elsa_tools.predict.inferencer import Inferencer
+
+from .detector import Detector
+
+
+def build_detector(
+    inferencer: Inferencer, normalised: bool = False, pasted: bool = False
+) -> Detector:
+    """The `Detector` that computes what a loaded Mask R-CNN or Cascade Mask R-CNN does.
+
+    Args:
+        normalised: whether it takes images that are normalised already.
+        pasted: whether it pastes the masks into the image.
+
+    Raises:
+        UsageError: a model with other parts, named with the rule.
+    """
+    if inferencer.framework == "detectron2":
+        from .d2 import read_settings
+    else:
+        from .mm import read_settings
+    settings, anchor_sizes = read_settings(inferencer)
+    model = inferencer.model
+    backbone = getattr(model.backbone, "bottom_up", model.backbone)
+    check("the backbone", type(backbone).__mro__, ELSASwin)
+    if len(backbone.out_indices) != len(settings.strides) - 1:
+        raise UsageError(
+            f"the pyramid must have one level more than the backbone's maps, got "
+            f"{len(settings.strides)} levels over {len(backbone.out_indices)} maps"
+        )
+    try:
+        source = recognise(model.state_dict())
+        if source.kind not in (MASK_RCNN, CASCADE):
+            raise UsageError(f"it is {source}, not Mask R-CNN or Cascade Mask R-CNN")
+        converted = convert(source, "mmdet", anchor_sizes=anchor_sizes)
+    except UsageError as error:
+        raise UsageError(f"the model cannot be exported: {error}") from error
+    assert converted.sizes is not None
+    if len(settings.deviations) != converted.sizes.stages:
+        raise UsageError(
+            f"the config's {len(settings.deviations)} stages must be the model's "
+            f"{converted.sizes.stages}"
+        )
+    detector = Detector(backbone, converted.sizes, settings, normalised, pasted)
+    detector.load_state_dict(_by_stage(converted.tensors, source.kind), strict=True)
+    return detector
+
+
+def _by_stage(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
+    """The tensors under the names of `Detector`, which number the stages of Mask R-CNN, too."""
+    if kind == CASCADE:
+        return tensors
+    heads = ("roi_head.bbox_head.", "roi_head.mask_head.")
+    renamed = {}
+    for name, tensor in tensors.items():
+        for head in heads:
+            if name.startswith(head):
+                name = f"{head}0.{name.removeprefix(head)}"
+        renamed[name] = tensor
+    return renamed
+
+
+def check(what: str, got: Any, *allowed: Any) -> None:
+    """Raises UsageError where a part of a model, a value or a class's bases, cannot be exported."""
+    values = got if isinstance(got, tuple) and got and isinstance(got[0], type) else (got,)
+    if any(value is good or value == good for value in values for good in allowed):
+        return
+    names = [getattr(value, "__name__", repr(value)) for value in (*allowed, values[0])]
+    raise UsageError(
+        f"the model cannot be exported: {what} must be {' or '.join(names[:-1])}, got {names[-1]}"
+    )
+
+
+def only(what: str, values: Sequence[Any]) -> Any:
+    """The value that all levels or stages have; UsageError where they differ."""
+    different = [value for value in values if value != values[0]]
+    if different:
+        raise UsageError(
+            f"the model cannot be exported: {what} must be the same everywhere, got {values[0]} "
+            f"and {different[0]}"
+        )
+    return values[0]

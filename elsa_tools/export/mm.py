@@ -1,0 +1,127 @@
+"""Reads the settings of MMDetection's detectors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from mmdet.models import (
+    FPN,
+    CascadeRCNN,
+    CascadeRoIHead,
+    ConvFCBBoxHead,
+    FCNMaskHead,
+    MaskRCNN,
+    RPNHead,
+    Shared2FCBBoxHead,
+    Shared4Conv1FCBBoxHead,
+    SingleRoIExtractor,
+    StandardRoIHead,
+)
+from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder
+
+from elsa_mm.detection import (
+    Float32BBoxHead,
+    Float32RoIExtractor,
+    Float32RPNHead,
+    InitializedCascadeRoIHead,
+)
+from elsa_tools.predict.inferencer import Inferencer
+
+from .build import check, only
+from .detector import BOX_SIZE, DIVISOR, FINEST, MASK_SIZE, Settings
+
+BOX_HEADS = (Float32BBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead, ConvFCBBoxHead)
+
+
+def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
+    """The settings, and how many anchor sizes a level has.
+
+    Raises UsageError for parts that `Detector` does not have.
+    """
+    model = inferencer.model
+    check("the model", type(model), MaskRCNN, CascadeRCNN)
+    preprocessor = model.data_preprocessor
+    check("data_preprocessor.pad_size_divisor", preprocessor.pad_size_divisor, DIVISOR)
+    check("data_preprocessor.pad_value", preprocessor.pad_value, 0)
+    neck, rpn, heads = model.neck, model.rpn_head, model.roi_head
+    check("the neck", type(neck), FPN)
+    check("neck.add_extra_convs", neck.add_extra_convs, False)
+    check("neck.start_level", neck.start_level, 0)
+    check("neck.num_outs", neck.num_outs, len(neck.in_channels) + 1)
+    check("neck.upsample_cfg", dict(neck.upsample_cfg), {"mode": "nearest"})
+    check("the norm's groups", {x.num_groups for x in _group_norms(neck)} | {32}, {32})
+    check("rpn_head", type(rpn), Float32RPNHead, RPNHead)
+    check("rpn_head.num_convs", rpn.num_convs, 1)
+    check("rpn_head.loss_cls.use_sigmoid", rpn.use_sigmoid_cls, True)
+    check("the anchors", type(rpn.prior_generator), AnchorGenerator)
+    check("the anchors' centre", rpn.prior_generator.center_offset, 0.0)
+    check("roi_head", type(heads), StandardRoIHead, CascadeRoIHead, InitializedCascadeRoIHead)
+    cascade = isinstance(heads, CascadeRoIHead)
+    parts = (heads.bbox_head, heads.mask_head, heads.bbox_roi_extractor, heads.mask_roi_extractor)
+    boxes, masks, box_pools, mask_pools = (list(part) if cascade else [part] for part in parts)
+    for box_head, mask_head in zip(boxes, masks, strict=True):
+        check("bbox_head", type(box_head), *BOX_HEADS)
+        check("bbox_head.custom_cls_channels", box_head.custom_cls_channels, False)
+        check("the branches of bbox_head", len(box_head.cls_convs) + len(box_head.reg_convs), 0)
+        check("mask_head", type(mask_head), FCNMaskHead)
+        check("mask_head.upsample_cfg.type", mask_head.upsample_method, "deconv")
+    test = model.test_cfg
+    check("test_cfg.rpn.nms.type", test.rpn.nms.type, "nms")
+    check("test_cfg.rcnn.nms.type", test.rcnn.nms.type, "nms")
+    for name, nms in (("rpn", test.rpn.nms), ("rcnn", test.rcnn.nms)):
+        other = sorted(nms.keys() - {"type", "iou_threshold"})
+        check(f"the options of test_cfg.{name}.nms", other, [])
+    coders = [rpn.bbox_coder, *(head.bbox_coder for head in boxes)]
+    for coder in coders:
+        check("bbox_coder", type(coder), DeltaXYWHBBoxCoder)
+        check("bbox_coder.target_means", tuple(coder.means), (0.0,) * 4)
+        check("bbox_coder.add_ctr_clamp", coder.add_ctr_clamp, False)
+        check("bbox_coder.clip_border", coder.clip_border, True)
+    scales = len(rpn.prior_generator.scales)
+    mean, std = inferencer.normalisation()
+    settings = Settings(
+        mean=tuple(mean),
+        std=tuple(std),
+        anchors=tuple(
+            tuple(map(tuple, cell.tolist())) for cell in rpn.prior_generator.base_anchors
+        ),
+        strides=tuple(stride for stride, _ in rpn.prior_generator.strides),
+        rank="probability",
+        least_side=float(test.rpn.get("min_bbox_size", -1)),
+        proposals_per_level=test.rpn.nms_pre,
+        proposals=test.rpn.max_per_img,
+        proposal_iou=test.rpn.nms.iou_threshold,
+        clamp=math.log(1000 / 16),
+        clamp_both=True,
+        rpn_deviations=tuple(coders[0].stds),
+        deviations=tuple(tuple(coder.stds) for coder in coders[1:]),
+        box_samples=_samples(box_pools, BOX_SIZE),
+        mask_samples=_samples(mask_pools, MASK_SIZE),
+        score=test.rcnn.score_thr,
+        iou=test.rcnn.nms.iou_threshold,
+        detections=test.rcnn.max_per_img,
+        mask_threshold=test.rcnn.mask_thr_binary,
+    )
+    return settings, scales
+
+
+def _group_norms(module: torch.nn.Module) -> list[torch.nn.GroupNorm]:
+    return [part for part in module.modules() if isinstance(part, torch.nn.GroupNorm)]
+
+
+def _samples(extractors: list[Any], size: int) -> int:
+    """RoIAlign's samples of all levels and stages."""
+    layers = []
+    for extractor in extractors:
+        check("the RoI extractor", type(extractor), Float32RoIExtractor, SingleRoIExtractor)
+        check("finest_scale of the RoI extractor", extractor.finest_scale, FINEST)
+        layers += extractor.roi_layers
+    for layer in layers:
+        check("roi_layer", type(layer).__name__, "RoIAlign")
+        check("roi_layer.aligned", layer.aligned, True)
+        check("roi_layer.pool_mode", layer.pool_mode, "avg")
+        check("roi_layer.output_size", tuple(layer.output_size), (size, size))
+    samples: int = only("roi_layer.sampling_ratio", [layer.sampling_ratio for layer in layers])
+    return samples

@@ -1,0 +1,100 @@
+"""Writes a model in one of the formats, where what the file computes is what the model computes."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+
+from elsa_core import __version__
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.files import replacing, replacing_by_name
+from elsa_tools.predict.inferencer import Inferencer
+
+from .models import Exportable
+from .record import Record
+from .verify import Check, verify
+
+_PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino")
+
+
+def write_model(
+    module: Exportable,
+    record: Record,
+    path: str,
+    *,
+    inferencer: Inferencer | None = None,
+    images: Sequence[str] = (),
+    verified: bool = True,
+    step: Callable[[str], None] = lambda name: None,
+) -> list[Check]:
+    """Writes ``path``, in the format of its ending, and ``path``.report.json beside it.
+
+    Args:
+        inferencer: the framework's model, for the comparison.
+        images: files to compare on; see `verify`.
+        verified: False writes the file without comparing it.
+        step: called with what is done next.
+
+    Raises:
+        UsageError: the model cannot be exported or written, or an executor computes something
+            else; then what was at ``path`` stays.
+    """
+    checks: list[Check] = []
+
+    def check(part: str) -> None:
+        if not verified:
+            return
+        for found in verify(part, module, inferencer, images):
+            step(str(found))
+            checks.append(found)
+        if wrong := [str(found) for found in checks if not found.same]:
+            raise UsageError(
+                f"{path} was not written, it must compute what PyTorch does: {wrong[0]}"
+            )
+
+    ending = os.path.splitext(path)[1]
+    if ending == ".xml":
+        from .onnx import write_onnx
+        from .openvino import to_openvino
+
+        with tempfile.TemporaryDirectory() as folder:
+            middle = os.path.join(folder, "model.onnx")
+            step("tracing")
+            write_onnx(module, middle, record)
+            step("converting")
+            to_openvino(middle, path, half=record.precision == "float16", check=check)
+    else:
+        with replacing_by_name(path) as part:
+            step("tracing")
+            from .onnx import write_onnx
+
+            write_onnx(module, part, record)
+            check(part)
+    _write_report(path, record, checks)
+    return checks
+
+
+def report_path(path: str) -> str:
+    return f"{path}.report.json"
+
+
+def _write_report(path: str, record: Record, checks: Sequence[Check]) -> None:
+    versions = {"elsa-swin": __version__}
+    for name in _PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    content = {
+        "schema": 1,
+        "file": os.path.basename(path),
+        "record": json.loads(record.to_json()),
+        "versions": versions,
+        "verified": bool(checks),
+        "checks": [check.to_dict() for check in checks],
+    }
+    with replacing(report_path(path)) as file:
+        file.write(json.dumps(content, indent=1).encode() + b"\n")

@@ -1,0 +1,131 @@
+"""Exported detectors of both frameworks find what the frameworks find."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from digit_models import DET, untrained
+
+from elsa_core.runtime.errors import UsageError
+from elsa_tools.export.models import wrap
+from elsa_tools.export.onnx import write_onnx
+from elsa_tools.export.record import record_of
+from elsa_tools.export.verify import verify
+from elsa_tools.predict import load_inferencer
+
+
+@pytest.fixture(scope="module")
+def models():
+    return {framework: untrained(config) for framework, config in DET.items()}
+
+
+def found_by(framework, inferencer, images):
+    """Boxes, scores, labels and masks for each image [3, H, W], RGB, by the framework."""
+    with torch.no_grad():
+        if framework == "detectron2":
+            for result in inferencer.model([{"image": image} for image in images]):
+                found = result["instances"]
+                yield found.pred_boxes.tensor, found.scores, found.pred_classes, found.pred_masks
+            return
+        from mmdet.structures import DetDataSample
+
+        data = dict(inputs=[image.flip(0).byte() for image in images], data_samples=[])
+        for image in images:
+            size = tuple(image.shape[1:])
+            meta = dict(img_shape=size, ori_shape=size, scale_factor=(1.0, 1.0))
+            data["data_samples"].append(DetDataSample(metainfo=meta))
+        for result in inferencer.model.test_step(data):
+            found = result.pred_instances
+            yield found.bboxes, found.scores, found.labels, torch.as_tensor(found.masks)
+
+
+@pytest.mark.parametrize("framework", DET)
+@pytest.mark.parametrize("size", [(150, 170), (64, 97)], ids=str)
+def test_pytorch_finds_the_same(models, framework, size):
+    """A batch of two images of different sizes, with noise in the padding."""
+    module = wrap(models[framework], pasted=True)
+    image = torch.randint(0, 256, (2, 3, *size)).float()
+    sizes = torch.tensor([size, (size[0] - 20, size[1] - 30)])
+    with torch.no_grad():
+        boxes, scores, labels, images, masks = module(image, sizes)
+    alone = [one[:, :h, :w] for one, (h, w) in zip(image, sizes.tolist(), strict=True)]
+    for row, wanted in enumerate(found_by(framework, models[framework], alone)):
+        own = images == row
+        height, width = sizes[row].tolist()
+        assert len(wanted[0]) == own.sum() > 20
+        assert (boxes[own] - wanted[0]).abs().max() < 1e-3
+        assert (scores[own] - wanted[1]).abs().max() < 1e-5
+        assert torch.equal(labels[own], wanted[2])
+        assert (masks[own][:, :height, :width] != wanted[3]).float().mean() < 1e-4
+
+
+@pytest.mark.parametrize("framework", DET)
+def test_an_image_without_objects(models, framework):
+    module = wrap(models[framework])
+    with torch.no_grad():
+        module.roi_head.bbox_head[0].fc_cls.bias[-1] = 99  # background everywhere
+        found = module(torch.zeros(1, 3, 40, 40), torch.tensor([[40, 40]]))
+        assert [tuple(value.shape) for value in found] == [(0, 4), (0,), (0,), (0,), (0, 28, 28)]
+        module.rpn_head.rpn_reg.bias.fill_(-1e9)  # boxes without sides are no proposals
+        found = module(torch.zeros(2, 3, 40, 40), torch.tensor([[40, 40], [30, 40]]))
+    assert [len(value) for value in found] == [0] * 5
+
+
+@pytest.fixture(scope="module")
+def files(models, tmp_path_factory):
+    """The ONNX file of each framework's model, both with the tensors of MMDetection's."""
+    modules = {framework: wrap(inferencer) for framework, inferencer in models.items()}
+    modules["detectron2"].load_state_dict(modules["mmdet"].state_dict())
+    paths = {}
+    for framework, module in modules.items():
+        paths[framework] = str(tmp_path_factory.mktemp(framework) / "detector.onnx")
+        write_onnx(module, paths[framework], record_of(models[framework]))
+    return paths
+
+
+@pytest.mark.slow
+def test_both_frameworks_give_one_graph(files):
+    """Nodes, attributes and constants are equal, whatever their names."""
+    first, second = (onnx.load(path).graph for path in files.values())
+    assert _structure(first) == _structure(second)
+    for a, b in zip(first.initializer, second.initializer, strict=True):
+        assert np.array_equal(onnx.numpy_helper.to_array(a), onnx.numpy_helper.to_array(b))
+
+
+def _structure(graph):
+    numbers = {}
+    return [
+        (
+            node.op_type,
+            [numbers.setdefault(name, len(numbers)) for name in (*node.input, *node.output)],
+            [attribute.SerializeToString() for attribute in node.attribute],
+        )
+        for node in graph.node
+    ]
+
+
+@pytest.mark.slow
+def test_an_onnx_file_finds_the_same(models, files):
+    module = wrap(models["mmdet"])
+    checks = list(verify(files["mmdet"], module, models["mmdet"]))
+    assert len(checks) >= 4
+    assert all(check.same and check.numbers["detections"] for check in checks)
+    module.roi_head.bbox_head[0].fc_cls.bias.data[3] += 0.1
+    assert not all(check.same for check in verify(files["mmdet"], module, None))
+
+
+@pytest.mark.parametrize(
+    ("framework", "options", "sentence"),
+    [
+        ("detectron2", ["MODEL.MASK_ON", "False"], "MODEL.MASK_ON must be True"),
+        ("detectron2", ["MODEL.FPN.FUSE_TYPE", "avg"], "FUSE_TYPE"),
+        ("detectron2", ["MODEL.ROI_MASK_HEAD.POOLER_TYPE", "ROIAlign"], "aligned|alignment"),
+        ("mmdet", ["model.test_cfg.rcnn.nms.type=soft_nms"], "nms.type must be 'nms'"),
+        ("mmdet", ["model.neck.add_extra_convs=True"], "neck.add_extra_convs must be False"),
+        ("mmdet", ["model.roi_head.mask_head.upsample_cfg.type=bilinear"], "upsample_cfg.type"),
+    ],
+)
+def test_other_parts_are_refused(framework, options, sentence):
+    inferencer = load_inferencer(DET[framework], None, device="cpu", options=options)
+    with pytest.raises(UsageError, match=sentence):
+        wrap(inferencer)
