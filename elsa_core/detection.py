@@ -1,14 +1,16 @@
 """The operators ``elsa::topk``, ``elsa::nms`` and ``elsa::roi_align`` of detectors, for inference.
 
-Their shapes are known where PyTorch exports a program. torchvision's kernels compute them where it
-is installed, plain PyTorch elsewhere, in float32, by the same rules as `torchvision.ops.nms` and
-`torchvision.ops.roi_align` with ``aligned=True``.
+Their shapes are known where PyTorch exports a program. They compute in float32, by the rules of
+`torchvision.ops.nms` and of `torchvision.ops.roi_align` with ``aligned=True``: with torchvision's
+kernels for CUDA where they are installed, else in plain PyTorch. torchvision's kernels for the CPU
+compare all pairs of boxes and add one sample after another, which takes several times as long.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,21 +19,20 @@ OUTSIDE = (-1e5, -1e5, 1 - 1e5, 1 - 1e5)
 """A box that lies outside every map: its RoIAlign is 0."""
 # Boxes that the plain NMS compares with those that it has kept at a time.
 _NMS_BLOCK = 1024
-# Numbers that the plain RoIAlign gathers at a time.
+# Numbers in the weights of the plain RoIAlign at a time.
 _ROI_BLOCK = 2**23
 
 
 @functools.cache
 def has_kernel(name: str, device_type: str) -> bool:
-    """Whether torchvision is installed, with a kernel of ``torchvision::name`` for the device."""
+    """Whether a kernel of ``torchvision::name`` is installed, and of use, for the device."""
+    if device_type != "cuda":
+        return False
     try:
         import torchvision  # noqa: F401
     except (ImportError, RuntimeError):  # RuntimeError: built for another PyTorch
         return False
-    key = {"cpu": "CPU", "cuda": "CUDA"}.get(device_type)
-    return key is not None and torch._C._dispatch_has_kernel_for_dispatch_key(
-        f"torchvision::{name}", key
-    )
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"torchvision::{name}", "CUDA")
 
 
 def float32_threshold(threshold: float) -> float:
@@ -257,51 +258,50 @@ def _roi_align(
 ) -> Tensor:
     """[R, C, size, size] of boxes [R, 4] on one map [B, C, H, W]."""
     feature = feature.permute(0, 2, 3, 1).contiguous()
-    rows = max(1, _ROI_BLOCK // (size * size * feature.shape[3]))
-    parts = [
-        _roi_align_block(feature, *block, scale, size, sampling_ratio)
-        for block in zip(boxes.split(rows), images.split(rows), strict=True)
-    ]
-    return torch.cat(parts).permute(0, 3, 1, 2)
+    out = feature.new_empty(len(boxes), size, size, feature.shape[3])
+    rows = max(1, _ROI_BLOCK // (size * (feature.shape[1] + feature.shape[2])))
+    blocks = zip(out.split(rows), boxes.split(rows), images.split(rows), strict=True)
+    for block, start_end, image in blocks:
+        start, end = (start_end * scale - 0.5).split(2, 1)
+        extent = end - start
+        ys, xs = (
+            _bins(start[:, axis], extent[:, axis], feature.shape[2 - axis], size, sampling_ratio)
+            for axis in (1, 0)
+        )
+        for index, (of_box, y, x) in enumerate(zip(image.tolist(), ys.used, xs.used, strict=True)):
+            part = feature[of_box, y, x]
+            # Samples are bilinear, so that the mean of a bin is a product along each axis.
+            rows_of_bins = ys.weights[index, :, y] @ part.flatten(1)
+            columns = rows_of_bins.unflatten(1, part.shape[1:])
+            torch.matmul(xs.weights[index, :, x], columns, out=block[index])
+    return out.permute(0, 3, 1, 2)
 
 
-def _roi_align_block(
-    feature: Tensor, boxes: Tensor, images: Tensor, scale: float, size: int, sampling_ratio: int
-) -> Tensor:
-    """[R, size, size, C] of boxes [R, 4] on a map [B, H, W, C], one sample of each bin at a time.
+class _Bins(NamedTuple):
+    """Weights [R, size, length] of a map's positions in the mean of each bin, along one axis.
 
-    The sums run in torchvision's order.
+    Those outside the slice ``used`` of a box are 0.
     """
-    start, end = (boxes * scale - 0.5).split(2, 1)
-    bins = (end - start) / size
-    if sampling_ratio > 0:
-        samples = torch.full_like(bins, sampling_ratio)
-    else:
-        samples = bins.ceil()
-    first = start[:, :, None] + torch.arange(size, device=boxes.device) * bins[:, :, None]
-    out = feature.new_zeros(len(boxes), size, size, feature.shape[3])
-    most_x, most_y = (int(most) for most in samples.amax(0))
-    for index_y in range(most_y):
-        for index_x in range(most_x):
-            index = samples.new_tensor((index_x, index_y))
-            rows = (samples > index).all(1).nonzero().squeeze(1)
-            step = (index + 0.5) * bins[rows] / samples[rows]
-            xs, ys = (first[rows] + step[:, :, None]).unbind(1)
-            image = images[rows, None, None]
-            total: Tensor | float = 0.0
-            for y, weight_y in _taps(ys, feature.shape[1]):
-                for x, weight_x in _taps(xs, feature.shape[2]):
-                    weight = weight_y[:, :, None] * weight_x[:, None, :]
-                    total = total + weight[..., None] * feature[image, y[:, :, None], x[:, None]]
-            out[rows] += total
-    return out / samples.prod(1).clamp(min=1)[:, None, None, None]
+
+    weights: Tensor
+    used: list[slice]
 
 
-def _taps(position: Tensor, length: int) -> list[tuple[Tensor, Tensor]]:
-    """The two neighbours of each position along an axis, and their weights; 0 outside."""
-    inside = (position >= -1) & (position <= length)
+def _bins(start: Tensor, extent: Tensor, length: int, size: int, sampling_ratio: int) -> _Bins:
+    width = (extent / size)[:, None, None]
+    wanted = torch.full_like(width, sampling_ratio) if sampling_ratio > 0 else width.ceil()
+    samples = wanted.clamp(min=1)
+    sample = torch.arange(int(samples.max()), device=start.device)
+    position = start[:, None, None] + torch.arange(size, device=start.device)[:, None] * width
+    position = position + (sample + 0.5) * width / samples  # [R, size, samples]
+    counted = sample < wanted
+    position = torch.where(counted, position, position[:, :, :1])
+    weight = (counted & (position >= -1) & (position <= length)) / samples
     position = position.clamp(0, length - 1)
     low = position.long().clamp(0, length - 1)
-    fraction = position - low
     high = (low + 1).clamp(max=length - 1)
-    return [(low, (1 - fraction) * inside), (high, fraction * inside)]
+    weights = start.new_zeros(len(start), size, length)
+    weights.scatter_add_(2, low, (1 - (position - low)) * weight)
+    weights.scatter_add_(2, high, (position - low) * weight)
+    first, last = low.amin((1, 2)).tolist(), high.amax((1, 2)).tolist()
+    return _Bins(weights, [slice(a, b + 1) for a, b in zip(first, last, strict=True)])

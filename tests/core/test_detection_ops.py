@@ -14,8 +14,9 @@ from elsa_core import detection
 
 @pytest.fixture(params=["torchvision", "plain"])
 def kernels(request, monkeypatch):
-    if request.param == "plain":
-        monkeypatch.setattr(detection, "has_kernel", lambda name, device_type: False)
+    # The kernels for CUDA are called as those for the CPU are.
+    wanted = request.param == "torchvision"
+    monkeypatch.setattr(detection, "has_kernel", lambda name, device_type: wanted)
     return request.param
 
 
@@ -75,7 +76,7 @@ def test_float32_threshold(threshold):
 @pytest.mark.parametrize("size", [7, 14])
 @pytest.mark.parametrize("count", [0, 1, 1000])
 def test_roi_align_is_torchvision_on_each_level(kernels, monkeypatch, count, size, sampling_ratio):
-    monkeypatch.setattr(detection, "_ROI_BLOCK", 2**16)  # several blocks
+    monkeypatch.setattr(detection, "_ROI_BLOCK", 2**14)  # several blocks
     maps, (boxes, images, levels) = pyramid(), rois(count)
     found = torch.ops.elsa.roi_align(maps, boxes, images, levels, SCALES, size, sampling_ratio)
     assert found.shape == (count, 5, size, size)
@@ -193,9 +194,37 @@ def test_gradients_are_refused():
 
 
 @pytest.mark.slow
-def test_torchvision_is_imported_by_the_first_call_alone():
+def test_torchvision_is_imported_by_calls_for_cuda_alone():
     code = (
         "import sys, elsa_core.detection as d; assert 'torchvision' not in sys.modules; "
-        "sys.modules['torchvision'] = None; assert not d.has_kernel('nms', 'cpu')"
+        "assert not d.has_kernel('nms', 'cpu') and 'torchvision' not in sys.modules; "
+        "sys.modules['torchvision'] = None; assert not d.has_kernel('nms', 'cuda')"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.needs_cuda
+def test_cuda_is_the_cpu(monkeypatch):
+    scores = random_scores(2, 900, levels=50)
+    calls = {
+        "topk": (scores, 100),
+        "nms": (random_boxes(2, 900), scores, 0.5, 0.1, 200),
+        "roi_align": (pyramid(), *rois(200), list(SCALES), 7, 0),
+    }
+
+    def on_cuda(value):
+        if isinstance(value, list):
+            return [on_cuda(part) for part in value]
+        return value.cuda() if isinstance(value, Tensor) else value
+
+    for plain in (False, True):
+        if plain:
+            monkeypatch.setattr(detection, "has_kernel", lambda name, device_type: False)
+        for name, arguments in calls.items():
+            operator = getattr(torch.ops.elsa, name)
+            found = operator(*map(on_cuda, arguments))
+            wanted = operator(*arguments)
+            for a, b in zip(
+                *((x,) if isinstance(x, Tensor) else x for x in (found, wanted)), strict=True
+            ):
+                torch.testing.assert_close(a.cpu(), b, rtol=0, atol=1e-5)
