@@ -21,7 +21,7 @@ from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.files import replacing_by_name
 
 from .openvino_ops import follow_onnx
-from .record import KEY, Record
+from .record import KEY, Record, onnx_record
 
 # Key in the model's rt_info, beside the record's: the SHA-256 of the .bin file.
 WEIGHTS = "elsa_weights"
@@ -70,20 +70,6 @@ def read_exported(path: str) -> tuple[ov.Model, Record]:
     if model.get_rt_info([WEIGHTS]).astype(str) != _digest(weights):
         raise UsageError(f"{path} and {weights} must come from one export, they do not")
     return model, Record.from_json(model.get_rt_info([KEY]).astype(str))
-
-
-def onnx_record(path: str) -> Record:
-    """Return the record of an exported ONNX file. Raises UsageError if there is none."""
-    import onnx
-
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except Exception as error:  # protobuf's DecodeError is no public name
-        raise UsageError(f"{path} cannot be read as ONNX: {one_line(error)[:200]}") from error
-    record = {prop.key: prop.value for prop in model.metadata_props}.get(KEY)
-    if not record:
-        raise UsageError(f"{path} must be an ONNX file of `elsa export`, it has no record")
-    return Record.from_json(record)
 
 
 def compile_model(model: ov.Model, threads: int | None = None) -> ov.CompiledModel:

@@ -167,6 +167,20 @@ def record_of(inferencer: Model, task: str | None = None) -> Record:
     return Record(**common, score_threshold=score, masks="logits", mask_threshold=mask)
 
 
+def onnx_record(path: str) -> Record:
+    """Return the record of an exported ONNX file. Raises UsageError if there is none."""
+    import onnx
+
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except Exception as error:  # protobuf's DecodeError is no public name
+        raise UsageError(f"{path} cannot be read as ONNX: {one_line(error)[:200]}") from error
+    record = {prop.key: prop.value for prop in model.metadata_props}.get(KEY)
+    if not record:
+        raise UsageError(f"{path} must be an ONNX file of `elsa export`, it has no record")
+    return Record.from_json(record)
+
+
 def _among(*allowed: Any) -> tuple[str, Callable[[Any], bool]]:
     rule = " or ".join(json.dumps(one) for one in allowed)
     return rule, lambda value: isinstance(value, str | None) and value in allowed

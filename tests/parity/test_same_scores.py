@@ -1,9 +1,5 @@
 """A trained model evaluated in both frameworks, from files of many sizes and kinds on: one by one
 the same detections, and the same average precision.
-
-tests/data/digits_mask_rcnn.safetensors was trained by `tools/train_net.py` on the digits data set
-(`make_digits.py`) with `ARCH`, SOLVER.MAX_ITER 1600, SOLVER.BASE_LR 0.002 and INPUT.RESIZE_BACKEND
-cv2, to box AP 59.0 and mask AP 62.3; its numbers are float16.
 """
 
 import json
@@ -22,6 +18,7 @@ pytest.importorskip("mmdet")
 from mmengine.config import Config
 from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
+from trained_digits import ARCH, CHECKPOINT, WIDTH
 
 import elsa_d2
 from elsa_core.weights import convert_file
@@ -32,17 +29,8 @@ from examples.digits.layouts import make_layout
 pytestmark = pytest.mark.slow
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-CHECKPOINT = Path(__file__).parents[1] / "data/digits_mask_rcnn.safetensors"
 CONFIG = str(REPOSITORY / "configs/detectron2/digits/mask_rcnn_elsa_swin_digits.yaml")
 MM_CONFIG = str(REPOSITORY / "configs/mmdet/digits/mask-rcnn_elsa-swin_fpn_digits.py")
-WIDTH = 32
-ARCH = {
-    "MODEL.ELSA_SWIN.CUSTOM_ARCH.EMBED_DIM": 16,
-    "MODEL.ELSA_SWIN.CUSTOM_ARCH.DEPTHS": [1, 1, 1, 1],
-    "MODEL.FPN.OUT_CHANNELS": WIDTH,
-    "MODEL.ROI_BOX_HEAD.FC_DIM": WIDTH,
-    "MODEL.ROI_MASK_HEAD.CONV_DIM": WIDTH,
-}
 MM_ARCH = {
     "backbone.arch.embed_dim": 16,
     "backbone.arch.depths": [1, 1, 1, 1],
