@@ -105,7 +105,7 @@ class FPN(nn.Module):
             above = F.interpolate(levels[index], scale_factor=2.0, mode="nearest")
             levels[index - 1] = levels[index - 1] + above
         levels = [conv(x) for conv, x in zip(self.fpn_convs, levels, strict=True)]
-        return [*levels, levels[-1][:, :, ::2, ::2]]
+        return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
 
 
 class RPNHead(nn.Module):
