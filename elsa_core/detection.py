@@ -18,7 +18,7 @@ from torch import Tensor
 OUTSIDE = (-1e5, -1e5, 1 - 1e5, 1 - 1e5)
 """A box that lies outside every map: its RoIAlign is 0."""
 # Boxes that the plain NMS compares with those that it has kept at a time.
-_NMS_BLOCK = 1024
+_NMS_BLOCK = 128
 # Numbers in the weights of the plain RoIAlign at a time.
 _ROI_BLOCK = 2**23
 
