@@ -60,7 +60,7 @@ def measure_parts(
     size: tuple[int, int],
     rounds: int,
 ) -> list[Row]:
-    """Times inference of Mask R-CNN part by part; all contenders do the same work behind the FPN.
+    """Times inference of Mask R-CNN part by part, with this project's heads and MMDetection's.
 
     Raises:
         RuntimeError: contenders with unequal proposals, detections or masks.
@@ -68,7 +68,7 @@ def measure_parts(
     shape = (batch, 3, *size)
     rows = []
     for name in names:
-        built = detectors.detectors(name, size)
+        built = {which: detectors.detector(name, which) for which in detectors.OF_PARTS}
         models = {which: model.to(clock.device) for which, model in built.items()}
         detectors.check_equal_work(models, shape, clock.device)
         options = shape, clock, dtype

@@ -25,6 +25,9 @@ from .measure import Parts
 CONFIGS = Path(__file__).resolve().parents[1] / "configs/mmdet/elsa_swin"
 CONFIG = "mask-rcnn_elsa-swin-{}-p4-w7_fpn_amp-ms-crop-1x_coco.py"
 CONTENDERS = ("elsa", "stock swin")
+"""Backbones under the heads of this project."""
+OF_PARTS = (*CONTENDERS, "elsa, stock heads", "stock swin, stock heads")
+"""The last is the model as MMDetection has it."""
 PROPOSALS, DETECTIONS = 1000, 100
 """Of each image, by the published configs."""
 
@@ -53,13 +56,20 @@ def detectors(name: str, size: tuple[int, int]) -> dict[str, nn.Module]:
 
 
 def detector(name: str, which: str) -> nn.Module:
+    """Builds the contender ``which`` of `OF_PARTS`, untrained."""
     from mmdet.registry import MODELS
     from mmdet.utils import register_all_modules
     from mmengine.config import Config
 
     register_all_modules(init_default_scope=True)
     config = Config.fromfile(CONFIGS / CONFIG.format(name[0]))
-    if which == "stock swin":
+    backbone, _, heads = which.partition(", ")
+    if heads:
+        roi = config.model.roi_head
+        config.model.rpn_head.type = "RPNHead"
+        roi.bbox_roi_extractor.type = roi.mask_roi_extractor.type = "SingleRoIExtractor"
+        roi.bbox_head.type, roi.mask_head.type = "ConvFCBBoxHead", "FCNMaskHead"
+    if backbone == "stock swin":
         config.model.backbone = {"type": "SwinTransformer", **stock_options(name)}
     else:
         config.model.backbone.drop_path_rate = 0.0

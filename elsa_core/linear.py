@@ -35,7 +35,7 @@ def linear(
             its input is kept.
         gelu_after: apply the exact GELU to the result.
     """
-    if not _is_fast(x, weight):
+    if not is_fast(x, weight):
         x = F.linear(F.gelu(x) if gelu_before else x, weight, bias)
         return F.gelu(x) if gelu_after else x
     parameters = [weight] if bias is None else [weight, bias]
@@ -53,7 +53,15 @@ class Linear(nn.Linear):
         return linear(input, self.weight, self.bias, **gelu)
 
 
-def _is_fast(x: Tensor, weight: Tensor) -> bool:
+def fast_linear(layer: nn.Linear) -> Linear:
+    """Returns a `Linear` with the parameters of ``layer``."""
+    fast = Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+    fast.weight, fast.bias = layer.weight, layer.bias
+    return fast.train(layer.training)
+
+
+def is_fast(x: Tensor, weight: Tensor) -> bool:
+    """Whether both are plain float32 on the CPU, and nothing but autograd sees what is computed."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     if _onednn is None or _transforms_active is None or _dispatch_modes is None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import takewhile
 from typing import Any
 
+import torch
 from detectron2.config import CfgNode
 from detectron2.layers import ROIAlign, ShapeSpec
 from detectron2.modeling.poolers import ROIPooler
@@ -18,6 +20,10 @@ from detectron2.modeling.roi_heads import (
 )
 from torch import Tensor, nn
 
+from elsa_core import mask_head
+from elsa_core.linear import fast_linear
+from elsa_core.roi_align import is_fast, roi_align
+
 from .boxes import MMDetBoxTransform
 from .matching import MaxIoUMatcher, ProposalMatcher
 from .norm import resolve_norm
@@ -27,12 +33,18 @@ class Float32ROIAlign(ROIAlign):
     """ROIAlign that computes in float32 whatever the dtype of the features.
 
     Detectron2's converts coordinates to the dtype of the features: near 1000 pixels, float16 rounds
-    them to multiples of 0.5 and bfloat16 to multiples of 4.
+    them to multiples of 0.5 and bfloat16 to multiples of 4. At inference on the CPU
+    `elsa_core.roi_align` pools the features.
     """
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         """Pools features [B, C, H, W] at rois [R, 5] into [R, C, *output_size], in their dtype."""
-        return super().forward(input.float(), rois.float()).to(input.dtype)
+        features, rois = input.float(), rois.float()
+        high, wide = self.output_size
+        if self.aligned and high == wide and is_fast(features, rois):
+            options = self.spatial_scale, high, self.sampling_ratio
+            return roi_align(features, rois[:, 1:], rois[:, 0].long(), *options)
+        return super().forward(features, rois).to(input.dtype)
 
 
 class Float32Pooling:
@@ -91,15 +103,17 @@ class MMDetROIHeads(Float32Pooling, StandardROIHeads):
 
 @ROI_BOX_HEAD_REGISTRY.register()
 class MMDetBoxHead(FastRCNNConvFCHead):
-    """FastRCNNConvFCHead with Xavier initialization of its linear layers.
+    """FastRCNNConvFCHead with the linear layers of `elsa_core`, initialized by Xavier's rule.
 
     NORM "SyncBN" is `norm.SyncBatchNorm`, which works on CPUs and without boxes.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
-        for layer in self.fcs:
+        for index, layer in enumerate(self.fcs):
             nn.init.xavier_uniform_(layer.weight)
+            self.fcs[index] = fast_linear(layer)
+            setattr(self, f"fc{index + 1}", self.fcs[index])
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
@@ -121,4 +135,9 @@ class MMDetMaskHead(MaskRCNNConvUpsampleHead):
 
     def layers(self, x: Tensor) -> Tensor:
         """Returns logits [R, K, 2h, 2w] of features [R, C, h, w]."""
-        return super().layers(x).float()
+        if not mask_head.is_fast(x, self.deconv, self.predictor):
+            return super().layers(x).float()
+        x = x.contiguous(memory_format=torch.channels_last)
+        for layer in takewhile(lambda layer: layer is not self.deconv, self):
+            x = layer(x)
+        return mask_head.logits(x, self.deconv, self.predictor)

@@ -30,6 +30,7 @@ model = dict(
         type="elsa_mm.detection.InitializedCascadeRoIHead",
         bbox_roi_extractor=dict(type="elsa_mm.detection.Float32RoIExtractor"),
         mask_roi_extractor=dict(type="elsa_mm.detection.Float32RoIExtractor"),
+        mask_head=dict(type="elsa_mm.detection.FastMaskHead"),
         bbox_head=[
             dict(
                 bbox_head,

@@ -12,5 +12,6 @@ model = dict(
         bbox_roi_extractor=dict(type="elsa_mm.detection.Float32RoIExtractor"),
         bbox_head=dict(type="elsa_mm.detection.Float32BBoxHead", num_shared_fcs=2),
         mask_roi_extractor=dict(type="elsa_mm.detection.Float32RoIExtractor"),
+        mask_head=dict(type="elsa_mm.detection.FastMaskHead"),
     ),
 )
