@@ -16,21 +16,9 @@ from mmengine.registry import MODELS
 from mmengine.utils import apply_to
 from torch import Tensor, nn
 
-from elsa_core import mask_head
+import elsa_core.detection  # noqa: F401  registers the operators
+from elsa_core.heads import mask_logits, pools_fast, upsamples_fast
 from elsa_core.linear import fast_linear
-from elsa_core.roi_align import is_fast, roi_align
-
-
-class FastRoIAlign(RoIAlign):
-    """mmcv's RoIAlign, at inference on the CPU by `elsa_core.roi_align`: ten times as fast."""
-
-    def forward(self, input: Tensor, rois: Tensor) -> Tensor:
-        """Pools features [B, C, H, W] at rois [R, 5] into [R, C, *output_size]."""
-        high, wide = self.output_size
-        if not (self.aligned and self.pool_mode == "avg" and high == wide and is_fast(input, rois)):
-            return super().forward(input, rois)
-        options = self.spatial_scale, high, self.sampling_ratio
-        return roi_align(input, rois[:, 1:], rois[:, 0].long(), *options)
 
 
 @MODELS.register_module()
@@ -39,7 +27,8 @@ class Float32RoIExtractor(SingleRoIExtractor):
 
     MMDetection 3.x rounds the RoIs to the dtype of the maps. In float16 this moves them by up to
     half a pixel, and areas of more than 65504 square pixels become infinite: such RoIs are pooled
-    from the coarsest level, whatever their size.
+    from the coarsest level, whatever their size. At inference on the CPU, `elsa::roi_align` pools
+    the maps.
     """
 
     def __init__(self, *args: Any, **options: Any) -> None:
@@ -48,18 +37,26 @@ class Float32RoIExtractor(SingleRoIExtractor):
             # mmcv imports it in the first call, where MMDetection's get_flops.py traces the import.
             import torchvision  # noqa: F401
 
-    def build_roi_layers(self, layer_cfg: Any, featmap_strides: list[int]) -> nn.ModuleList:
-        """As BaseRoIExtractor; `FastRoIAlign` for RoIAlign."""
-        if layer_cfg["type"] == "RoIAlign":
-            layer_cfg = {**layer_cfg, "type": FastRoIAlign}
-        return super().build_roi_layers(layer_cfg, featmap_strides)
-
     def forward(
         self, feats: tuple[Tensor, ...], rois: Tensor, roi_scale_factor: float | None = None
     ) -> Tensor:
         """Features (n, C, h, w), in the maps' dtype, of RoIs (n, 5): image index and x1, y1, x2,
         y2."""
         maps = tuple(level.float() for level in feats)
+        layer = self.roi_layers[0]
+        if (
+            isinstance(layer, RoIAlign)
+            and layer.aligned
+            and layer.pool_mode == "avg"
+            and len(set(layer.output_size)) == 1
+            and roi_scale_factor is None
+            and pools_fast(maps[0], rois)
+        ):
+            levels = self.map_roi_levels(rois, len(maps))
+            scales = [layer.spatial_scale for layer in self.roi_layers]
+            images, options = rois[:, 0].long(), (layer.output_size[0], layer.sampling_ratio)
+            pooled = torch.ops.elsa.roi_align(maps, rois[:, 1:], images, levels, scales, *options)
+            return pooled.to(feats[0].dtype)
         return super().forward(maps, rois, roi_scale_factor).to(feats[0].dtype)
 
 
@@ -94,12 +91,12 @@ class FastMaskHead(FCNMaskHead):
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (n, classes, 2h, 2w) of the features (n, C, h, w) of RoIs."""
-        if not mask_head.is_fast(x, self.upsample, self.conv_logits):
+        if not upsamples_fast(x, self.upsample, self.conv_logits):
             return super().forward(x)
         x = x.contiguous(memory_format=torch.channels_last)
         for convolution in self.convs:
             x = convolution(x)
-        return mask_head.logits(x, self.upsample, self.conv_logits)
+        return mask_logits(x, self.upsample, self.conv_logits)
 
 
 @MODELS.register_module()

@@ -19,10 +19,11 @@ from detectron2.modeling.roi_heads import (
     StandardROIHeads,
 )
 from torch import Tensor, nn
+from torch.nn.modules.utils import _pair
 
-from elsa_core import mask_head
+import elsa_core.detection  # noqa: F401  registers the operators
+from elsa_core.heads import mask_logits, pools_fast, upsamples_fast
 from elsa_core.linear import fast_linear
-from elsa_core.roi_align import is_fast, roi_align
 
 from .boxes import MMDetBoxTransform
 from .matching import MaxIoUMatcher, ProposalMatcher
@@ -34,16 +35,20 @@ class Float32ROIAlign(ROIAlign):
 
     Detectron2's converts coordinates to the dtype of the features: near 1000 pixels, float16 rounds
     them to multiples of 0.5 and bfloat16 to multiples of 4. At inference on the CPU
-    `elsa_core.roi_align` pools the features.
+    `elsa::roi_align` pools the features.
     """
 
     def forward(self, input: Tensor, rois: Tensor) -> Tensor:
         """Pools features [B, C, H, W] at rois [R, 5] into [R, C, *output_size], in their dtype."""
         features, rois = input.float(), rois.float()
-        high, wide = self.output_size
-        if self.aligned and high == wide and is_fast(features, rois):
-            options = self.spatial_scale, high, self.sampling_ratio
-            return roi_align(features, rois[:, 1:], rois[:, 0].long(), *options)
+        high, wide = _pair(self.output_size)
+        if self.aligned and high == wide and pools_fast(features, rois):
+            images = rois[:, 0].long()
+            levels, options = torch.zeros_like(images), (high, self.sampling_ratio)
+            pooled = torch.ops.elsa.roi_align(
+                [features], rois[:, 1:], images, levels, [self.spatial_scale], *options
+            )
+            return pooled.to(input.dtype)
         return super().forward(features, rois).to(input.dtype)
 
 
@@ -135,9 +140,9 @@ class MMDetMaskHead(MaskRCNNConvUpsampleHead):
 
     def layers(self, x: Tensor) -> Tensor:
         """Returns logits [R, K, 2h, 2w] of features [R, C, h, w]."""
-        if not mask_head.is_fast(x, self.deconv, self.predictor):
+        if not upsamples_fast(x, self.deconv, self.predictor):
             return super().layers(x).float()
         x = x.contiguous(memory_format=torch.channels_last)
         for layer in takewhile(lambda layer: layer is not self.deconv, self):
             x = layer(x)
-        return mask_head.logits(x, self.deconv, self.predictor)
+        return mask_logits(x, self.deconv, self.predictor)

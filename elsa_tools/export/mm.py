@@ -22,6 +22,7 @@ from mmdet.models import (
 from mmdet.models.task_modules import AnchorGenerator, DeltaXYWHBBoxCoder
 
 from elsa_mm.detection import (
+    FastMaskHead,
     Float32BBoxHead,
     Float32RoIExtractor,
     Float32RPNHead,
@@ -65,7 +66,7 @@ def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
         check("bbox_head", type(box_head), *BOX_HEADS)
         check("bbox_head.custom_cls_channels", box_head.custom_cls_channels, False)
         check("the branches of bbox_head", len(box_head.cls_convs) + len(box_head.reg_convs), 0)
-        check("mask_head", type(mask_head), FCNMaskHead)
+        check("mask_head", type(mask_head), FastMaskHead, FCNMaskHead)
         check("mask_head.upsample_cfg.type", mask_head.upsample_method, "deconv")
     test = model.test_cfg
     check("test_cfg.rpn.nms.type", test.rpn.nms.type, "nms")

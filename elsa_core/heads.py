@@ -1,4 +1,8 @@
-"""The last layers of a mask head in the memory layout in which CPUs compute them fastest."""
+"""What the heads of detectors compute faster at inference on the CPU than the frameworks do.
+
+`torch.ops.elsa.roi_align` pools boxes, `linear.fast_linear` multiplies by oneDNN, and the layers of
+a mask head have the memory layout in which CPUs compute them fastest.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +12,17 @@ from torch import Tensor, nn
 from . import linear
 
 
-def is_fast(x: Tensor, deconv: nn.Module | None, predictor: nn.Module) -> bool:
-    """Whether `logits` can compute these layers and is faster: eager float32 on the CPU.
+def pools_fast(feature: Tensor, boxes: Tensor) -> bool:
+    """Whether `torch.ops.elsa.roi_align` is the faster one: eager float32 on the CPU.
+
+    No gradients may be needed.
+    """
+    needs_grad = torch.is_grad_enabled() and (feature.requires_grad or boxes.requires_grad)
+    return not needs_grad and linear.is_fast(feature, boxes)
+
+
+def upsamples_fast(x: Tensor, deconv: nn.Module | None, predictor: nn.Module) -> bool:
+    """Whether `mask_logits` can compute these layers and is faster: eager float32 on the CPU.
 
     Gradients must be disabled.
     """
@@ -28,7 +41,7 @@ def is_fast(x: Tensor, deconv: nn.Module | None, predictor: nn.Module) -> bool:
     )
 
 
-def logits(x: Tensor, deconv: nn.ConvTranspose2d, predictor: nn.Conv2d) -> Tensor:
+def mask_logits(x: Tensor, deconv: nn.ConvTranspose2d, predictor: nn.Conv2d) -> Tensor:
     """Returns ``predictor(relu(deconv(x)))``, [R, K, s * h, s * w], of features [R, C, h, w].
 
     A transposed convolution whose windows do not overlap is a linear layer of each pixel.
