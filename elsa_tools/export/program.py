@@ -113,14 +113,12 @@ def save_program(
         UsageError: the module cannot be exported, or ``path`` cannot be written.
     """
     _check_name(path)
-    program = export_program(module)
-    with replacing_by_name(path) as part, _quiet():
-        with open(part, "wb") as file:  # by name, PyTorch reports a full disk as another error
-            torch.export.save(program, file, extra_files={RECORD: record_json})
-        with open(part, "rb") as file:
-            check_program(*read_names(io.BytesIO(file.read()), path), path)
-        if check is not None:
-            check(part)
+    program, content = export_program(module), io.BytesIO()
+    with _quiet():
+        torch.export.save(program, content, extra_files={RECORD: record_json})
+    content.seek(0)
+    check_program(*read_names(content, path), path)
+    _write(content, path, check)
 
 
 def compile_program(
@@ -145,19 +143,17 @@ def compile_program(
             torch.ops.mkldnn._linear_pointwise.default,
             lambda gelu: (("gelu", [], "none") if gelu else ("none", [], ""), {}),
         )
-    with replacing_by_name(path) as part, _quiet():
+    content = io.BytesIO()
+    with _quiet():
         try:
             torch._inductor.aoti_compile_and_package(
                 program,
-                package_path=part,
+                package_path=content,
                 inductor_configs={"aot_inductor.metadata": {RECORD: record_json}},
             )
-        except OSError:
-            raise
         except Exception as error:
             raise UsageError(f"AOTInductor cannot compile: {one_line(error)[:300]}") from error
-        if check is not None:
-            check(part)
+    _write(content, path, check)
 
 
 def load_program(path: str, compiled: bool = False) -> Program:
@@ -235,6 +231,15 @@ def _fuse_linear(graph: torch.fx.Graph, target: Any, options: Callable[[bool], A
         if fused:
             users[0].replace_all_uses_with(node)
     graph.eliminate_dead_code()
+
+
+def _write(content: io.BytesIO, path: str, check: Callable[[str], object] | None) -> None:
+    """By Python: PyTorch's writer aborts the process on a full disk."""
+    with replacing_by_name(path) as part:
+        with open(part, "wb") as file:
+            file.write(content.getbuffer())
+        if check is not None:
+            check(part)
 
 
 def _check_name(path: str) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import pickle
+import resource
+import signal
 import subprocess
 import sys
 import zipfile
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from digit_models import SEG
+from digit_models import DET, SEG, untrained
 
 from elsa_core import ELSASwin, elsa_attention
 from elsa_core.runtime.errors import UsageError
@@ -100,6 +102,20 @@ def test_upernet(framework, tmp_path):
     path = str(tmp_path / "upernet.pt2")
     save_program(module, path, "{}")
     assert_same(load_program(path), module, SHAPES[:4])
+
+
+def test_detector(tmp_path):
+    module = wrap(untrained(DET["mmdet"]))
+    path = str(tmp_path / "detector.pt2")
+    save_program(module, path, "{}")
+    program = load_program(path)
+    for batch, *size in [(2, 97, 131), (1, 224, 224), (1, 65, 300)]:
+        image, sizes = random_images((batch, 3, *size)), torch.tensor([size] * batch)
+        with torch.no_grad():
+            wanted = dict(zip(module.names, module(image, sizes), strict=True))
+        found = dict(zip(module.names, program(image, sizes), strict=True))
+        assert len(wanted["scores"]) > 0
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 class Evil:
@@ -241,6 +257,22 @@ def test_a_failure_leaves_the_old_file(saved, tmp_path):
             save(Branches(backbone, None), str(path), "{}")
     with pytest.raises(UsageError, match=r"must end in \.pt2"):
         save_program(module, str(tmp_path / "a.onnx"), "{}")
+    assert path.read_text() == "as before"
+    assert [file.name for file in tmp_path.iterdir()] == ["a.pt2"]
+
+
+def test_a_full_disk_leaves_the_old_file(saved, tmp_path):
+    path = tmp_path / "a.pt2"
+    path.write_text("as before")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(UsageError, match="cannot be written: File too large"):
+            save_program(saved[0], str(path), "{}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
     assert path.read_text() == "as before"
     assert [file.name for file in tmp_path.iterdir()] == ["a.pt2"]
 
