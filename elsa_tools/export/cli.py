@@ -64,6 +64,11 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
         "--half", action="store_true", help="round the weights to float16 and store them so"
     )
     parser.add_argument(
+        "--int8",
+        metavar="FOLDER",
+        help="quantise to int8, calibrated on images; parts that lose accuracy stay float32",
+    )
+    parser.add_argument(
         "--paste", action="store_true", help="masks as pixels of the image instead of logits"
     )
     parser.add_argument(
@@ -92,17 +97,18 @@ def run(options: argparse.Namespace, tool: str) -> int:
 
         if not options.weights:
             bar.say(tool, "without --weights the weights are random")
-        checks = write_model(
+        checks, quantised = write_model(
             module,
             record,
             options.out,
             inferencer=inferencer,
             images=options.images,
             verified=options.verify,
+            calibration=options.int8,
             step=bar.step,
         )
-    for check in checks:
-        show(str(check))
+    for line in (*checks, *([quantised] if quantised else [])):
+        show(str(line))
     if module.task == "detection" and checks and not sum(c.numbers["detections"] for c in checks):
         say(tool, "nothing was detected in any image: --images with objects compares more")
     size = sum(os.path.getsize(file) for file in files(options.out)) / 1e6
@@ -129,6 +135,10 @@ def check_options(options: argparse.Namespace) -> None:
         keep_inputs("--out", file, read)
     if options.arch and (options.options or options.part != "model" or options.normalised):
         raise UsageError("--opts, --part and --normalised belong to --config")
+    if options.int8 is not None and not os.path.isdir(options.int8):
+        raise UsageError(f"--int8 must name a folder of images, got {options.int8}")
+    if options.int8 is not None and (options.half or options.arch):
+        raise UsageError("--int8 goes with --config and without --half")
     folder = os.path.dirname(options.out) or "."
     if not os.path.isdir(folder):
         raise UsageError(f"the folder {folder} of --out does not exist")

@@ -7,6 +7,8 @@ import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING
 
 from elsa_core import __version__
 from elsa_core.runtime.errors import UsageError
@@ -16,6 +18,9 @@ from elsa_tools.predict.inferencer import Inferencer
 from .models import Exportable
 from .record import Record
 from .verify import Check, verify
+
+if TYPE_CHECKING:
+    from .quantise import Quantised
 
 _PACKAGES = ("torch", "onnx", "onnxscript", "onnxruntime", "openvino")
 
@@ -28,14 +33,19 @@ def write_model(
     inferencer: Inferencer | None = None,
     images: Sequence[str] = (),
     verified: bool = True,
+    calibration: str | None = None,
     step: Callable[[str], None] = lambda name: None,
-) -> list[Check]:
+) -> tuple[list[Check], Quantised | None]:
     """Writes ``path``, in the format of its ending, and ``path``.report.json beside it.
+
+    Returns the comparisons with PyTorch, and of an int8 model what was quantised; the float model
+    is compared then.
 
     Args:
         inferencer: the framework's model, for the comparison.
         images: files to compare on; see `verify`.
         verified: False writes the file without comparing it.
+        calibration: folder of images, for an int8 model.
         step: called with what is done next.
 
     Raises:
@@ -55,17 +65,26 @@ def write_model(
                 f"{path} was not written, it must compute what PyTorch does: {wrong[0]}"
             )
 
+    quantised = None
     ending = os.path.splitext(path)[1]
-    if ending == ".xml":
+    if ending == ".xml" or calibration is not None:
         from .onnx import write_onnx
-        from .openvino import to_openvino
 
         with tempfile.TemporaryDirectory() as folder:
             middle = os.path.join(folder, "model.onnx")
             step("tracing")
             write_onnx(module, middle, record)
-            step("converting")
-            to_openvino(middle, path, half=record.precision == "float16", check=check)
+            if calibration is not None:
+                from .quantise import quantise
+
+                check(middle)
+                step("quantising")
+                quantised = quantise(middle, path, calibration)
+            else:
+                from .openvino import to_openvino
+
+                step("converting")
+                to_openvino(middle, path, half=record.precision == "float16", check=check)
     else:
         with replacing_by_name(path) as part:
             step("tracing")
@@ -73,15 +92,17 @@ def write_model(
 
             write_onnx(module, part, record)
             check(part)
-    _write_report(path, record, checks)
-    return checks
+    _write_report(path, record, checks, quantised)
+    return checks, quantised
 
 
 def report_path(path: str) -> str:
     return f"{path}.report.json"
 
 
-def _write_report(path: str, record: Record, checks: Sequence[Check]) -> None:
+def _write_report(
+    path: str, record: Record, checks: Sequence[Check], quantised: Quantised | None
+) -> None:
     versions = {"elsa-swin": __version__}
     for name in _PACKAGES:
         try:
@@ -92,6 +113,7 @@ def _write_report(path: str, record: Record, checks: Sequence[Check]) -> None:
         "schema": 1,
         "file": os.path.basename(path),
         "record": json.loads(record.to_json()),
+        "int8": None if quantised is None else asdict(quantised),
         "versions": versions,
         "verified": bool(checks),
         "checks": [check.to_dict() for check in checks],

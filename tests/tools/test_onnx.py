@@ -50,7 +50,7 @@ def outputs(path, image):
 def test_the_backbone_is_the_same(changes, always_shift, tmp_path):
     backbone = randomised(ELSASwin({**SMALL, **changes}, always_shift=always_shift))
     path = str(tmp_path / "backbone.onnx")
-    found = write_model(Backbone(backbone, None), FEATURES, path)
+    found, _ = write_model(Backbone(backbone, None), FEATURES, path)
     assert len(found) >= len(SIZES) and all(check.same for check in found)
     # Sizes that the export has not seen: smaller than a window, far from square.
     for shape in ((1, 3, 4, 4), (3, 3, 33, 190)):
@@ -100,7 +100,7 @@ def test_upernet_is_the_same(framework, tmp_path):
     randomised(inferencer.model)
     path = str(tmp_path / "upernet.onnx")
     record = record_of(inferencer)
-    found = write_model(wrap(inferencer), record, path, inferencer=inferencer)
+    found, _ = write_model(wrap(inferencer), record, path, inferencer=inferencer)
     assert {"equal pixels"} in [check.numbers.keys() for check in found]
     # Against the framework's own way to logits, normalisation included.
     image = torch.randint(0, 256, (1, 3, 75, 110)).float()
