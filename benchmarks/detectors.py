@@ -31,6 +31,9 @@ OF_PARTS = (*CONTENDERS, "elsa, stock heads", "stock swin, stock heads")
 PROPOSALS, DETECTIONS = 1000, 100
 """Of each image, by the published configs."""
 
+TRIFLE = 2**-60
+"""What is multiplied by it and added to a result leaves the result as it is."""
+
 Shape = tuple[int, int, int, int]  # of the images: batch, 3, height, width
 
 
@@ -88,28 +91,31 @@ class SameOutputs(nn.Module):
         super().__init__()
         self.layer = layer
         self.values = values
-        self.known: dict[Sequence[int], Tensor] = {}
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.layer(x)
-        shape = tuple(out.shape)
-        if shape not in self.known:
-            self.known[shape] = self.values(shape).to(out)
-        return torch.add(self.known[shape], out, alpha=2**-60)
+        name = "_".join(map(str, ("of", *out.shape)))
+        if not hasattr(self, name):
+            self.register_buffer(name, self.values(tuple(out.shape)).to(out), persistent=False)
+        return torch.add(getattr(self, name), out, alpha=TRIFLE)
 
 
 def _random(shape: Sequence[int]) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(math.prod(shape)))
 
 
-def _objectness(shape: Sequence[int]) -> Tensor:
+def deltas(shape: Sequence[int]) -> Tensor:
+    return 0.2 * _random(shape)
+
+
+def objectness(shape: Sequence[int]) -> Tensor:
     """Returns logits [B, A, H, W] by which all levels of a pyramid have as many of the best."""
     anchors = math.prod(shape[1:])
     uniform = torch.rand(*shape, generator=torch.Generator().manual_seed(anchors))
     return -uniform.clamp(min=1e-9).log() - math.log(anchors)
 
 
-def _classes(shape: Sequence[int]) -> Tensor:
+def classes(shape: Sequence[int]) -> Tensor:
     """Returns logits [R, classes + 1] of which most proposals are background, the last class."""
     logits = 2 * _random(shape)
     logits[:, -1] += 10
@@ -120,10 +126,10 @@ def with_same_outputs(model: nn.Module) -> nn.Module:
     """Returns a copy of a Mask R-CNN of MMDetection whose heads find the same as any other's."""
     model = copy.deepcopy(model).eval()
     rpn, box = model.rpn_head, model.roi_head.bbox_head
-    rpn.rpn_cls = SameOutputs(rpn.rpn_cls, _objectness)
-    rpn.rpn_reg = SameOutputs(rpn.rpn_reg, lambda shape: 0.2 * _random(shape))
-    box.fc_cls = SameOutputs(box.fc_cls, _classes)
-    box.fc_reg = SameOutputs(box.fc_reg, lambda shape: 0.2 * _random(shape))
+    rpn.rpn_cls = SameOutputs(rpn.rpn_cls, objectness)
+    rpn.rpn_reg = SameOutputs(rpn.rpn_reg, deltas)
+    box.fc_cls = SameOutputs(box.fc_cls, classes)
+    box.fc_reg = SameOutputs(box.fc_reg, deltas)
     return model
 
 

@@ -218,7 +218,7 @@ class Detector(Exportable):
         return (*super().dynamic_shapes(), {0: torch.export.Dim.DYNAMIC})
 
     def forward(self, image: Tensor, size: Tensor) -> tuple[Tensor, ...]:
-        maps = self.neck(ELSASwin.forward(self.backbone, self._padded(image, size)))
+        maps = self.neck(self.features(self._padded(image, size)))
         # [B, 1, 4]: right and bottom of each image.
         limit = size.flip(1).repeat(1, 2).to(image.dtype).unsqueeze(1)
         boxes, images = self._propose(maps, limit)
@@ -228,6 +228,10 @@ class Detector(Exportable):
             height, width = image.shape[2:]
             masks = paste(masks, boxes, height, width, self.settings.mask_threshold)
         return boxes, scores, labels, images, masks
+
+    def features(self, image: Tensor) -> tuple[Tensor, ...]:
+        """The backbone's maps of normalised images."""
+        return ELSASwin.forward(self.backbone, image)
 
     def _padded(self, image: Tensor, size: Tensor) -> Tensor:
         """The normalised images, 0 outside of them, up to a multiple of 32."""

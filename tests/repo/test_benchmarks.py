@@ -3,6 +3,7 @@
 import csv
 import json
 
+import numpy
 import pytest
 import torch
 
@@ -121,12 +122,28 @@ def test_detectors_do_equal_work_part_by_part(monkeypatch):
         detectors.check_equal_work(models, shape, cpu)
 
 
+def test_exported_detectors_must_do_equal_work():
+    pytest.importorskip("onnx")
+    from benchmarks import exported
+
+    values = torch.randn(7, 3)
+    layer = exported.SameRows(torch.nn.Linear(4, 3), values)
+    assert torch.equal(layer(torch.randn(5, 4)), values[:5])
+    ours = [numpy.zeros(shape) for shape in ((100, 4), 100, 100, 100, (100, 28, 28))]
+    exported.check_equal_work({"elsa": ours, "stock swin": ours}, (1, 3, 64, 64))
+    other = [*ours[:2], ours[2] + 1, *ours[3:]]
+    with pytest.raises(RuntimeError, match="the heads of elsa and stock swin must do equal work"):
+        exported.check_equal_work({"elsa": ours, "stock swin": other}, (1, 3, 64, 64))
+    with pytest.raises(RuntimeError, match=r"elsa must have 200 masks, got \(100, 28, 28\)"):
+        exported.check_equal_work({"elsa": ours}, (2, 3, 64, 64))
+
+
 def test_layers_compute_and_give_the_same_outputs():
     layers = [torch.nn.Linear(4, 81), torch.nn.Linear(4, 81)]
-    ours, theirs = (detectors.SameOutputs(layer, detectors._classes) for layer in layers)
+    ours, theirs = (detectors.SameOutputs(layer, detectors.classes) for layer in layers)
     x = torch.randn(1000, 4)
     assert ours(x).equal(theirs(-x)) and ours(x).shape == (1000, 81)
-    levels = [detectors._objectness((1, 3, side, side)).flatten() for side in (64, 32)]
+    levels = [detectors.objectness((1, 3, side, side)).flatten() for side in (64, 32)]
     best = torch.cat(levels).topk(100).indices
     assert 25 < (best < levels[0].numel()).sum() < 75
 
