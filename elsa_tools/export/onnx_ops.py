@@ -1,4 +1,4 @@
-"""The operators of `elsa_core.detection` in standard ONNX operators.
+"""The operators of `elsa_core.detection`, and sigmoid, in standard ONNX operators.
 
 The result depends on no order that an executor is free to choose: it sorts what it selects.
 """
@@ -82,6 +82,13 @@ def roi_align(
     return op.Gather(op.Concat(*parts, axis=0), inverse)
 
 
+def sigmoid(x: Value) -> Value:
+    """By an exponential: onnxruntime's Sigmoid has an absolute error of 1e-7 and does not increase
+    everywhere, so that proposals of small probability would be sorted in another order."""
+    one = _constant(np.float32(1))
+    return op.Reciprocal(op.Add(op.Exp(op.Neg(x)), one))
+
+
 def _replace_empty(boxes: Value, allowed: bool) -> Value:
     """The boxes [R, 4], with `OUTSIDE` for those that are not finite.
 
@@ -103,6 +110,7 @@ def _replace_empty(boxes: Value, allowed: bool) -> Value:
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
+    torch.ops.aten.sigmoid.default: sigmoid,
     torch.ops.elsa.topk.default: topk,
     torch.ops.elsa.nms.default: nms,
     torch.ops.elsa.roi_align.default: roi_align,

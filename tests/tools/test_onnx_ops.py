@@ -122,3 +122,13 @@ def test_roi_align(load, tmp_path, size, sampling_ratio):
         return torch.ops.elsa.roi_align([a, b, c], *of_boxes, SCALES, size, sampling_ratio)
 
     check(load, function, cases[0], cases, tmp_path / "roi_align.onnx")
+
+
+def test_sigmoid(load, tmp_path):
+    """In the order of its inputs and with a small relative error, in the smallest values, too."""
+    x = torch.cat([torch.linspace(-20, 20, 40001), torch.tensor([-200.0, 200.0])])
+    path = tmp_path / "sigmoid.onnx"
+    export(torch.sigmoid, (x,), path)
+    (found,) = load(path)({"input0": x.numpy()})
+    np.testing.assert_allclose(found, x.sigmoid(), rtol=1e-6, atol=0)
+    assert (np.diff(found[:-2]) >= 0).all()
