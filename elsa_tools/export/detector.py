@@ -258,8 +258,7 @@ class Detector(Exportable):
             logits, deltas = self.rpn_head(x)
             score = logits.permute(0, 2, 3, 1).flatten(1)
             if settings.rank == "probability":
-                # Not by onnxruntime's Sigmoid, which orders logits below -8 as it likes.
-                score = 1 / (1 + (-score).exp())
+                score = score.sigmoid()
             score, top = torch.ops.elsa.topk(score, settings.proposals_per_level)
             deltas = deltas.permute(0, 2, 3, 1).flatten(1).unflatten(1, (-1, 4))
             deltas = deltas.gather(1, top.unsqueeze(-1).expand(-1, -1, 4))
