@@ -64,6 +64,11 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
     parser.add_argument(
         "--threads", type=int, metavar="N", help="of the model on the CPU, default: its library's"
     )
+    parser.add_argument(
+        "--compiled",
+        action="store_true",
+        help="run a .pt2 file of AOTInductor, too: machine code, which cannot be checked",
+    )
     add_config_settings(parser)
     return parser.parse_args(arguments)
 
@@ -136,6 +141,8 @@ def _source(options: argparse.Namespace) -> dict[str, str]:
         raise UsageError(f"the model must be --model, or --config and --weights, got {names}")
     if options.model is not None and options.options:
         raise UsageError("--opts belongs to --config, an exported model has no settings")
+    if options.compiled and options.model is None:
+        raise UsageError("--compiled belongs to --model")
     return given
 
 
@@ -143,7 +150,12 @@ def _load(options: argparse.Namespace) -> Inferencer:
     from .load import load_exported, load_inferencer
 
     if options.model is not None:
-        return load_exported(options.model, device=options.device, threads=options.threads)
+        return load_exported(
+            options.model,
+            device=options.device,
+            threads=options.threads,
+            compiled=options.compiled,
+        )
     if options.threads is not None:
         import torch
 

@@ -123,21 +123,55 @@ class OpenVino(Executor):
         return list(self.compiled(inputs).values())
 
 
-EXECUTORS: dict[str, type[OnnxRuntime | OpenVino]] = {
+class Torch(Executor):
+    """Of a .pt2 file; on the CPU."""
+
+    def __init__(
+        self, path: str, device: str | None, threads: int | None, compiled: bool = False
+    ) -> None:
+        import torch
+
+        from elsa_tools.export.program import load_program
+
+        if device not in (None, "cpu"):
+            raise UsageError(f"--device must be cpu for a .pt2 file, got {device}")
+        self.program = load_program(path, compiled)
+        if threads is not None:
+            torch.set_num_threads(threads)
+        record = _parse(path, self.program.record)
+        inputs, outputs = _names(record)
+        super().__init__(path, record, inputs, outputs)
+
+    def _run(self, inputs: dict[str, np.ndarray]) -> list[np.ndarray]:
+        import torch
+
+        given = (torch.from_numpy(np.ascontiguousarray(value)) for value in inputs.values())
+        found = [output.numpy() for output in self.program(*given)]
+        if self.record.task == "features":  # a program has no names: those up to the last stage
+            self.outputs = [f"res{stage}" for stage in range(6 - len(found), 6)]
+        return found
+
+
+EXECUTORS: dict[str, type[OnnxRuntime | OpenVino | Torch]] = {
     "onnxruntime": OnnxRuntime,
     "openvino": OpenVino,
+    "torch": Torch,
 }
-_BY_ENDING = {".onnx": "onnxruntime", ".xml": "openvino"}
+_BY_ENDING = {".onnx": "onnxruntime", ".pt2": "torch", ".xml": "openvino"}
 ENDINGS = tuple(_BY_ENDING)
 
 
-def load_executor(path: str, device: str | None = None, threads: int | None = None) -> Executor:
+def load_executor(
+    path: str, device: str | None = None, threads: int | None = None, compiled: bool = False
+) -> Executor:
     """Loads an exported model.
 
     Args:
         path: an .onnx, .pt2 or .xml file that ``elsa export`` has written.
         device: "cpu" or "cuda"; None: what the executor prefers.
-        threads: of one run on the CPU; None: as many as the executor likes.
+        threads: of one run on the CPU; None: as many as the executor likes. PyTorch's are those of
+            the process.
+        compiled: run a .pt2 file of AOTInductor, too: machine code, which nothing can check.
 
     Raises:
         UsageError: a file that is missing, of another kind or without a record, a missing package,
@@ -150,6 +184,8 @@ def load_executor(path: str, device: str | None = None, threads: int | None = No
         raise UsageError(f"the model {path} does not exist")
     if threads is not None and threads < 1:
         raise UsageError(f"threads must be at least 1, got {threads}")
+    if ending == ".pt2":
+        return Torch(path, device, threads, compiled)
     return EXECUTORS[_BY_ENDING[ending]](path, device, threads)
 
 

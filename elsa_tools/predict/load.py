@@ -10,6 +10,7 @@ import torch
 import elsa_core.weights
 from elsa_core.runtime.errors import UsageError
 
+from .executors import load_executor
 from .inferencer import Inferencer
 from .runtime import RuntimeInferencer
 
@@ -50,19 +51,21 @@ def load_inferencer(
 
 
 def load_exported(
-    path: str, *, device: str | None = None, threads: int | None = None
+    path: str,
+    *,
+    device: str | None = None,
+    threads: int | None = None,
+    compiled: bool = False,
 ) -> RuntimeInferencer:
     """The model of a file that ``elsa export`` has written; needs neither framework.
 
     Args:
-        path: an .onnx, .pt2 or .xml file.
-        device: "cpu" or "cuda"; None: what the executor of the file prefers.
-        threads: of one run on the CPU; None: as many as the executor likes.
+        path, device, threads, compiled: see `elsa_tools.predict.executors.load_executor`.
 
     Raises:
         UsageError: a file or a device that cannot be used, or a missing package.
     """
-    return RuntimeInferencer(path, device, threads)
+    return RuntimeInferencer(load_executor(path, device, threads, compiled))
 
 
 def find_config(config: str) -> str:

@@ -31,6 +31,12 @@ class Toy(nn.Module):
         logits[:, :14] = 8
         self.register_buffer("logits", logits)
 
+    def example(self):
+        return EXAMPLE
+
+    def dynamic_shapes(self):
+        return SHAPES
+
     def forward(self, image, size):
         count = image.shape[0]
         sides = size.flip(1).repeat(1, 2).float()
@@ -62,4 +68,11 @@ def save_onnx(path, record=RECORD, names=NAMES):
     if record is not None:
         program.model.metadata_props[KEY] = record.to_json()
     program.save(str(path))
+    return str(path)
+
+
+def save_pt2(path, record=RECORD):
+    from elsa_tools.export.program import save_program
+
+    save_program(Toy().eval(), str(path), record.to_json())
     return str(path)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from digit_models import DET, SEG, untrained
 from docs_blocks import REPOSITORY, read_page
-from toy_models import NAMES, RECORD, SCORES, Toy, save_onnx
+from toy_models import NAMES, RECORD, SCORES, Toy, save_onnx, save_pt2
 
 from elsa_core.runtime.errors import UsageError
 from elsa_tools.export.models import wrap
@@ -33,10 +33,12 @@ def onnx_file(tmp_path_factory):
     return save_onnx(tmp_path_factory.mktemp("toy") / "toy.onnx")
 
 
-@pytest.fixture(scope="module", params=[".onnx", ".xml"])
+@pytest.fixture(scope="module", params=[".onnx", ".pt2", ".xml"])
 def toy(request, onnx_file):
     if request.param == ".onnx":
         return onnx_file
+    if request.param == ".pt2":
+        return save_pt2(Path(onnx_file).with_suffix(".pt2"))
     pytest.importorskip("openvino")
     from elsa_tools.export.openvino import to_openvino
 
@@ -157,15 +159,20 @@ def test_label_maps_and_masks_change_size():
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
-        ("model.pth", "the model must be a file .onnx or .xml"),
+        ("model.pth", "the model must be a file .onnx or .pt2 or .xml"),
         ("missing.onnx", "missing.onnx does not exist"),
         ("broken.onnx", "broken.onnx cannot be loaded by onnxruntime"),
         ("empty.onnx", "empty.onnx cannot be loaded by onnxruntime"),
+        ("broken.pt2", "broken.pt2 must be a .pt2 file"),
     ],
 )
 def test_a_file_that_cannot_be_run_is_one_sentence(name, sentence, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for file, content in (("model.pth", b"x"), ("broken.onnx", b"\x08\x07" * 99)):
+    for file, content in (
+        ("model.pth", b"x"),
+        ("broken.onnx", b"\x08\x07" * 99),
+        ("broken.pt2", b"x"),
+    ):
         Path(file).write_bytes(content)
     Path("empty.onnx").touch()
     with pytest.raises(UsageError) as error:
@@ -291,6 +298,7 @@ def test_the_command_writes_what_it_writes_for_checkpoints(toy, tmp_path, capsys
         (["--model", "m.onnx", "--weights", "w.pth"], "got --weights and --model"),
         (["--model", "m.onnx", "--opts", "a=1"], "--opts belongs to --config"),
         (["--model", "m.onnx", "--threads", "0"], "--threads must be at least 1, got 0"),
+        (["--config", "a.py", "--weights", "w.pth", "--compiled"], "--compiled belongs to --model"),
         (["--model", "m.onnx"], "the model m.onnx does not exist"),
     ],
     ids=str,
