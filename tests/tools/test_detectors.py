@@ -114,6 +114,20 @@ def test_an_onnx_file_finds_the_same(models, files):
     assert not all(check.same for check in verify(files["mmdet"], module, None))
 
 
+@pytest.mark.slow
+def test_unlikely_proposals_keep_their_order(models, files, tmp_path):
+    """Below a probability of 1e-4, where onnxruntime's Sigmoid is not monotone."""
+    module, file = wrap(models["mmdet"]), onnx.load(files["mmdet"])
+    module.rpn_head.rpn_cls.bias.data -= 14
+    (bias,) = (x for x in file.graph.initializer if x.name == "rpn_head.rpn_cls.bias")
+    bias.CopyFrom(
+        onnx.numpy_helper.from_array(module.rpn_head.rpn_cls.bias.detach().numpy(), bias.name)
+    )
+    path = str(tmp_path / "unlikely.onnx")
+    onnx.save(file, path)
+    assert all(check.same for check in verify(path, module, None))
+
+
 @pytest.mark.parametrize(
     ("framework", "options", "sentence"),
     [
