@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
-
 from torch import Tensor
 
 from elsa_core import ELSASwin
@@ -15,6 +12,7 @@ from elsa_core.weights.recognise import recognise
 from elsa_tools.predict.inferencer import Inferencer
 
 from .detector import Detector
+from .parts import check
 
 
 def build_detector(
@@ -72,25 +70,3 @@ def _by_stage(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
                 name = f"{head}0.{name.removeprefix(head)}"
         renamed[name] = tensor
     return renamed
-
-
-def check(what: str, got: Any, *allowed: Any) -> None:
-    """Raises UsageError where a part of a model, a value or a class's bases, cannot be exported."""
-    values = got if isinstance(got, tuple) and got and isinstance(got[0], type) else (got,)
-    if any(value is good or value == good for value in values for good in allowed):
-        return
-    names = [getattr(value, "__name__", repr(value)) for value in (*allowed, values[0])]
-    raise UsageError(
-        f"the model cannot be exported: {what} must be {' or '.join(names[:-1])}, got {names[-1]}"
-    )
-
-
-def only(what: str, values: Sequence[Any]) -> Any:
-    """The value that all levels or stages have; UsageError where they differ."""
-    different = [value for value in values if value != values[0]]
-    if different:
-        raise UsageError(
-            f"the model cannot be exported: {what} must be the same everywhere, got {values[0]} "
-            f"and {different[0]}"
-        )
-    return values[0]

@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from .record import Record
 
 DETAILS = """\
-The ending of OUT says the format: .onnx (ONNX, opset 20) or .xml (OpenVINO, with a .bin file).
-What is exported:
+The ending of OUT says the format: .onnx (ONNX, opset 20), .pt2 (torch.export) or .xml (OpenVINO,
+with a .bin file). What is exported:
   --config of a detector   Mask R-CNN or Cascade Mask R-CNN: image [B, 3, H, W] and size [B, 2] ->
                            boxes, scores, labels, images, masks of the N detections
   --config of a segmentor  UPerNet: image -> logits [B, K, H, W]
@@ -37,7 +37,7 @@ within 1e-4. OUT.report.json has the comparison. 'elsa demo --model OUT' runs th
 exit status: 0 done, 2 an error (one sentence on standard error; OUT is as it was), 130 interrupted
 """
 PACKAGES = ("onnx", "onnx_ir", "onnxruntime", "onnxscript")
-FORMATS = {".onnx": "onnx", ".xml": "openvino"}
+FORMATS = {".onnx": "onnx", ".pt2": "torch", ".xml": "openvino"}
 
 
 def main(arguments: Sequence[str] | None = None, prog: str = "export_onnx.py") -> int:
@@ -53,7 +53,7 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
     what.add_argument("--config", help="Detectron2 .yaml or OpenMMLab .py, or configs/...")
     what.add_argument("--arch", choices=list(VARIANTS), help="a bare backbone")
     parser.add_argument("--weights", metavar="CHECKPOINT", help="default: random weights")
-    parser.add_argument("--out", required=True, help="the .onnx or .xml file to write")
+    parser.add_argument("--out", required=True, help="the .onnx, .pt2 or .xml file to write")
     parser.add_argument(
         "--to", choices=list(FORMATS.values()), help="the format, default: by the ending of OUT"
     )
@@ -62,6 +62,11 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
     )
     parser.add_argument(
         "--half", action="store_true", help="round the weights to float16 and store them so"
+    )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="of a .pt2 file: machine code by AOTInductor, for this kind of processor",
     )
     parser.add_argument(
         "--int8",
@@ -105,6 +110,7 @@ def run(options: argparse.Namespace, tool: str) -> int:
             images=options.images,
             verified=options.verify,
             calibration=options.int8,
+            compiled=options.compile,
             step=bar.step,
         )
     for line in (*checks, *([quantised] if quantised else [])):
@@ -139,6 +145,10 @@ def check_options(options: argparse.Namespace) -> None:
         raise UsageError(f"--int8 must name a folder of images, got {options.int8}")
     if options.int8 is not None and (options.half or options.arch):
         raise UsageError("--int8 goes with --config and without --half")
+    if ending == ".pt2" and (options.half or options.int8 is not None):
+        raise UsageError("--half and --int8 are for .onnx and .xml files")
+    if options.compile and ending != ".pt2":
+        raise UsageError(f"--compile is for .pt2 files, got {options.out}")
     folder = os.path.dirname(options.out) or "."
     if not os.path.isdir(folder):
         raise UsageError(f"the folder {folder} of --out does not exist")

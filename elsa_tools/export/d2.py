@@ -34,8 +34,8 @@ from elsa_d2.modeling.heads import (
 from elsa_d2.modeling.proposals import MMDetRPN
 from elsa_tools.predict.inferencer import Inferencer
 
-from .build import check, only
 from .detector import BOX_SIZE, MASK_SIZE, Settings
+from .parts import check, only
 
 
 def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:

@@ -30,8 +30,8 @@ from elsa_mm.detection import (
 )
 from elsa_tools.predict.inferencer import Inferencer
 
-from .build import check, only
 from .detector import BOX_SIZE, DIVISOR, FINEST, MASK_SIZE, Settings
+from .parts import check, only
 
 BOX_HEADS = (Float32BBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead, ConvFCBBoxHead)
 

@@ -19,6 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+from torch.utils._sympy.numbers import int_oo
+from torch.utils._sympy.symbol import SymT, free_symbol_is_type
+from torch.utils._sympy.value_ranges import ValueRanges
 
 import elsa_core.detection as _detection  # registers the operators
 from elsa_core.linear import linear
@@ -90,6 +93,10 @@ def export_program(
             )
     except Exception as error:  # the tracer raises what it likes
         raise UsageError(f"PyTorch cannot export the model: {one_line(error)[:300]}") from error
+    # The tracer takes it that no map has a side of 1; what it records does not depend on that.
+    for symbol in program.range_constraints:
+        if free_symbol_is_type(symbol, SymT.SIZE):
+            program.range_constraints[symbol] = ValueRanges(1, int_oo)
     for part in program.graph_module.modules():
         for node in part.graph.nodes if isinstance(part, torch.fx.GraphModule) else ():
             node.meta.pop("stack_trace", None)  # paths of this machine
@@ -187,7 +194,7 @@ def load_program(path: str, compiled: bool = False) -> Program:
     content.seek(0)
     try:
         with _quiet():
-            module = torch.export.load(content).module()
+            module = torch.export.load(content).module(check_guards=False)
     except Exception as error:  # a damaged file fails anywhere
         raise UsageError(f"{path} cannot be loaded: {one_line(error)[:200]}") from error
     _fuse_linear(module.graph, linear, lambda gelu: ((), {"gelu_after": gelu}))

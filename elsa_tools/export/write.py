@@ -34,6 +34,7 @@ def write_model(
     images: Sequence[str] = (),
     verified: bool = True,
     calibration: str | None = None,
+    compiled: bool = False,
     step: Callable[[str], None] = lambda name: None,
 ) -> tuple[list[Check], Quantised | None]:
     """Writes ``path``, in the format of its ending, and ``path``.report.json beside it.
@@ -46,6 +47,7 @@ def write_model(
         images: files to compare on; see `verify`.
         verified: False writes the file without comparing it.
         calibration: folder of images, for an int8 model.
+        compiled: compile a .pt2 file by AOTInductor.
         step: called with what is done next.
 
     Raises:
@@ -85,6 +87,12 @@ def write_model(
 
                 step("converting")
                 to_openvino(middle, path, half=record.precision == "float16", check=check)
+    elif ending == ".pt2":
+        from .program import compile_program, save_program
+
+        step("compiling" if compiled else "tracing")
+        save = compile_program if compiled else save_program
+        save(module, path, record.to_json(), check)
     else:
         with replacing_by_name(path) as part:
             step("tracing")
