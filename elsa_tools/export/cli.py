@@ -158,7 +158,8 @@ def check_options(options: argparse.Namespace) -> None:
 
 def load(options: argparse.Namespace) -> tuple[Exportable, Record, Inferencer | None]:
     """The model to export, its record, and what to compare it with."""
-    from .models import Backbone, round_weights, wrap
+    from .build import wrap
+    from .models import Backbone, round_weights
     from .record import Record, record_of
 
     inferencer = None

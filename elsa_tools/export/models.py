@@ -101,41 +101,6 @@ class Segmentor(Backbone):
         return (F.interpolate(logits, size, mode="bilinear", align_corners=False),)
 
 
-def wrap(
-    inferencer: Inferencer, part: str = "model", normalised: bool = False, pasted: bool = False
-) -> Exportable:
-    """What to export of a model.
-
-    Args:
-        part: "backbone", or "model": UPerNet, Mask R-CNN or Cascade Mask R-CNN.
-        normalised: whether the image is normalised already.
-        pasted: whether a detector pastes its masks into the image.
-
-    Raises:
-        UsageError: a backbone other than ELSA-Swin, or another model or head.
-    """
-    model = inferencer.model
-    backbone = getattr(model.backbone, "bottom_up", model.backbone)
-    if not isinstance(backbone, ELSASwin):
-        raise UsageError(f"the backbone must be an ELSA-Swin, got {type(backbone).__name__}")
-    normalisation = None if normalised else inferencer.normalisation()
-    if part == "backbone":
-        module: Exportable = Backbone(backbone, normalisation)
-    elif inferencer.task == "detection":
-        from .build import build_detector
-
-        module = build_detector(inferencer, normalised, pasted)
-    else:
-        head = getattr(model, "sem_seg_head", getattr(model, "decode_head", None))
-        if type(head).__name__ not in ("UPerNetHead", "UPerHead"):
-            raise UsageError(
-                f"of segmentors UPerNet alone is exported, got {type(model).__name__} with "
-                f"{type(head).__name__}: --part backbone exports its backbone"
-            )
-        module = Segmentor(inferencer, normalisation)
-    return module.cpu().float().eval()
-
-
 def round_weights(module: nn.Module) -> None:
     """Rounds the weights, all parameters of two or more dimensions, to float16.
 

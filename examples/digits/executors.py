@@ -26,7 +26,7 @@ from elsa_core.runtime.command_line import exit_status
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.files import replacing
 from elsa_core.weights.files import convert_file
-from elsa_tools.export.models import wrap
+from elsa_tools.export.build import wrap
 from elsa_tools.export.record import record_of
 from elsa_tools.export.verify import AGREEMENT
 from elsa_tools.export.write import write_model

@@ -7,7 +7,7 @@ import torch
 from digit_models import DET, untrained
 
 from elsa_core.runtime.errors import UsageError
-from elsa_tools.export.models import wrap
+from elsa_tools.export.build import wrap
 from elsa_tools.export.onnx import write_onnx
 from elsa_tools.export.record import record_of
 from elsa_tools.export.verify import verify

@@ -16,7 +16,7 @@ from docs_blocks import REPOSITORY, read_page
 from toy_models import NAMES, RECORD, SCORES, Toy, save_onnx, save_pt2
 
 from elsa_core.runtime.errors import UsageError
-from elsa_tools.export.models import wrap
+from elsa_tools.export.build import wrap
 from elsa_tools.export.onnx import write_onnx
 from elsa_tools.export.record import KEY, Record, Resize, record_of
 from elsa_tools.predict import Detections, Segmentation, load_exported, load_inferencer

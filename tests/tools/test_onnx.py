@@ -13,8 +13,9 @@ from elsa_core.runtime.errors import UsageError
 from elsa_core.variants import VARIANTS, Arch
 from elsa_tools.export import graph as onnx_graph
 from elsa_tools.export import onnx as onnx_export
+from elsa_tools.export.build import wrap
 from elsa_tools.export.cli import main
-from elsa_tools.export.models import Backbone, wrap
+from elsa_tools.export.models import Backbone
 from elsa_tools.export.record import KEY, Record, record_of
 from elsa_tools.export.verify import SIZES, TOLERANCE, verify
 from elsa_tools.export.write import write_model

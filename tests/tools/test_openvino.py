@@ -12,7 +12,8 @@ from weights_models import TINY
 
 from elsa_core import ELSASwin
 from elsa_core.runtime.errors import UsageError
-from elsa_tools.export.models import Backbone, wrap
+from elsa_tools.export.build import wrap
+from elsa_tools.export.models import Backbone
 from elsa_tools.export.onnx import write_onnx
 from elsa_tools.export.record import KEY, Record, record_of
 from elsa_tools.export.verify import TOLERANCE

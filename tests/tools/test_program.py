@@ -16,7 +16,8 @@ from digit_models import DET, SEG, untrained
 from elsa_core import ELSASwin, elsa_attention
 from elsa_core.runtime.errors import UsageError
 from elsa_tools.export import program as programs
-from elsa_tools.export.models import Backbone, Exportable, wrap
+from elsa_tools.export.build import wrap
+from elsa_tools.export.models import Backbone, Exportable
 from elsa_tools.export.program import compile_program, load_program, save_program
 from elsa_tools.predict import load_inferencer
 

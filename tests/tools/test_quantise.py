@@ -162,7 +162,7 @@ def test_bad_names_are_refused(path, out, sentence, folder):
 def trained(tmp_path_factory):
     """A trained detector as an ONNX file, and images of what it detects."""
     pytest.importorskip("detectron2")
-    from elsa_tools.export.models import wrap
+    from elsa_tools.export.build import wrap
     from elsa_tools.export.onnx import write_onnx
     from elsa_tools.export.record import record_of
     from elsa_tools.predict import load_inferencer
