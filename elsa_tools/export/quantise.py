@@ -7,13 +7,11 @@ accuracy (`PARTS`) stays in float32 altogether.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import statistics
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from tqdm import tqdm
@@ -22,17 +20,9 @@ from elsa_core.runtime.command_line import keep_inputs
 from elsa_core.runtime.errors import UsageError
 
 from .calibration import Images, Run, agreement, summary
+from .quantiser import Quantiser
 from .record import Record
 
-# Name of a part -> beginning of its weights' names. All other weights are the backbone's.
-PARTS = {
-    "FPN": "neck.",
-    "RPN": "rpn_head.",
-    "box head": "roi_head.bbox_head.",
-    "mask head": "roi_head.mask_head.",
-    "segmentation head": "head.",
-}
-BACKBONE = "backbone"
 # Agreement with the float model that a quantised model must reach. Detectors of the digits that
 # agree to 0.93 have the float model's box AP and mask AP within 0.4 points.
 LEAST_AGREEMENT = 0.9
@@ -70,38 +60,6 @@ class Quantised:
             f"time per image: {times[0] * 1e3:.1f} -> {times[1] * 1e3:.1f} ms, "
             f"size: {sizes[0] / 1e6:.1f} -> {sizes[1] / 1e6:.1f} MB"
         )
-
-
-class Quantiser(ABC):
-    """A float model that one library quantises.
-
-    Attributes:
-        path: its file.
-        record: what the file says about the model.
-        parts: name of a part -> names of its operators that can be int8.
-    """
-
-    path: str
-    record: Record
-    parts: dict[str, list[str]]
-
-    @abstractmethod
-    def quantised(self, names: Collection[str], images: Images, bar: Any) -> Any:
-        """A model in which the operators of these names are int8; ``bar`` counts images."""
-
-    @abstractmethod
-    def runner(self, model: Any, threads: int | None) -> Run:
-        """A quantised model, or for None the float model, to run."""
-
-    @abstractmethod
-    def write(
-        self, model: Any, path: str, record: Record, check: Callable[[str], object] | None
-    ) -> int:
-        """Writes a quantised model; returns the size of its files in bytes."""
-
-    @abstractmethod
-    def size(self) -> int:
-        """Of the float model's files."""
 
 
 def quantise(
@@ -219,12 +177,6 @@ class _Search:
         return model, reached, statistics.median(seconds)
 
 
-def part_of(weight: str) -> str:
-    """The part that a weight of this name belongs to."""
-    found = (part for part, beginning in PARTS.items() if weight.startswith(beginning))
-    return next(found, BACKBONE)
-
-
 def _quantiser(path: str, out: str) -> Quantiser:
     keep_inputs("the int8 model", out, [path])
     ending, target = (os.path.splitext(name)[1] for name in (path, out))
@@ -249,10 +201,3 @@ def _timed(record: Record, run: Run, inputs: Any) -> tuple[Any, float]:
     outputs = run(inputs)
     seconds = time.perf_counter() - start
     return summary(record, outputs), seconds
-
-
-@contextlib.contextmanager
-def without_output() -> Iterator[None]:
-    """Drops what libraries print on standard output."""
-    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere):
-        yield

@@ -15,7 +15,7 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from elsa_core.runtime.files import replacing_by_name
 
 from .calibration import Arrays, Images, Run
-from .quantise import Quantiser, part_of, without_output
+from .quantiser import Quantiser, part_of, without_output
 from .record import KEY, Record, onnx_record
 
 # Operators with weights; their second input.

@@ -13,7 +13,7 @@ from elsa_core.runtime.packages import need
 
 from .calibration import Arrays, Images, Run
 from .openvino import compile_model, read_exported, weights_path, write_openvino
-from .quantise import Quantiser, part_of, without_output
+from .quantiser import Quantiser, part_of, without_output
 from .record import Record
 
 # Operators with weights. Convolutions in groups stay in float32: NNCF 3.4 gives the channels of

@@ -18,7 +18,10 @@ REFUSED = {
         "elsa demo: --score-threshold must be in [0, 1], got 2.0",
     ),
     "data": (["check", "coco", "--sample", "x"], "elsa data: --sample must be a number"),
-    "export": (["--arch", "tiny", "--out", "x"], "elsa export: --out must end in .onnx, .pt2, .xml, got x"),
+    "export": (
+        ["--arch", "tiny", "--out", "x"],
+        "elsa export: --out must end in .onnx, .pt2, .xml, got x",
+    ),
     "analyze": (["parts"], "elsa analyze: either CONFIG or --arch is needed, got neither"),
 }
 

@@ -12,7 +12,8 @@ from trained_digits import ARCH, CHECKPOINT
 from elsa_core.runtime.errors import UsageError
 from elsa_tools.export import quantise as quantising
 from elsa_tools.export.calibration import Images, agreement, summary
-from elsa_tools.export.quantise import Quantiser, quantise
+from elsa_tools.export.quantise import quantise
+from elsa_tools.export.quantiser import Quantiser
 from elsa_tools.export.record import Record
 from elsa_tools.predict.executors import load_executor
 
