@@ -174,7 +174,7 @@ def trained(tmp_path_factory):
     inferencer = load_inferencer(DET["detectron2"], str(CHECKPOINT), device="cpu", options=options)
     path = str(folder / "float.onnx")
     write_onnx(wrap(inferencer), path, record_of(inferencer))
-    data = make_dataset(folder / "data", train=1, val=12, size=160, seed=0, progress=False)
+    data = make_dataset(folder / "data", train=1, val=6, size=160, seed=0, progress=False)
     return path, str(data.path / "images/validation")
 
 
@@ -188,7 +188,7 @@ def test_a_trained_detector(trained, ending, tmp_path):
     out, checked = str(tmp_path / f"int8{ending}"), []
     report = quantise(path, out, images, least=0.5, check=checked.append)
     assert {*report.int8, *report.float32} == {"backbone", "FPN", "RPN", "box head", "mask head"}
-    assert report.losses == {} and report.agreement > 0.8 and report.images == 12
+    assert report.losses == {} and report.agreement > 0.8 and report.images == 6
     assert len(checked) == 1 and report.sizes[1] < report.sizes[0]
     executors = [load_executor(name, threads=1) for name in (path, out)]
     assert [one.record.precision for one in executors] == ["float32", "int8"]
