@@ -156,7 +156,11 @@ def compile_program(
             torch._inductor.aoti_compile_and_package(
                 program,
                 package_path=content,
-                inductor_configs={"aot_inductor.metadata": {RECORD: record_json}},
+                inductor_configs={
+                    "aot_inductor.metadata": {RECORD: record_json},
+                    # With it, the masks of a detector come out wrong.
+                    "layout_optimization": False,
+                },
             )
         except Exception as error:
             raise UsageError(f"AOTInductor cannot compile: {one_line(error)[:300]}") from error
