@@ -1,5 +1,7 @@
 """Exported detectors of both frameworks find what the frameworks find."""
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import pytest
@@ -13,10 +15,61 @@ from elsa_tools.export.record import record_of
 from elsa_tools.export.verify import verify
 from elsa_tools.predict import load_inferencer
 
+CASCADE = {
+    "detectron2": (
+        "configs/detectron2/COCO-InstanceSegmentation/cascade_mask_rcnn_elsa_swin_t_fpn_1x.yaml",
+        "MODEL.ELSA_SWIN.ARCH custom MODEL.ELSA_SWIN.CUSTOM_ARCH.EMBED_DIM 8 "
+        "MODEL.ELSA_SWIN.CUSTOM_ARCH.DEPTHS [1,1,1,1] "
+        "MODEL.ELSA_SWIN.CUSTOM_ARCH.NUM_HEADS [1,2,2,2] "
+        "MODEL.ELSA_SWIN.CUSTOM_ARCH.GROUP_WIDTH 2 MODEL.FPN.OUT_CHANNELS 8 "
+        "MODEL.ROI_HEADS.NUM_CLASSES 3 MODEL.ROI_BOX_HEAD.CONV_DIM 8 MODEL.ROI_BOX_HEAD.FC_DIM 16 "
+        "MODEL.ROI_MASK_HEAD.CONV_DIM 8",
+    ),
+    "mmdet": (
+        "configs/mmdet/elsa_swin/"
+        "cascade-mask-rcnn_elsa-swin-t-p4-w7_fpn_4conv1fc-giou_amp-ms-crop-1x_coco.py",
+        "model.backbone.arch._delete_=True model.backbone.arch.embed_dim=8 "
+        "model.backbone.arch.depths=[1,1,1,1] "
+        "model.backbone.arch.num_heads=[1,2,2,2] model.backbone.arch.group_width=2 "
+        "model.neck.in_channels=[8,16,32,64] model.neck.out_channels=8 "
+        "model.rpn_head.in_channels=8 model.rpn_head.feat_channels=8 "
+        "model.roi_head.bbox_roi_extractor.out_channels=8 "
+        "model.roi_head.mask_roi_extractor.out_channels=8 "
+        "model.roi_head.mask_head.in_channels=8 model.roi_head.mask_head.conv_out_channels=8 "
+        "model.roi_head.mask_head.num_classes=3 "
+        + " ".join(
+            f"model.roi_head.bbox_head.{stage}.{option}"
+            for stage in range(3)
+            for option in (
+                "in_channels=8",
+                "conv_out_channels=8",
+                "fc_out_channels=16",
+                "num_classes=3",
+            )
+        ),
+    ),
+}
+
 
 @pytest.fixture(scope="module")
 def models():
     return {framework: untrained(config) for framework, config in DET.items()}
+
+
+@pytest.fixture(scope="module")
+def cascades():
+    """Small ones, with statistics of batch norm that are not those of new layers."""
+    found = {}
+    for framework, (config, options) in CASCADE.items():
+        torch.manual_seed(3)
+        path = str(Path(__file__).resolve().parents[2] / config)
+        found[framework] = load_inferencer(path, None, device="cpu", options=options.split())
+        for name, value in found[framework].model.state_dict().items():
+            if name.endswith(("running_mean", "running_var")):
+                value.uniform_(0.5, 2)
+            if name.endswith(("fc_cls.weight", "cls_score.weight")):
+                value.normal_(std=0.5)
+    return found
 
 
 def found_by(framework, inferencer, images):
@@ -40,9 +93,11 @@ def found_by(framework, inferencer, images):
 
 
 @pytest.mark.parametrize("framework", DET)
+@pytest.mark.parametrize("kind", ["models", "cascades"])
 @pytest.mark.parametrize("size", [(150, 170), (64, 97)], ids=str)
-def test_pytorch_finds_the_same(models, framework, size):
+def test_pytorch_finds_the_same(kind, framework, size, request):
     """A batch of two images of different sizes, with noise in the padding."""
+    models = request.getfixturevalue(kind)
     module = wrap(models[framework], pasted=True)
     image = torch.randint(0, 256, (2, 3, *size)).float()
     sizes = torch.tensor([size, (size[0] - 20, size[1] - 30)])
