@@ -1,6 +1,7 @@
 """ELSA-Swin with torch as the only dependency: the operator and the backbone."""
 
 from . import _requirements as _requirements
+from . import detection as detection  # registers operators
 from .backbone import ELSASwin
 from .backends import backend_of, use_backend
 from .operator import elsa_attention

@@ -23,7 +23,6 @@ from torch.utils._sympy.numbers import int_oo
 from torch.utils._sympy.symbol import SymT, free_symbol_is_type
 from torch.utils._sympy.value_ranges import ValueRanges
 
-import elsa_core.detection as _detection  # registers the operators
 from elsa_core.linear import linear
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.files import replacing_by_name
@@ -34,7 +33,6 @@ if TYPE_CHECKING:
     from .models import Exportable
 
 __all__ = ["Program", "compile_program", "export_program", "load_program", "save_program"]
-assert _detection
 
 RECORD = "elsa"
 
@@ -64,8 +62,8 @@ class Program:
         try:
             with torch.no_grad():
                 outputs = self.function(*inputs)
-        except AssertionError as error:
-            if not str(error).startswith("Guard failed"):
+        except RuntimeError as error:
+            if not str(error).startswith("Expected input"):
                 raise
             shapes = ", ".join("x".join(map(str, x.shape)) for x in inputs)
             raise UsageError(
