@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from elsa_core import ELSASwin
@@ -39,12 +41,17 @@ def wrap(
     elif inferencer.task == "detection":
         module = build_detector(inferencer, normalised, pasted)
     else:
-        head = getattr(model, "sem_seg_head", getattr(model, "decode_head", None))
+        head: Any = getattr(model, "sem_seg_head", getattr(model, "decode_head", None))
         if type(head).__name__ not in ("UPerNetHead", "UPerHead"):
             raise UsageError(
                 f"of segmentors UPerNet alone is exported, got {type(model).__name__} with "
                 f"{type(head).__name__}: --part backbone exports its backbone"
             )
+        if inferencer.framework == "mmseg":
+            check("the model", type(model).__name__, "EncoderDecoder")
+            check("whether the model has a neck", model.with_neck, False)
+            check("decode_head.align_corners", head.align_corners, False)
+            check("decode_head.out_channels", head.out_channels, head.num_classes)
         module = Segmentor(inferencer, normalisation)
     return module.cpu().float().eval()
 

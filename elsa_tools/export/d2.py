@@ -35,7 +35,7 @@ from elsa_d2.modeling.proposals import MMDetRPN
 from elsa_tools.predict.inferencer import Inferencer
 
 from .detector import BOX_SIZE, MASK_SIZE, Settings
-from .parts import check, only
+from .parts import at_least, check, check_layers, only
 
 
 def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
@@ -66,7 +66,19 @@ def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
         check("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", predictor.use_sigmoid_ce, False)
         check("the box head", type(box_head), MMDetBoxHead, FastRCNNConvFCHead)
         check("the mask head", type(mask_head), MMDetMaskHead, MaskRCNNConvUpsampleHead)
+    levels = model.backbone._out_features
+    check("MODEL.RPN.IN_FEATURES", list(rpn.in_features), levels)
+    check("MODEL.ROI_HEADS.IN_FEATURES", list(heads.box_in_features), levels[:-1])
+    check("MODEL.ROI_HEADS.IN_FEATURES", list(heads.mask_in_features), levels[:-1])
+    for name, layer in model.backbone.named_children():
+        if name != "bottom_up":
+            check_layers(name, layer)
+    check_layers("rpn_head", rpn.rpn_head)
+    check_layers("roi_heads", heads)
     last = predictors[-1]
+    at_least("MODEL.RPN.PRE_NMS_TOPK_TEST", rpn.pre_nms_topk[False], 1)
+    at_least("MODEL.RPN.POST_NMS_TOPK_TEST", rpn.post_nms_topk[False], 1)
+    at_least("TEST.DETECTIONS_PER_IMAGE", last.test_topk_per_image, 1)
     transforms = [rpn.box2box_transform, *(item.box2box_transform for item in predictors)]
     kind = only("the box transform", [type(transform) for transform in transforms])
     check("the box transform", kind, MMDetBoxTransform, Box2BoxTransform)

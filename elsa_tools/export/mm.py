@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import torch
+from mmcv.cnn import ConvModule
 from mmdet.models import (
     FPN,
     CascadeRCNN,
@@ -31,7 +32,7 @@ from elsa_mm.detection import (
 from elsa_tools.predict.inferencer import Inferencer
 
 from .detector import BOX_SIZE, DIVISOR, FINEST, MASK_SIZE, Settings
-from .parts import check, only
+from .parts import at_least, check, check_layers, only
 
 BOX_HEADS = (Float32BBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead, ConvFCBBoxHead)
 
@@ -52,13 +53,15 @@ def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
     check("neck.start_level", neck.start_level, 0)
     check("neck.num_outs", neck.num_outs, len(neck.in_channels) + 1)
     check("neck.upsample_cfg", dict(neck.upsample_cfg), {"mode": "nearest"})
-    check("the norm's groups", {x.num_groups for x in _group_norms(neck)} | {32}, {32})
     check("rpn_head", type(rpn), Float32RPNHead, RPNHead)
     check("rpn_head.num_convs", rpn.num_convs, 1)
     check("rpn_head.loss_cls.use_sigmoid", rpn.use_sigmoid_cls, True)
     check("the anchors", type(rpn.prior_generator), AnchorGenerator)
     check("the anchors' centre", rpn.prior_generator.center_offset, 0.0)
+    strides = [(4 * 2**level,) * 2 for level in range(len(neck.in_channels) + 1)]
+    check("the anchors' strides", [tuple(pair) for pair in rpn.prior_generator.strides], strides)
     check("roi_head", type(heads), StandardRoIHead, CascadeRoIHead, InitializedCascadeRoIHead)
+    check("whether the model has a mask head", model.with_mask, True)
     cascade = isinstance(heads, CascadeRoIHead)
     parts = (heads.bbox_head, heads.mask_head, heads.bbox_roi_extractor, heads.mask_roi_extractor)
     boxes, masks, box_pools, mask_pools = (list(part) if cascade else [part] for part in parts)
@@ -68,12 +71,19 @@ def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
         check("the branches of bbox_head", len(box_head.cls_convs) + len(box_head.reg_convs), 0)
         check("mask_head", type(mask_head), FastMaskHead, FCNMaskHead)
         check("mask_head.upsample_cfg.type", mask_head.upsample_method, "deconv")
+    _check_layers("neck", neck, active=False)
+    _check_layers("rpn_head", rpn, active=True)
+    _check_layers("roi_head", heads, active=True)
     test = model.test_cfg
     check("test_cfg.rpn.nms.type", test.rpn.nms.type, "nms")
     check("test_cfg.rcnn.nms.type", test.rcnn.nms.type, "nms")
     for name, nms in (("rpn", test.rpn.nms), ("rcnn", test.rcnn.nms)):
         other = sorted(nms.keys() - {"type", "iou_threshold"})
         check(f"the options of test_cfg.{name}.nms", other, [])
+    at_least("test_cfg.rpn.nms_pre", test.rpn.nms_pre, 1)
+    at_least("test_cfg.rpn.max_per_img", test.rpn.max_per_img, 1)
+    at_least("test_cfg.rcnn.max_per_img", test.rcnn.max_per_img, 1)
+    at_least("test_cfg.rcnn.mask_thr_binary", test.rcnn.mask_thr_binary, 0)
     coders = [rpn.bbox_coder, *(head.bbox_coder for head in boxes)]
     for coder in coders:
         check("bbox_coder", type(coder), DeltaXYWHBBoxCoder)
@@ -98,8 +108,8 @@ def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
         clamp_both=True,
         rpn_deviations=tuple(coders[0].stds),
         deviations=tuple(tuple(coder.stds) for coder in coders[1:]),
-        box_samples=_samples(box_pools, BOX_SIZE),
-        mask_samples=_samples(mask_pools, MASK_SIZE),
+        box_samples=_samples(box_pools, BOX_SIZE, strides),
+        mask_samples=_samples(mask_pools, MASK_SIZE, strides),
         score=test.rcnn.score_thr,
         iou=test.rcnn.nms.iou_threshold,
         detections=test.rcnn.max_per_img,
@@ -108,16 +118,25 @@ def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
     return settings, scales
 
 
-def _group_norms(module: torch.nn.Module) -> list[torch.nn.GroupNorm]:
-    return [part for part in module.modules() if isinstance(part, torch.nn.GroupNorm)]
+def _check_layers(part: str, module: torch.nn.Module, active: bool) -> None:
+    """Args: active: whether a ReLU follows the convolutions."""
+    check_layers(part, module)
+    for name, block in module.named_modules():
+        if isinstance(block, ConvModule):
+            what = f"{part}.{name}"
+            check(f"{what}.order", block.order, ("conv", "norm", "act"))
+            activation = type(block.activate) if block.with_activation else None
+            check(f"the activation of {what}", activation, torch.nn.ReLU if active else None)
 
 
-def _samples(extractors: list[Any], size: int) -> int:
+def _samples(extractors: list[Any], size: int, strides: list[tuple[int, int]]) -> int:
     """RoIAlign's samples of all levels and stages."""
     layers = []
     for extractor in extractors:
         check("the RoI extractor", type(extractor), Float32RoIExtractor, SingleRoIExtractor)
         check("finest_scale of the RoI extractor", extractor.finest_scale, FINEST)
+        wanted = [stride for stride, _ in strides[:-1]]
+        check("featmap_strides of the RoI extractor", list(extractor.featmap_strides), wanted)
         layers += extractor.roi_layers
     for layer in layers:
         check("roi_layer", type(layer).__name__, "RoIAlign")

@@ -44,7 +44,7 @@ class Detectron2Inferencer(Inferencer):
             register(cfg)
         try:
             self.predictor = elsa_d2.Predictor(cfg)
-        except (KeyError, ValueError) as error:
+        except (AssertionError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"the config {config} cannot be used: {one_line(error)}") from error
         self.model = self.predictor.model
         if weights is not None:

@@ -51,7 +51,14 @@ class OpenMMLabInferencer(Inferencer):
             node.pop("init_cfg", None)  # the checkpoint brings all weights
         cfg.model.pop("pretrained", None)
         cfg.model.train_cfg = None
-        self.model = revert_sync_batchnorm(MODELS.build(cfg.model))
+        try:
+            model = MODELS.build(cfg.model)
+        except UsageError:
+            raise
+        except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as error:
+            reason = f"{type(error).__name__}: {one_line(error)}"
+            raise UsageError(f"the model of {config} cannot be built: {reason}") from error
+        self.model = revert_sync_batchnorm(model)
         names = colours = None
         if weights is not None:
             content = elsa_core.weights.read_checkpoint(weights)
