@@ -16,7 +16,6 @@ from mmengine.registry import MODELS
 from mmengine.utils import apply_to
 from torch import Tensor, nn
 
-import elsa_core.detection  # noqa: F401  registers the operators
 from elsa_core.heads import mask_logits, pools_fast, upsamples_fast
 from elsa_core.linear import fast_linear
 

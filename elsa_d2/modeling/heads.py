@@ -21,7 +21,6 @@ from detectron2.modeling.roi_heads import (
 from torch import Tensor, nn
 from torch.nn.modules.utils import _pair
 
-import elsa_core.detection  # noqa: F401  registers the operators
 from elsa_core.heads import mask_logits, pools_fast, upsamples_fast
 from elsa_core.linear import fast_linear
 

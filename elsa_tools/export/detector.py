@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import elsa_core.detection  # noqa: F401  registers the operators
 from elsa_core import ELSASwin
 from elsa_core.weights.shapes import HeadSizes
 

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from onnxscript import opset20 as op
 
-from elsa_core import detection as _operators  # noqa: F401  (defines them)
 from elsa_core.detection import OUTSIDE, float32_threshold
 
 from .graph import Value, _constant, _ints, _scalar
