@@ -13,7 +13,7 @@ from elsa_core.weights.names import CASCADE, MASK_RCNN
 from elsa_core.weights.recognise import recognise
 from elsa_tools.predict.inferencer import Inferencer
 
-from .detector import Detector
+from .detector import ConvModule, Detector
 from .models import Backbone, Exportable, Segmentor
 from .parts import check
 
@@ -96,6 +96,9 @@ def build_detector(
         )
     detector = Detector(backbone, converted.sizes, settings, normalised, pasted)
     detector.load_state_dict(_by_stage(converted.tensors, source.kind), strict=True)
+    for part in detector.modules():
+        if isinstance(part, ConvModule):
+            part.fuse()
     return detector
 
 

@@ -170,6 +170,8 @@ def load(options: argparse.Namespace) -> tuple[Exportable, Record, Inferencer | 
 
             load_backbone(backbone, options.weights)
         module: Exportable = Backbone(backbone, None).eval()
+        if options.half:
+            round_weights(module)
         record = Record(task="features", normalised=True)
     else:
         from elsa_tools.predict.load import load_inferencer
@@ -177,6 +179,8 @@ def load(options: argparse.Namespace) -> tuple[Exportable, Record, Inferencer | 
         inferencer = load_inferencer(
             options.config, options.weights, device="cpu", options=options.options
         )
+        if options.half:
+            round_weights(inferencer.model)
         module = wrap(inferencer, options.part, options.normalised, options.paste)
         record = record_of(inferencer, module.task)
         record = dataclasses.replace(record, normalised=options.normalised)
@@ -185,8 +189,6 @@ def load(options: argparse.Namespace) -> tuple[Exportable, Record, Inferencer | 
             raise UsageError(f"--paste belongs to detectors, got a model for {module.task}")
         record = dataclasses.replace(record, masks="pasted")
     if options.half:
-        for model in (module, *([inferencer.model] if inferencer else [])):
-            round_weights(model)
         record = dataclasses.replace(record, precision="float16")
     return module, record, inferencer
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from elsa_core import ELSASwin
 from elsa_core.weights.shapes import HeadSizes
@@ -79,6 +80,15 @@ class ConvModule(nn.Module):
         self.norm, self.relu = norm, relu
         if norm:
             self.add_module(norm, nn.BatchNorm2d(out) if norm == "bn" else nn.GroupNorm(32, out))
+
+    def fuse(self) -> None:
+        """Makes batch norm, which PyTorch cannot export for unknown numbers of boxes, a part of the
+        convolution."""
+        if self.norm == "bn":
+            norm: Any = self.bn
+            self.conv = fuse_conv_bn_eval(self.conv.eval(), norm.eval())
+            self.norm = ""
+            del self.bn
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(x)

@@ -170,6 +170,15 @@ def test_an_onnx_file_finds_the_same(models, files):
 
 
 @pytest.mark.slow
+def test_an_onnx_file_of_a_cascade_finds_the_same(cascades, tmp_path):
+    path = str(tmp_path / "cascade.onnx")
+    module = wrap(cascades["mmdet"])
+    write_onnx(module, path, record_of(cascades["mmdet"]))
+    checks = list(verify(path, module, None))
+    assert all(check.same and check.numbers["detections"] for check in checks)
+
+
+@pytest.mark.slow
 def test_unlikely_proposals_keep_their_order(models, files, tmp_path):
     """Below a probability of 1e-4, where onnxruntime's Sigmoid is not monotone."""
     module, file = wrap(models["mmdet"]), onnx.load(files["mmdet"])
