@@ -13,6 +13,7 @@ import functools
 import os
 import re
 import secrets
+import shutil
 import signal
 import stat
 import tempfile
@@ -103,6 +104,14 @@ def replacing_by_name(path: str | os.PathLike[str]) -> Iterator[str]:
     path = os.fspath(path)
     with _naming(path), _beside(path, os.path.splitext(path)[1], True) as (_, name):
         yield name
+
+
+@contextmanager
+def temporary_folder() -> Iterator[str]:
+    """Yield the name of a new folder. It is removed at the end, also after a signal."""
+    folder = tempfile.mkdtemp()
+    with _removing(folder):
+        yield folder
 
 
 def make_folder(path: str, name: str) -> None:
@@ -220,7 +229,7 @@ def _create(name: str, permissions: int) -> int:
 
 @contextmanager
 def _removing(name: str) -> Iterator[None]:
-    """Remove a file at the end of the block, also after an exception or a signal."""
+    """Remove a file or folder at the end of the block, also after an exception or a signal."""
     handled = []
     _unfinished[name] = os.getpid()
     try:
@@ -231,8 +240,7 @@ def _removing(name: str) -> Iterator[None]:
                     handled.append(number)
         yield
     finally:
-        with suppress(OSError):  # it has been renamed
-            os.remove(name)
+        _remove(name)
         for number in handled:
             if signal.getsignal(number) == _die:
                 signal.signal(number, signal.SIG_DFL)
@@ -243,10 +251,19 @@ def _die(number: int, frame: FrameType | None) -> None:
     """Remove this process's temporary files, then let the signal end the process."""
     for name, process in list(_unfinished.items()):
         if process == os.getpid():
-            with suppress(OSError):
-                os.remove(name)
+            _remove(name)
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)
+
+
+def _remove(name: str) -> None:
+    """Remove a file or folder, which may be gone: it has been renamed."""
+    try:
+        os.remove(name)
+    except IsADirectoryError:
+        shutil.rmtree(name, ignore_errors=True)
+    except OSError:
+        pass
 
 
 def _remove_if_dead(name: str, same_boot: bool, now: float) -> None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import openvino as ov
 
 from elsa_core.runtime.errors import UsageError, one_line
-from elsa_core.runtime.files import replacing_by_name
+from elsa_core.runtime.files import replacing_by_name, temporary_folder
 
 from .openvino_ops import follow_onnx
 from .record import KEY, Record, onnx_record
@@ -131,7 +130,7 @@ def _pair(path: str) -> Iterator[str]:
     with (
         replacing_by_name(path) as graph,
         replacing_by_name(weights_path(path)) as weights,
-        tempfile.TemporaryDirectory() as folder,
+        temporary_folder() as folder,
     ):
         name = os.path.join(folder, "model.xml")
         os.symlink(os.path.abspath(graph), name)

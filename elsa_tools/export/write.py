@@ -5,14 +5,13 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
 from elsa_core import __version__
 from elsa_core.runtime.errors import UsageError
-from elsa_core.runtime.files import replacing, replacing_by_name
+from elsa_core.runtime.files import replacing, replacing_by_name, temporary_folder
 from elsa_tools.predict.inferencer import Inferencer
 
 from .models import Exportable
@@ -72,10 +71,11 @@ def write_model(
     if ending == ".xml" or calibration is not None:
         from .onnx import write_onnx
 
-        with tempfile.TemporaryDirectory() as folder:
+        with temporary_folder() as folder:
             middle = os.path.join(folder, "model.onnx")
             step("tracing")
-            write_onnx(module, middle, record)
+            with replacing_by_name(middle) as part:
+                write_onnx(module, part, record)
             if calibration is not None:
                 from .quantise import quantise
 

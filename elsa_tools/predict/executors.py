@@ -53,9 +53,23 @@ class Executor(ABC):
             image: [B, 3, H, W], float32, RGB.
             size: [B, 2], int64: height and width of each image, the rest of H x W is padding; None:
                 H and W of all.
+
+        Raises UsageError for other shapes, dtypes or sizes, of which some executors make something.
         """
+        if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape or image.dtype != np.float32:
+            raise UsageError(
+                f"image must be float32 [B, 3, H, W], got {image.dtype} {list(image.shape)}"
+            )
         if size is None:
             size = np.tile(np.array(image.shape[2:], dtype=np.int64), (len(image), 1))
+        if size.shape != (len(image), 2) or size.dtype != np.int64:
+            raise UsageError(
+                f"size must be int64 {[len(image), 2]}, got {size.dtype} {list(size.shape)}"
+            )
+        if (size < 1).any() or (size > image.shape[2:]).any():
+            raise UsageError(
+                f"size must be from 1 to the {list(image.shape[2:])} of image, got {size.tolist()}"
+            )
         given = {"image": image, "size": size}
         found = self._run({name: given[name] for name in self.inputs})
         return dict(zip(self.outputs, found, strict=True))
@@ -71,7 +85,7 @@ class OnnxRuntime(Executor):
     def __init__(self, path: str, device: str | None, threads: int | None) -> None:
         onnxruntime: Any = need("onnxruntime", f"running {path}")
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors
+        options.log_severity_level = 4  # errors are raised
         if threads is not None:
             options.intra_op_num_threads = threads
         there = _CUDA in onnxruntime.get_available_providers()

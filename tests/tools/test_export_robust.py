@@ -1,11 +1,23 @@
 """What must not be exported, and what must not happen to files and programs when it is."""
 
+import errno
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
 import pytest
 from digit_models import DET, SEG
 
 from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.files import temporary_folder
+from elsa_tools.export import onnx
 from elsa_tools.export.build import wrap
+from elsa_tools.export.record import Record
+from elsa_tools.export.write import write_model
 from elsa_tools.predict import load_inferencer
+from elsa_tools.predict.executors import Executor
 
 OTHER_MM = {
     "neck.lateral_convs.0.gn.eps": "neck=dict(norm_cfg=dict(eps=0.1))",
@@ -69,3 +81,57 @@ def test_other_parts_of_mmsegmentation_are_named(part, change, tmp_path):
     config.write_text(body)
     with pytest.raises(UsageError, match=part):
         wrap(load_inferencer(str(config), None, device="cpu"))
+
+
+class Echo(Executor):
+    def _run(self, inputs):
+        return [*inputs.values()]
+
+
+RECORD = Record(task="detection", classes=("a",), colours=((0, 0, 0),))
+IMAGE, SIZE = np.zeros((2, 3, 8, 9), np.float32), np.array([[8, 9], [5, 6]])
+
+
+@pytest.mark.parametrize(
+    ("image", "size", "rule"),
+    [
+        (IMAGE.astype(np.uint8), SIZE, "image must be float32"),
+        (IMAGE[:, :1], SIZE, "image must be float32"),
+        (IMAGE[:0], SIZE[:0], "image must be float32"),
+        (IMAGE, SIZE.astype(np.float32), "size must be int64"),
+        (IMAGE, SIZE[:1], "size must be int64"),
+        (IMAGE, SIZE[:, ::-1], "size must be from 1 to the"),
+        (IMAGE, SIZE - 5, "size must be from 1 to the"),
+    ],
+)
+def test_executors_refuse_other_inputs(image, size, rule):
+    names = ["image", "size"], ["boxes", "scores", "labels", "images"]
+    with pytest.raises(UsageError, match=rule):
+        Echo("m.onnx", RECORD, *names).run(image, size)
+
+
+def test_a_full_temporary_folder_is_one_sentence(tmp_path, monkeypatch):
+    def full(module, path, record):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(onnx, "write_onnx", full)
+    with pytest.raises(UsageError, match=r"model.onnx cannot be written: No space left"):
+        write_model(None, RECORD, str(tmp_path / "m.xml"), verified=False)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_signal_removes_temporary_folders(tmp_path):
+    code = """
+import os, signal
+from elsa_core.runtime.files import temporary_folder
+with temporary_folder() as folder:
+    open(os.path.join(folder, "model.onnx"), "w").close()
+    os.kill(os.getpid(), signal.SIGTERM)
+"""
+    environment = {**os.environ, "TMPDIR": str(tmp_path)}
+    found = subprocess.run([sys.executable, "-c", code], env=environment)
+    assert found.returncode == -signal.SIGTERM
+    assert not list(tmp_path.iterdir())
+    with temporary_folder() as folder:
+        assert os.path.isdir(folder)
+    assert not os.path.exists(folder)
