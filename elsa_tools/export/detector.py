@@ -71,16 +71,6 @@ class Settings:
     mask_threshold: float = 0.5
 
 
-class BatchNorm(nn.BatchNorm2d):
-    """Of evaluation alone. PyTorch's asks whether there are boxes, which no graph knows."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.running_mean is not None and self.running_var is not None
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        shift = self.bias - self.running_mean * scale
-        return x * scale[:, None, None] + shift[:, None, None]
-
-
 class ConvModule(nn.Module):
     """Convolution, norm and ReLU, with the names of mmcv's class; ``norm``: "", "bn" or "gn"."""
 
@@ -89,7 +79,7 @@ class ConvModule(nn.Module):
         self.conv = nn.Conv2d(dim, out, size, padding=size // 2, bias=not norm)
         self.norm, self.relu = norm, relu
         if norm:
-            self.add_module(norm, BatchNorm(out) if norm == "bn" else nn.GroupNorm(32, out))
+            self.add_module(norm, nn.BatchNorm2d(out) if norm == "bn" else nn.GroupNorm(32, out))
 
     def fuse(self) -> None:
         """Makes batch norm, which PyTorch cannot export for unknown numbers of boxes, a part of the

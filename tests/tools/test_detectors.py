@@ -13,7 +13,6 @@ from elsa_tools.export.build import wrap
 from elsa_tools.export.onnx import write_onnx
 from elsa_tools.export.record import record_of
 from elsa_tools.export.verify import verify
-from elsa_tools.export.write import write_model
 from elsa_tools.predict import load_inferencer
 
 CASCADE = {
@@ -208,13 +207,3 @@ def test_other_parts_are_refused(framework, options, sentence):
     inferencer = load_inferencer(DET[framework], None, device="cpu", options=options)
     with pytest.raises(UsageError, match=sentence):
         wrap(inferencer)
-
-
-@pytest.mark.slow
-def test_a_cascade_is_exported(cascades, tmp_path):
-    """Its batch norm knows nothing of the number of boxes when it is traced."""
-    inferencer = cascades["mmdet"]
-    path = str(tmp_path / "cascade.onnx")
-    checks, _ = write_model(wrap(inferencer), record_of(inferencer), path)
-    assert all(check.same for check in checks)
-    assert sum(check.numbers["detections"] for check in checks) > 100
