@@ -36,7 +36,7 @@ within 1e-4. OUT.report.json has the comparison. 'elsa demo --model OUT' runs th
 
 exit status: 0 done, 2 an error (one sentence on standard error; OUT is as it was), 130 interrupted
 """
-PACKAGES = ("onnx", "onnx_ir", "onnxruntime", "onnxscript")
+PACKAGES = ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "tqdm")
 FORMATS = {".onnx": "onnx", ".pt2": "torch", ".xml": "openvino"}
 
 

@@ -82,7 +82,7 @@ COMMANDS = {
     "export_onnx": (
         "from elsa_tools.export.cli import main",
         ["--arch", "tiny", "--out", "m.onnx"],
-        "onnx onnx-ir onnxruntime onnxscript",
+        "onnx onnx-ir onnxruntime onnxscript tqdm",
     ),
     "analyze": (
         "from elsa_tools.inspect.cli import main",
