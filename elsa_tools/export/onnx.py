@@ -5,8 +5,6 @@ A file serves images of any number and size. It computes in float32.
 
 from __future__ import annotations
 
-import logging
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +23,7 @@ from elsa_core.runtime.errors import UsageError, one_line
 from . import graph as onnx_graph
 from . import onnx_ops
 from .models import Exportable
+from .quiet import quiet
 from .record import KEY, Record
 
 OPSET = 20
@@ -79,7 +78,7 @@ def write_onnx(module: Exportable, path: str, record: Record) -> None:
 
 def _translate(module: Exportable) -> Any:
     try:
-        with _opaque(module.backbone), _quiet(), torch.no_grad():
+        with _opaque(module.backbone), quiet("torch.onnx"), torch.no_grad():
             program: Any = torch.onnx.export(
                 module,
                 module.example(),
@@ -169,17 +168,3 @@ def _opaque(backbone: ELSASwin) -> Iterator[None]:
     finally:
         ELSASwin.forward = forward  # type: ignore[method-assign]
         del _backbones[number]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the exporter's remarks on torchvision and on names that it does not need."""
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)

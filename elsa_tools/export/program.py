@@ -8,11 +8,8 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +25,7 @@ from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.files import replacing_by_name
 
 from .archive import COMPILED, EXTRA, check_program, read_names
+from .quiet import quiet
 
 if TYPE_CHECKING:
     from .models import Exportable
@@ -35,6 +33,7 @@ if TYPE_CHECKING:
 __all__ = ["Program", "compile_program", "export_program", "load_program", "save_program"]
 
 RECORD = "elsa"
+_LOGGERS = ("torch.export", "torch.utils.cpp_extension")
 
 COMPILED_EXAMPLE = 257, 481
 """Height and width of the images that `compile_program` traces.
@@ -85,7 +84,7 @@ def export_program(
     """
     example = example or module.example()
     try:
-        with torch.no_grad(), _quiet():
+        with torch.no_grad(), quiet(*_LOGGERS):
             program = torch.export.export(
                 module.eval(), example, dynamic_shapes=module.dynamic_shapes()
             )
@@ -119,7 +118,7 @@ def save_program(
     """
     _check_name(path)
     program, content = export_program(module), io.BytesIO()
-    with _quiet():
+    with quiet(*_LOGGERS):
         torch.export.save(program, content, extra_files={RECORD: record_json})
     content.seek(0)
     check_program(*read_names(content, path), path)
@@ -149,7 +148,7 @@ def compile_program(
             lambda gelu: (("gelu", [], "none") if gelu else ("none", [], ""), {}),
         )
     content = io.BytesIO()
-    with _quiet():
+    with quiet(*_LOGGERS):
         try:
             torch._inductor.aoti_compile_and_package(
                 program,
@@ -195,7 +194,7 @@ def load_program(path: str, compiled: bool = False) -> Program:
     record = reader.get_record(EXTRA + RECORD).decode()
     content.seek(0)
     try:
-        with _quiet():
+        with quiet(*_LOGGERS):
             module = torch.export.load(content).module(check_guards=False)
     except Exception as error:  # a damaged file fails anywhere
         raise UsageError(f"{path} cannot be loaded: {one_line(error)[:200]}") from error
@@ -212,7 +211,7 @@ def _load_compiled(path: str, reader: Any, names: list[str]) -> Program:
     if record is None:
         raise UsageError(f"{path} must be a file of `elsa export`, it has no record")
     try:
-        with _quiet():
+        with quiet(*_LOGGERS):
             return Program(record, True, torch._inductor.aoti_load_package(path))
     except RuntimeError as error:
         raise UsageError(f"{path} cannot be loaded: {one_line(error)[:200]}") from error
@@ -269,19 +268,3 @@ def _check_compiler() -> None:
         raise UsageError(
             "AOTInductor needs a C++ compiler, none was found: install g++, or set CXX"
         ) from error
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without PyTorch's remarks on its own formats."""
-    loggers = [logging.getLogger(name) for name in ("torch.export", "torch.utils.cpp_extension")]
-    levels = [logger.level for logger in loggers]
-    for logger in loggers:
-        logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)

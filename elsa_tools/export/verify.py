@@ -68,8 +68,6 @@ def verify(
     module: Exportable,
     inferencer: Inferencer | None,
     images: Sequence[str] = (),
-    *,
-    quick: bool = False,
 ) -> Iterator[Check]:
     """Compares a file in each of its `executors` with the model that it was exported from.
 
@@ -79,9 +77,8 @@ def verify(
     Args:
         inferencer: the framework's model with its test pipeline; None for a bare backbone.
         images: files; none: a drawn image.
-        quick: without the framework.
     """
-    end_to_end = inferencer is not None and inferencer.task == module.task and not quick
+    end_to_end = inferencer is not None and inferencer.task == module.task
     wanted: list[tuple[str, np.ndarray, Result]] = []
     if end_to_end:
         assert inferencer is not None
