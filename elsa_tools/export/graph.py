@@ -20,6 +20,8 @@ from elsa_core.layers import ELSA, WindowAttention
 
 # An end of a Slice that lies behind every map's.
 _END = 2**63 - 1
+# Neighbours in a row whose weighted sums are one product of matrices.
+_RUN = 16
 # A value of the graph; onnxscript's classes for it differ with the tool that records.
 Value = Any
 
@@ -49,43 +51,84 @@ def elsa_attention(
     channels: int,
     heads: int,
     kernel_size: int,
-    dilation: int = 1,
 ) -> Value:
-    """`elsa_core.elsa_attention`, offset by offset in buffers of the value's size.
-
-    The additive filters are a depthwise convolution, so that the loop is about the attention alone.
-    """
-    width, margin = channels // heads, kernel_size // 2 * dilation
-    # [B, G, C/G, H, W] and [B, G, K*K, H, W]: long rows, along which one weight counts for C/G.
-    split = op.Reshape(value, _ints(0, 0, 0, heads, width))
-    value_maps = op.Transpose(split, perm=[0, 3, 4, 1, 2])
-    padded = op.Pad(value_maps, _ints(0, 0, 0, margin, margin, 0, 0, 0, margin, margin))
+    """`elsa_core.elsa_attention`; the additive filters are a depthwise convolution."""
     attention = op.Softmax(op.Reshape(logits, _ints(0, 0, 0, heads, kernel_size**2)), axis=-1)
-    attention = op.Transpose(attention, perm=[0, 3, 4, 1, 2])
-    out = None
-    for offset in range(kernel_size**2):
-        ky, kx = divmod(offset, kernel_size)
-        start = (ky * dilation, kx * dilation)
-        # Counted from the far end, which needs no size.
-        end = [first - 2 * margin or _END for first in start]
-        window = op.Slice(padded, _ints(*start), _ints(*end), _ints(3, 4))
-        if ghost_mul is not None:
-            factor = op.Slice(ghost_mul, _ints(ky, kx), _ints(ky + 1, kx + 1), _ints(1, 2))
-            window = op.Mul(window, op.Reshape(factor, _ints(1, heads, width, 1, 1)))
-        weight = op.Slice(attention, _ints(offset), _ints(offset + 1), _ints(2))
-        term = op.Mul(window, weight)
-        out = term if out is None else op.Add(out, term)
-    out = op.Reshape(op.Transpose(out, perm=[0, 3, 4, 1, 2]), _ints(0, 0, 0, channels))
+    if ghost_mul is None:
+        out = _by_rows(value, attention, heads, channels // heads, kernel_size)
+    else:
+        out = _by_offsets(value, attention, ghost_mul, heads, channels // heads, kernel_size)
     if ghost_add is None:
         return out
     local = op.Conv(
         op.Transpose(value, perm=[0, 3, 1, 2]),
         op.Unsqueeze(ghost_add, _ints(1)),
         group=channels,
-        pads=[margin] * 4,
-        dilations=[dilation] * 2,
+        pads=[kernel_size // 2] * 4,
     )
     return op.Add(out, op.Transpose(local, perm=[0, 2, 3, 1]))
+
+
+def _by_rows(value: Value, attention: Value, heads: int, width: int, kernel: int) -> Value:
+    """Weighted sums of value [B, H, W, C] by attention [B, H, W, G, K*K], as products of matrices.
+
+    A run of T neighbours in a row sees T + K - 1 columns. For each row of the neighbourhood, the
+    run's weights are a band in a matrix [T, T + K - 1], which is multiplied by those columns.
+    """
+    margin, run = kernel // 2, _RUN + kernel - 1
+    columns = op.Shape(value, start=2, end=3)
+    runs = op.Div(op.Add(columns, _ints(_RUN - 1)), _ints(_RUN))
+    missing = op.Sub(op.Mul(runs, _ints(_RUN)), columns)
+    border = op.Concat(
+        _ints(0, margin, margin, 0, 0, margin), op.Add(missing, _ints(margin)), _ints(0), axis=0
+    )
+    first = op.Mul(op.Range(_scalar(0), op.Squeeze(runs), _scalar(1)), _ints(_RUN))
+    seen = op.Add(op.Unsqueeze(first, _ints(1)), _constant(np.arange(run)))
+    # [B, H + K - 1, runs, T + K - 1, C], then [B, G, H + K - 1, runs, T + K - 1, C/G].
+    values = op.Gather(op.Pad(value, border), seen, axis=2)
+    values = op.Reshape(values, _ints(0, 0, 0, run, heads, width))
+    values = op.Transpose(values, perm=[0, 4, 1, 2, 3, 5])
+    # [B, H, runs * T, G, K*K], then [B, G, H, runs, K, T, K].
+    weights = op.Pad(attention, op.Concat(_ints(*[0] * 7), missing, _ints(0, 0), axis=0))
+    weights = op.Reshape(weights, _ints(0, 0, -1, _RUN, heads, kernel, kernel))
+    weights = op.Transpose(weights, perm=[0, 4, 1, 2, 5, 3, 6])
+    out = None
+    for row in range(kernel):
+        band = op.Slice(weights, _ints(row), _ints(row + 1), _ints(4))
+        # Rows of one column more than the matrix has: read without it, each is one further right.
+        band = op.Pad(band, _ints(*[0] * 13, run + 1 - kernel))
+        band = op.Reshape(band, _ints(0, 0, 0, 0, _RUN * (run + 1)))
+        band = op.Slice(band, _ints(0), _ints(_RUN * run), _ints(4))
+        band = op.Reshape(band, _ints(0, 0, 0, 0, _RUN, run))
+        # Counted from the far end, which needs no size.
+        window = op.Slice(values, _ints(row), _ints(row - 2 * margin or _END), _ints(2))
+        term = op.MatMul(band, window)
+        out = term if out is None else op.Add(out, term)
+    out = op.Transpose(out, perm=[0, 2, 3, 4, 1, 5])
+    return op.Slice(op.Reshape(out, _ints(0, 0, -1, heads * width)), _ints(0), columns, _ints(2))
+
+
+def _by_offsets(
+    value: Value, attention: Value, ghost_mul: Value, heads: int, width: int, kernel: int
+) -> Value:
+    """As `_by_rows`, offset by offset, with a factor [C, K, K] for each channel."""
+    margin = kernel // 2
+    # [B, G, C/G, H, W] and [B, G, K*K, H, W]: long rows, along which one weight counts for C/G.
+    values = op.Reshape(value, _ints(0, 0, 0, heads, width))
+    values = op.Transpose(values, perm=[0, 3, 4, 1, 2])
+    values = op.Pad(values, _ints(0, 0, 0, margin, margin, 0, 0, 0, margin, margin))
+    attention = op.Transpose(attention, perm=[0, 3, 4, 1, 2])
+    out = None
+    for offset in range(kernel**2):
+        start = divmod(offset, kernel)
+        ky, kx = start
+        end = [first - 2 * margin or _END for first in start]
+        window = op.Slice(values, _ints(*start), _ints(*end), _ints(3, 4))
+        factor = op.Slice(ghost_mul, _ints(ky, kx), _ints(ky + 1, kx + 1), _ints(1, 2))
+        window = op.Mul(window, op.Reshape(factor, _ints(1, heads, width, 1, 1)))
+        term = op.Mul(window, op.Slice(attention, _ints(offset), _ints(offset + 1), _ints(2)))
+        out = term if out is None else op.Add(out, term)
+    return op.Reshape(op.Transpose(out, perm=[0, 3, 4, 1, 2]), _ints(0, 0, 0, heads * width))
 
 
 def adaptive_average_pool(x: Value, size: Sequence[int]) -> Value:
