@@ -149,11 +149,20 @@ def check_options(options: argparse.Namespace) -> None:
         raise UsageError("--half and --int8 are for .onnx and .xml files")
     if options.compile and ending != ".pt2":
         raise UsageError(f"--compile is for .pt2 files, got {options.out}")
+    if os.path.isdir(options.out):
+        raise UsageError(f"--out must be a file, {options.out} is a folder")
     folder = os.path.dirname(options.out) or "."
     if not os.path.isdir(folder):
         raise UsageError(f"the folder {folder} of --out does not exist")
     if missing := [image for image in options.images if not os.path.isfile(image)]:
         raise UsageError(f"--images {missing[0]} does not exist")
+    if options.images or options.int8 is not None:
+        from elsa_tools.predict.inputs import find_inputs, is_video, read_image
+
+        for image in options.images:
+            read_image(image)
+        if options.int8 is not None and all(map(is_video, find_inputs([options.int8]))):
+            raise UsageError(f"--int8 must name a folder of images, {options.int8} has none")
 
 
 def load(options: argparse.Namespace) -> tuple[Exportable, Record, Inferencer | None]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from elsa_core import __version__
 from elsa_core.runtime.errors import UsageError
-from elsa_core.runtime.files import replacing, replacing_by_name, temporary_folder
+from elsa_core.runtime.files import replacing_by_name, temporary_folder
 from elsa_tools.predict.inferencer import Inferencer
 
 from .models import Exportable
@@ -66,41 +66,43 @@ def write_model(
                 f"{path} was not written, it must compute what PyTorch does: {wrong[0]}"
             )
 
-    quantised = None
-    ending = os.path.splitext(path)[1]
-    if ending == ".xml" or calibration is not None:
-        from .onnx import write_onnx
-
-        with temporary_folder() as folder:
-            middle = os.path.join(folder, "model.onnx")
-            step("tracing")
-            with replacing_by_name(middle) as part:
-                write_onnx(module, part, record)
-            if calibration is not None:
-                from .quantise import quantise
-
-                check(middle)
-                step("quantising")
-                quantised = quantise(middle, path, calibration)
-            else:
-                from .openvino import to_openvino
-
-                step("converting")
-                to_openvino(middle, path, half=record.precision == "float16", check=check)
-    elif ending == ".pt2":
-        from .program import compile_program, save_program
-
-        step("compiling" if compiled else "tracing")
-        save = compile_program if compiled else save_program
-        save(module, path, record.to_json(), check)
-    else:
-        with replacing_by_name(path) as part:
-            step("tracing")
+    with replacing_by_name(report_path(path)) as report:
+        _reserve(report, len(images))
+        quantised = None
+        ending = os.path.splitext(path)[1]
+        if ending == ".xml" or calibration is not None:
             from .onnx import write_onnx
 
-            write_onnx(module, part, record)
-            check(part)
-    _write_report(path, record, checks, quantised)
+            with temporary_folder() as folder:
+                middle = os.path.join(folder, "model.onnx")
+                step("tracing")
+                with replacing_by_name(middle) as part:
+                    write_onnx(module, part, record)
+                if calibration is not None:
+                    from .quantise import quantise
+
+                    check(middle)
+                    step("quantising")
+                    quantised = quantise(middle, path, calibration)
+                else:
+                    from .openvino import to_openvino
+
+                    step("converting")
+                    to_openvino(middle, path, half=record.precision == "float16", check=check)
+        elif ending == ".pt2":
+            from .program import compile_program, save_program
+
+            step("compiling" if compiled else "tracing")
+            save = compile_program if compiled else save_program
+            save(module, path, record.to_json(), check)
+        else:
+            with replacing_by_name(path) as part:
+                step("tracing")
+                from .onnx import write_onnx
+
+                write_onnx(module, part, record)
+                check(part)
+        _write_report(report, path, record, checks, quantised)
     return checks, quantised
 
 
@@ -108,8 +110,20 @@ def report_path(path: str) -> str:
     return f"{path}.report.json"
 
 
+def _reserve(report: str, images: int) -> None:
+    """Takes the report's place on the disk, so that it does not fail behind a complete model."""
+    with open(report, "wb") as file:
+        file.write(b" " * (2**16 + 2**11 * images))
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def _write_report(
-    path: str, record: Record, checks: Sequence[Check], quantised: Quantised | None
+    report: str,
+    path: str,
+    record: Record,
+    checks: Sequence[Check],
+    quantised: Quantised | None,
 ) -> None:
     versions = {"elsa-swin": __version__}
     for name in _PACKAGES:
@@ -126,5 +140,6 @@ def _write_report(
         "verified": bool(checks),
         "checks": [check.to_dict() for check in checks],
     }
-    with replacing(report_path(path)) as file:
+    with open(report, "r+b") as file:
         file.write(json.dumps(content, indent=1).encode() + b"\n")
+        file.truncate()

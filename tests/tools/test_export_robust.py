@@ -12,8 +12,9 @@ from digit_models import DET, SEG
 
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.files import temporary_folder
-from elsa_tools.export import onnx
+from elsa_tools.export import onnx, write
 from elsa_tools.export.build import wrap
+from elsa_tools.export.cli import check_options, parse_arguments
 from elsa_tools.export.record import Record
 from elsa_tools.export.write import write_model
 from elsa_tools.predict import load_inferencer
@@ -118,6 +119,37 @@ def test_a_full_temporary_folder_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match=r"model.onnx cannot be written: No space left"):
         write_model(None, RECORD, str(tmp_path / "m.xml"), verified=False)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_report_that_cannot_be_written_keeps_the_file(tmp_path, monkeypatch):
+    def full(report, images):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(write, "_reserve", full)
+    monkeypatch.setattr(onnx, "write_onnx", lambda module, path, record: None)
+    old = tmp_path / "m.onnx"
+    old.write_text("old")
+    with pytest.raises(UsageError, match=r"report.json cannot be written: No space left"):
+        write_model(None, RECORD, str(old), verified=False)
+    assert old.read_text() == "old" and list(tmp_path.iterdir()) == [old]
+
+
+@pytest.mark.parametrize(
+    ("options", "rule"),
+    [
+        (["--int8", "."], "no image and no video found"),
+        (["--images", "text.png"], "cannot be read as an image"),
+        (["--out", "folder.onnx"], "is a folder"),
+    ],
+)
+def test_options_are_refused_before_the_work(options, rule, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    os.mkdir("folder.onnx")
+    if "--images" in options:
+        (tmp_path / "text.png").write_text("text")
+    with pytest.raises(UsageError, match=rule):
+        arguments = ["--config", DET["mmdet"], "--out", "m.onnx", *options]
+        check_options(parse_arguments(arguments, "export"))
 
 
 def test_a_signal_removes_temporary_folders(tmp_path):
