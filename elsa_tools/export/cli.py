@@ -37,6 +37,7 @@ within 1e-4. OUT.report.json has the comparison. 'elsa demo --model OUT' runs th
 exit status: 0 done, 2 an error (one sentence on standard error; OUT is as it was), 130 interrupted
 """
 PACKAGES = ("onnx", "onnx_ir", "onnxruntime", "onnxscript", "tqdm")
+BAR = "{desc} |{bar:20}| {n_fmt}/{total_fmt} [{elapsed}]"
 FORMATS = {".onnx": "onnx", ".pt2": "torch", ".xml": "openvino"}
 
 
@@ -94,14 +95,15 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
 
 def run(options: argparse.Namespace, tool: str) -> int:
     check_options(options)
-    bar = _Progress()
-    with bar:
-        bar.step("loading the model")
+    from tqdm import tqdm
+
+    with tqdm(desc="loading the model", bar_format=BAR, disable=None, leave=False) as bar:
         module, record, inferencer = load(options)
         from .write import report_path, write_model
 
         if not options.weights:
-            bar.say(tool, "without --weights the weights are random")
+            bar.clear()
+            say(tool, "without --weights the weights are random")
         checks, quantised = write_model(
             module,
             record,
@@ -111,7 +113,7 @@ def run(options: argparse.Namespace, tool: str) -> int:
             verified=options.verify,
             calibration=options.int8,
             compiled=options.compile,
-            step=bar.step,
+            bar=bar,
         )
     for line in (*checks, *([quantised] if quantised else [])):
         show(str(line))
@@ -200,29 +202,6 @@ def load(options: argparse.Namespace) -> tuple[Exportable, Record, Inferencer | 
     if options.half:
         record = dataclasses.replace(record, precision="float16")
     return module, record, inferencer
-
-
-class _Progress:
-    """A line on a terminal that says what is being done, and for how long."""
-
-    def __init__(self) -> None:
-        from tqdm import tqdm
-
-        form = "{desc} [{elapsed}]"
-        self.bar = tqdm(bar_format=form, disable=None, leave=False)
-
-    def __enter__(self) -> _Progress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def step(self, what: str) -> None:
-        self.bar.set_description_str(what)
-
-    def say(self, tool: str, sentence: str) -> None:
-        self.bar.clear()
-        say(tool, sentence)
 
 
 if __name__ == "__main__":

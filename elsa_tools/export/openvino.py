@@ -8,7 +8,6 @@ then differ in the second digit. `load_openvino` tells it to compute in float32.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import openvino as ov
 
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.files import replacing_by_name, temporary_folder
+from elsa_core.weights.write import sha256
 
 from .openvino_ops import follow_onnx
 from .record import KEY, Record, onnx_record
@@ -66,7 +66,7 @@ def read_exported(path: str) -> tuple[ov.Model, Record]:
     model = _read(path)
     if not (model.has_rt_info([KEY]) and model.has_rt_info([WEIGHTS])):
         raise UsageError(f"{path} must be a model of `elsa export`, it has no record")
-    if model.get_rt_info([WEIGHTS]).astype(str) != _digest(weights):
+    if model.get_rt_info([WEIGHTS]).astype(str) != sha256(weights):
         raise UsageError(f"{path} and {weights} must come from one export, they do not")
     return model, Record.from_json(model.get_rt_info([KEY]).astype(str))
 
@@ -143,12 +143,4 @@ def _set_digest(path: str) -> None:
         text = file.read()
         assert text.count(_NO_DIGEST.encode()) == 1
         file.seek(text.index(_NO_DIGEST.encode()))
-        file.write(_digest(weights_path(path)).encode())
-
-
-def _digest(path: str) -> str:
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+        file.write(sha256(weights_path(path)).encode())

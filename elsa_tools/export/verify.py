@@ -63,6 +63,11 @@ def executors(path: str) -> list[str]:
     return ["torch" if path.endswith(".pt2") else "openvino"]
 
 
+def comparisons(path: str, images: int) -> int:
+    """How many `verify` makes for ``images`` images of the framework's; 0 for a bare backbone."""
+    return len(executors(path)) * (len(SIZES) + images)
+
+
 def verify(
     path: str,
     module: Exportable,

@@ -5,18 +5,21 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from elsa_core import __version__
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.files import replacing_by_name, temporary_folder
+from elsa_core.weights.write import sha256
 from elsa_tools.predict.inferencer import Inferencer
 
 from .models import Exportable
 from .record import Record
-from .verify import Check, verify
+from .verify import Check, comparisons, verify
 
 if TYPE_CHECKING:
     from .quantise import Quantised
@@ -34,7 +37,7 @@ def write_model(
     verified: bool = True,
     calibration: str | None = None,
     compiled: bool = False,
-    step: Callable[[str], None] = lambda name: None,
+    bar: Any = None,
 ) -> tuple[list[Check], Quantised | None]:
     """Writes ``path``, in the format of its ending, and ``path``.report.json beside it.
 
@@ -47,19 +50,31 @@ def write_model(
         verified: False writes the file without comparing it.
         calibration: folder of images, for an int8 model.
         compiled: compile a .pt2 file by AOTInductor.
-        step: called with what is done next.
+        bar: a progress bar of tqdm, which is reset and counts the steps.
 
     Raises:
         UsageError: the model cannot be exported or written, or an executor computes something
             else; then what was at ``path`` stays.
     """
     checks: list[Check] = []
+    ending = os.path.splitext(path)[1]
+    by_onnx = ending == ".xml" or calibration is not None
+    bar = tqdm(disable=True) if bar is None else bar
+    bar.reset(total=1 + by_onnx)
+    bar.set_description_str("compiling" if compiled else "tracing")
+    if verified:
+        end_to_end = inferencer is not None and inferencer.task == module.task
+        compared = path if calibration is None else "model.onnx"
+        bar.total += comparisons(compared, max(1, len(images)) if end_to_end else 0)
 
     def check(part: str) -> None:
+        bar.update()
         if not verified:
             return
+        bar.set_description_str("comparing")
         for found in verify(part, module, inferencer, images):
-            step(str(found))
+            bar.set_description_str(str(found))
+            bar.update()
             checks.append(found)
         if wrong := [str(found) for found in checks if not found.same]:
             raise UsageError(
@@ -69,35 +84,32 @@ def write_model(
     with replacing_by_name(report_path(path)) as report:
         _reserve(report, len(images))
         quantised = None
-        ending = os.path.splitext(path)[1]
-        if ending == ".xml" or calibration is not None:
+        if by_onnx:
             from .onnx import write_onnx
 
             with temporary_folder() as folder:
                 middle = os.path.join(folder, "model.onnx")
-                step("tracing")
                 with replacing_by_name(middle) as part:
                     write_onnx(module, part, record)
                 if calibration is not None:
                     from .quantise import quantise
 
                     check(middle)
-                    step("quantising")
+                    bar.set_description_str("quantising")
                     quantised = quantise(middle, path, calibration)
                 else:
                     from .openvino import to_openvino
 
-                    step("converting")
+                    bar.update()
+                    bar.set_description_str("converting")
                     to_openvino(middle, path, half=record.precision == "float16", check=check)
         elif ending == ".pt2":
             from .program import compile_program, save_program
 
-            step("compiling" if compiled else "tracing")
             save = compile_program if compiled else save_program
             save(module, path, record.to_json(), check)
         else:
             with replacing_by_name(path) as part:
-                step("tracing")
                 from .onnx import write_onnx
 
                 write_onnx(module, part, record)
@@ -119,11 +131,7 @@ def _reserve(report: str, images: int) -> None:
 
 
 def _write_report(
-    report: str,
-    path: str,
-    record: Record,
-    checks: Sequence[Check],
-    quantised: Quantised | None,
+    report: str, path: str, record: Record, checks: Sequence[Check], quantised: Quantised | None
 ) -> None:
     versions = {"elsa-swin": __version__}
     for name in _PACKAGES:
@@ -134,6 +142,7 @@ def _write_report(
     content = {
         "schema": 1,
         "file": os.path.basename(path),
+        "sha256": sha256(path),
         "record": json.loads(record.to_json()),
         "int8": None if quantised is None else asdict(quantised),
         "versions": versions,

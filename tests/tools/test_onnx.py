@@ -1,5 +1,9 @@
 """ONNX files compared with PyTorch: the backbone and UPerNet of both frameworks, at any size."""
 
+import hashlib
+import json
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -43,6 +47,7 @@ def outputs(path, image):
     "changes, always_shift",
     [
         ({}, True),
+        ({"kernel_size": 19}, True),
         ({"kernel_size": 5, "lam": 1}, False),
         ({"lam": 2, "gamma": 0, "window_size": 4}, True),
     ],
@@ -91,6 +96,9 @@ def test_a_variant_is_the_same(tmp_path, capsys, monkeypatch):
     assert {node.domain for node in model.graph.node} == {""} and not model.functions
     record = Record.from_json(model.metadata_props[0].value)
     assert record == FEATURES
+    report = json.loads(Path(f"{path}.report.json").read_text())
+    assert report["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert report["verified"] and all(check["same"] for check in report["checks"])
 
 
 @pytest.mark.slow
