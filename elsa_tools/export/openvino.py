@@ -7,7 +7,6 @@ then differ in the second digit. `load_openvino` tells it to compute in float32.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -28,14 +27,11 @@ WEIGHTS = "elsa_weights"
 _NO_DIGEST = "?" * 64
 
 
-def to_openvino(
-    onnx_path: str, path: str, half: bool = False, check: Callable[[str], object] | None = None
-) -> None:
-    """Write an exported ONNX file as an OpenVINO model.
+def to_openvino(onnx_path: str, path: str, check: Callable[[str], object] | None = None) -> None:
+    """Write an exported ONNX file as an OpenVINO model, which stores weights as the file does.
 
     Args:
         path: the .xml file; weights go to the .bin file beside it. Both are written, or neither.
-        half: store weights in float16. Computation stays in float32.
         check: called with the path of the complete model before it gets its name. If it raises, the
             files at ``path`` do not change.
 
@@ -43,9 +39,7 @@ def to_openvino(
         UsageError: the file has no record, OpenVINO cannot read it, or ``path`` cannot be written.
     """
     model, record = read_exported(onnx_path)
-    if half:
-        record = dataclasses.replace(record, precision="float16")
-    write_openvino(model, path, record, half, check)
+    write_openvino(model, path, record, check)
 
 
 def read_exported(path: str) -> tuple[ov.Model, Record]:
@@ -89,7 +83,6 @@ def write_openvino(
     model: ov.Model,
     path: str,
     record: Record,
-    half: bool = False,
     check: Callable[[str], object] | None = None,
 ) -> None:
     """Write a model and its record; the rest as in `to_openvino`."""
@@ -99,7 +92,8 @@ def write_openvino(
     model.set_rt_info(_NO_DIGEST, [WEIGHTS])
     with _pair(path) as name:
         try:
-            ov.save_model(model, name, compress_to_fp16=half)
+            # Compressed, anchors and the image's mean would be rounded, too.
+            ov.save_model(model, name, compress_to_fp16=False)
         except RuntimeError as error:
             raise UsageError(f"{path} cannot be written: {one_line(error)[:200]}") from error
         _set_digest(name)

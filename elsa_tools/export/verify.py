@@ -14,7 +14,7 @@ import torch
 from elsa_tools.predict.executors import EXECUTORS, Executor
 from elsa_tools.predict.inferencer import Inferencer
 from elsa_tools.predict.results import Detections, Result
-from elsa_tools.predict.runtime import RuntimeInferencer
+from elsa_tools.predict.runtime import RuntimeInferencer, resize_image
 from elsa_tools.verify.compare import Outcome, compare
 from elsa_tools.verify.image import drawn_image, read_image
 from elsa_tools.verify.ties import TiesByIndex
@@ -77,7 +77,9 @@ def verify(
     """Compares a file in each of its `executors` with the model that it was exported from.
 
     First arrays for random images of three `SIZES`, from ``module``; then, of detectors and
-    segmentors, what is found in images, from the framework, one image at a time and all at once.
+    segmentors, what is found in images, from the framework. Of a detector that pastes its masks,
+    the images are resized before: the masks are the resized image's, and would differ at their
+    borders once they are resampled.
 
     Args:
         inferencer: the framework's model with its test pipeline; None for a bare backbone.
@@ -89,6 +91,8 @@ def verify(
         assert inferencer is not None
         for name in images or ["a drawn image"]:
             pixels = (read_image(name) if images else drawn_image()).numpy()
+            if getattr(module, "pasted", False):
+                pixels = resize_image(inferencer.resize(), pixels)
             with TiesByIndex():
                 wanted.append((name, pixels, inferencer.predict(pixels)))
     for name in executors(path):

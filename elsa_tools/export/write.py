@@ -102,7 +102,7 @@ def write_model(
 
                     bar.update()
                     bar.set_description_str("converting")
-                    to_openvino(middle, path, half=record.precision == "float16", check=check)
+                    to_openvino(middle, path, check=check)
         elif ending == ".pt2":
             from .program import compile_program, save_program
 

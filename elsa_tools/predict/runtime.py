@@ -117,12 +117,23 @@ class RuntimeInferencer(Inferencer):
 
 def prepare(record: Record, image: np.ndarray) -> np.ndarray:
     """An image [H, W, 3], 8 bits, blue first, as the model takes it: [3, h, w], float32, RGB."""
-    if record.resize is not None:
-        image = _resize(record.resize, image)
-    pixels: np.ndarray = image[..., ::-1].astype(np.float32)
+    pixels: np.ndarray = resize_image(record.resize, image)[..., ::-1].astype(np.float32)
     if record.normalised:
         pixels = (pixels - np.array(record.mean, np.float32)) / np.array(record.std, np.float32)
     return pixels.transpose(2, 0, 1)
+
+
+def resize_image(resize: Resize | None, image: np.ndarray) -> np.ndarray:
+    if resize is None:
+        return image
+    height, width = resize.size(*image.shape[:2])
+    if resize.backend == "opencv":
+        import cv2
+
+        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def label_map(logits: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
@@ -145,18 +156,8 @@ def resize_masks(masks: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         return masks.astype(bool)
     import cv2
 
+    kind = cv2.INTER_AREA if shape < masks.shape[1:] else cv2.INTER_LINEAR
     resized = np.zeros((len(masks), *shape), dtype=bool)
     for target, mask in zip(resized, masks, strict=True):
-        target[:] = cv2.resize(mask.astype(np.float32), shape[::-1]) >= 0.5
+        target[:] = cv2.resize(mask.astype(np.float32), shape[::-1], interpolation=kind) >= 0.5
     return resized
-
-
-def _resize(resize: Resize, image: np.ndarray) -> np.ndarray:
-    height, width = resize.size(*image.shape[:2])
-    if resize.backend == "opencv":
-        import cv2
-
-        return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-    from PIL import Image
-
-    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))

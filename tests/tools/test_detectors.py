@@ -1,5 +1,6 @@
 """Exported detectors of both frameworks find what the frameworks find."""
 
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,13 @@ import torch
 from digit_models import DET, untrained
 
 from elsa_core.runtime.errors import UsageError
+from elsa_tools.export import verify as verify_module
 from elsa_tools.export.build import wrap
 from elsa_tools.export.onnx import write_onnx
 from elsa_tools.export.record import record_of
 from elsa_tools.export.verify import verify
 from elsa_tools.predict import load_inferencer
+from elsa_tools.predict.executors import Executor
 
 CASCADE = {
     "detectron2": (
@@ -167,6 +170,24 @@ def test_an_onnx_file_finds_the_same(models, files):
     assert all(check.same and check.numbers["detections"] for check in checks)
     module.roi_head.bbox_head[0].fc_cls.bias.data[3] += 0.1
     assert not all(check.same for check in verify(files["mmdet"], module, None))
+
+
+@pytest.mark.parametrize("framework", DET)
+def test_pasted_masks_are_compared_at_the_models_size(models, framework, monkeypatch):
+    """The drawn image is three times as large, and its masks would differ at their borders."""
+    module = wrap(models[framework], pasted=True)
+
+    class InPyTorch(Executor):
+        def _run(self, arrays):
+            with torch.no_grad():
+                return [value.numpy() for value in module(*map(torch.from_numpy, arrays.values()))]
+
+    record = dataclasses.replace(record_of(models[framework]), masks="pasted")
+    executor = InPyTorch("x.onnx", record, module.inputs, module.names)
+    monkeypatch.setattr(verify_module, "EXECUTORS", {"x": lambda *_: executor})
+    monkeypatch.setattr(verify_module, "executors", lambda path: ["x"])
+    *_, drawn = verify("x.onnx", module, models[framework])
+    assert drawn.what == "a drawn image" and drawn.same and drawn.numbers["detections"]
 
 
 @pytest.mark.slow
