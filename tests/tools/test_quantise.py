@@ -202,5 +202,17 @@ def test_a_trained_detector(trained, ending, tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted({f"int8{ending}", *_beside(ending)})
 
 
+@pytest.mark.slow
+def test_only_what_is_quantised_is_calibrated(trained, tmp_path):
+    """The tensors of all nodes do not fit into memory at once for large images."""
+    from elsa_tools.export.quantise_onnx import OnnxRuntime, _Calibrater
+
+    path = tmp_path / "model.onnx"
+    path.symlink_to(trained[0])
+    nodes = [node for part in OnnxRuntime(trained[0]).parts.values() for node in part]
+    calibrater = _Calibrater(path, nodes[:1])
+    assert len(calibrater.select_tensors_to_calibrate(calibrater.model)[0]) == 2
+
+
 def _beside(ending):
     return ["int8.bin"] if ending == ".xml" else []
