@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
-from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from elsa_core.runtime.files import replacing_by_name
 
 from .calibration import Arrays, Images, Run
 from .quantiser import Quantiser, part_of, without_output
+from .quiet import quiet
 from .record import KEY, Record, onnx_record
 
 # Operators with weights; their second input.
@@ -65,7 +64,7 @@ class OnnxRuntime(Quantiser):
                 self.parts.setdefault(part_of(node.input[1]), []).append(node.name)
 
     def quantised(self, names: Collection[str], images: Images, bar: Any) -> onnx.ModelProto:
-        with _quietly(), tempfile.TemporaryDirectory() as folder:
+        with quiet("root"), without_output(), tempfile.TemporaryDirectory() as folder:
             # onnxruntime writes beside the model.
             path = Path(folder, "model.onnx")
             path.symlink_to(os.path.abspath(self.path))
@@ -129,18 +128,6 @@ class OnnxRuntime(Quantiser):
 
     def size(self) -> int:
         return os.path.getsize(self.path)
-
-
-@contextmanager
-def _quietly() -> Iterator[None]:
-    """Within it, onnxruntime gives no advice."""
-    level = logging.root.level
-    logging.root.setLevel(logging.ERROR)
-    try:
-        with without_output():
-            yield
-    finally:
-        logging.root.setLevel(level)
 
 
 def _grouped(node: onnx.NodeProto) -> bool:

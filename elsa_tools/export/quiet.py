@@ -1,4 +1,4 @@
-"""Keeps PyTorch's exporters quiet."""
+"""Keeps exporters and quantisers quiet."""
 
 from __future__ import annotations
 

@@ -63,9 +63,12 @@ def executors(path: str) -> list[str]:
     return ["torch" if path.endswith(".pt2") else "openvino"]
 
 
-def comparisons(path: str, images: int) -> int:
-    """How many `verify` makes for ``images`` images of the framework's; 0 for a bare backbone."""
-    return len(executors(path)) * (len(SIZES) + images)
+def comparisons(
+    path: str, module: Exportable, inferencer: Inferencer | None, images: Sequence[str] = ()
+) -> int:
+    """How many `verify` makes."""
+    found = max(1, len(images)) if _is_end_to_end(module, inferencer) else 0
+    return len(executors(path)) * (len(SIZES) + found)
 
 
 def verify(
@@ -85,7 +88,7 @@ def verify(
         inferencer: the framework's model with its test pipeline; None for a bare backbone.
         images: files; none: a drawn image.
     """
-    end_to_end = inferencer is not None and inferencer.task == module.task
+    end_to_end = _is_end_to_end(module, inferencer)
     wanted: list[tuple[str, np.ndarray, Result]] = []
     if end_to_end:
         assert inferencer is not None
@@ -102,6 +105,11 @@ def verify(
         yield from _compare_arrays(name, executor, module)
         if end_to_end:
             yield from _compare_results(name, RuntimeInferencer(executor), wanted)
+
+
+def _is_end_to_end(module: Exportable, inferencer: Inferencer | None) -> bool:
+    """Whether the framework's model finds what the exported one does; not for a bare backbone."""
+    return inferencer is not None and inferencer.task == module.task
 
 
 def _compare_arrays(name: str, executor: Executor, module: Exportable) -> Iterator[Check]:

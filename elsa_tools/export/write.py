@@ -59,13 +59,13 @@ def write_model(
     checks: list[Check] = []
     ending = os.path.splitext(path)[1]
     by_onnx = ending == ".xml" or calibration is not None
-    bar = tqdm(disable=True) if bar is None else bar
-    bar.reset(total=1 + by_onnx)
-    bar.set_description_str("compiling" if compiled else "tracing")
+    steps = 1 + by_onnx
     if verified:
-        end_to_end = inferencer is not None and inferencer.task == module.task
         compared = path if calibration is None else "model.onnx"
-        bar.total += comparisons(compared, max(1, len(images)) if end_to_end else 0)
+        steps += comparisons(compared, module, inferencer, images)
+    bar = tqdm(disable=True) if bar is None else bar
+    bar.reset(total=steps)
+    bar.set_description_str("compiling" if compiled else "tracing")
 
     def check(part: str) -> None:
         bar.update()
@@ -98,6 +98,7 @@ def write_model(
                     check(middle)
                     bar.set_description_str("quantising")
                     quantised = quantise(middle, path, calibration)
+                    bar.update()
                 else:
                     from .openvino import to_openvino
 

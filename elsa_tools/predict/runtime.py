@@ -124,6 +124,7 @@ def prepare(record: Record, image: np.ndarray) -> np.ndarray:
 
 
 def resize_image(resize: Resize | None, image: np.ndarray) -> np.ndarray:
+    """An image [H, W, 3], 8 bits, as the test pipeline resizes it; None: as it is."""
     if resize is None:
         return image
     height, width = resize.size(*image.shape[:2])
@@ -156,7 +157,7 @@ def resize_masks(masks: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
         return masks.astype(bool)
     import cv2
 
-    kind = cv2.INTER_AREA if shape < masks.shape[1:] else cv2.INTER_LINEAR
+    kind = cv2.INTER_AREA if shape[0] < masks.shape[1] else cv2.INTER_LINEAR
     resized = np.zeros((len(masks), *shape), dtype=bool)
     for target, mask in zip(resized, masks, strict=True):
         target[:] = cv2.resize(mask.astype(np.float32), shape[::-1], interpolation=kind) >= 0.5
