@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -12,10 +12,94 @@ from .checkpoint import drop_unused_keys
 from .layers import ELSA, WindowAttention
 from .variants import Arch
 
-_Self = TypeVar("_Self", bound="ELSASwin")
+_Self = TypeVar("_Self", bound="StagedBackbone")
 
 
-class ELSASwin(nn.Module):
+class StagedBackbone(nn.Module):
+    """Base of both families: stages whose maps are returned, frozen or not built.
+
+    Args:
+        num_features: channels of each map that can be returned.
+        in_chans, out_indices, frozen_stages, init_std: as in `ELSASwin`.
+        rates: probabilities, by the argument's name.
+
+    Raises:
+        ValueError: a value is out of range.
+    """
+
+    def __init__(
+        self,
+        num_features: Sequence[int],
+        in_chans: int,
+        out_indices: Sequence[int],
+        frozen_stages: int,
+        init_std: float,
+        **rates: float,
+    ) -> None:
+        super().__init__()
+        self.num_features = list(num_features)
+        self.in_chans = in_chans
+        self.out_indices = tuple(out_indices)
+        self.frozen_stages = frozen_stages
+        for name, rate in rates.items():
+            if not 0 <= rate < 1:
+                raise ValueError(f"{name} must be in [0, 1), got {name}={rate}")
+        if not init_std > 0:
+            raise ValueError(f"init_std must be positive, got {init_std=}")
+        stages = len(self.num_features)
+        if not self.out_indices or list(self.out_indices) != sorted(
+            set(self.out_indices) & set(range(stages))
+        ):
+            raise ValueError(
+                f"out_indices must be one or more of the stages 0..{stages - 1}, each once and "
+                f"in ascending order, got out_indices={self.out_indices}"
+            )
+        if self.frozen_stages not in range(-1, stages + 1):
+            raise ValueError(
+                "frozen_stages must be -1 (none), 0 (patch embedding) or the number of frozen "
+                f"stages, at most {stages}, got frozen_stages={self.frozen_stages}"
+            )
+
+    def _init_linear(self, std: float) -> None:
+        """Initialise the linear layers: weights of deviation ``std``, biases of 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                # The originals truncate at 2, a hundred standard deviations, which has no effect.
+                # The newest PyTorch reads values to truncate, which fake tensors do not have.
+                nn.init.normal_(module.weight, std=std)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def check_image(self, x: Tensor) -> None:
+        """Raise ValueError unless ``x`` has the shape of images."""
+        if x.dim() != 4 or x.shape[1] != self.in_chans:
+            raise ValueError(
+                f"input must have the shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}"
+            )
+
+    def stage_maps(self, x: Tensor) -> list[Tensor]:
+        """Return the maps [B, H, W, C] of the patch embedding and each stage, before the norms."""
+        raise NotImplementedError
+
+    def frozen_parts(self) -> Iterable[nn.Module | nn.Parameter]:
+        """Return what ``frozen_stages`` freezes."""
+        raise NotImplementedError
+
+    def train(self: _Self, mode: bool = True) -> _Self:
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def _freeze_stages(self) -> None:
+        if self.frozen_stages < 0:
+            return
+        for part in self.frozen_parts():
+            part.requires_grad_(False)
+            if isinstance(part, nn.Module):
+                part.eval()
+
+
+class ELSASwin(StagedBackbone):
     """A Swin Transformer that attends with ELSA in every stage but the last.
 
     Maps an image [B, in_chans, H, W] to a tuple of [B, C_i, H_i, W_i], one for each of
@@ -65,19 +149,19 @@ class ELSASwin(nn.Module):
         init_std: float = 0.02,
         always_shift: bool = True,
     ) -> None:
-        super().__init__()
-        self.arch = Arch.from_spec(arch)
-        self.num_features = self.arch.num_features
-        self.in_chans = in_chans
-        self.out_indices = tuple(out_indices)
-        self.frozen_stages = frozen_stages
+        arch = Arch.from_spec(arch)
+        super().__init__(
+            arch.num_features,
+            in_chans,
+            out_indices,
+            frozen_stages,
+            init_std,
+            drop_path_rate=drop_path_rate,
+            drop_rate=drop_rate,
+            attn_drop_rate=attn_drop_rate,
+        )
+        self.arch = arch
         self.always_shift = always_shift
-        _check_rate("drop_path_rate", drop_path_rate)
-        _check_rate("drop_rate", drop_rate)
-        _check_rate("attn_drop_rate", attn_drop_rate)
-        if not init_std > 0:
-            raise ValueError(f"init_std must be positive, got {init_std=}")
-        self._check_stages()
 
         self.patch_embed = PatchEmbed(in_chans, self.num_features[0])
         self.pos_drop = nn.Dropout(drop_rate)
@@ -99,30 +183,9 @@ class ELSASwin(nn.Module):
         for stage in self.out_indices:
             self.add_module(f"norm{stage}", nn.LayerNorm(self.num_features[stage]))
 
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                # The original truncates at 2, a hundred standard deviations, which has no effect.
-                # The newest PyTorch reads values to truncate, which fake tensors do not have.
-                nn.init.normal_(module.weight, std=init_std)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self._init_linear(init_std)
         self.register_load_state_dict_pre_hook(_drop_unused_keys)
         self._freeze_stages()
-
-    def _check_stages(self) -> None:
-        stages = len(self.num_features)
-        if not self.out_indices or list(self.out_indices) != sorted(
-            set(self.out_indices) & set(range(stages))
-        ):
-            raise ValueError(
-                f"out_indices must be one or more of the stages 0..{stages - 1}, each once and "
-                f"in ascending order, got out_indices={self.out_indices}"
-            )
-        if self.frozen_stages not in range(-1, stages + 1):
-            raise ValueError(
-                "frozen_stages must be -1 (none), 0 (patch embedding) or the number of frozen "
-                f"stages, at most {stages}, got frozen_stages={self.frozen_stages}"
-            )
 
     def _make_attention(
         self, stage: int, index: int, attn_drop: float, proj_drop: float
@@ -146,10 +209,7 @@ class ELSASwin(nn.Module):
         )
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        if x.dim() != 4 or x.shape[1] != self.in_chans:
-            raise ValueError(
-                f"input must have the shape (B, {self.in_chans}, H, W), got {tuple(x.shape)}"
-            )
+        self.check_image(x)
         maps = self.stage_maps(x)
         return tuple(
             getattr(self, f"norm{stage}")(maps[stage + 1]).permute(0, 3, 1, 2)
@@ -157,7 +217,6 @@ class ELSASwin(nn.Module):
         )
 
     def stage_maps(self, x: Tensor) -> list[Tensor]:
-        """Return the maps [B, H, W, C] of the patch embedding and each stage, before the norms."""
         x = self.pos_drop(self.patch_embed(x))
         maps = [x]
         for stage in self.layers:
@@ -165,26 +224,11 @@ class ELSASwin(nn.Module):
             maps.append(out)
         return maps
 
-    def train(self: _Self, mode: bool = True) -> _Self:
-        super().train(mode)
-        self._freeze_stages()
-        return self
-
-    def _freeze_stages(self) -> None:
-        if self.frozen_stages < 0:
-            return
-        frozen: list[nn.Module] = [self.patch_embed, self.pos_drop]
-        for index, stage in enumerate(self.layers[: self.frozen_stages]):
-            frozen.append(stage)
-            if index in self.out_indices:
-                frozen.append(getattr(self, f"norm{index}"))
-        for module in frozen:
-            module.eval().requires_grad_(False)
-
-
-def _check_rate(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name} must be in [0, 1), got {name}={value}")
+    def frozen_parts(self) -> Iterable[nn.Module | nn.Parameter]:
+        yield from (self.patch_embed, self.pos_drop, *self.layers[: self.frozen_stages])
+        for index in self.out_indices:
+            if index < self.frozen_stages:
+                yield self.get_submodule(f"norm{index}")
 
 
 def _drop_unused_keys(

@@ -1,8 +1,8 @@
-"""Building blocks of ELSA-Swin's stages, all for channels-last maps [B, H, W, C]."""
+"""Building blocks of the stages, all for channels-last maps [B, H, W, C]."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,21 +93,32 @@ class DropPath(nn.Module):
 class Block(nn.Module):
     """Pre-norm residual block around any attention layer that keeps the shape [B, H, W, C]."""
 
-    mlp_ratio = 4
-
     def __init__(
-        self, dim: int, attn: nn.Module, drop: float = 0.0, drop_path: float = 0.0
+        self,
+        dim: int,
+        attn: nn.Module,
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        mlp_ratio: int = 4,
     ) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim)
         self.attn = attn
         self.norm2 = nn.LayerNorm(dim)
-        self.mlp = MLP(dim, self.mlp_ratio * dim, drop)
+        self.mlp = MLP(dim, mlp_ratio * dim, drop)
         self.drop_path = DropPath(drop_path)
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.attn(self.norm1(x)))
         return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+def run_blocks(blocks: Iterable[nn.Module], x: Tensor, with_cp: bool) -> Tensor:
+    """Apply blocks one after the other; ``with_cp`` recomputes them in the backward pass."""
+    recompute = with_cp and torch.is_grad_enabled()
+    for block in blocks:
+        x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+    return x
 
 
 class Stage(nn.Module):
@@ -126,7 +137,5 @@ class Stage(nn.Module):
         self.with_cp = with_cp
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        recompute = self.with_cp and self.training and torch.is_grad_enabled()
-        for block in self.blocks:
-            x = checkpoint(block, x, use_reentrant=False) if recompute else block(x)
+        x = run_blocks(self.blocks, x, self.with_cp and self.training)
         return x, x if self.downsample is None else self.downsample(x)

@@ -25,8 +25,8 @@ class PointwiseConv2d(nn.Conv2d):
     the options of `linear`.
     """
 
-    def __init__(self, in_channels: int, out_channels: int) -> None:
-        super().__init__(in_channels, out_channels, kernel_size=1)
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__(in_channels, out_channels, kernel_size=1, bias=bias)
 
     def forward(self, input: Tensor, **gelu: bool) -> Tensor:
         return linear(input, self.weight.flatten(1), self.bias, **gelu)
@@ -50,7 +50,8 @@ class ELSA(nn.Module):
 
     A grouped KxK convolution of the Hadamard product of query and key gives each head's logits
     over the KxK neighbourhood; `elsa_attention` normalises them, combines them with the ghost
-    filters and applies them to the value. ``lam`` and ``gamma`` as in `elsa_core.variants.Arch`.
+    filters and applies them to the value. ``lam`` and ``gamma`` as in `elsa_core.variants.Arch`,
+    ``qkv_bias`` and ``qk_scale`` as in `VoloArch`.
 
     With ``attn_drop`` > 0, training uses a slower path that holds [B, H, W, C, K*K] values, because
     the fused operator never materialises the attention that the dropout acts on.
@@ -66,17 +67,20 @@ class ELSA(nn.Module):
         gamma: float = 1,
         attn_drop: float = 0.0,
         proj_drop: float = 0.0,
+        qkv_bias: bool = True,
+        qk_scale: float = 1.0,
     ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.kernel_size = kernel_size
+        self.qk_scale = qk_scale
         self.lam = lam
         self.gamma = gamma
         self.attn_drop = attn_drop
         groups = -(-(dim // 3 * 2) // group_width)
         dim_qk = groups * group_width
         self.split_sizes = (dim_qk, dim_qk, dim)
-        self.pre_proj = PointwiseConv2d(dim, sum(self.split_sizes))
+        self.pre_proj = PointwiseConv2d(dim, sum(self.split_sizes), bias=qkv_bias)
         self.attn = nn.Sequential(
             ChannelsLastConv2d(
                 dim_qk, dim_qk, kernel_size, padding=kernel_size // 2, groups=groups
@@ -122,6 +126,8 @@ class ELSA(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         query, key, value = self.pre_proj(x).split(self.split_sizes, dim=-1)
+        if self.qk_scale != 1:
+            query = query * self.qk_scale
         convolution, _, pointwise = self.attn  # the GELU runs inside pointwise
         if grouped_conv.chosen() != "torch" and isinstance(convolution, ChannelsLastConv2d):
             logits = convolution(query, key)
@@ -268,6 +274,33 @@ class WindowAttention(nn.Module):
             mask = shift_mask(rows, columns, self.window_size, shift, self.rb.device)
             bias = bias + mask.to(bias.dtype).unsqueeze(1)
         return bias.expand(rows * columns, -1, -1, -1).flatten(0, 1)
+
+
+class GlobalAttention(nn.Module):
+    """Multi-head self-attention over all positions of a map, [B, H, W, C] -> [B, H, W, C]."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qkv_bias: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.attn_drop = attn_drop
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x.flatten(1, 2)).unflatten(-1, (3, self.num_heads, -1))
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
+        dropout = self.attn_drop if self.training else 0.0
+        out = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout)
+        out = self.proj(out.transpose(1, 2).flatten(2))
+        return self.proj_drop(out).unflatten(1, x.shape[1:3])
 
 
 def pad_to_multiple(x: Tensor, size: int, first: int) -> Tensor:

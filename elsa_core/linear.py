@@ -62,19 +62,31 @@ def fast_linear(layer: nn.Linear) -> Linear:
 
 def is_fast(x: Tensor, weight: Tensor) -> bool:
     """Whether both are plain float32 on the CPU, and nothing but autograd sees what is computed."""
-    if torch.compiler.is_compiling() or torch.jit.is_tracing():
-        return False
-    if _onednn is None or _transforms_active is None or _dispatch_modes is None:
-        return False
     return bool(
-        x.dtype == weight.dtype == torch.float32
-        and x.device.type == weight.device.type == "cpu"
-        and type(x) is Tensor
+        _onednn is not None
+        and is_plain(x)
+        and x.dtype == weight.dtype == torch.float32
+        and weight.device.type == "cpu"
         and type(weight) in (Tensor, nn.Parameter)
         and x.numel() > 0
         and torch.backends.mkldnn.is_available()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def is_plain(x: Tensor) -> bool:
+    """Whether ``x`` is a tensor on the CPU, and nothing but autograd sees what is computed.
+
+    That is no compiler, tracer, dispatch mode or function transform.
+    """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if _transforms_active is None or _dispatch_modes is None:
+        return False
+    return bool(
+        type(x) is Tensor
+        and x.device.type == "cpu"
         and not _transforms_active()
         and _dispatch_modes() == 0
     )
