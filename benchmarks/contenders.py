@@ -1,16 +1,18 @@
-"""Times the backbone and Mask R-CNN against stock Swin: inference and training step."""
+"""Times backbones and Mask R-CNN against stock Swin and VOLO: inference and training step."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from importlib.util import find_spec
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
-from elsa_core import ELSASwin, layers
+from elsa_core import VARIANTS, ELSASwin, ELSAVoloClassifier, layers
 
 from . import detectors
 from .clock import Clock, Run, captured
@@ -45,7 +47,8 @@ def measure_models(
         for step, make in steps.items():
             runs = {which: make(model, shape, clock, dtype) for which, model in built.items()}
             eager = dict(runs)
-            runs |= _on_unfold_path(runs["elsa"])
+            if name in VARIANTS:
+                runs |= _on_unfold_path(runs["elsa"])
             if part == "backbone" and clock.device.type == "cuda":
                 runs |= _graphs(eager)
             rows += compare(part, case, step, runs, clock, rounds, budget)
@@ -105,7 +108,8 @@ def _step(model: nn.Module, shape: Shape, clock: Clock, dtype: torch.dtype, trai
         with torch.set_grad_enabled(train), autocast(clock.device, dtype):
             outs = model(image)
         if train:
-            sum(out.float().mean() for out in outs).backward()
+            found = [out for out in outs if isinstance(out, Tensor) and out.requires_grad]
+            sum(out.float().mean() for out in found).backward()
 
     return run
 
@@ -138,8 +142,48 @@ def _on_unfold_path(run: Run) -> dict[str, Run]:
     }
 
 
+class _TrainedOnTokens(nn.Module):
+    """timm's VOLO that gives the logits of the patch tokens in training, as its recipe needs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Any:
+        return self.model.forward_train(x)
+
+
+def _volos(name: str, size: tuple[int, int]) -> dict[str, nn.Module]:
+    """Returns the classifiers ELSA-VOLO and timm's VOLO, made for images of this size.
+
+    Raises:
+        RuntimeError: they give logits of unequal shapes.
+    """
+    models: dict[str, nn.Module] = {"elsa": ELSAVoloClassifier(name, mix_token=False)}
+    if not find_spec("timm"):
+        print("timm volo left out: timm is not installed", flush=True)
+        return models
+    import timm
+
+    models["timm volo"] = _TrainedOnTokens(timm.create_model(f"{name}_224", img_size=size))
+    for train in (False, True):
+        image = torch.empty(2, 3, *size, device="meta")
+        shapes = {}
+        for which, model in models.items():
+            outs = copy.deepcopy(model).to("meta").train(train)(image)
+            shapes[which] = [out.shape for out in (outs[:2] if train else [outs])]
+        if shapes["elsa"] != shapes["timm volo"]:
+            raise RuntimeError(f"both must give the same logits, got {shapes}")
+    return models
+
+
 def _backbones(name: str, size: tuple[int, int]) -> dict[str, nn.Module]:
-    """Returns ELSA-Swin and a Swin of the same size: MMDetection's, else timm's, else none."""
+    """Returns ELSA-Swin and a Swin of the same size: MMDetection's, else timm's, else none.
+
+    Of ELSA-VOLO the classifier, which is timm's way to build a VOLO.
+    """
+    if name not in VARIANTS:
+        return _volos(name, size)
     models: dict[str, nn.Module] = {"elsa": ELSASwin(name)}
     if find_spec("mmdet"):
         from mmdet.models.backbones import SwinTransformer

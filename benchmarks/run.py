@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from elsa_core import VOLO_VARIANTS
 from elsa_core.runtime.errors import UsageError
 
 from .clock import Clock
@@ -39,8 +40,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--variant",
         nargs="+",
-        choices=("tiny", "small"),
-        help="whose models are measured (default: both, with --quick tiny)",
+        choices=("tiny", "small", *VOLO_VARIANTS),
+        help="whose models are measured (default: tiny and small, with --quick tiny); of ELSA-VOLO "
+        "the classifier alone, in the part backbone",
     )
     parser.add_argument(
         "--threads",
@@ -81,6 +83,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError(f"--size must be at least 32 32, got {options.size[0]} {options.size[1]}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda needs a CUDA device, and PyTorch finds none")
+    volos = [name for name in options.variant or () if name in VOLO_VARIANTS]
+    if volos and options.part != ["backbone"]:
+        raise UsageError(
+            f"--variant {volos[0]} needs --part backbone, got {' '.join(options.part)}"
+        )
     missing = {part: name for part, name in NEEDS.items() if not find_spec(name)}
     if found := [part for part in options.part if part not in missing]:
         for part in options.part:

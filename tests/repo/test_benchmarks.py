@@ -69,6 +69,21 @@ def test_backbones_are_compared_with_the_swin_that_is_installed(monkeypatch, cap
     assert capsys.readouterr().out == "stock swin left out: neither mmdet nor timm is installed\n"
 
 
+def test_classifiers_are_compared_with_timms_volo(monkeypatch, capsys):
+    models = contenders._volos("volo_d1", (64, 96))
+    assert list(models) == ["elsa", "timm volo"]
+    for model in models.values():
+        run_step = contenders._step(
+            model, (1, 3, 64, 96), Clock(torch.device("cpu")), torch.float32, train=True
+        )
+        run_step()
+    monkeypatch.setattr(contenders, "ELSAVoloClassifier", lambda name, **_: torch.nn.Flatten())
+    with pytest.raises(RuntimeError, match="both must give the same logits"):
+        contenders._volos("volo_d1", (64, 96))
+    assert run.main(["--variant", "volo_d1"]) == 2
+    assert "--variant volo_d1 needs --part backbone, got operator" in capsys.readouterr().err
+
+
 def test_parts_that_need_more_are_left_out_by_name(monkeypatch, capsys):
     hide(monkeypatch, "mmdet")
     assert run.parse([]).part == ["operator", "backbone"]
