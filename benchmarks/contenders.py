@@ -150,7 +150,10 @@ class _TrainedOnTokens(nn.Module):
         self.model = model
 
     def forward(self, x: Tensor) -> Any:
-        return self.model.forward_train(x)
+        if not self.training:
+            return self.model(x)
+        token, aux, box = self.model.forward_train(x)
+        return self.model.head(token), aux, box
 
 
 def _volos(name: str, size: tuple[int, int]) -> dict[str, nn.Module]:
