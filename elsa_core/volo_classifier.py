@@ -92,6 +92,7 @@ class ELSAVoloTokens(ELSAVolo):
             attn_drop_rate=attn_drop_rate,
             init_std=init_std,
             out_indices=(3,),
+            pyramid=False,
             **options,
         )
         del self.norm3  # `norm` normalises all tokens
