@@ -63,7 +63,7 @@ ALL = "ELSA_EMULATION_ALL" in os.environ
 LOW = "low and (tile and 7 or ghost or extreme)"
 FEW = "published and tile or agrees and odd and both and float32 and not 13"
 SOME = f"{FEW} or {LOW} or published and not mul and not both or low and 7 or strided and 8 or nan"
-SOME += " or frozen or nothing or refuses or first or streams"
+SOME += " or frozen or nothing or refuses or first or streams or (gradcheck or opcheck) and both-5"
 OLD = f"{LOW} or nan or properties and (published or extreme)"
 
 

@@ -30,7 +30,7 @@ SHAPES = {
     "many channels a head": (1, 6, 5, 70, 1),
     **operator_inputs.SHAPES,
 }
-PUBLISHED = {  # 32 channels a head, for the kernels of K = 7
+PUBLISHED = {  # 32 channels a head, as the published models have
     "one pixel": (1, 1, 1, 32, 1),
     "one tile": (2, 8, 16, 64, 2),
     "a tile and a bit": (1, 9, 17, 96, 3),
@@ -38,7 +38,11 @@ PUBLISHED = {  # 32 channels a head, for the kernels of K = 7
     "wide": (1, 3, 150, 64, 2),
     "stage 1": (2, 50, 76, 96, 3) if DEVICE == "cuda" else (1, 20, 37, 96, 3),
     "stage 3": (1, 14, 14, 384, 12),
+    "volo": (2, 28, 28, 256, 8) if DEVICE == "cuda" else (1, 11, 21, 192, 6),
 }
+# Of any model, ELSA-VOLO, ELSA-Swin.
+MODELS = {"3": (3, ("add",)), "5": (5, ("add", "mul")), "7": (7, ("add",))}
+of_models = pytest.mark.parametrize("kernel_size, ghosts", MODELS.values(), ids=MODELS)
 
 
 def make_inputs(shape, kernel_size, ghosts=("add",), dtype=torch.float32, device=DEVICE, seed=0):
@@ -73,57 +77,62 @@ def test_agrees_with_reference(shape, ghosts, kernel_size, dilation, dtype):
     assert_agrees(make_inputs(shape, kernel_size, ghosts, dtype), kernel_size, dilation)
 
 
+@pytest.mark.parametrize("kernel_size", [5, 7])
 @pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
 @pytest.mark.parametrize("shape", PUBLISHED.values(), ids=PUBLISHED)
-def test_published_shapes_agree_with_reference(shape, ghosts):
-    assert_agrees(make_inputs(shape, 7, ghosts))
+def test_published_shapes_agree_with_reference(shape, ghosts, kernel_size):
+    assert_agrees(make_inputs(shape, kernel_size, ghosts), kernel_size)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
-@pytest.mark.parametrize("kernel_size", [3, 7])
+@of_models
 @pytest.mark.parametrize("shape", PUBLISHED.values(), ids=PUBLISHED)
-def test_low_precision_rounds_once(shape, kernel_size, dtype):
-    assert_rounds_once(make_inputs(shape, kernel_size, ("add",), dtype), kernel_size)
+def test_low_precision_rounds_once(shape, kernel_size, ghosts, dtype):
+    assert_rounds_once(make_inputs(shape, kernel_size, ghosts, dtype), kernel_size)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
+@pytest.mark.parametrize("kernel_size", [5, 7])
 @pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
-def test_low_precision_with_any_ghost(ghosts, dtype):
-    assert_rounds_once(make_inputs(PUBLISHED["a tile and a bit"], 7, ghosts, dtype))
+def test_low_precision_with_any_ghost(ghosts, kernel_size, dtype):
+    shape = PUBLISHED["a tile and a bit"]
+    assert_rounds_once(make_inputs(shape, kernel_size, ghosts, dtype), kernel_size)
 
 
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 @pytest.mark.parametrize("logits", [1e4, -1e4, 0.0])
-def test_low_precision_with_extreme_logits(logits, dtype):
-    inputs = make_inputs(PUBLISHED["a tile and a bit"], 7, dtype=dtype)
+@of_models
+def test_low_precision_with_extreme_logits(kernel_size, ghosts, logits, dtype):
+    inputs = make_inputs(PUBLISHED["a tile and a bit"], kernel_size, ghosts, dtype)
     # 64: the next number of bfloat16.
-    assert_rounds_once(with_constant_logits(inputs, 7, logits, 64))
+    inputs = with_constant_logits(inputs, kernel_size, logits, 64)
+    assert_rounds_once(inputs, kernel_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize("kernel_size", [3, 7])
+@of_models
 @pytest.mark.parametrize("offset", [0, 3, 8, 16], ids="offset {}".format)
-def test_strided_inputs(offset, kernel_size, dtype):
-    inputs = make_inputs((2, 10, 18, 64, 2), kernel_size, dtype=dtype)
+def test_strided_inputs(offset, kernel_size, ghosts, dtype):
+    inputs = make_inputs((2, 10, 18, 64, 2), kernel_size, ghosts, dtype)
     operator_inputs.assert_strides_do_not_matter(inputs, kernel_size, offset)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("kernel_size", [3, 7])
+@of_models
 @pytest.mark.parametrize("shape", SHORT_AXES, ids=str)
-def test_strides_of_axes_of_length_1_mean_nothing(shape, kernel_size, dtype):
-    inputs = make_inputs((*shape, 64, 2), kernel_size, dtype=dtype)
+def test_strides_of_axes_of_length_1_mean_nothing(shape, kernel_size, ghosts, dtype):
+    inputs = make_inputs((*shape, 64, 2), kernel_size, ghosts, dtype)
     operator_inputs.assert_strides_of_axes_of_length_1_mean_nothing(inputs, kernel_size)
 
 
 @pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
-@pytest.mark.parametrize("kernel_size, dilation", [(3, 1), (3, 2), (7, 1)])
+@pytest.mark.parametrize("kernel_size, dilation", [(3, 1), (3, 2), (5, 1), (7, 1)])
 def test_gradcheck(ghosts, kernel_size, dilation):
     inputs = make_inputs((2, 3, 4, 6, 2), kernel_size, ghosts, torch.float64)
     operator_inputs.assert_gradients_are_right(inputs, kernel_size, dilation)
 
 
-@pytest.mark.parametrize("kernel_size", [3, 7])
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
 @pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
 def test_opcheck(ghosts, kernel_size):
     inputs = make_inputs((2, 4, 5, 64, 2), kernel_size, ghosts)
@@ -131,20 +140,23 @@ def test_opcheck(ghosts, kernel_size):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("kernel_size", [5, 7])
 @pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
-def test_gradients_of_frozen_filters_are_left_out(ghosts, dtype):
-    inputs = make_inputs((1, 9, 17, 64, 2), 7, ghosts, dtype)
-    operator_inputs.assert_frozen_filters_are_left_out(torch.ops.elsa.attention_backward, inputs, 7)
+def test_gradients_of_frozen_filters_are_left_out(ghosts, kernel_size, dtype):
+    inputs = make_inputs((1, 9, 17, 64, 2), kernel_size, ghosts, dtype)
+    backward = torch.ops.elsa.attention_backward
+    operator_inputs.assert_frozen_filters_are_left_out(backward, inputs, kernel_size)
 
 
 @needs_cuda
+@pytest.mark.parametrize("kernel_size", [5, 7])
 @pytest.mark.parametrize("ghosts", [("add",), ("add", "mul")], ids=["add", "both"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_gradients_are_deterministic(dtype, ghosts):
-    inputs = make_inputs((4, 60, 77, 96, 3), 7, ghosts, dtype)
+def test_gradients_are_deterministic(dtype, ghosts, kernel_size):
+    inputs = make_inputs((4, 60, 77, 96, 3), kernel_size, ghosts, dtype)
     torch.use_deterministic_algorithms(True)
     try:
-        runs = [value_and_gradients(elsa_attention, inputs) for _ in range(3)]
+        runs = [value_and_gradients(elsa_attention, inputs, kernel_size) for _ in range(3)]
     finally:
         torch.use_deterministic_algorithms(False)
     for run in runs[1:]:
@@ -152,12 +164,11 @@ def test_gradients_are_deterministic(dtype, ghosts):
 
 
 @needs_cuda
-@pytest.mark.parametrize("kernel_size", [3, 7])
-def test_runs_on_the_current_stream(kernel_size):
+@of_models
+def test_runs_on_the_current_stream(kernel_size, ghosts):
     """Behind a long wait on the current stream the inputs change; other streams would see the old
     ones."""
-    shape = (1, 20, 30, 64, 2)
-    inputs = make_inputs(shape, kernel_size)
+    inputs = make_inputs((1, 20, 30, 64, 2), kernel_size, ghosts)
     expected = value_and_gradients(elsa_attention, inputs, kernel_size)
     late = [t if t is None else torch.zeros_like(t).requires_grad_() for t in inputs]
     torch.cuda.synchronize()
@@ -198,9 +209,10 @@ def test_compiles_without_graph_break():
 
 
 @needs_cuda
-@pytest.mark.parametrize("kernel_size", [3, 7])
-def test_can_be_captured_in_a_graph(kernel_size):
-    inputs = [t if t is None else t.detach() for t in make_inputs((1, 9, 17, 64, 2), kernel_size)]
+@of_models
+def test_can_be_captured_in_a_graph(kernel_size, ghosts):
+    inputs = make_inputs((1, 9, 17, 64, 2), kernel_size, ghosts)
+    inputs = [t if t is None else t.detach() for t in inputs]
     expected = elsa_attention(*inputs, kernel_size=kernel_size)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -220,10 +232,11 @@ if device == "cuda":
     capture = torch.cuda.graph(graph)
 half, bfloat16, single = torch.float16, torch.bfloat16, torch.float32
 calls = []
-for dtype, kernel in ((half, 7), (bfloat16, 7), (single, 7), (single, 3)):
-    sizes = (1, 9, 17, 64), (1, 9, 17, 2 * kernel**2), (64, kernel, kernel), (1, 9, 17, 64)
-    *tensors, grad = (torch.randn(size).to(device, dtype) for size in sizes)
-    calls.append((grad, *tensors, None, kernel, 1))
+for dtype, kernel in ((half, 7), (bfloat16, 7), (single, 7), (single, 5), (half, 5), (single, 3)):
+    filters = (64, kernel, kernel)
+    sizes = (1, 9, 17, 64), (1, 9, 17, 64), (1, 9, 17, 2 * kernel**2), filters, filters
+    *call, mul = (torch.randn(size).to(device, dtype) for size in sizes)
+    calls.append((*call, mul if kernel == 5 else None, kernel, 1))
 
 def run():
     attention, backward = torch.ops.elsa.attention, torch.ops.elsa.attention_backward
@@ -236,7 +249,7 @@ if device == "cuda":
         tensor.zero_()
     graph.replay()
     torch.cuda.synchronize()
-assert len(results) == 20 and all(map(torch.equal, results, run()))
+assert len(results) == 30 and all(map(torch.equal, results, run()))
 assert all(tensor.abs().sum() > 0 for tensor in results if tensor.numel())
 """
 
@@ -252,8 +265,8 @@ def test_first_call_in_a_process_can_be_captured_in_a_graph():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("kernel_size", [3, 7])
-def test_two_streams_at_once(kernel_size, dtype):
+@of_models
+def test_two_streams_at_once(kernel_size, ghosts, dtype):
     """Each thread fills a stream of its own, which waits first, so that both have work at once."""
     shape, rounds = ((1, 9, 17, 64, 2), 2) if EMULATED else ((2, 50, 76, 96, 3), 20)
     attention, backward = torch.ops.elsa.attention, torch.ops.elsa.attention_backward
@@ -270,7 +283,7 @@ def test_two_streams_at_once(kernel_size, dtype):
 
     problems = []
     for seed in range(2):
-        inputs = make_inputs(shape, kernel_size, dtype=dtype, seed=seed)
+        inputs = make_inputs(shape, kernel_size, ghosts, dtype, seed=seed)
         problems.append([*(t if t is None else t.detach() for t in inputs), kernel_size, 1])
     expected = [run(problem) for problem in problems]
     if not EMULATED:
@@ -301,23 +314,24 @@ def test_memory_stays_near_that_of_inputs_and_results(ghosts):
     assert peak <= 1.5 * needed + 2 * out.nbytes + sums_of_filters
 
 
-@pytest.mark.parametrize("channels, kernel_size", [(32, 7), (12, 3)])
+@pytest.mark.parametrize("channels, kernel_size", [(32, 7), (32, 5), (12, 3)])
 @pytest.mark.parametrize("logits", [1e4, -1e4, 0.0])
 def test_extreme_logits(logits, channels, kernel_size):
-    inputs = make_inputs((1, 9, 17, channels, 1), kernel_size)
+    inputs = make_inputs((1, 9, 17, channels, 1), kernel_size, MODELS[str(kernel_size)][1])
     assert_agrees(with_constant_logits(inputs, kernel_size, logits), kernel_size)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
-@pytest.mark.parametrize("channels, kernel_size", [(32, 7), (12, 3)])
+@pytest.mark.parametrize("channels, kernel_size", [(32, 7), (32, 5), (12, 3)])
 def test_nan_and_infinite_logits_stay_where_they_are(channels, kernel_size, dtype):
-    value, logits, add, _ = make_inputs((1, 9, 17, channels, 1), kernel_size, dtype=dtype)
+    ghosts = MODELS[str(kernel_size)][1]
+    value, logits, *filters = make_inputs((1, 9, 17, channels, 1), kernel_size, ghosts, dtype)
     logits = logits.detach().clone()
     logits[0, 2, 3, 4] = float("nan")
     logits[0, 4, 1, :8] = float("-inf")
     logits[0, 8, 16] = float("-inf")
-    result = elsa_attention(value, logits, add, kernel_size=kernel_size)
-    inputs = [tensor.detach().double() for tensor in (value, logits, add)]
+    result = elsa_attention(value, logits, *filters, kernel_size=kernel_size)
+    inputs = [None if t is None else t.detach().double() for t in (value, logits, *filters)]
     expected = elsa_attention_reference(*inputs, kernel_size=kernel_size).to(dtype)
     tolerance = max(1e-5, torch.finfo(dtype).eps * expected.nan_to_num().abs().max().item())
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=tolerance, equal_nan=True)
@@ -326,17 +340,18 @@ def test_nan_and_infinite_logits_stay_where_they_are(channels, kernel_size, dtyp
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *LOW], ids=str)
-@pytest.mark.parametrize("channels, kernel_size", [(32, 7), (12, 3)])
+@pytest.mark.parametrize("channels, kernel_size", [(32, 7), (32, 5), (12, 3)])
 def test_a_nan_value_reaches_its_neighbours_alone(channels, kernel_size, dtype):
     """Tensor cores multiply a few pixels more, with zeros: up to 12 columns and 4 rows away."""
-    inputs = make_inputs((1, 20, 40, channels, 1), kernel_size, dtype=dtype)
+    ghosts = MODELS[str(kernel_size)][1]
+    inputs = make_inputs((1, 20, 40, channels, 1), kernel_size, ghosts, dtype)
     inputs[0] = inputs[0].detach().clone()
     inputs[0][0, 10, 20, 5] = float("nan")
     lost = elsa_attention(*inputs, kernel_size=kernel_size)[0].isnan().any(-1)
     radius = kernel_size // 2
     neighbours = slice(10 - radius, 10 + radius + 1), slice(20 - radius, 20 + radius + 1)
     assert lost[neighbours].all()
-    rows, columns = (4, 12) if channels == 32 and dtype in LOW else (radius, radius)
+    rows, columns = (4, 12) if kernel_size == 7 and dtype in LOW else (radius, radius)
     lost[10 - rows : 10 + rows + 1, 20 - columns : 20 + columns + 1] = False
     assert not lost.any()
 
