@@ -43,18 +43,22 @@ class Blocks(NamedTuple):
     warps: int
 
 
-def blocks(kernel: str, kernel_size: int, depth: int, bytes: int) -> Blocks:
+def blocks(
+    kernel: str, kernel_size: int, depth: int, bytes: int, multiplied: bool = False
+) -> Blocks:
     """Return the tile of a kernel ("forward", "logits", "value", "ghost").
 
-    By count of registers: for K = 7 and 32 channels per head, none is spilled.
+    By count of registers: for K = 7, or K = 5 with both filters, and 32 channels per head, none is
+    spilled.
 
     Args:
         kernel_size: K.
         depth: channels per head.
         bytes: of a number.
+        multiplied: whether there is a multiplicative filter.
     """
     if kernel == "logits":  # matrices of the tensor cores: the band is K - 1 pixels wider than high
-        return Blocks(1, 16, max(16, min(_power(depth), 64)), 1)
+        return Blocks(1, 16, max(16, min(_power(depth), 64)), 2 if multiplied else 1)
     channels = min(_power(depth), 32)
     if kernel == "ghost":
         columns = max(1, min(4096 // (_power(kernel_size) * channels), 16))
@@ -192,7 +196,8 @@ class _Call:
             own: its other arguments.
         """
         bytes = self._maps["value"].element_size()
-        block = blocks(kernel, self.kernel_size, self.depth, bytes)
+        multiplied = self._ghosts["mul"] is not None
+        block = blocks(kernel, self.kernel_size, self.depth, bytes, multiplied)
         for name in maps:
             own[name] = self._maps[name]
             for axis, stride in zip(("image", "row", "column"), _strides(own[name]), strict=True):
