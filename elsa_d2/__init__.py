@@ -1,4 +1,4 @@
-"""ELSA-Swin in Detectron2: importing this package registers the backbones and the heads."""
+"""ELSA-Swin and ELSA-VOLO in Detectron2: importing this package registers backbones and heads."""
 
 from elsa_core.runtime.errors import UsageError
 
@@ -21,6 +21,7 @@ from .modeling.proposals import MMDetRPN
 from .modeling.sem_seg_tta import SegmentorWithTTA
 from .modeling.tta import DetectionMapperTTA
 from .modeling.upernet import UPerNetHead, WholeImageSegmentor
+from .modeling.volo import ELSAVolo, build_elsa_volo_backbone, build_elsa_volo_fpn_backbone
 from .predictor import Predictor
 from .solver.lr_scheduler import build_lr_scheduler
 from .solver.optimizer import build_optimizer
@@ -31,6 +32,7 @@ __all__ = [
     "DetectionMapper",
     "DetectionMapperTTA",
     "ELSASwin",
+    "ELSAVolo",
     "Float32ROIAlign",
     "MMDetAnchorGenerator",
     "MMDetBoxHead",
@@ -48,6 +50,8 @@ __all__ = [
     "add_elsa_swin_config",
     "build_elsa_swin_backbone",
     "build_elsa_swin_fpn_backbone",
+    "build_elsa_volo_backbone",
+    "build_elsa_volo_fpn_backbone",
     "build_lr_scheduler",
     "build_optimizer",
     "build_sem_seg_evaluator",

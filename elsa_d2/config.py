@@ -1,4 +1,4 @@
-"""The config keys that ELSA-Swin adds to Detectron2's."""
+"""The config keys that this package adds to Detectron2's."""
 
 from __future__ import annotations
 
@@ -13,37 +13,29 @@ from detectron2.modeling import META_ARCH_REGISTRY, SemanticSegmentor
 from elsa_core.runtime.configs import find_config
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.finite import MAX_NONFINITE
-from elsa_core.variants import VARIANTS, Arch
+from elsa_core.variants import Arch, VoloArch
 
 CUSTOM = "custom"
+# The nodes of MODEL that describe a backbone, and the class of its architectures.
+BACKBONES: dict[str, type[Arch | VoloArch]] = {"ELSA_SWIN": Arch, "ELSA_VOLO": VoloArch}
 _PACKAGE = Path(__file__).resolve().parent
 
 
 def add_elsa_swin_config(cfg: CfgNode) -> None:
-    """Adds MODEL.ELSA_SWIN, and the keys of `Trainer` and our heads."""
-    node = cfg.MODEL.ELSA_SWIN = CfgNode()
-    # "tiny", "small", "base", or "custom": the architecture that CUSTOM_ARCH describes.
-    node.ARCH = "tiny"
-    # The fields of elsa_core.variants.Arch in capitals, for ARCH "custom" only; None: not given.
-    node.CUSTOM_ARCH = CfgNode({field.name.upper(): None for field in dataclasses.fields(Arch)})
+    """Adds MODEL.ELSA_SWIN, MODEL.ELSA_VOLO, and the keys of `Trainer` and our heads."""
+    for name in BACKBONES:
+        _add_backbone_config(cfg, name)
     # Stage i is called res{i+2} and has stride 2**(i+2).
-    node.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    # -1: none, 0: the patch embedding, i: also the first i stages. MODEL.BACKBONE.FREEZE_AT, which
-    # freezes 2 stages of a ResNet unless told otherwise, has no effect.
-    node.FROZEN_STAGES = -1
-    node.DROP_PATH_RATE = 0.0
-    node.DROP_RATE = 0.0
-    node.ATTN_DROP_RATE = 0.0
-    # Recompute the activations of the blocks in the backward pass, to save memory.
-    node.WITH_CP = False
-    # Deviation of the linear layers' first weights: 0.02 as published, about 0.1 for narrow models.
-    node.INIT_STD = 0.02
+    cfg.MODEL.ELSA_SWIN.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    _add_volo_config(cfg.MODEL.ELSA_VOLO)
 
     # "AdamW", or "SGD": Detectron2's own optimizer, which ignores the two following keys.
     cfg.SOLVER.OPTIMIZER = "AdamW"
     cfg.SOLVER.BETAS = (0.9, 0.999)
-    # Parameters of the ELSA-Swin backbone whose name contains one of these are not decayed.
-    cfg.SOLVER.WEIGHT_DECAY_EXEMPT = ["norm"]
+    # Parameters of the ELSA backbone whose name contains one of these are not decayed: norms, with
+    # those of ELSA-VOLO's stem, and its position embedding.
+    stem_norms = [f"patch_embed.conv.{index}." for index in (1, 4, 7)]
+    cfg.SOLVER.WEIGHT_DECAY_EXEMPT = ["norm", "pos_embed", *stem_norms]
 
     # "float16", "bfloat16", or "": float16 on CUDA and bfloat16 elsewhere.
     cfg.SOLVER.AMP.DTYPE = ""
@@ -85,6 +77,43 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
     cfg.DATALOADER.MIN_IMAGE_SIZE = 0
 
     _add_sem_seg_config(cfg)
+
+
+def _add_backbone_config(cfg: CfgNode, name: str) -> None:
+    """Adds MODEL.``name`` with the keys that both families have."""
+    arch = BACKBONES[name]
+    node = cfg.MODEL[name] = CfgNode()
+    # A variant, such as "tiny" or "volo_d1", or "custom": the architecture of CUSTOM_ARCH.
+    node.ARCH = next(iter(arch.variants))
+    # The fields of elsa_core.variants.Arch or VoloArch in capitals, for ARCH "custom" only; None:
+    # not given.
+    node.CUSTOM_ARCH = CfgNode({field.name.upper(): None for field in dataclasses.fields(arch)})
+    # -1: none, 0: the patch embedding, i: also the first i stages. MODEL.BACKBONE.FREEZE_AT, which
+    # freezes 2 stages of a ResNet unless told otherwise, has no effect.
+    node.FROZEN_STAGES = -1
+    node.DROP_PATH_RATE = 0.0
+    node.DROP_RATE = 0.0
+    node.ATTN_DROP_RATE = 0.0
+    # Recompute the activations of the blocks in the backward pass, to save memory.
+    node.WITH_CP = False
+    # Deviation of the linear layers' first weights: 0.02 as published, about 0.1 for narrow models.
+    node.INIT_STD = 0.02
+
+
+def _add_volo_config(node: CfgNode) -> None:
+    """Adds what ELSA-VOLO has besides. It is a reconstruction, without official weights."""
+    # Maps res2, ..., res5 at strides 4, 8, 16, 32 for heads on a feature pyramid, a design of this
+    # project; otherwise VOLO's own maps stage1, ..., stage4 at strides 8, 16, 16, 16.
+    node.PYRAMID = False
+    # None: all four.
+    node.OUT_FEATURES = None
+    # Side of the square images that the position embedding is made for; it is resized to others.
+    node.IMG_SIZE = 224
+    # Keep the stem's batch norms in evaluation mode, for small batches. The keys NORM of Detectron2
+    # have no effect on them.
+    node.NORM_EVAL = False
+    # Stochastic depth in the first stage, too, which VOLO leaves out.
+    node.LOCAL_DROP_PATH = False
 
 
 def _add_sem_seg_config(cfg: CfgNode) -> None:
@@ -176,22 +205,27 @@ def load_config(config_file: str = "", overrides: Sequence[str] = ()) -> CfgNode
     return cfg
 
 
-def elsa_swin_arch(cfg: CfgNode) -> str | dict[str, Any]:
-    """Returns the ``arch`` of `elsa_core.ELSASwin` for MODEL.ELSA_SWIN.ARCH and CUSTOM_ARCH.
+def backbone_arch(cfg: CfgNode, name: str) -> str | dict[str, Any]:
+    """Returns the ``arch`` of a backbone of `elsa_core` for the ARCH and CUSTOM_ARCH of MODEL.name.
 
     Raises ValueError for an unknown ARCH, and for a CUSTOM_ARCH without ARCH "custom".
     """
-    node = cfg.MODEL.ELSA_SWIN
+    node, variants = cfg.MODEL[name], BACKBONES[name].variants
     custom = {name.lower(): value for name, value in node.CUSTOM_ARCH.items() if value is not None}
     if node.ARCH == CUSTOM:
         return custom
-    if node.ARCH not in VARIANTS:
+    if node.ARCH not in variants:
         raise ValueError(
-            f"MODEL.ELSA_SWIN.ARCH must be one of {', '.join([*VARIANTS, CUSTOM])}, "
-            f"got {node.ARCH!r}"
+            f"MODEL.{name}.ARCH must be one of {', '.join([*variants, CUSTOM])}, got {node.ARCH!r}"
         )
     if custom:
         raise ValueError(
-            f"MODEL.ELSA_SWIN.CUSTOM_ARCH needs MODEL.ELSA_SWIN.ARCH {CUSTOM!r}, got {node.ARCH!r}"
+            f"MODEL.{name}.CUSTOM_ARCH needs MODEL.{name}.ARCH {CUSTOM!r}, got {node.ARCH!r}"
         )
     return node.ARCH
+
+
+def backbone_options(cfg: CfgNode, name: str) -> dict[str, Any]:
+    """Returns the arguments of a backbone's constructor for the keys of MODEL.``name``."""
+    values = {key.lower(): value for key, value in cfg.MODEL[name].items() if key != "CUSTOM_ARCH"}
+    return {**values, "arch": backbone_arch(cfg, name)}

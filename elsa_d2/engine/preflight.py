@@ -44,7 +44,7 @@ from elsa_d2.data.classes import (
 from elsa_d2.data.coco import CocoPart, check_dataset, register_coco_datasets
 from elsa_d2.data.proposal_files import check_proposals
 from elsa_d2.data.sem_seg import check_sem_seg_dataset, register_sem_seg_datasets
-from elsa_d2.modeling import backbone
+from elsa_d2.modeling import backbone, volo
 from elsa_d2.solver.lr_scheduler import build_lr_scheduler
 from elsa_d2.solver.optimizer import build_optimizer
 
@@ -148,7 +148,7 @@ def _check_model(cfg: CfgNode) -> torch.nn.Module | None:
         if name not in registry:
             raise UsageError(f"MODEL.{key} {name!r} is not registered")
     build = BACKBONE_REGISTRY.get(cfg.MODEL.BACKBONE.NAME)
-    if build.__module__ != backbone.__name__:
+    if build.__module__ not in (backbone.__name__, volo.__name__):
         return None
     try:
         with torch.device("meta"):  # builds it without memory and without random numbers

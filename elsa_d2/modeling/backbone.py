@@ -1,4 +1,4 @@
-"""ELSA-Swin as a Detectron2 backbone, alone and under a feature pyramid."""
+"""ELSA-Swin as a Detectron2 backbone, alone and under a pyramid; what both families share."""
 
 from __future__ import annotations
 
@@ -12,11 +12,44 @@ from detectron2.modeling.backbone.fpn import LastLevelMaxPool
 from torch import Tensor, nn
 
 import elsa_core
+from elsa_core.backbone import StagedBackbone
 from elsa_core.variants import Arch
-from elsa_d2.config import elsa_swin_arch
+from elsa_d2.config import backbone_options
 
 
-class ELSASwin(elsa_core.ELSASwin, Backbone):
+def output_indices(names: Sequence[str], wanted: Sequence[str]) -> list[int]:
+    """Returns ``out_indices`` for some of the names of all outputs.
+
+    Raises ValueError unless they are one or more of these in their order.
+    """
+    wanted = list(wanted)
+    if not wanted or wanted != [name for name in names if name in wanted]:
+        raise ValueError(
+            f"out_features must be one or more of {', '.join(names)}, each once and in "
+            f"ascending order, got out_features={wanted}"
+        )
+    return [names.index(name) for name in wanted]
+
+
+class NamedMaps(StagedBackbone, Backbone):
+    """Gives the maps of a backbone of `elsa_core`, a base class after this one, their names."""
+
+    def _name_outputs(self, names: Sequence[str], strides: Sequence[int]) -> None:
+        """Args: names, strides: of all outputs, whether or not they are returned."""
+        self._out_features = [names[i] for i in self.out_indices]
+        self._out_feature_channels = {names[i]: self.num_features[i] for i in self.out_indices}
+        self._out_feature_strides = {names[i]: strides[i] for i in self.out_indices}
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Returns the feature maps [B, C_i, H_i, W_i], contiguous, of images [B, in_chans, H, W].
+
+        OpenMMLab's adapter returns contiguous maps, too: heads then round alike in both frameworks.
+        """
+        maps = (feature.contiguous() for feature in super().forward(x))
+        return dict(zip(self._out_features, maps, strict=True))
+
+
+class ELSASwin(NamedMaps, elsa_core.ELSASwin):  # type: ignore[misc]
     """`elsa_core.ELSASwin` with named outputs and the same parameter names.
 
     Maps images [B, in_chans, H, W] of any size to a dict of maps [B, C_i, H_i, W_i]. Stage i is
@@ -38,43 +71,16 @@ class ELSASwin(elsa_core.ELSASwin, Backbone):
         **options: Any,
     ) -> None:
         arch = Arch.from_spec(arch)
-        names = [f"res{stage + 2}" for stage in range(len(arch.depths))]
-        wanted = list(out_features)
-        if not wanted or wanted != [name for name in names if name in wanted]:
-            raise ValueError(
-                f"out_features must be one or more of {', '.join(names)}, each once and in "
-                f"ascending order, got out_features={wanted}"
-            )
-        stages = [names.index(name) for name in wanted]
-        super().__init__(arch, out_indices=stages, **options)
-        self._out_features = wanted
-        self._out_feature_channels = {names[i]: self.num_features[i] for i in stages}
-        self._out_feature_strides = {names[i]: 2 ** (i + 2) for i in stages}
-
-    def forward(self, x: Tensor) -> dict[str, Tensor]:  # type: ignore[override]
-        """Returns the feature maps [B, C_i, H_i, W_i], contiguous, of images [B, in_chans, H, W].
-
-        OpenMMLab's adapter returns contiguous maps, too: heads then round alike in both frameworks.
-        """
-        maps = (feature.contiguous() for feature in super().forward(x))
-        return dict(zip(self._out_features, maps, strict=True))
+        stages = range(len(arch.depths))
+        names = [f"res{stage + 2}" for stage in stages]
+        super().__init__(arch, out_indices=output_indices(names, out_features), **options)
+        self._name_outputs(names, [2 ** (stage + 2) for stage in stages])
 
 
 @BACKBONE_REGISTRY.register()
 def build_elsa_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ELSASwin:
     """Builds the backbone that MODEL.ELSA_SWIN describes."""
-    node = cfg.MODEL.ELSA_SWIN
-    return ELSASwin(
-        elsa_swin_arch(cfg),
-        node.OUT_FEATURES,
-        in_chans=input_shape.channels,
-        drop_path_rate=node.DROP_PATH_RATE,
-        drop_rate=node.DROP_RATE,
-        attn_drop_rate=node.ATTN_DROP_RATE,
-        frozen_stages=node.FROZEN_STAGES,
-        with_cp=node.WITH_CP,
-        init_std=node.INIT_STD,
-    )
+    return ELSASwin(in_chans=input_shape.channels, **backbone_options(cfg, "ELSA_SWIN"))
 
 
 @BACKBONE_REGISTRY.register()
@@ -84,13 +90,21 @@ def build_elsa_swin_fpn_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> FPN:
     Raises:
         ValueError: if MODEL.FPN.IN_FEATURES are not consecutive outputs of the backbone.
     """
-    bottom_up = build_elsa_swin_backbone(cfg, input_shape)
+    return feature_pyramid(cfg, build_elsa_swin_backbone(cfg, input_shape), "ELSA_SWIN")
+
+
+def feature_pyramid(cfg: CfgNode, bottom_up: Backbone, node: str) -> FPN:
+    """Builds MODEL.FPN on a backbone that MODEL.``node`` describes.
+
+    Raises:
+        ValueError: as `build_elsa_swin_fpn_backbone`.
+    """
     wanted, available = list(cfg.MODEL.FPN.IN_FEATURES), list(bottom_up.output_shape())
     strides = [bottom_up.output_shape()[name].stride for name in wanted if name in available]
     consecutive = [2**i * strides[0] for i in range(len(wanted))] if strides else None
     if strides != consecutive:
         raise ValueError(
-            "MODEL.FPN.IN_FEATURES must be consecutive features of MODEL.ELSA_SWIN.OUT_FEATURES "
+            f"MODEL.FPN.IN_FEATURES must be consecutive features of MODEL.{node}.OUT_FEATURES "
             f"({', '.join(available)}), got {wanted}"
         )
     top_block = LastLevelMaxPool()

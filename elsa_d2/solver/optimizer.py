@@ -11,7 +11,7 @@ from detectron2.solver import get_default_optimizer_params
 from detectron2.solver.build import maybe_add_gradient_clipping, reduce_param_groups
 from torch import nn
 
-import elsa_core
+from elsa_core.backbone import StagedBackbone
 from elsa_core.runtime.errors import UsageError
 
 OPTIMIZERS = ("AdamW", "SGD")
@@ -49,7 +49,7 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict[str, Any]]:
     exempt = [
         parameter
         for module in model.modules()
-        if isinstance(module, elsa_core.ELSASwin)
+        if isinstance(module, StagedBackbone)
         for name, parameter in module.named_parameters()
         if parameter.requires_grad and any(part in name for part in solver.WEIGHT_DECAY_EXEMPT)
     ]

@@ -19,11 +19,12 @@ from elsa_d2 import ClassSpecificCascadeROIHeads, MMDetROIHeads, load_config
 
 FOLDER = REPOSITORY / "configs/detectron2/COCO-InstanceSegmentation"
 LEAVES = sorted(FOLDER.glob("*.yaml"))
+VARIANTS = {"swin_t": "tiny", "swin_s": "small", "volo_d1": "volo_d1"}
 MILLIONS = {
-    ("mask_rcnn", "t"): 49,
-    ("mask_rcnn", "s"): 72,
-    ("cascade_mask_rcnn", "t"): 86,
-    ("cascade_mask_rcnn", "s"): 110,
+    ("mask_rcnn", "swin_t"): 49,
+    ("mask_rcnn", "swin_s"): 72,
+    ("cascade_mask_rcnn", "swin_t"): 86,
+    ("cascade_mask_rcnn", "swin_s"): 110,
 }
 each_leaf = pytest.mark.parametrize("file", LEAVES, ids=lambda file: file.stem)
 each_model = pytest.mark.parametrize("method, variant", MILLIONS)
@@ -31,11 +32,11 @@ each_model = pytest.mark.parametrize("method, variant", MILLIONS)
 
 def words(file):
     """Method, variant and schedule from a file's name."""
-    return re.fullmatch(r"(.+)_elsa_swin_([ts])_fpn_([13]x)", file.stem).groups()
+    return re.fullmatch(r"(.+)_elsa_(swin_[ts]|volo_d[1-5])_fpn_([13]x)", file.stem).groups()
 
 
 def leaf(method, variant):
-    return FOLDER / f"{method}_elsa_swin_{variant}_fpn_1x.yaml"
+    return FOLDER / f"{method}_elsa_{variant}_fpn_1x.yaml"
 
 
 def on_meta(cfg):
@@ -53,7 +54,8 @@ def keys(node, prefix=""):
 
 def test_all_combinations_are_there():
     assert {words(file) for file in LEAVES} == {
-        (*model, schedule) for model in MILLIONS for schedule in ("1x", "3x")
+        *((*model, schedule) for model in MILLIONS for schedule in ("1x", "3x")),
+        ("mask_rcnn", "volo_d1", "3x"),
     }
 
 
@@ -62,7 +64,9 @@ def test_a_leaf_is_short_and_its_bases_do_not_overlap(file):
     assert 3 <= len(file.read_text().splitlines()) <= 15
     content = yaml.safe_load(file.read_text())
     bases = [yaml.safe_load((FOLDER / base).read_text()) for base in content["_BASE_"]]
-    assert not any("_BASE_" in base for base in bases)
+    # Of a family's base: the recipe of both.
+    bases += [yaml.safe_load((FOLDER.parent / base["_BASE_"]).read_text()) for base in bases[:1]]
+    assert not any("_BASE_" in base for base in bases[1:])
     found = [key for node in (content, *bases) for key in keys(node)]
     assert len(found) == len(set(found))
 
@@ -72,7 +76,8 @@ def test_name_and_content_agree(file):
     """tests/parity/test_recipes.py has the numbers."""
     method, variant, _ = words(file)
     cfg = load_config(str(file))
-    assert cfg.MODEL.ELSA_SWIN.ARCH == {"t": "tiny", "s": "small"}[variant]
+    node = cfg.MODEL[f"ELSA_{variant[:4].upper()}"]
+    assert node.ARCH == VARIANTS[variant]
     assert cfg.SOLVER.CHECKPOINT_PERIOD == cfg.TEST.EVAL_PERIOD == math.ceil(117_266 / 16)
     assert cfg.DATASETS.TRAIN == ("coco_2017_train",) and cfg.DATASETS.TEST == ("coco_2017_val",)
     heads = on_meta(cfg).roi_heads
@@ -87,7 +92,7 @@ def test_sizes_equal_mmdetections(method, variant):
     """The parameters to the last one."""
     parity = pytest.importorskip("parity", exc_type=ImportError)
     with torch.device("meta"):
-        theirs = parity.build_mmdet(parity.mmdet_config(method, variant))
+        theirs = parity.build_mmdet(parity.mmdet_config(method, variant[-1]))
     ours = on_meta(load_config(str(leaf(method, variant))))
     shapes = {parity.mmdet_name(n): p.shape for n, p in ours.named_parameters()}
     assert shapes == {name: p.shape for name, p in theirs.named_parameters()}
@@ -139,7 +144,9 @@ def shrunk(data, output, **changes):
 
 # Both are as narrow, so that the variants differ in nothing but their rate of drop path.
 @pytest.mark.slow
-@pytest.mark.parametrize("method, variant", [("mask_rcnn", "t"), ("cascade_mask_rcnn", "s")])
+@pytest.mark.parametrize(
+    "method, variant", [("mask_rcnn", "swin_t"), ("cascade_mask_rcnn", "swin_s")]
+)
 def test_a_shrunk_leaf_trains_evaluates_saves_and_resumes(
     few, tmp_path, tool, monkeypatch, method, variant
 ):

@@ -11,7 +11,7 @@ from d2_tiny import CONFIG, REPOSITORY
 from detectron2.config import get_cfg
 
 from elsa_d2 import UsageError, add_elsa_swin_config, load_config
-from elsa_d2.config import elsa_swin_arch
+from elsa_d2.config import BACKBONES, backbone_arch
 
 CUSTOM = "MODEL.ELSA_SWIN.CUSTOM_ARCH"
 
@@ -23,7 +23,7 @@ def test_dump_and_load_give_the_same_config(tmp_path):
     again = load_config(str(file))
     assert yaml.safe_load(again.dump()) == yaml.safe_load(cfg.dump())
     assert again.SOLVER.BETAS == (0.8, 0.99)
-    assert elsa_swin_arch(again) == elsa_swin_arch(cfg)
+    assert backbone_arch(again, "ELSA_SWIN") == backbone_arch(cfg, "ELSA_SWIN")
 
 
 def test_adding_keys_changes_none_of_detectron2():
@@ -46,34 +46,74 @@ def test_adding_keys_changes_none_of_detectron2():
     } <= after.keys() - before.keys()
 
 
-@pytest.mark.parametrize("arch", ["tiny", "small", "base"])
-def test_named_arch(arch):
-    assert elsa_swin_arch(load_config(overrides=["MODEL.ELSA_SWIN.ARCH", arch])) == arch
+variants = pytest.mark.parametrize(
+    "node, arch", [(node, name) for node, kind in BACKBONES.items() for name in kind.variants]
+)
+both = pytest.mark.parametrize("node", BACKBONES)
 
 
-def test_free_arch_from_the_digits_file():
-    assert elsa_swin_arch(load_config(CONFIG)) == dict(
-        embed_dim=32, depths=[1, 1, 2, 1], num_heads=[1, 2, 4, 8], group_width=8, window_size=5
-    )
+@variants
+def test_named_arch(node, arch):
+    assert backbone_arch(load_config(overrides=[f"MODEL.{node}.ARCH", arch]), node) == arch
 
 
-def test_custom_arch_needs_arch_custom():
-    cfg = load_config(overrides=[f"{CUSTOM}.EMBED_DIM", "48"])
+@pytest.mark.parametrize(
+    "node, file, arch",
+    [
+        (
+            "ELSA_SWIN",
+            CONFIG,
+            dict(
+                embed_dim=32,
+                depths=[1, 1, 2, 1],
+                num_heads=[1, 2, 4, 8],
+                group_width=8,
+                window_size=5,
+            ),
+        ),
+        (
+            "ELSA_VOLO",
+            CONFIG.replace("swin", "volo"),
+            dict(
+                depths=[1, 1, 1, 1],
+                embed_dims=[48, 96],
+                num_heads=[3, 6],
+                mlp_ratio=3,
+                stem_dim=16,
+            ),
+        ),
+    ],
+)
+def test_free_arch_from_a_digits_file(node, file, arch):
+    assert backbone_arch(load_config(file), node) == arch
+
+
+@both
+def test_custom_arch_needs_arch_custom(node):
+    cfg = load_config(overrides=[f"MODEL.{node}.CUSTOM_ARCH.GROUP_WIDTH", "4"])
     with pytest.raises(
-        ValueError, match="CUSTOM_ARCH needs MODEL.ELSA_SWIN.ARCH 'custom', got 'tiny'"
+        ValueError, match=f"{node}.CUSTOM_ARCH needs MODEL.{node}.ARCH 'custom', got '(tiny|vol)"
     ):
-        elsa_swin_arch(cfg)
+        backbone_arch(cfg, node)
 
 
-def test_unknown_arch():
-    cfg = load_config(overrides=["MODEL.ELSA_SWIN.ARCH", "huge"])
-    with pytest.raises(ValueError, match="one of tiny, small, base, custom, got 'huge'"):
-        elsa_swin_arch(cfg)
+@pytest.mark.parametrize(
+    "node, arch, known",
+    [
+        ("ELSA_SWIN", "volo_d1", "tiny, small, base, custom"),
+        ("ELSA_VOLO", "tiny", "volo_d1, .*, volo_d5, custom"),
+    ],
+)
+def test_unknown_arch(node, arch, known):
+    cfg = load_config(overrides=[f"MODEL.{node}.ARCH", arch])
+    with pytest.raises(ValueError, match=f"MODEL.{node}.ARCH .* one of {known}, got '{arch}'"):
+        backbone_arch(cfg, node)
 
 
 @pytest.mark.parametrize(
     "text, message",
     [
+        ("MODEL:\n  ELSA_VOLO:\n    PYRAMID: 3\n", "MODEL.ELSA_VOLO.PYRAMID"),
         ("MODEL:\n  ELSA_SWIN:\n    ARHC: tiny\n", "ELSA_SWIN.ARHC"),
         ("MODEL:\n  ELSA_SWIN:\n    DROP_PATH_RATE: high\n", "MODEL.ELSA_SWIN.DROP_PATH_RATE"),
         ("MODEL: [unclosed\n", "expected"),
@@ -115,7 +155,7 @@ def leaves():
 @pytest.mark.parametrize("file", leaves(), ids=lambda file: Path(file).stem)
 def test_every_config_uses_the_recipe(file):
     cfg = load_config(file)
-    assert cfg.MODEL.BACKBONE.NAME.startswith("build_elsa_swin")
+    assert cfg.MODEL.BACKBONE.NAME.startswith(("build_elsa_swin", "build_elsa_volo"))
     segmentation = cfg.MODEL.META_ARCHITECTURE != "GeneralizedRCNN"
     own_recipe = Path(file).parent.name in ("digits", "own_data")
     decay = 0.01 if segmentation and not own_recipe else 0.05

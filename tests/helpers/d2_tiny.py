@@ -6,6 +6,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIG = str(REPOSITORY / "configs/detectron2/digits/mask_rcnn_elsa_swin_digits.yaml")
+VOLO_CONFIG = CONFIG.replace("swin", "volo")
 TOOL = str(REPOSITORY / "tools/train_net.py")
 TINY = {
     "MODEL.ELSA_SWIN.CUSTOM_ARCH.EMBED_DIM": 12,
@@ -26,6 +27,15 @@ TINY = {
     "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.WARMUP_ITERS": 2,
     "SOLVER.MAX_ITER": 4,
+}
+# Of ELSA-VOLO, for VOLO_CONFIG and besides TINY.
+TINY_VOLO = {
+    "MODEL.ELSA_VOLO.CUSTOM_ARCH.DEPTHS": [2, 1, 1, 1],
+    "MODEL.ELSA_VOLO.CUSTOM_ARCH.EMBED_DIMS": [12, 24],
+    "MODEL.ELSA_VOLO.CUSTOM_ARCH.NUM_HEADS": [2, 3],
+    "MODEL.ELSA_VOLO.CUSTOM_ARCH.STEM_DIM": 8,
+    "MODEL.ELSA_VOLO.CUSTOM_ARCH.GROUP_WIDTH": 4,
+    "MODEL.ELSA_VOLO.IMG_SIZE": 64,
 }
 # Of the published configs: the widths of all parts, and nothing else.
 NARROW = {
