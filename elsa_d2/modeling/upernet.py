@@ -82,7 +82,9 @@ class UPerNetHead(nn.Module):
                 f"there must be a class weight for each of the {num_classes} classes, "
                 f"got {len(class_weight)}"
             )
-        self.in_features = sorted(in_features, key=lambda name: input_shape[name].stride)
+        # From the finest to the coarsest; of one stride, in the backbone's order.
+        order = sorted(input_shape, key=lambda name: input_shape[name].stride)
+        self.in_features = sorted(in_features, key=order.index)
         self.common_stride = input_shape[self.in_features[0]].stride
         self.num_classes = num_classes
         self.ignore_value = ignore_value
@@ -116,8 +118,11 @@ class UPerNetHead(nn.Module):
         for i in range(len(self.pool_scales)):
             self.add_module(f"psp{i}", conv(top, channels, 1))
         self.psp_bottleneck = conv(top + len(self.pool_scales) * channels, channels, 3)
-        # Numbered by the stride, as Detectron2's FPN does.
+        # Numbered by the stride, as Detectron2's FPN does, or from 2 on, where strides repeat as
+        # those of ELSA-VOLO without its pyramid do.
         self.stages = [int(math.log2(input_shape[name].stride)) for name in finer]
+        if len(set(self.stages)) < len(self.stages):
+            self.stages = [index + 2 for index in range(len(finer))]
         for stage, name in zip(self.stages, finer, strict=True):
             self.add_module(f"lateral{stage}", conv(input_shape[name].channels, channels, 1))
             self.add_module(f"fpn_output{stage}", conv(channels, channels, 3))

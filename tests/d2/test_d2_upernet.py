@@ -16,7 +16,8 @@ from elsa_d2.modeling.norm import SyncBatchNorm
 from elsa_d2.solver.lr_scheduler import WarmupPoly
 
 CONFIGS = REPOSITORY / "configs/detectron2"
-LEAVES = {v: f"ADE20K-SemanticSegmentation/upernet_elsa_swin_{v}_160k.yaml" for v in "ts"}
+VARIANTS = {"swin_t": "tiny", "swin_s": "small", **{f"volo_d{i}": f"volo_d{i}" for i in (1, 2, 3)}}
+LEAVES = {v: f"ADE20K-SemanticSegmentation/upernet_elsa_{v}_160k.yaml" for v in VARIANTS}
 DIGITS = "digits/upernet_elsa_swin_digits.yaml"
 SHAPES = {f"res{i + 2}": ShapeSpec(channels=4 + i, stride=2 ** (i + 2)) for i in range(4)}
 leaf = pytest.mark.parametrize("variant", LEAVES)
@@ -43,17 +44,16 @@ def features(side=32, batch=2):
     }
 
 
-@leaf
+@pytest.mark.parametrize("variant", ["swin_t", "swin_s"])
 def test_size_is_the_published_one_and_mmsegmentations(variant):
     pytest.importorskip("mmseg")
     from mmengine.config import Config
     from mmengine.registry import MODELS, init_default_scope
 
     cfg = Config.fromfile(REPOSITORY / "configs/mmseg/_base_/models/upernet_elsa-swin.py")
-    arch = {"t": "tiny", "s": "small"}[variant]
     cfg.merge_from_dict(
         {
-            "model.backbone.arch": arch,
+            "model.backbone.arch": VARIANTS[variant],
             "model.decode_head.num_classes": 150,
             "model.auxiliary_head.num_classes": 150,
         }
@@ -64,7 +64,7 @@ def test_size_is_the_published_one_and_mmsegmentations(variant):
     ours = on_meta(load(LEAVES[variant]))
     sizes = [sum(p.numel() for p in model.parameters()) for model in (ours, theirs)]
     assert sizes[0] == sizes[1]
-    assert round(sizes[0] / 1e6) == {"t": 61, "s": 85}[variant]
+    assert round(sizes[0] / 1e6) == {"swin_t": 61, "swin_s": 85}[variant]
 
 
 @leaf
@@ -73,7 +73,7 @@ def test_leaf_is_short_and_builds_what_its_name_says(variant):
     assert 3 <= len((CONFIGS / LEAVES[variant]).read_text().splitlines()) <= 15
     cfg = load(LEAVES[variant])
     top = on_meta(cfg).sem_seg_head
-    assert cfg.MODEL.ELSA_SWIN.ARCH == {"t": "tiny", "s": "small"}[variant]
+    assert cfg.MODEL[f"ELSA_{variant[:4].upper()}"].ARCH == VARIANTS[variant]
     assert top.aux_feature == "res4" and isinstance(top.psp0.norm, SyncBatchNorm)
     assert list(cfg.DATASETS.TRAIN) == ["ade20k_sem_seg_train"]
     assert list(cfg.DATASETS.TEST) == ["ade20k_sem_seg_val"]
@@ -82,6 +82,27 @@ def test_leaf_is_short_and_builds_what_its_name_says(variant):
 def test_digits_config_builds():
     cfg = load(DIGITS)
     assert on_meta(cfg).sem_seg_head.num_classes == len(cfg.DATASETS.REGISTER_SEM_SEG[0][3]) == 11
+
+
+def test_features_of_one_stride_have_layers_of_their_own():
+    """As ELSA-VOLO's maps without a pyramid; the order of their names has no meaning."""
+    torch.manual_seed(0)
+    shapes = {
+        f"stage{i + 1}": ShapeSpec(channels=4 + i, stride=s) for i, s in enumerate([8, 16, 16, 16])
+    }
+    options = dict(num_classes=3, channels=6, aux_feature="stage3", aux_channels=5)
+    top = UPerNetHead(shapes, in_features=["stage4", "stage3", "stage1", "stage2"], **options)
+    assert top.in_features == list(shapes) and top.common_stride == 8
+    inputs = {name: part.in_channels for name, part in top.named_children() if "lateral" in name}
+    assert inputs == {"lateral2": 4, "lateral3": 5, "lateral4": 6}
+    assert top.psp0.in_channels == 7 and top.aux_conv.in_channels == 6
+    maps = {
+        name: torch.randn(2, s.channels, 64 // s.stride, 64 // s.stride)
+        for name, s in shapes.items()
+    }
+    sum(top(maps, torch.zeros(2, 64, 64, dtype=torch.long))[1].values()).backward()
+    assert all(parameter.grad.any() for parameter in top.parameters() if parameter.dim() > 1)
+    assert top.eval()(maps)[0].shape == (2, 3, 64, 64)
 
 
 def test_output_has_the_input_s_size_and_batches_are_independent_in_testing():
@@ -200,7 +221,7 @@ def mmcv_rate(iteration, base, end, power, warmup, last):
 def test_schedule_is_the_originals_at_every_iteration(power, end):
     base, warmup, last = 6e-5 if end == 0 else 1e-2, 150, 2000
 
-    cfg = load(LEAVES["t"], "SOLVER.MAX_ITER", last, "SOLVER.WARMUP_ITERS", warmup)
+    cfg = load(LEAVES["swin_t"], "SOLVER.MAX_ITER", last, "SOLVER.WARMUP_ITERS", warmup)
     cfg.merge_from_list(
         ["SOLVER.POLY_LR_POWER", power, "SOLVER.BASE_LR", base, "SOLVER.BASE_LR_END", end]
     )

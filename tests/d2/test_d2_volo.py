@@ -226,3 +226,35 @@ def test_lazy_config_names_the_class():
     node = LazyCall(elsa_d2.ELSAVolo)(arch=dict(arch()), pyramid=True, out_features=["res3"])
     model = instantiate(LazyConfig.apply_overrides(node, ["arch.depths=[2,1,1,1]"]))
     assert list(model.output_shape()) == ["res3"] and len(model.network[0]) == 2
+
+
+def segmentor(**keys):
+    file = VOLO_CONFIG.replace("digits/mask_rcnn_elsa_volo_digits", "Base-ELSA-VOLO-UPerNet")
+    cfg = config(file, ARCH="custom", **keys)
+    cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = cfg.MODEL.SEM_SEG_HEAD.AUX_CONVS_DIM = 8
+    if not cfg.MODEL.ELSA_VOLO.PYRAMID:
+        cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = list(NATIVE)
+        cfg.MODEL.SEM_SEG_HEAD.AUX_FEATURE = "stage3"
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+@pytest.mark.parametrize("pyramid", [False, True])
+def test_upernet_trains_and_pads_images_without_a_shift(pyramid):
+    model = segmentor(PYRAMID=pyramid)
+    records = [
+        {"image": torch.rand(3, 64, 64) * 255, "sem_seg": torch.randint(0, 3, (64, 64))}
+        for _ in range(2)
+    ]
+    with EventStorage():
+        sum(model(records).values()).backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+    model.eval()
+    image = torch.rand(3, 70, 52) * 255
+    sides = (96, 64) if pyramid else (80, 64)
+    padded = model.pixel_mean.expand(-1, *sides).clone()  # 0 after the normalisation
+    padded[:, :70, :52] = image
+    with torch.no_grad():
+        (found,), (whole,) = (model([{"image": one}]) for one in (image, padded))
+    torch.testing.assert_close(found["sem_seg"], whole["sem_seg"][:, :70, :52])
