@@ -7,10 +7,13 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from .backbone import ELSASwin
 from .layers import ELSA
+from .volo import ELSAVolo
+
+Backbone = ELSASwin | ELSAVolo
 
 
 @dataclass(frozen=True)
@@ -43,14 +46,15 @@ class Filters:
 
 
 def neighbourhood_filters(
-    backbone: ELSASwin, image: Tensor, stage: int, block: int, pixels: Sequence[tuple[int, int]]
+    backbone: Backbone, image: Tensor, stage: int, block: int, pixels: Sequence[tuple[int, int]]
 ) -> Filters:
     """Return the filters that a block applies at some pixels of an image.
 
     Args:
-        backbone: model in any mode; it is run in evaluation mode.
+        backbone: `ELSASwin` or `ELSAVolo` in any mode; it is run in evaluation mode.
         image: [3, H, W] or [1, 3, H, W], normalised as for training.
-        stage: index from 0; the last stage has window attention and no such filters.
+        stage: index from 0, of a stage that attends with ELSA: all but the last of `ELSASwin`, the
+            first of `ELSAVolo`.
         block: index from 0 in the stage.
         pixels: (x, y) of each pixel, from the upper left corner of ``image``.
 
@@ -58,7 +62,7 @@ def neighbourhood_filters(
         ValueError: the stage, block or pixel does not exist.
     """
     image = image.unsqueeze(0) if image.dim() == 3 else image
-    layer = _find_layer(backbone, stage, block)
+    stride, layer = _find_layer(backbone, stage, block)
     height, width = image.shape[-2:]
     for x, y in pixels:
         if not (0 <= x < width and 0 <= y < height):
@@ -69,7 +73,6 @@ def neighbourhood_filters(
     if not pixels:
         raise ValueError("one pixel at least is needed, got none")
     value, logits, output = _record(backbone, layer, image)
-    stride = backbone.patch_embed.patch_size * 2**stage
     positions = torch.tensor([(y // stride, x // stride) for x, y in pixels])
     rows, columns = positions.unbind(1)
     size = layer.kernel_size
@@ -96,22 +99,35 @@ def neighbourhood_filters(
     )
 
 
-def _find_layer(backbone: ELSASwin, stage: int, block: int) -> ELSA:
-    depths = backbone.arch.depths
-    if stage not in range(len(depths) - 1):
+def elsa_stages(backbone: Backbone) -> list[tuple[int, nn.Sequential | nn.ModuleList]]:
+    """Return pixels per position, and the blocks, of each stage that attends with ELSA."""
+    stride = backbone.patch_embed.patch_size
+    if isinstance(backbone, ELSAVolo):
+        return [(stride, backbone.network[0])]  # type: ignore[list-item]
+    stages = list(backbone.layers)
+    return [
+        (stride * 2**index, stage.blocks)  # type: ignore[misc]
+        for index, stage in enumerate(stages[: len(backbone.arch.depths) - 1])
+    ]
+
+
+def _find_layer(backbone: Backbone, stage: int, block: int) -> tuple[int, ELSA]:
+    """Return pixels per position, and the layer."""
+    stages = elsa_stages(backbone)
+    if stage not in range(len(stages)):
+        allowed = f"one of 0..{len(stages) - 1}, which attend" if stages[1:] else "0, which attends"
+        raise ValueError(f"the stage must be {allowed} with ELSA, got {stage}")
+    stride, blocks = stages[stage]
+    if block not in range(len(blocks)):
         raise ValueError(
-            f"the stage must be one of 0..{len(depths) - 2}, which attend with ELSA, got {stage}"
+            f"the block of stage {stage} must be one of 0..{len(blocks) - 1}, got {block}"
         )
-    if block not in range(depths[stage]):
-        raise ValueError(
-            f"the block of stage {stage} must be one of 0..{depths[stage] - 1}, got {block}"
-        )
-    layer: ELSA = backbone.layers[stage].blocks[block].attn  # type: ignore[union-attr, index]
-    return layer
+    layer: ELSA = blocks[block].attn  # type: ignore[assignment]
+    return stride, layer
 
 
 @torch.no_grad()
-def _record(backbone: ELSASwin, layer: ELSA, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _record(backbone: Backbone, layer: ELSA, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return value [H, W, C], logits [H, W, G*K*K] and output [H, W, C] of the layer's operator."""
     seen: dict[str, Tensor] = {}
 

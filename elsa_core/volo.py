@@ -31,6 +31,8 @@ _OPTIONAL_PART = re.compile(r"(network\.[0-4]|norm[0-3]|pos_embed|upsample)(\.|$
 class ConvStem(nn.Module):
     """Image [B, C_in, H, W] -> map [B, H/8, W/8, C]: VOLO's three convolutions and its patches."""
 
+    patch_size = 8
+
     def __init__(self, in_chans: int, stem_dim: int, dim: int) -> None:
         super().__init__()
         layers: list[nn.Module] = []

@@ -11,16 +11,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from elsa_core import ELSASwin
 from elsa_core.data.images import read_image
-from elsa_core.filters import neighbourhood_filters
+from elsa_core.filters import elsa_stages, neighbourhood_filters
 from elsa_core.runtime.errors import UsageError, one_line
-from elsa_core.variants import Arch
+from elsa_core.variants import Arch, VoloArch
 from elsa_core.weights.convert import convert
 from elsa_core.weights.files import naming, read_source
 from elsa_core.weights.recognise import PIXELS
 
-from .counting import describe_arch
+from ..archs import Backbone, build_backbone, describe_arch
 
 
 @dataclass
@@ -42,15 +41,15 @@ class View:
     title: str
 
 
-def untrained_backbone(arch: Arch) -> tuple[ELSASwin, str]:
+def untrained_backbone(arch: Arch | VoloArch) -> tuple[Backbone, str]:
     """Returns a backbone with random weights, the same each time, and its name in pictures."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        backbone = ELSASwin(arch, out_indices=range(len(arch.depths)))
+        backbone = build_backbone(arch)
     return backbone.eval(), f"{describe_arch(arch)}, untrained random weights"
 
 
-def trained_backbone(path: str) -> tuple[ELSASwin, str]:
+def trained_backbone(path: str) -> tuple[Backbone, str]:
     """Returns the backbone of any readable checkpoint, and its name in pictures.
 
     Raises UsageError for a file that cannot be read or has no trained ELSA attention.
@@ -60,7 +59,7 @@ def trained_backbone(path: str) -> tuple[ELSASwin, str]:
         conversion = convert(source, "backbone")
     if any(".attn." in name for name, _ in conversion.absent):
         raise UsageError(f"{path} holds {source}, which has no ELSA attention to look at")
-    backbone = ELSASwin(source.arch, out_indices=range(len(source.arch.depths)))
+    backbone = build_backbone(source.arch)
     backbone.load_state_dict(conversion.tensors, strict=False)
     return backbone.eval(), f"{describe_arch(source.arch)} of {os.path.basename(path)}"
 
@@ -95,7 +94,7 @@ def default_pixels(photo: np.ndarray) -> list[tuple[int, int]]:
 
 
 def look(
-    backbone: ELSASwin,
+    backbone: Backbone,
     name: str,
     photo: np.ndarray,
     pixels: Sequence[tuple[int, int]],
@@ -116,10 +115,11 @@ def look(
     Raises UsageError if the model does not have the stage, block, head or channel.
     """
     depths, heads = backbone.arch.depths, backbone.arch.num_heads
-    _check("--stage", stage, len(depths) - 1)
+    attending = len(elsa_stages(backbone))
+    _check("--stage", stage, attending, ": the other stages have no ELSA")
     block = depths[stage - 1] if block is None else block
     _check("--block", block, depths[stage - 1])
-    channels, count = backbone.num_features[stage - 1], heads[stage - 1]
+    channels, count = backbone.arch.num_features[stage - 1], heads[stage - 1]
     if head is not None and channel is not None:
         raise UsageError("--head and --channel exclude each other: a channel has one head")
     if head is not None:
@@ -153,6 +153,7 @@ def look(
     )
 
 
-def _check(option: str, value: int, last: int) -> None:
+def _check(option: str, value: int, last: int, note: str = "") -> None:
     if not 1 <= value <= last:
-        raise UsageError(f"{option} must be one of 1..{last} in this model, got {value}")
+        allowed = f"one of 1..{last}" if last > 1 else "1"
+        raise UsageError(f"{option} must be {allowed} in this model, got {value}{note}")

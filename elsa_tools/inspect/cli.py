@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from elsa_core.runtime.command_line import exit_status, keep_inputs, show
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.files import replacing
+from elsa_tools.archs import NAMES
 from elsa_tools.arguments import command_parser
 
 DETAILS = """\
@@ -25,8 +26,9 @@ interrupted
 FILTERS_DETAILS = """\
 The picture shows, over the image and enlarged, what a block of ELSA multiplies its neighbourhood's
 values by: the attention, the ghost filters that are the same everywhere, and both together. The
-neighbourhood of stage 1 has K x 4 pixels a side, of each later stage twice as many. Stages, blocks,
-heads and channels are counted from 1. The last stage has window attention and no such filters.
+neighbourhood of an ELSA-Swin's stage 1 has K x 4 pixels a side, of each later stage twice as many;
+the last stage has window attention and no such filters. Of an ELSA-VOLO only stage 1 has them, with
+K x 8 pixels a side. Stages, blocks, heads and channels are counted from 1.
 """
 
 
@@ -58,7 +60,7 @@ def _add_parts(commands: argparse._SubParsersAction) -> None:
         "config", nargs="?", metavar="CONFIG", help=".yaml of Detectron2 or .py of OpenMMLab"
     )
     parser.add_argument(
-        "--arch", help="a bare backbone: tiny, small, base, or a dict as in a config"
+        "--arch", help=f"a bare backbone: {', '.join(NAMES)}, or a dict as in a config"
     )
     parser.add_argument(
         "--size",
@@ -118,7 +120,8 @@ def _pixel(text: str) -> tuple[int, int]:
 
 
 def _parts(options: argparse.Namespace) -> int:
-    from .counting import bare_backbone, from_config, read_arch
+    from ..archs import read_arch
+    from .counting import bare_backbone, from_config
     from .parts import count_parts, record, table
 
     _check_one(options.config, options.arch, "CONFIG")
@@ -140,8 +143,8 @@ def _parts(options: argparse.Namespace) -> int:
 
 
 def _filters(options: argparse.Namespace) -> int:
+    from ..archs import read_arch
     from .attention import default_pixels, look, read_photo, trained_backbone, untrained_backbone
-    from .counting import read_arch
     from .picture import draw, to_png
 
     _check_one(options.checkpoint, options.arch, "CHECKPOINT")

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from elsa_core import ELSASwin
 from elsa_core.runtime.errors import UsageError, one_line
-from elsa_core.variants import VARIANTS, Arch
-from elsa_core.weights.shapes import arch_name
+from elsa_core.variants import Arch, VoloArch
+
+from ..archs import build_backbone, describe_arch
 
 # Height and width in pixels, as published tables have them.
 DETECTION, SEGMENTATION, CLASSIFICATION = (800, 1280), (512, 2048), (224, 224)
@@ -37,39 +36,10 @@ class Subject:
     size: tuple[int, int]
 
 
-def read_arch(text: str) -> Arch:
-    """Parses the name of a variant, or a dict in Python's or JSON's notation.
-
-    Raises UsageError for anything else, and for a dict that describes no ELSA-Swin.
-    """
-    spec: Any = text
-    if text not in VARIANTS:
-        try:
-            spec = ast.literal_eval(text)
-        except (SyntaxError, ValueError):
-            spec = None
-        if not isinstance(spec, Mapping):
-            raise UsageError(
-                f"--arch must be one of {', '.join(VARIANTS)} or a dict such as "
-                f"'{{\"embed_dim\": 32, ...}}', got {text}"
-            )
-    try:
-        return Arch.from_spec(spec)
-    except ValueError as error:
-        raise UsageError(f"--arch: {one_line(error)}") from error
-
-
-def describe_arch(arch: Arch) -> str:
-    """Returns "ELSA-Swin tiny", or "ELSA-Swin 32 channels, blocks 1-1-2-1"."""
-    if (name := arch_name(arch)) != "custom":
-        return f"ELSA-Swin {name}"
-    return f"ELSA-Swin {arch.embed_dim} channels, blocks {'-'.join(map(str, arch.depths))}"
-
-
-def bare_backbone(arch: Arch) -> Subject:
+def bare_backbone(arch: Arch | VoloArch) -> Subject:
     """Builds a backbone with all outputs and their norms, as detectors and segmentors use it."""
     with FakeTensorMode():
-        module = ELSASwin(arch, out_indices=range(len(arch.depths))).eval()
+        module = build_backbone(arch).eval()
     return Subject(describe_arch(arch), module, module, CLASSIFICATION)
 
 

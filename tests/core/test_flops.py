@@ -9,7 +9,7 @@ import pytest
 import torch
 from mm_tiny import CONFIGS
 
-from elsa_core import ELSASwin
+from elsa_core import ELSASwin, ELSAVolo
 from elsa_core.flops import count_flops
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -41,6 +41,18 @@ def mmengine(model, image):
     found = get_model_complexity_info(model, inputs=(image,))
     assert (found["flops"], found["activations"]) == (counts.total(), activations.total())
     return counts, activations
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("pyramid", [False, True])
+@pytest.mark.parametrize("count", [fvcore, mmengine])
+def test_all_counters_agree_on_elsa_volo(count, pyramid):
+    arch = dict(depths=(1, 1, 1, 2), embed_dims=(16, 32), num_heads=(2, 4), stem_dim=8)
+    model = ELSAVolo(arch, pyramid=pyramid, img_size=32).eval()
+    counts, _ = count(model, torch.zeros(1, 3, *SIZE))
+    by_operator = counts.by_operator()
+    left_out = sum(by_operator[name] for name in ("layer_norm", "batch_norm"))
+    assert counts.total() - left_out == count_flops(model, SIZE)
 
 
 @pytest.mark.slow

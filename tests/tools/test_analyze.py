@@ -11,12 +11,12 @@ from weights_models import PHOTOGRAPHS, TINY, detector, original, save, swin
 pytest.importorskip("matplotlib")
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from elsa_core import ELSASwin
+from elsa_core import ELSASwin, ELSAVolo
 from elsa_core.filters import neighbourhood_filters
 from elsa_core.runtime.errors import UsageError
 from elsa_core.weights import convert_file
+from elsa_tools.archs import read_arch
 from elsa_tools.inspect import attention, cli, picture
-from elsa_tools.inspect.counting import read_arch
 
 COFFEE = PHOTOGRAPHS / "coffee.png"
 # Height 50 and width 70: maps of 13x18 and 7x9, of which pixels are in corners, at borders, inside.
@@ -57,6 +57,24 @@ def test_filters_applied_by_hand_give_the_operators_output(ghosts, stage, block)
         map(bool, ghosts)
     )
     assert backbone.training and not layer.pre_proj._forward_hooks
+
+
+VOLO = dict(depths=[2, 1, 1, 1], embed_dims=[12, 24], num_heads=[2, 4], stem_dim=8)
+
+
+@pytest.mark.parametrize("pyramid", [False, True])
+def test_filters_of_elsa_volo(pyramid):
+    """Its first stage alone attends with ELSA, with both ghost filters, at 8 pixels a position."""
+    torch.manual_seed(0)
+    backbone = ELSAVolo(VOLO, init_std=0.3, pyramid=pyramid).double().eval()
+    image = torch.randn(3, 50, 70, dtype=torch.double)
+    filters = neighbourhood_filters(backbone, image, 0, 1, PIXELS)
+    by_hand = (filters.effective * filters.neighbourhoods()).sum((-2, -1))
+    assert torch.allclose(by_hand, filters.output, rtol=0, atol=1e-12)
+    assert filters.ghost_mul is not None and filters.ghost_add is not None
+    assert filters.positions.tolist() == [[y // 8, x // 8] for x, y in PIXELS]
+    with pytest.raises(ValueError, match="stage must be 0, which attends with ELSA, got 1"):
+        neighbourhood_filters(backbone, image, 1, 0, PIXELS)
 
 
 @pytest.mark.parametrize(
@@ -164,10 +182,17 @@ SMALL = "{'embed_dim': 12, 'depths': [1, 1], 'num_heads': [1, 2], 'group_width':
 UNTRAINED = ["filters", "--image", str(COFFEE), "--max-size", "64", "--arch", SMALL]
 
 
-def test_untrained_weights_are_called_so_and_are_the_same_each_time(tmp_path, capsys):
-    assert cli.main([*UNTRAINED, "--out", str(tmp_path / "filters.png")]) == 0
-    assert "blocks 1-1, untrained random weights: stage 1" in capsys.readouterr().out
-    first, second = (attention.untrained_backbone(read_arch(UNTRAINED[-1]))[0] for _ in range(2))
+@pytest.mark.parametrize(
+    "arch, name",
+    [
+        (SMALL, "ELSA-Swin 12 channels, blocks 1-1"),
+        (str(VOLO), "ELSA-VOLO 12-24 channels, blocks 2-1-1-1"),
+    ],
+)
+def test_untrained_weights_are_called_so_and_are_the_same_each_time(arch, name, tmp_path, capsys):
+    assert cli.main([*UNTRAINED, "--arch", arch, "--out", str(tmp_path / "filters.png")]) == 0
+    assert f"{name}, untrained random weights: stage 1, block" in capsys.readouterr().out
+    first, second = (attention.untrained_backbone(read_arch(arch))[0] for _ in range(2))
     assert torch.equal(first.patch_embed.proj.weight, second.patch_embed.proj.weight)
 
 
@@ -180,7 +205,14 @@ def test_untrained_weights_are_called_so_and_are_the_same_each_time(tmp_path, ca
         (["--arch", "tiny", "--channel", "0"], "--channel must be one of 1..96"),
         (["--arch", "tiny", "--head", "1", "--channel", "1"], "exclude each other"),
         (["--arch", "tiny", "--pixel", "600,0"], "--pixel: a pixel must be within the image"),
-        (["--arch", "huge"], "--arch must be one of tiny, small, base or a dict"),
+        (
+            ["--arch", "huge"],
+            "--arch must be one of tiny, small, base, volo_d1, .*, volo_d5 or a dict",
+        ),
+        (
+            ["--arch", "volo_d1", "--stage", "2"],
+            "must be 1 in this .*, got 2: the other stages have",
+        ),
         (["--arch", "{'embed_dim': 32}"], "--arch: a dict arch needs embed_dim, depths"),
         (["--arch", "tiny", "--image", "b.png", "--out", "b.png"], "another file than b.png"),
         (["--arch", "tiny", "--out", "a.jpg"], "--out must name a .png file, got a.jpg"),
