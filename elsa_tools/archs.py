@@ -51,8 +51,12 @@ def describe_arch(arch: Arch | VoloArch) -> str:
     return f"{family} {channels} channels, blocks {'-'.join(map(str, arch.depths))}"
 
 
-def build_backbone(arch: Arch | VoloArch) -> Backbone:
-    """Build a backbone with all outputs and their norms, as detectors and segmentors use it."""
+def build_backbone(arch: Arch | VoloArch, **options: Any) -> Backbone:
+    """Build a backbone with all outputs and their norms, as detectors and segmentors use it.
+
+    Args:
+        options: further arguments of `ELSAVolo`; of an ELSA-Swin they are left out.
+    """
     if isinstance(arch, VoloArch):
-        return ELSAVolo(arch)
+        return ELSAVolo(arch, **options)
     return ELSASwin(arch, out_indices=range(len(arch.depths)))

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from elsa_core import ELSASwin
+from elsa_core import ELSASwin, ELSAVolo
 from elsa_core.runtime.errors import UsageError
 from elsa_core.weights.convert import convert
 from elsa_core.weights.names import CASCADE, MASK_RCNN
@@ -14,7 +14,7 @@ from elsa_core.weights.recognise import recognise
 from elsa_tools.predict.inferencer import Inferencer
 
 from .detector import ConvModule, Detector
-from .models import Backbone, Exportable, Segmentor
+from .models import Backbone, Exportable, Segmentor, map_strides
 from .parts import check
 
 
@@ -29,12 +29,13 @@ def wrap(
         pasted: whether a detector pastes its masks into the image.
 
     Raises:
-        UsageError: a backbone other than ELSA-Swin, or another model or head.
+        UsageError: a backbone other than ELSA-Swin and ELSA-VOLO, or another model or head.
     """
     model = inferencer.model
     backbone = getattr(model.backbone, "bottom_up", model.backbone)
-    if not isinstance(backbone, ELSASwin):
-        raise UsageError(f"the backbone must be an ELSA-Swin, got {type(backbone).__name__}")
+    if not isinstance(backbone, (ELSASwin, ELSAVolo)):
+        name = type(backbone).__name__
+        raise UsageError(f"the backbone must be an ELSA-Swin or an ELSA-VOLO, got {name}")
     normalisation = None if normalised else inferencer.normalisation()
     if part == "backbone":
         module: Exportable = Backbone(backbone, normalisation)
@@ -75,7 +76,8 @@ def build_detector(
     settings, anchor_sizes = read_settings(inferencer)
     model = inferencer.model
     backbone = getattr(model.backbone, "bottom_up", model.backbone)
-    check("the backbone", type(backbone).__mro__, ELSASwin)
+    check("the backbone", type(backbone).__mro__, ELSASwin, ELSAVolo)
+    check("the strides of the backbone's maps", map_strides(backbone)[1][:2], [4, 8])
     if len(backbone.out_indices) != len(settings.strides) - 1:
         raise UsageError(
             f"the pyramid must have one level more than the backbone's maps, got "

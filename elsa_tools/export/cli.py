@@ -7,11 +7,12 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from elsa_core import VARIANTS, ELSASwin
 from elsa_core.runtime.command_line import exit_status, keep_inputs, say, show
 from elsa_core.runtime.errors import UsageError
+from elsa_core.variants import VoloArch
+from elsa_tools.archs import NAMES, Backbone, build_backbone, read_arch
 from elsa_tools.arguments import add_config_settings, command_parser
 
 if TYPE_CHECKING:
@@ -27,7 +28,8 @@ with a .bin file). What is exported:
                            boxes, scores, labels, images, masks of the N detections
   --config of a segmentor  UPerNet: image -> logits [B, K, H, W]
   --part backbone          its backbone: image -> a map of each stage, res2 ... res5
-  --arch                   a bare backbone: image, normalised -> res2 ... res5
+  --arch                   a bare backbone: image, normalised -> res2 ... res5; of ELSA-VOLO without
+                           --pyramid stage1 ... stage4, at strides 8, 16, 16, 16
 
 B, H and W may be anything in each run; images are RGB with values in 0..255. OUT is written only
 where every executor that is installed for it computes what the framework does: the same objects,
@@ -52,7 +54,18 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
     parser = command_parser(prog, "Export a model to ONNX, PyTorch or OpenVINO.", DETAILS)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--config", help="Detectron2 .yaml or OpenMMLab .py, or configs/...")
-    what.add_argument("--arch", choices=list(VARIANTS), help="a bare backbone")
+    what.add_argument(
+        "--arch", help=f"a bare backbone: {', '.join(NAMES)}, or a dict as in a config"
+    )
+    parser.add_argument(
+        "--pyramid", action="store_true", help="of --arch ELSA-VOLO: maps at strides 4, 8, 16, 32"
+    )
+    parser.add_argument(
+        "--img-size",
+        type=int,
+        metavar="N",
+        help="of --arch ELSA-VOLO: side that the position embedding is made for (default: 224)",
+    )
     parser.add_argument("--weights", metavar="CHECKPOINT", help="default: random weights")
     parser.add_argument("--out", required=True, help="the .onnx, .pt2 or .xml file to write")
     parser.add_argument(
@@ -143,6 +156,10 @@ def check_options(options: argparse.Namespace) -> None:
         keep_inputs("--out", file, read)
     if options.arch and (options.options or options.part != "model" or options.normalised):
         raise UsageError("--opts, --part and --normalised belong to --config")
+    if options.config and (options.pyramid or options.img_size is not None):
+        raise UsageError("--pyramid and --img-size belong to --arch")
+    if options.img_size is not None and options.img_size < 1:
+        raise UsageError(f"--img-size must be positive, got {options.img_size}")
     if options.int8 is not None and not os.path.isdir(options.int8):
         raise UsageError(f"--int8 must name a folder of images, got {options.int8}")
     if options.int8 is not None and (options.half or options.arch):
@@ -167,20 +184,30 @@ def check_options(options: argparse.Namespace) -> None:
             raise UsageError(f"--int8 must name a folder of images, {options.int8} has none")
 
 
+def _bare_backbone(options: argparse.Namespace) -> Backbone:
+    arch = read_arch(options.arch)
+    if isinstance(arch, VoloArch):
+        return build_backbone(arch, pyramid=options.pyramid, img_size=options.img_size or 224)
+    if options.pyramid or options.img_size:
+        raise UsageError("--pyramid and --img-size belong to --arch of an ELSA-VOLO")
+    return build_backbone(arch)
+
+
 def load(options: argparse.Namespace) -> tuple[Exportable, Record, Inferencer | None]:
     """The model to export, its record, and what to compare it with."""
     from .build import wrap
-    from .models import Backbone, round_weights
+    from .models import Backbone as Exported
+    from .models import round_weights
     from .record import Record, record_of
 
     inferencer = None
     if options.arch:
-        backbone = ELSASwin(options.arch)
+        backbone: Any = _bare_backbone(options)
         if options.weights:
             from elsa_core.weights import load_backbone
 
             load_backbone(backbone, options.weights)
-        module: Exportable = Backbone(backbone, None).eval()
+        module: Exportable = Exported(backbone, None).eval()
         if options.half:
             round_weights(module)
         record = Record(task="features", normalised=True)

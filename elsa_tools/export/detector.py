@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from elsa_core import ELSASwin
+from elsa_core import ELSASwin, ELSAVolo
 from elsa_core.weights.shapes import HeadSizes
 
-from .models import EXAMPLE, Exportable
+from .models import EXAMPLE, Exportable, family_of
 from .paste import paste
 
 # An image is padded to a multiple of this, the pyramid's largest stride but one.
@@ -188,7 +188,7 @@ class RoIHead(nn.Module):
 
 
 class Detector(Exportable):
-    """A whole detector, ELSA-Swin under a feature pyramid.
+    """A whole detector, one of our backbones under a feature pyramid.
 
     `forward` takes ``image`` [B, 3, H, W], RGB with values in 0..255, and ``size`` [B, 2], int64:
     height and width of each image; what lies outside is padding, whatever its values. It returns,
@@ -205,7 +205,7 @@ class Detector(Exportable):
 
     def __init__(
         self,
-        backbone: ELSASwin,
+        backbone: ELSASwin | ELSAVolo,
         sizes: HeadSizes,
         settings: Settings,
         normalised: bool = False,
@@ -240,7 +240,7 @@ class Detector(Exportable):
 
     def features(self, image: Tensor) -> tuple[Tensor, ...]:
         """The backbone's maps of normalised images."""
-        return ELSASwin.forward(self.backbone, image)
+        return family_of(self.backbone).forward(self.backbone, image)
 
     def _padded(self, image: Tensor, size: Tensor) -> Tensor:
         """The normalised images, 0 outside of them, up to a multiple of 32."""

@@ -1,4 +1,4 @@
-"""ELSA-Swin in standard ONNX operators, for images of any size.
+"""ELSA-Swin, and what both families share, in standard ONNX operators for images of any size.
 
 What `elsa_core` computes, written a second time as a graph: tracing the backbone with symbolic
 sizes takes minutes, writing it takes a second. Each export compares the two.
@@ -6,7 +6,7 @@ sizes takes minutes, writing it takes a second. Each export compares the two.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ def backbone(module: Any, image: Value) -> list[Value]:
     outputs = []
     for index, stage in enumerate(module.layers):
         for block in stage.blocks:
-            x = _block(block, x)
+            x = residual_block(block, x, _window_attention)
         if index in module.out_indices:
             out = _layer_norm(getattr(module, f"norm{index}"), x)
             outputs.append(op.Transpose(out, perm=[0, 3, 1, 2]))
@@ -153,16 +153,7 @@ def _shares(length: Value, cells: int) -> Value:
 
 
 def _patch_embed(module: PatchEmbed, image: Value) -> Value:
-    size = _ints(module.patch_size)
-    missing = op.Mod(op.Neg(op.Shape(image, start=2, end=4)), size)
-    image = op.Pad(image, op.Concat(_ints(0, 0, 0, 0, 0, 0), missing, axis=0))
-    assert module.proj.bias is not None
-    x = op.Conv(
-        image,
-        _constant(module.proj.weight),
-        _constant(module.proj.bias),
-        strides=[module.patch_size] * 2,
-    )
+    x = _convolution(module.proj, _pad_image(image, module.patch_size))
     return _layer_norm(module.norm, op.Transpose(x, perm=[0, 2, 3, 1]))
 
 
@@ -177,8 +168,9 @@ def _patch_merging(module: PatchMerging, x: Value) -> Value:
     return _linear(x, module.reduction.weight, module.reduction.bias)
 
 
-def _block(block: Any, x: Value) -> Value:
-    attention = _elsa if isinstance(block.attn, ELSA) else _window_attention
+def residual_block(block: Any, x: Value, other: Callable[[Any, Value], Value]) -> Value:
+    """`Block.forward` in evaluation; ``other`` is its attention where that is not ELSA."""
+    attention = _elsa if isinstance(block.attn, ELSA) else other
     x = op.Add(x, attention(block.attn, _layer_norm(block.norm1, x)))
     mlp = block.mlp
     hidden = _linear(_layer_norm(block.norm2, x), mlp.fc1.weight, mlp.fc1.bias)
@@ -192,13 +184,9 @@ def _elsa(module: Any, x: Value) -> Value:
     key = op.Slice(projected, _ints(dim_qk), _ints(2 * dim_qk), _ints(3))
     value = op.Slice(projected, _ints(2 * dim_qk), _ints(_END), _ints(3))
     convolution, _, pointwise = module.attn
-    logits = op.Conv(
-        op.Transpose(op.Mul(query, key), perm=[0, 3, 1, 2]),
-        _constant(convolution.weight),
-        _constant(convolution.bias),
-        group=convolution.groups,
-        pads=[*convolution.padding] * 2,
-    )
+    if module.qk_scale != 1:
+        query = op.Mul(query, _constant(np.float32(module.qk_scale)))
+    logits = _convolution(convolution, op.Transpose(op.Mul(query, key), perm=[0, 3, 1, 2]))
     logits = op.Gelu(op.Transpose(logits, perm=[0, 2, 3, 1]))
     logits = _linear(logits, pointwise.weight.flatten(1), pointwise.bias)
     add, mul = (None if f is None else _constant(f) for f in module.ghost_filters())
@@ -273,6 +261,19 @@ def _shift_mask(rows: Value, columns: Value, window: int, shift: Value) -> Value
     region = op.Reshape(region, _ints(-1, 1, 1, window**2))
     apart = op.Not(op.Equal(region, op.Transpose(region, perm=[0, 1, 3, 2])))
     return op.Mul(op.Cast(apart, to=1), _constant(np.float32(-100)))
+
+
+def _convolution(module: nn.Conv2d, x: Value) -> Value:
+    """`Conv2d.forward`, [B, C, H, W] -> [B, C', H', W'], with zero padding."""
+    weights = [_constant(part) for part in (module.weight, module.bias) if part is not None]
+    pads, strides = [*module.padding] * 2, [*module.stride]
+    return op.Conv(x, *weights, group=module.groups, pads=pads, strides=strides)
+
+
+def _pad_image(image: Value, size: int) -> Value:
+    """[B, C, H, W] with zeros at the bottom and right up to multiples of ``size``."""
+    missing = op.Mod(op.Neg(op.Shape(image, start=2, end=4)), _ints(size))
+    return op.Pad(image, op.Concat(_ints(0, 0, 0, 0, 0, 0), missing, axis=0))
 
 
 def _pad_map(x: Value, missing: Value) -> Value:

@@ -9,12 +9,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from elsa_core import ELSASwin
+from elsa_core import ELSASwin, ELSAVolo
 from elsa_core.runtime.errors import UsageError
 from elsa_tools.predict.inferencer import Inferencer
 
 # Height and width of the image that exports trace: odd, so that nothing is taken for a constant.
 EXAMPLE = (97, 131)
+
+
+def family_of(backbone: ELSASwin | ELSAVolo) -> Any:
+    """The class of `elsa_core` whose `forward` returns the maps as a tuple."""
+    return ELSAVolo if isinstance(backbone, ELSAVolo) else ELSASwin
+
+
+def map_strides(backbone: ELSASwin | ELSAVolo) -> tuple[int, list[int]]:
+    """What the sides of images are padded to multiples of, and the stride of each map.
+
+    The sides of a map of a larger stride are rounded up.
+    """
+    if isinstance(backbone, ELSAVolo):
+        return 16, backbone.strides
+    return backbone.patch_embed.patch_size, [
+        backbone.patch_embed.patch_size * 2**stage for stage in range(len(backbone.num_features))
+    ]
 
 
 class Exportable(nn.Module):
@@ -30,7 +47,7 @@ class Exportable(nn.Module):
     task: str
     inputs: tuple[str, ...] = ("image",)
     names: tuple[str, ...]
-    backbone: ELSASwin
+    backbone: ELSASwin | ELSAVolo
     normalised: bool
 
     def example(self) -> tuple[Tensor, ...]:
@@ -56,7 +73,9 @@ class Backbone(Exportable):
     std: Tensor
 
     def __init__(
-        self, backbone: ELSASwin, normalisation: tuple[Sequence[float], Sequence[float]] | None
+        self,
+        backbone: ELSASwin | ELSAVolo,
+        normalisation: tuple[Sequence[float], Sequence[float]] | None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
@@ -64,11 +83,15 @@ class Backbone(Exportable):
         mean, std = normalisation or ([0.0] * 3, [1.0] * 3)
         self.register_buffer("mean", torch.tensor(mean).view(-1, 1, 1))
         self.register_buffer("std", torch.tensor(std).view(-1, 1, 1))
-        self.names = tuple(f"res{stage + 2}" for stage in backbone.out_indices)
+        # A level of a pyramid is called after its stride, 2 ** i.
+        native = isinstance(backbone, ELSAVolo) and not backbone.pyramid
+        self.names = tuple(
+            f"stage{index + 1}" if native else f"res{index + 2}" for index in backbone.out_indices
+        )
 
     def features(self, image: Tensor) -> tuple[Tensor, ...]:
         image = image if self.normalised else (image - self.mean) / self.std
-        return ELSASwin.forward(self.backbone, image)
+        return family_of(self.backbone).forward(self.backbone, image)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         return self.features(image)

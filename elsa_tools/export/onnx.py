@@ -15,14 +15,14 @@ import onnx_ir
 import onnx_ir.passes.common as passes
 import torch
 from onnxscript import optimizer
-from torch import Tensor
+from torch import Tensor, nn
 
-from elsa_core import ELSASwin
+from elsa_core import ELSASwin, ELSAVolo
 from elsa_core.runtime.errors import UsageError, one_line
 
 from . import graph as onnx_graph
-from . import onnx_ops
-from .models import Exportable
+from . import onnx_ops, volo_graph
+from .models import Exportable, family_of, map_strides
 from .quiet import quiet
 from .record import KEY, Record
 
@@ -30,7 +30,7 @@ OPSET = 20
 # Numbers of a constant from which float16 pays for its cast.
 _LEAST_HALF = 1024
 # The backbones that are being exported, by the number in the operator that stands for them.
-_backbones: dict[int, ELSASwin] = {}
+_backbones: dict[int, ELSASwin | ELSAVolo] = {}
 
 _library = torch.library.Library("elsa_export", "DEF")
 _library.define("backbone(Tensor image, int number) -> Tensor[]")
@@ -40,22 +40,29 @@ _library.define("backbone(Tensor image, int number) -> Tensor[]")
 def _backbone_fake(image: Tensor, number: int) -> list[Tensor]:
     module = _backbones[number]
     batch, _, *size = image.shape
+    whole, strides = map_strides(module)
 
     def sides(stride: int) -> list[int]:
         # Without negative numbers, which ONNX's division would round the other way.
-        return [(side + stride - 1) // stride for side in size]
+        if stride % whole == 0:
+            return [(side + stride - 1) // stride for side in size]
+        return [(side + whole - 1) // whole * (whole // stride) for side in size]
 
     return [
-        image.new_empty(batch, module.num_features[stage], *sides(2 ** (stage + 2)))
-        for stage in module.out_indices
+        image.new_empty(batch, module.num_features[index], *sides(strides[index]))
+        for index in module.out_indices
     ]
+
+
+def _graph(image: Any, number: int) -> list[Any]:
+    module = _backbones[number]
+    graph = volo_graph if isinstance(module, ELSAVolo) else onnx_graph
+    return graph.backbone(module, image)
 
 
 # What PyTorch's exporter does not know, or only for known sizes.
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
-    torch.ops.elsa_export.backbone.default: lambda image, number: onnx_graph.backbone(
-        _backbones[number], image
-    ),
+    torch.ops.elsa_export.backbone.default: _graph,
     torch.ops.aten.adaptive_avg_pool2d.default: onnx_graph.adaptive_average_pool,
     **onnx_ops.TRANSLATIONS,
 }
@@ -144,27 +151,33 @@ def _name_sizes(model: Any, module: Exportable) -> None:
         (*model.graph.inputs, *model.graph.outputs), (*module.inputs, *module.names), strict=True
     )
     for value, name in values:
-        if name.startswith("res"):
-            sides = [f"ceil({side}/{2 ** int(name[3:])})" for side in ("height", "width")]
-            shape: list[str | int] = ["batch", -1, *sides]
-        else:
-            shape = _SHAPES[name]
+        shape = _SHAPES.get(name) or ["batch", -1, *_sides(module, name)]
         known = zip(shape, value.shape, strict=True)
         value.shape = onnx_ir.Shape([old if side == -1 else side for side, old in known])
 
 
-@contextmanager
-def _opaque(backbone: ELSASwin) -> Iterator[None]:
-    """Within it, a backbone's forward is one operator that no tracer looks into."""
-    number, forward = id(backbone), ELSASwin.forward
+def _sides(module: Exportable, name: str) -> list[str]:
+    """The height and width of a backbone's map, in words."""
+    index = module.backbone.out_indices[module.names.index(name)]
+    whole, strides = map_strides(module.backbone)
+    stride = strides[index]
+    times = f"*{whole // stride}" if stride < whole else ""
+    return [f"ceil({side}/{max(whole, stride)}){times}" for side in ("height", "width")]
 
-    def stand_in(self: ELSASwin, x: Tensor) -> tuple[Tensor, ...]:
+
+@contextmanager
+def _opaque(backbone: ELSASwin | ELSAVolo) -> Iterator[None]:
+    """Within it, a backbone's forward is one operator that no tracer looks into."""
+    family: Any = family_of(backbone)
+    number, forward = id(backbone), family.forward
+
+    def stand_in(self: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
         return tuple(torch.ops.elsa_export.backbone(x, number))
 
     _backbones[number] = backbone
-    ELSASwin.forward = stand_in  # type: ignore[method-assign]
+    family.forward = stand_in
     try:
         yield
     finally:
-        ELSASwin.forward = forward  # type: ignore[method-assign]
+        family.forward = forward
         del _backbones[number]

@@ -68,6 +68,7 @@ class Record:
         mask_threshold: probability from which a pixel belongs to a mask.
         score_threshold: the graph drops detections with a lower score.
         precision: "float32"; "float16": of the weights; "int8".
+        outputs: names of a backbone's maps, in their order.
     """
 
     task: str
@@ -82,6 +83,7 @@ class Record:
     mask_threshold: float = 0.5
     score_threshold: float = 0.05
     precision: str = "float32"
+    outputs: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps({"schema": SCHEMA, **asdict(self)})
@@ -215,10 +217,11 @@ def _resize(value: Any) -> bool:
     )
 
 
+_NAMES = "a list of names", lambda v: _list(v, lambda one: isinstance(one, str))
 _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "task": _among(*TASKS),
     "framework": _among(*FRAMEWORKS),
-    "classes": ("a list of names", lambda v: _list(v, lambda one: isinstance(one, str))),
+    "classes": _NAMES,
     "colours": (
         "a list of [red, green, blue], 0..255",
         lambda v: _list(v, lambda one: _list(one, lambda c: _whole(c, 0, 255), 3)),
@@ -231,6 +234,7 @@ _RULES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "mask_threshold": ("in [0, 1]", _share),
     "score_threshold": ("in [0, 1]", _share),
     "precision": _among(*PRECISIONS),
+    "outputs": _NAMES,
 }
 
 

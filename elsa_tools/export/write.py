@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
@@ -56,6 +56,8 @@ def write_model(
         UsageError: the model cannot be exported or written, or an executor computes something
             else; then what was at ``path`` stays.
     """
+    if module.task == "features":
+        record = replace(record, outputs=module.names)
     checks: list[Check] = []
     ending = os.path.splitext(path)[1]
     by_onnx = ending == ".xml" or calibration is not None

@@ -160,10 +160,7 @@ class Torch(Executor):
         import torch
 
         given = (torch.from_numpy(np.ascontiguousarray(value)) for value in inputs.values())
-        found = [output.numpy() for output in self.program(*given)]
-        if self.record.task == "features":  # a program has no names: those up to the last stage
-            self.outputs = [f"res{stage}" for stage in range(6 - len(found), 6)]
-        return found
+        return [output.numpy() for output in self.program(*given)]
 
 
 EXECUTORS: dict[str, type[OnnxRuntime | OpenVino | Torch]] = {
@@ -204,10 +201,10 @@ def load_executor(
 
 
 def _names(record: Record) -> tuple[Sequence[str], Sequence[str]]:
-    """Of inputs and outputs; a backbone's outputs depend on it."""
+    """Of inputs and outputs; of a backbone's outputs those that the record names."""
     if record.task == "detection":
         return ("image", "size"), (*DETECTION, *([MASKS] if record.masks else []))
-    return ("image",), ("logits",) if record.task == "segmentation" else ()
+    return ("image",), ("logits",) if record.task == "segmentation" else record.outputs
 
 
 def _parse(path: str, record: str | None) -> Record:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import torch
 from digit_models import DET, SEG
 from weights_models import TINY
 
-from elsa_core import ELSASwin
+from elsa_core import ELSASwin, ELSAVolo
 from elsa_core.runtime.errors import UsageError
 from elsa_core.variants import VARIANTS, Arch
 from elsa_tools.export import graph as onnx_graph
@@ -67,6 +68,55 @@ def test_the_backbone_is_the_same(changes, always_shift, tmp_path):
             assert np.abs(a - b.numpy()).max() <= TOLERANCE
 
 
+VOLO = dict(depths=(1, 2, 1, 1), embed_dims=(12, 24), num_heads=(2, 3), stem_dim=8)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, {}),
+        ({"qkv_bias": True, "qk_scale": 0.5}, dict(pyramid=True)),
+        ({"kernel_size": 7, "lam": 0}, dict(pyramid=True, out_indices=(1, 2))),
+        ({"kernel_size": 3, "lam": 2, "gamma": 0}, dict(out_indices=(0, 2))),
+    ],
+    ids=str,
+)
+def test_elsa_volo_is_the_same(changes, options, tmp_path):
+    backbone = randomised(ELSAVolo({**VOLO, **changes}, img_size=64, **options))
+    for name, statistic in backbone.named_buffers():
+        if name.endswith(("mean", "var")):
+            statistic.copy_(torch.rand(statistic.shape) + 0.5)
+    path = str(tmp_path / "backbone.onnx")
+    found, _ = write_model(Backbone(backbone, None), FEATURES, path)
+    assert len(found) >= len(SIZES) and all(check.same for check in found)
+    model = onnx.load(path)
+    assert {node.domain for node in model.graph.node} == {""}
+    # The grid of the position embedding, one position, and more of them than it has.
+    for shape in ((1, 3, 64, 64), (1, 3, 4, 5), (3, 3, 33, 190)):
+        image = torch.randn(shape)
+        with torch.no_grad():
+            wanted = backbone(image)
+        got = outputs(path, image)
+        assert [a.shape for a in got] == [tuple(b.shape) for b in wanted]
+        for a, b in zip(got, wanted, strict=True):
+            assert np.abs(a - b.numpy()).max() <= TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("options", "names", "last"),
+    [
+        ({}, "stage1 stage2 stage3 stage4", ("ceil(height/16)", "ceil(width/16)")),
+        (dict(pyramid=True), "res2 res3 res4 res5", ("ceil(height/32)", "ceil(width/32)")),
+        (dict(pyramid=True, out_indices=(0,)), "res2", ("ceil(height/16)*4", "ceil(width/16)*4")),
+    ],
+)
+def test_maps_of_elsa_volo_have_names_and_sizes(options, names, last):
+    module = Backbone(ELSAVolo(VOLO, **options), None)
+    assert module.names == tuple(names.split())
+    assert tuple(onnx_export._sides(module, module.names[-1])) == last
+
+
 @pytest.mark.slow
 def test_some_outputs_only_and_a_difference_is_seen(tmp_path):
     backbone = randomised(ELSASwin(SMALL, out_indices=(1, 2)))
@@ -95,7 +145,7 @@ def test_a_variant_is_the_same(tmp_path, capsys, monkeypatch):
     assert {(o.domain, o.version) for o in model.opset_import} == {("", 20)}
     assert {node.domain for node in model.graph.node} == {""} and not model.functions
     record = Record.from_json(model.metadata_props[0].value)
-    assert record == FEATURES
+    assert record == replace(FEATURES, outputs=("res2", "res3", "res4", "res5"))
     report = json.loads(Path(f"{path}.report.json").read_text())
     assert report["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
     assert report["verified"] and all(check["same"] for check in report["checks"])
@@ -180,6 +230,13 @@ def test_adaptive_pooling(tmp_path):
         (["--arch", "tiny", "--out", "m.pt"], "--out must end in .onnx"),
         (["--arch", "tiny", "--out", "no/m.onnx"], "the folder no of --out does not exist"),
         (["--arch", "tiny", "--out", "m.onnx", "--part", "backbone"], "belong to --config"),
+        (["--arch", "huge", "--out", "m.onnx"], "--arch must be one of tiny, small, base, volo_d1"),
+        (["--arch", "tiny", "--out", "m.onnx", "--pyramid"], "--arch of an ELSA-VOLO"),
+        (
+            ["--arch", "volo_d1", "--out", "m.onnx", "--img-size", "0"],
+            "--img-size must be positive",
+        ),
+        (["--config", "no.py", "--out", "m.onnx", "--img-size", "64"], "belong to --arch"),
         (["--config", "no.py", "--out", "m.onnx"], "the config no.py does not exist"),
         (["--config", SEG["mmseg"], "--weights", "no.pth", "--out", "m.onnx"], "does not exist"),
     ],

@@ -13,7 +13,7 @@ import pytest
 import torch
 from digit_models import DET, SEG, untrained
 
-from elsa_core import ELSASwin, elsa_attention
+from elsa_core import ELSASwin, ELSAVolo, elsa_attention
 from elsa_core.runtime.errors import UsageError
 from elsa_tools.export import program as programs
 from elsa_tools.export.build import wrap
@@ -62,6 +62,17 @@ def test_any_size_and_the_record(saved):
     with pytest.raises(UsageError, match="does not serve inputs of 1x4x64x64"):
         program(torch.zeros(1, 4, 64, 64))
     assert ROOT.encode() not in path.read_bytes()
+
+
+@pytest.mark.parametrize("pyramid", [False, True])
+def test_elsa_volo_at_any_size(pyramid, tmp_path):
+    torch.manual_seed(0)
+    arch = dict(depths=(1, 1, 1, 1), embed_dims=(12, 24), num_heads=(2, 3), stem_dim=8)
+    module = Backbone(ELSAVolo(arch, pyramid=pyramid, img_size=64), NORMALISATION)
+    path = str(tmp_path / "volo.pt2")
+    save_program(module, path, "{}")
+    # The grid of the position embedding and one position, too.
+    assert_same(load_program(path), module, [*SHAPES, (1, 3, 64, 64), (2, 3, 4, 5)])
 
 
 SCRIPT = """
