@@ -81,7 +81,8 @@ class ELSAVolo(StagedBackbone):
 
     `load_state_dict` resizes a position embedding of another grid, and drops the stages that are
     not built, each with one line in the log, and the output norms and ``upsample`` of other
-    outputs. What classifiers have besides is reported as unknown: `elsa_core.weights` converts it.
+    outputs. What tells that a checkpoint has the maps of the other ``pyramid``, or a classifier, is
+    reported as unknown: `elsa_core.weights` converts it.
 
     Args:
         arch: "volo_d1" to "volo_d5" or a dict with the fields of `elsa_core.variants.VoloArch`.
@@ -135,8 +136,8 @@ class ELSAVolo(StagedBackbone):
             drop_rate=drop_rate,
             attn_drop_rate=attn_drop_rate,
         )
-        if img_size < 1:
-            raise ValueError(f"img_size must be at least 1, got {img_size=}")
+        if not isinstance(img_size, int) or img_size < 1:
+            raise ValueError(f"img_size must be an integer of at least 1, got {img_size=}")
         self.arch = arch
         self.img_size = img_size
         self.with_cp = with_cp
@@ -166,7 +167,7 @@ class ELSAVolo(StagedBackbone):
                 self.network.append(Downsample(*arch.embed_dims))
                 side = -(-img_size // _DIVISOR)
                 self.pos_embed = nn.Parameter(torch.empty(1, side, side, arch.embed_dims[1]))
-                nn.init.normal_(self.pos_embed, std=0.02)
+                self.reset_parameters()
                 self.pos_drop = nn.Dropout(drop_rate)
             self.network.append(nn.Sequential(*blocks))
         if pyramid and 0 in self.out_indices:
@@ -179,6 +180,11 @@ class ELSAVolo(StagedBackbone):
         self._init_linear(init_std)
         self.register_load_state_dict_pre_hook(_fit_state_dict)
         self.train()
+
+    def reset_parameters(self) -> None:
+        """Initialise the position embedding; child layers have their own method."""
+        for parameter in self.parameters(recurse=False):
+            nn.init.normal_(parameter, std=0.02)
 
     def _make_attention(self, stage: int, attn_drop: float, proj_drop: float) -> nn.Module:
         arch = self.arch
@@ -247,8 +253,8 @@ class ELSAVolo(StagedBackbone):
             or not torch.equal(source, position)
         ):
             source, resized = position.detach().clone(), resize_position(position, size).detach()
-            if len(self._resized) == _KEPT_SIZES:
-                self._resized.pop(next(iter(self._resized)))
+            for oldest in list(self._resized)[: 1 - _KEPT_SIZES]:
+                self._resized.pop(oldest, None)  # another thread may have
         self._resized[size] = (source, resized)  # the last one used goes last
         return resized
 
@@ -286,7 +292,7 @@ def _fit_state_dict(module: ELSAVolo, state_dict: dict[str, Any], prefix: str, *
     unused = 0
     for key in [key for key in state_dict if key.startswith(prefix)]:
         part = _OPTIONAL_PART.match(key.removeprefix(prefix))
-        if part and part[1] not in built:
+        if part and part[1] not in built and _belongs(module, part[1], state_dict[key]):
             del state_dict[key]
             unused += part[1].startswith("network")
     if unused:
@@ -302,3 +308,10 @@ def _fit_state_dict(module: ELSAVolo, state_dict: dict[str, Any], prefix: str, *
         size = (wanted.shape[1], wanted.shape[2])
         state_dict[name] = resize_position(given.float(), size).to(given.dtype)
         logger.warning(f"{name} is resized from {tuple(given.shape[1:3])} to {size} positions")
+
+
+def _belongs(module: ELSAVolo, part: str, tensor: Any) -> bool:
+    """Whether a part that is not built is of this kind of maps, not of the other ``pyramid``."""
+    if part.startswith("norm"):
+        return bool(tensor.shape == (module.num_features[int(part[-1])],))
+    return part != "upsample" or module.pyramid
