@@ -67,21 +67,23 @@ int64_t most_shared_bytes() {
   });
 }
 
-enum class Kernels { any, k7, k7_matrix };
+enum class Kernels { any, tiles, k7_matrix };
 
 template <typename S>
 Kernels choose(const Problem& p, bool multiplied, std::initializer_list<const EvenMap*> maps) {
   if constexpr (!std::is_same_v<S, double>) {
     int64_t most = std::max({p.height, p.width, p.heads});
     for (const EvenMap* map : maps) most = std::max(most, map->stride);
-    if (p.kernel != 7 || p.channels != 32 * p.heads || p.dilation != 1 || multiplied ||
-        most >= kMostK7 || p.pixels() * p.heads > kMostCounted)
+    const bool has_tiles = p.kernel == 5 || (p.kernel == 7 && !multiplied);
+    if (!has_tiles || p.channels != 32 * p.heads || p.dilation != 1 || most >= kMostTiles ||
+        p.pixels() * p.heads > kMostCounted)
       return Kernels::any;
     const int64_t bytes = most_shared_bytes();
     if constexpr (sizeof(S) == 2) {
-      if (bytes >= shared_bytes_k7_matrix() && has_k7_matrix<S>()) return Kernels::k7_matrix;
+      if (p.kernel == 7 && bytes >= shared_bytes_k7_matrix() && has_k7_matrix<S>())
+        return Kernels::k7_matrix;
     }
-    if (bytes >= shared_bytes_k7<S>()) return Kernels::k7;
+    if (bytes >= shared_bytes_tiles<S>(p.kernel)) return Kernels::tiles;
   }
   return Kernels::any;
 }
@@ -92,7 +94,7 @@ void forward(Kernels kernels, const Forward<S>& call, cudaStream_t stream) {
     if (kernels == Kernels::k7_matrix) return forward_k7_matrix(call, stream);
   }
   if constexpr (!std::is_same_v<S, double>) {
-    if (kernels == Kernels::k7) return forward_k7(call, stream);
+    if (kernels == Kernels::tiles) return forward_tiles(call, stream);
   }
   forward_any(call, stream);
 }
@@ -103,7 +105,7 @@ void backward(Kernels kernels, const Backward<S>& call, cudaStream_t stream) {
     if (kernels == Kernels::k7_matrix) return backward_k7_matrix(call, stream);
   }
   if constexpr (!std::is_same_v<S, double>) {
-    if (kernels == Kernels::k7) return backward_k7(call, stream);
+    if (kernels == Kernels::tiles) return backward_tiles(call, stream);
   }
   backward_any(call, stream);
 }
@@ -197,7 +199,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_backward(
     }
     const int32_t arithmetic = dtype_of<T>();
     const int64_t parts = kernels == Kernels::any ? ghost_parts_any(p.pixels(), p.channels * taps)
-                                                  : ghost_parts_k7(p.batch * p.height);
+                                                  : ghost_parts_tiles(p.batch * p.height);
     const auto sums = [&](bool wanted) {
       return wanted ? Ghost(empty(p, arithmetic, {parts, taps, p.channels})) : Ghost();
     };

@@ -76,20 +76,20 @@ template <typename S>
 void backward_any(const Backward<S>& call, cudaStream_t stream);
 int64_t ghost_parts_any(int64_t pixels, int64_t filter_size);
 
-// Kernels for what the published models use, in attention_k7.cu: K = 7, 32 channels per head,
-// dilation 1, no ghost_mul, not in double precision. Maps must be aligned to 16 bytes, pixel by
-// pixel, and height, width, heads and all strides be less than kMostK7.
-inline constexpr int64_t kMostK7 = 1 << 22;
+// Kernels for what models use, in attention_tiles.cu: 32 channels per head, dilation 1, K = 7
+// without ghost_mul or K = 5 with any filters, not in double precision. Maps must be aligned to 16
+// bytes, pixel by pixel, and height, width, heads and all strides be less than kMostTiles.
+inline constexpr int64_t kMostTiles = 1 << 22;
 template <typename S>
-void forward_k7(const Forward<S>& call, cudaStream_t stream);
+void forward_tiles(const Forward<S>& call, cudaStream_t stream);
 template <typename S>
-void backward_k7(const Backward<S>& call, cudaStream_t stream);
-int64_t ghost_parts_k7(int64_t rows);
+void backward_tiles(const Backward<S>& call, cudaStream_t stream);
+int64_t ghost_parts_tiles(int64_t rows);
 // Bytes of shared memory that a block needs at most.
 template <typename S>
-int64_t shared_bytes_k7();
+int64_t shared_bytes_tiles(int64_t kernel);
 
-// The same for 16-bit types on tensor cores, in attention_k7_matrix.cu.
+// The same for K = 7 and 16-bit types on tensor cores, in attention_k7_matrix.cu.
 template <typename S>
 void forward_k7_matrix(const Forward<S>& call, cudaStream_t stream);
 template <typename S>

@@ -4,7 +4,7 @@
 #include "attention_k7_matrix.cuh"
 
 namespace elsa::cuda {
-namespace k7 {
+namespace tiles {
 namespace {
 
 // Channels that a block of the ghost kernel has: half a head, so that more blocks fit.
@@ -26,7 +26,7 @@ __global__ void __launch_bounds__(kThreads, 4) forward_kernel(Forward<S> call) {
   const Operands<S>& a = call.operands;
   const Tile t = tile_of_block(a);
   const Lane lane;
-  copy_tile<kDepth, kHaloRows, kTileColumns>(
+  copy_tile<kDepth, kHaloRows<kKernel>, kTileColumns>(
       tile, a.value, a, t, t.head * kDepth, t.top - kRadius, t.left - kRadius);
   Pair* logits = reinterpret_cast<Pair*>(planes);
   load_logits(logits, a, t, lane);
@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kThreads, 3) logits_kernel(Backward<S> call) {
   const Tile t = tile_of_block(a);
   const Lane lane;
   const int channel = t.head * kDepth;
-  copy_tile<kDepth, kHaloRows, kTileColumns>(
+  copy_tile<kDepth, kHaloRows<kKernel>, kTileColumns>(
       tile, a.value, a, t, channel, t.top - kRadius, t.left - kRadius);
   copy_tile<kDepth, kRows, kColumns>(grads, call.grad, a, t, channel, t.top, t.left);
   load_logits(logits, a, t, lane);
@@ -197,7 +197,7 @@ __global__ void __launch_bounds__(kThreads, 4) value_kernel(Backward<S> call) {
   const Operands<S>& a = call.operands;
   const Tile t = tile_of_block(a);
   const Lane lane;
-  copy_tile<kDepth, kHaloRows, kTileColumns>(
+  copy_tile<kDepth, kHaloRows<kKernel>, kTileColumns>(
       tile, call.grad, a, t, t.head * kDepth, t.top - kRadius, t.left - kRadius);
   if (a.ghost_add) load_filter<true>(filter, a, t, lane);
   Band attention;
@@ -242,7 +242,7 @@ __global__ void __launch_bounds__(kThreads, 4) ghost_kernel(Backward<S> call, in
   float sums[kGhostWarpChannels][kKernel][2] = {};
   const int64_t begin = tiles * blockIdx.y / gridDim.y, end = tiles * (blockIdx.y + 1) / gridDim.y;
   const auto copy = [&](const Tile& t) {
-    copy_tile<kGhostDepth, kHaloRows, kTileColumns>(
+    copy_tile<kGhostDepth, kHaloRows<kKernel>, kTileColumns>(
         tile, a.value, a, t, block_channel, t.top - kRadius, t.left - kRadius);
     copy_tile<kGhostDepth, kRows, kColumns>(grads, call.grad, a, t, block_channel, t.top, t.left);
   };
@@ -307,7 +307,7 @@ __global__ void __launch_bounds__(kThreads, 4) ghost_kernel(Backward<S> call, in
     for (int o = lane.index; o < kTaps; o += kWarp) {
       float total = 0;
       for (int column = 0; column < kStrip; ++column)
-        total += parts[column * kKernel * kTapRow + slot(o)];
+        total += parts[column * kKernel * kTapRow + slot<kKernel>(o)];
       call.add_parts[(blockIdx.y * kTaps + o) * a.heads * kDepth + block_channel + channel + c] =
           total;
     }
@@ -315,10 +315,10 @@ __global__ void __launch_bounds__(kThreads, 4) ghost_kernel(Backward<S> call, in
 }
 
 }  // namespace
-}  // namespace k7
+}  // namespace tiles
 
 int64_t shared_bytes_k7_matrix() {
-  return std::max({k7::kGatherBytes, k7::kLogitsBytes, k7::kGhostBytes});
+  return std::max({tiles::kGatherBytes, tiles::kLogitsBytes, tiles::kGhostBytes});
 }
 
 template <typename S>
@@ -326,29 +326,29 @@ bool has_k7_matrix() {
   static Answers<int, bool> answers;
   return answers.get(current_device(), [] {
     cudaFuncAttributes attributes;
-    STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, k7::forward_kernel<S>));
+    STD_CUDA_CHECK(cudaFuncGetAttributes(&attributes, tiles::forward_kernel<S>));
     return attributes.ptxVersion >= 80;
   });
 }
 
 template <typename S>
 void forward_k7_matrix(const Forward<S>& call, cudaStream_t stream) {
-  const dim3 blocks(static_cast<unsigned>(k7::tile_count(call.operands)));
-  launch(k7::forward_kernel<S>, blocks, k7::kThreads, k7::kGatherBytes, stream, call);
+  const dim3 blocks(static_cast<unsigned>(tiles::tile_count(call.operands)));
+  launch(tiles::forward_kernel<S>, blocks, tiles::kThreads, tiles::kGatherBytes, stream, call);
 }
 
 template <typename S>
 void backward_k7_matrix(const Backward<S>& call, cudaStream_t stream) {
   const Operands<S>& a = call.operands;
-  const int64_t tiles = k7::tile_count(a);
+  const int64_t tiles = tiles::tile_count(a);
   const dim3 blocks(static_cast<unsigned>(tiles));
-  launch(k7::logits_kernel<S>, blocks, k7::kThreads, k7::kLogitsBytes, stream, call);
-  launch(k7::value_kernel<S>, blocks, k7::kThreads, k7::kGatherBytes, stream, call);
+  launch(tiles::logits_kernel<S>, blocks, tiles::kThreads, tiles::kLogitsBytes, stream, call);
+  launch(tiles::value_kernel<S>, blocks, tiles::kThreads, tiles::kGatherBytes, stream, call);
   if (!call.grad_add) return;
   launch(
-      k7::ghost_kernel<S>,
-      dim3(static_cast<unsigned>(a.heads * k7::kGhostHalves), static_cast<unsigned>(call.parts)),
-      k7::kThreads, k7::kGhostBytes, stream, call, tiles / a.heads);
+      tiles::ghost_kernel<S>,
+      dim3(static_cast<unsigned>(a.heads * tiles::kGhostHalves), static_cast<unsigned>(call.parts)),
+      tiles::kThreads, tiles::kGhostBytes, stream, call, tiles / a.heads);
   launch_sum_parts(call, stream);
 }
 

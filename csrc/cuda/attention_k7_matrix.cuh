@@ -11,9 +11,11 @@
 #include <cmath>
 #include <cstring>
 
-#include "attention_k7.cuh"
+#include "attention_tiles.cuh"
 
-namespace elsa::cuda::k7 {
+namespace elsa::cuda::tiles {
+
+constexpr int kKernel = 7, kRadius = 3, kTaps = 49;
 
 // A warp has kStrip columns and kWarpRows rows of the tile's positions, or kWarpChannels channels.
 // Its positions read kPixelRows image rows.
@@ -25,7 +27,7 @@ static_assert(kWarps == kStrips * kRows / kWarpRows);
 // A chunk is what a row of a matrix takes: 8 numbers, 16 bytes, an eighth of all banks.
 constexpr int kChunk = 8;
 // Pixels of a tile, in which are 16 from each strip's first one, and of the positions alone.
-constexpr int kTileColumns = kColumns + 8, kTilePixels = kHaloRows * kTileColumns;
+constexpr int kTileColumns = kColumns + 8, kTilePixels = kHaloRows<kKernel> * kTileColumns;
 constexpr int kGradPixels = kRows * kColumns;
 
 // Where a chunk of a pixel's channels is. Chunks change places from pixel to pixel, so that those
@@ -78,7 +80,7 @@ struct Lane {
 };
 
 // Where a tap is among the numbers of a position of the tile.
-__device__ inline int half_slot(int tap, int column) { return slot(tap) + column % 2; }
+__device__ inline int half_slot(int tap, int column) { return slot<kKernel>(tap) + column % 2; }
 
 template <typename T>
 __device__ T quad_sum(T x) {
@@ -115,7 +117,7 @@ __device__ void copy_tile(
   const int chunk = threadIdx.x % kChunks, item = threadIdx.x / kChunks;
   const int column = item % Columns, first = item / Columns;
   if (first >= kAtOnce) return;
-  const bool read = column < kHaloColumns && column_inside(a, left + column);
+  const bool read = column < kHaloColumns<kKernel> && column_inside(a, left + column);
   const int64_t step = kAtOnce * a.width * map.stride;
   const S* from =
       map.data + pixel_at(a, t, top + first, left + column) * map.stride + channel + chunk * kChunk;
@@ -381,4 +383,4 @@ __device__ void gather(
   }
 }
 
-}  // namespace elsa::cuda::k7
+}  // namespace elsa::cuda::tiles

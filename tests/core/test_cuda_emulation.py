@@ -32,6 +32,14 @@ QUESTIONS = """
 import ctypes, torch, elsa_core
 emulation = ctypes.CDLL(elsa_core.__path__[0] + "/_C.so")
 
+# Kernels for any size ask nothing.
+for kernel, filters, dilation, asks in ((7, 2, 1, 0), (5, 2, 2, 0), (5, 2, 1, 1), (7, 1, 1, 1)):
+    ghosts = [torch.randn(32, kernel, kernel)] * filters + [None] * (2 - filters)
+    before = emulation.emulation_questions()
+    logits = torch.randn(1, 2, 3, kernel**2)
+    torch.ops.elsa.attention(torch.randn(1, 2, 3, 32), logits, *ghosts, kernel, dilation)
+    assert (emulation.emulation_questions() > before) == asks, (kernel, filters, dilation)
+
 def run():
     for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         value, logits = torch.randn(1, 2, 3, 32, dtype=dtype), torch.randn(1, 2, 3, 49, dtype=dtype)
@@ -60,10 +68,11 @@ def test_the_runtime_is_asked_once_for_each_device(emulated):
 
 # ELSA_EMULATION_ALL=1 leaves nothing out, and takes minutes.
 ALL = "ELSA_EMULATION_ALL" in os.environ
-LOW = "low and (tile and 7 or ghost or extreme)"
+LOW = "low and (tile and (5 or 7) or ghost or extreme)"
 FEW = "published and tile or agrees and odd and both and float32 and not 13"
-SOME = f"{FEW} or {LOW} or published and not mul and not both or low and 7 or strided and 8 or nan"
-SOME += " or frozen or nothing or refuses or first or streams or (gradcheck or opcheck) and both-5"
+SOME = f"{FEW} or {LOW} or published and (none-7 or add-7 or both-5) or low and (5 or 7) or nan"
+SOME += " or strided and 8 or frozen or nothing or refuses or first or streams"
+SOME += " or (gradcheck or opcheck) and both-5"
 OLD = f"{LOW} or nan or properties and (published or extreme)"
 
 

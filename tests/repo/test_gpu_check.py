@@ -73,7 +73,7 @@ def test_rehearsal_runs_every_step_and_writes_every_file(emulation, tmp_path):
     assert set(states) == parts and set(states.values()) == {"done"}
     assert not [row for row in rows if "error" in row]
     families = {row["family"] for row in rows if row["step"] == "probe" and "family" in row}
-    kernels = {"attention_any", "attention_k7", "attention_k7_matrix"}
+    kernels = {"attention_any", "attention_tiles", "attention_k7_matrix"}
     assert families == {"instructions", *kernels, "torch", "triton", "grouped_conv"}
     contenders = {row["contender"] for row in rows if row["step"] == "operator" and "us" in row}
     assert {"cuda", "compiled", "copy"} <= contenders
@@ -102,7 +102,7 @@ def test_wrong_kernels_are_found_and_located(emulation, tmp_path):
     assert done.returncode == 1, done.stdout
     text = (out / "summary.md").read_text()
     assert "Kernels right: **NO**" in text and "- instructions: 8 of 8 right" in text
-    assert "- attention_k7: 0 of " in text and "- torch: 20 of 20 right" in text
+    assert "- attention_tiles: 0 of " in text and "- torch: 24 of 24 right" in text
     # The last of 9 rows, channel 5, in the output and in no gradient.
     assert "output 34 of 19584 numbers in 0..1 x 8..8 x 0..16 x 5..5; first (0, 8, 0, 5)" in text
     assert "grad" not in text
@@ -241,7 +241,7 @@ def ended(step, state="done", part=""):
         ([row("probe", "a", family="cuda", absent="no kernels"), ended("probe")], "NOT SHOWN"),
         (
             [
-                row("probe", "a", family="attention_k7", wrong=0),
+                row("probe", "a", family="attention_tiles", wrong=0),
                 ended("probe", "done", "cuda"),
                 ended("probe", "out of time", "triton"),
             ],

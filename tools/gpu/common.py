@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,8 +31,26 @@ SHAPES = {  # batch, height, width, channels, heads
     "224 batch 128, stage 2": (128, 28, 28, 192, 6),
     "224 batch 128, stage 3": (128, 14, 14, 384, 12),
 }
+VOLO_SHAPES = {  # of stage 1
+    "VOLO-D1, 224 batch 128": (128, 28, 28, 192, 6),
+    "VOLO-D5, 512 batch 16": (16, 64, 64, 384, 12),
+}
 if REHEARSAL:
-    SHAPES = {name: (1, 5, 6, 32, 1) for name in list(SHAPES)[:1]}
+    SHAPES, VOLO_SHAPES = (
+        {name: (1, 5, 6, 32, 1) for name in list(s)[:1]} for s in (SHAPES, VOLO_SHAPES)
+    )
+
+
+class Setting(NamedTuple):
+    """Batch, height, width, channels, heads; the kernel size, and which ghost filters there are."""
+
+    shape: tuple[int, ...]
+    kernel_size: int = 7
+    ghosts: tuple[str, ...] = ("add",)
+
+
+SETTINGS = {name: Setting(shape) for name, shape in SHAPES.items()}
+SETTINGS |= {name: Setting(shape, 5, ("add", "mul")) for name, shape in VOLO_SHAPES.items()}
 
 Run = Callable[[], object]
 

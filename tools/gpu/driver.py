@@ -15,7 +15,7 @@ from .common import (
     DEVICE,
     DTYPES,
     REHEARSAL,
-    SHAPES,
+    SETTINGS,
     convolution,
     draw,
     draw_convolution,
@@ -30,8 +30,8 @@ CONVOLVED = [(1, 5, 6, 16) if REHEARSAL else (2, 200, 336, 64)]
 # Channels, heads, kernel size, dilation, ghosts, types.
 PROBLEMS = [
     (64, 2, 7, 1, ("add",), ("fp32", "bf16", "fp16")),
-    (64, 2, 7, 1, ("add", "mul"), ("fp32", "bf16")),
-    (30, 3, 3, 2, ("add",), ("fp32",)),
+    (64, 2, 5, 1, ("add", "mul"), ("fp32", "bf16")),
+    (30, 3, 3, 2, ("add", "mul"), ("fp32",)),
 ]
 
 
@@ -46,9 +46,13 @@ def small() -> list[tuple]:
 
 
 def large() -> list[tuple]:
-    """Returns the calls for the profiler: stage 1 at 800x1344, each kernel once for each type."""
-    shape = next(iter(SHAPES.values()))
-    return [(shape, 7, 1, ("add",), dtype) for dtype in ("bf16", "fp32")]
+    """Returns the calls for the profiler: of each model's first map, each kernel once a type."""
+    firsts = {setting.kernel_size: setting for setting in reversed(SETTINGS.values())}
+    return [
+        (shape, kernel_size, 1, ghosts, dtype)
+        for shape, kernel_size, ghosts in firsts.values()
+        for dtype in ("bf16", "fp32")
+    ]
 
 
 def convolve(size: str) -> int:

@@ -44,6 +44,7 @@ if REHEARSAL:
 PROBLEMS = {
     "k7": (64, 2, 7, 1, ("add",)),
     "k7, no ghost": (32, 1, 7, 1, ()),
+    "k5, both ghosts": (96, 3, 5, 1, ("add", "mul")),
     "any, both ghosts": (64, 2, 7, 1, ("add", "mul")),
     "any, k3 dilation 2": (30, 3, 3, 2, ("add",)),
 }
@@ -58,7 +59,8 @@ def family_of(problem: str, dtype: str) -> str:
     """Returns the CUDA kernels that serve a problem on a device of capability 8.0 or later."""
     if problem.startswith("any") or dtype == "fp64":
         return "attention_any"
-    return "attention_k7" if dtype == "fp32" else "attention_k7_matrix"
+    tiles = dtype == "fp32" or problem.startswith("k5")
+    return "attention_tiles" if tiles else "attention_k7_matrix"
 
 
 def maps_of(family: str, problem: str) -> Sequence[tuple[int, int, int]]:

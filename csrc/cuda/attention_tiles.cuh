@@ -1,28 +1,42 @@
-// Tiles of the kernels for K = 7 and 32 channels per head: what lies in shared memory, how it gets
-// there, and the sum over taps that the forward pass and the gradient of the values share.
+// Tiles of the kernels for K = 5 or 7 and 32 channels per head: what lies in shared memory, how it
+// gets there, and the sum over taps that the forward pass and the gradient of the values share.
 #pragma once
 
 #include "device.cuh"
 #include "instructions.cuh"
 
-namespace elsa::cuda::k7 {
+namespace elsa::cuda::tiles {
 
-constexpr int kKernel = 7, kRadius = 3, kTaps = 49, kDepth = 32;
+constexpr int kDepth = 32;
 
 // A block computes kRows x kColumns positions of one head and has one thread for each of them. In
 // the products over taps a thread has kStrip neighbours of a row instead.
 constexpr int kRows = 8, kColumns = 16, kStrip = 8;
 constexpr int kThreads = kRows * kColumns, kWarps = kThreads / kWarp;
-constexpr int kHaloRows = kRows + 2 * kRadius, kHaloColumns = kColumns + 2 * kRadius;
-constexpr int kWindow = kStrip + 2 * kRadius;
+template <int K>
+constexpr int kHaloRows = kRows + K - 1;
+template <int K>
+constexpr int kHaloColumns = kColumns + K - 1;
+template <int K>
+constexpr int kWindow = kStrip + K - 1;
 
 // Weights of a position: a row of taps takes 8 numbers, to be read in steps of 16 bytes. The
 // distances of positions and rows are such that the threads of a quarter of a warp that read
 // neighbours, of a row or of a column, meet in no memory bank.
-constexpr int kTapRow = 8, kWeightPitch = kKernel * kTapRow + 4;
-constexpr int kWeightRow = kColumns * kWeightPitch + 4, kWeights = kRows * kWeightRow;
-// Filters: 32 channels of a tap, likewise apart.
-constexpr int kFilterPitch = kDepth + 4, kFilter = kTaps * kFilterPitch;
+constexpr int kTapRow = 8;
+template <int K>
+constexpr int kWeightPitch = K * kTapRow + 4;
+template <int K>
+constexpr int kWeightRow = kColumns * kWeightPitch<K> + 4;
+template <int K>
+constexpr int kWeights = kRows * kWeightRow<K>;
+// Filters: 32 channels of a tap, likewise apart; the additive ones, then the multiplicative ones,
+// for which there is code for K = 5 alone: no other models have them.
+constexpr int kFilterPitch = kDepth + 4;
+template <int K>
+constexpr int kFilter = K * K * kFilterPitch;
+template <int K>
+constexpr bool kMultiplies = K == 5;
 
 // Numbers from row to row of a tile of pixels: `padding` bytes more than the pixels take.
 template <typename S>
@@ -31,10 +45,10 @@ constexpr int tile_pitch(int columns, int padding) {
 }
 // The sum over taps reads half a warp's 16-bit numbers from two rows at once, the gradient of the
 // logits reads all rows of a column at once.
-template <typename S>
-constexpr int kGatherPitch = tile_pitch<S>(kHaloColumns, 64);
-template <typename S>
-constexpr int kValuePitch = tile_pitch<S>(kHaloColumns, 16);
+template <int K, typename S>
+constexpr int kGatherPitch = tile_pitch<S>(kHaloColumns<K>, 64);
+template <int K, typename S>
+constexpr int kValuePitch = tile_pitch<S>(kHaloColumns<K>, 16);
 template <typename S>
 constexpr int kGradPitch = tile_pitch<S>(kColumns, 16);
 
@@ -141,22 +155,32 @@ __device__ void load_tile(
   }
 }
 
-// Additive filters of the head as [tap][channel], the taps in reverse order if Flip; zeros where
-// there are none.
-template <bool Flip, typename S>
-__device__ void load_filter(float* filter, const Operands<S>& a, const Tile& t) {
+// Filters of the head as [tap][channel], the taps in reverse order if Flip; `none` where there are
+// none.
+template <int K, bool Flip, typename S>
+__device__ void load_filter(float* filter, const S* ghost, float none, const Tile& t) {
+  constexpr int kTaps = K * K;
   const int64_t first = static_cast<int64_t>(t.head) * kDepth * kTaps;
 #pragma unroll 4
   for (int i = threadIdx.x; i < kDepth * kTaps; i += kThreads) {
     const int channel = i / kTaps, tap = i % kTaps;
     filter[(Flip ? kTaps - 1 - tap : tap) * kFilterPitch + channel] =
-        a.ghost_add ? number(a.ghost_add[first + i]) : 0.0f;
+        ghost ? number(ghost[first + i]) : none;
   }
 }
+template <int K, bool Flip, typename S>
+__device__ void load_filters(float* filters, const Operands<S>& a, const Tile& t) {
+  load_filter<K, Flip>(filters, a.ghost_add, 0.0f, t);
+  if constexpr (kMultiplies<K>) load_filter<K, Flip>(filters + kFilter<K>, a.ghost_mul, 1.0f, t);
+}
 
-__device__ inline int slot(int tap) { return tap / kKernel * kTapRow + tap % kKernel; }
-__device__ inline int weights_at(int row, int column) {
-  return row * kWeightRow + column * kWeightPitch;
+template <int K>
+__device__ int slot(int tap) {
+  return tap / K * kTapRow + tap % K;
+}
+template <int K>
+__device__ int weights_at(int row, int column) {
+  return row * kWeightRow<K> + column * kWeightPitch<K>;
 }
 
 __device__ inline int clamped(int i, int size) { return max(0, min(i, size - 1)); }
@@ -169,9 +193,9 @@ __device__ const S* taps_at(const Operands<S>& a, const S* row, int x) {
 
 // Logits of the tile's positions; for those outside of the map the ones of a position at its
 // border. A warp reads those of one position after the other.
-template <typename S>
+template <int K, typename S>
 __device__ void load_logits(float* weights, const Operands<S>& a, const Tile& t) {
-  constexpr int kAtOnce = 8;
+  constexpr int kAtOnce = 8, kTaps = K * K;
   const int lane = threadIdx.x % kWarp, other = lane + kWarp;
   const int height = static_cast<int>(a.height), width = static_cast<int>(a.width);
 #pragma unroll 1
@@ -184,14 +208,14 @@ __device__ void load_logits(float* weights, const Operands<S>& a, const Tile& t)
 #pragma unroll
     for (int column = 0; column < kAtOnce; ++column) {
       const S* taps = taps_at(a, of_row, clamped(t.left + left + column, width));
-      numbers[column][0] = taps[lane];
+      if (lane < kTaps) numbers[column][0] = taps[lane];
       if (other < kTaps) numbers[column][1] = taps[other];
     }
-    float* out = weights + weights_at(row, left);
+    float* out = weights + weights_at<K>(row, left);
 #pragma unroll
-    for (int column = 0; column < kAtOnce; ++column) {
-      out[column * kWeightPitch + slot(lane)] = number(numbers[column][0]);
-      if (other < kTaps) out[column * kWeightPitch + slot(other)] = number(numbers[column][1]);
+    for (int column = 0; column < kAtOnce; ++column, out += kWeightPitch<K>) {
+      if (lane < kTaps) out[slot<K>(lane)] = number(numbers[column][0]);
+      if (other < kTaps) out[slot<K>(other)] = number(numbers[column][1]);
     }
   }
 }
@@ -200,26 +224,38 @@ __device__ void load_logits(float* weights, const Operands<S>& a, const Tile& t)
 __device__ inline float power(float x, float max) { return exponential2((x - max) * 1.44269504f); }
 
 // The taps of one position, between shared memory and registers.
-__device__ inline void read_taps(float (&taps)[kTaps], const float* from) {
+__device__ inline void read_row(float (&row)[kTapRow], const float* from) {
+  const float4 low = load4(from), high = load4(from + 4);
+  row[0] = low.x, row[1] = low.y, row[2] = low.z, row[3] = low.w;
+  row[4] = high.x, row[5] = high.y, row[6] = high.z, row[7] = high.w;
+}
+template <int K>
+__device__ void read_taps(float (&taps)[K * K], const float* from) {
 #pragma unroll
-  for (int ky = 0; ky < kKernel; ++ky) {
-    const float4 low = load4(from + ky * kTapRow), high = load4(from + ky * kTapRow + 4);
-    const float row[kTapRow] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+  for (int ky = 0; ky < K; ++ky) {
+    float row[kTapRow];
+    read_row(row, from + ky * kTapRow);
 #pragma unroll
-    for (int kx = 0; kx < kKernel; ++kx) taps[ky * kKernel + kx] = row[kx];
+    for (int kx = 0; kx < K; ++kx) taps[ky * K + kx] = row[kx];
   }
 }
-__device__ inline void write_taps(float* to, const float (&taps)[kTaps]) {
+template <int K>
+__device__ void write_row(float* to, const float* taps) {
+  float row[kTapRow] = {};
 #pragma unroll
-  for (int ky = 0; ky < kKernel; ++ky) {
-    const float* row = taps + ky * kKernel;
-    store4(to + ky * kTapRow, {row[0], row[1], row[2], row[3]});
-    store4(to + ky * kTapRow + 4, {row[4], row[5], row[6], 0.0f});
-  }
+  for (int kx = 0; kx < K; ++kx) row[kx] = taps[kx];
+  store4(to, {row[0], row[1], row[2], row[3]});
+  store4(to + 4, {row[4], row[5], row[6], row[7]});
+}
+template <int K>
+__device__ void write_taps(float* to, const float (&taps)[K * K]) {
+#pragma unroll
+  for (int ky = 0; ky < K; ++ky) write_row<K>(to + ky * kTapRow, taps + ky * K);
 }
 
 // Turns the logits of one position into attention.
-__device__ inline Softmax<float> softmax(float (&taps)[kTaps]) {
+template <int kTaps>
+__device__ Softmax<float> softmax(float (&taps)[kTaps]) {
   float max = taps[0];
 #pragma unroll
   for (int o = 1; o < kTaps; ++o) max = fmaxf(max, taps[o]);
@@ -235,37 +271,47 @@ __device__ inline Softmax<float> softmax(float (&taps)[kTaps]) {
   return {max, scale};
 }
 
-// out[q, c] = sum over taps of (weights[q, o] + filter[o, c]) * tile[q + o, c], for all positions q
-// of the tile and all channels c of the head. A thread has 4 channels of a strip of positions, so
-// that a pixel that it reads serves up to 7 of them, and a weight 4 channels.
-template <typename S>
+// What a number of a tile counts in the sum over taps: the attention, weighted by the filters.
+template <bool Multiplies>
+__device__ float weighted(float attention, float mul, float add) {
+  return Multiplies ? attention * mul + add : attention + add;
+}
+
+// out[q, c] = sum over taps of (weights[q, o] * mul[o, c] + add[o, c]) * tile[q + o, c], for all
+// positions q of the tile and all channels c of the head. A thread has 4 channels of a strip of
+// positions, so that a pixel that it reads serves up to K of them, and a weight 4 channels.
+template <int K, typename S>
 __device__ void gather(
     const S* tile, const float* weights, const float* filter, const Operands<S>& a, const Tile& t,
     S* out) {
+  constexpr bool kMul = kMultiplies<K>;
   const int channel = threadIdx.x % 8 * 4, left = threadIdx.x / 16 % 2 * kStrip;
   const int row = threadIdx.x / kWarp * 2 + threadIdx.x / 8 % 2;
   float4 sum[kStrip] = {};
 #pragma unroll 1
-  for (int ky = 0; ky < kKernel; ++ky) {
-    const S* source = tile + (row + ky) * kGatherPitch<S> + left * kDepth + channel;
-    float4 pixels[kWindow], filters[kKernel];
+  for (int ky = 0; ky < K; ++ky) {
+    const S* source = tile + (row + ky) * kGatherPitch<K, S> + left * kDepth + channel;
+    float4 pixels[kWindow<K>], filters[K], factors[K];
 #pragma unroll
-    for (int i = 0; i < kWindow; ++i) pixels[i] = load4(source + i * kDepth);
+    for (int i = 0; i < kWindow<K>; ++i) pixels[i] = load4(source + i * kDepth);
 #pragma unroll
-    for (int kx = 0; kx < kKernel; ++kx)
-      filters[kx] = load4(filter + (ky * kKernel + kx) * kFilterPitch + channel);
+    for (int kx = 0; kx < K; ++kx) {
+      const float* from = filter + (ky * K + kx) * kFilterPitch + channel;
+      filters[kx] = load4(from);
+      factors[kx] = kMul ? load4(from + kFilter<K>) : float4();
+    }
 #pragma unroll
     for (int i = 0; i < kStrip; ++i) {
-      const float* from = weights + weights_at(row, left + i) + ky * kTapRow;
-      const float4 low = load4(from), high = load4(from + 4);
-      const float taps[kTapRow] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      const float* from = weights + weights_at<K>(row, left + i) + ky * kTapRow;
+      float taps[kTapRow];
+      read_row(taps, from);
 #pragma unroll
-      for (int kx = 0; kx < kKernel; ++kx) {
-        const float4 &f = filters[kx], &p = pixels[i + kx];
-        sum[i].x += (taps[kx] + f.x) * p.x;
-        sum[i].y += (taps[kx] + f.y) * p.y;
-        sum[i].z += (taps[kx] + f.z) * p.z;
-        sum[i].w += (taps[kx] + f.w) * p.w;
+      for (int kx = 0; kx < K; ++kx) {
+        const float4 &f = filters[kx], &m = factors[kx], &p = pixels[i + kx];
+        sum[i].x += weighted<kMul>(taps[kx], m.x, f.x) * p.x;
+        sum[i].y += weighted<kMul>(taps[kx], m.y, f.y) * p.y;
+        sum[i].z += weighted<kMul>(taps[kx], m.z, f.z) * p.z;
+        sum[i].w += weighted<kMul>(taps[kx], m.w, f.w) * p.w;
       }
     }
   }
@@ -278,4 +324,4 @@ __device__ void gather(
   }
 }
 
-}  // namespace elsa::cuda::k7
+}  // namespace elsa::cuda::tiles
