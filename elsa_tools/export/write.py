@@ -56,7 +56,7 @@ def write_model(
         UsageError: the model cannot be exported or written, or an executor computes something
             else; then what was at ``path`` stays.
     """
-    if module.task == "features":
+    if record.task == "features":
         record = replace(record, outputs=module.names)
     checks: list[Check] = []
     ending = os.path.splitext(path)[1]
