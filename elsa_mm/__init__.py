@@ -1,4 +1,4 @@
-"""ELSA-Swin for OpenMMLab 2.x: importing this package registers what our configs name.
+"""ELSA-Swin and ELSA-VOLO for OpenMMLab 2.x: importing this registers what our configs name.
 
 A config imports it with `custom_imports = dict(imports=['elsa_mm'])`.
 """
@@ -14,6 +14,7 @@ from .optim_wrapper import CPUAmpOptimWrapper
 from .schedule import WarmupCosineLR
 from .sizes import EqualSizesHook
 from .strategy import ELSAFSDPStrategy
+from .volo import ELSAVolo, ELSAVoloTokens
 
 __all__ = [
     "AtomicLocalBackend",
@@ -21,6 +22,8 @@ __all__ = [
     "CPUAmpOptimWrapper",
     "ELSAFSDPStrategy",
     "ELSASwin",
+    "ELSAVolo",
+    "ELSAVoloTokens",
     "EqualSizesHook",
     "StoppableCheckpointHook",
     "WarmupCosineLR",

@@ -1,4 +1,4 @@
-"""The backbone as an MMEngine module, for every OpenMMLab toolbox."""
+"""The backbones as MMEngine modules, for every OpenMMLab toolbox: what both families share."""
 
 from __future__ import annotations
 
@@ -11,13 +11,12 @@ from mmengine.registry import MODELS
 from torch import Tensor
 
 from elsa_core import ELSASwin as CoreELSASwin
+from elsa_core.backbone import StagedBackbone
 from elsa_core.weights import load_backbone, report
 
 
-# In MMEngine's root registry, where MMDetection, MMSegmentation and MMPretrain find it.
-@MODELS.register_module()
-class ELSASwin(CoreELSASwin, BaseModule):
-    """`elsa_core.ELSASwin` that takes OpenMMLab's ``init_cfg``.
+class OpenMMLabBackbone(StagedBackbone, BaseModule):
+    """Base of the adapters: a backbone of `elsa_core` that takes OpenMMLab's ``init_cfg``.
 
     All other arguments, the feature maps and the parameter names are those of `elsa_core`. Without
     ``init_cfg``, `init_weights` keeps the weights of the constructor.
@@ -33,12 +32,12 @@ class ELSASwin(CoreELSASwin, BaseModule):
         self.init_cfg = init_cfg
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Maps an image [B, 3, H, W] to contiguous feature maps [B, C_i, H_i, W_i].
+        """Return contiguous outputs.
 
         `elsa_core` returns channels-last views. Convolutions keep their strides, and mmcv's
         RoIAlign reads such maps as if they were contiguous, without an error.
         """
-        return tuple(feature.contiguous() for feature in super().forward(x))
+        return tuple(output.contiguous() for output in super().forward(x))
 
     def init_weights(self) -> None:
         """As BaseModule. Raises UsageError for a missing file and for another backbone."""
@@ -53,6 +52,15 @@ class ELSASwin(CoreELSASwin, BaseModule):
         for config in files:
             conversion = load_backbone(self, os.path.expanduser(config["checkpoint"]))
             print_log(f"{config['checkpoint']}: {report.text(conversion)}", logger="current")
+
+
+# In MMEngine's root registry, where MMDetection, MMSegmentation and MMPretrain find it.
+@MODELS.register_module()
+class ELSASwin(OpenMMLabBackbone, CoreELSASwin):
+    """`elsa_core.ELSASwin`; see `OpenMMLabBackbone`.
+
+    Maps an image [B, 3, H, W] to contiguous feature maps [B, C_i, H_i, W_i].
+    """
 
 
 def _is_local_pretrained(config: dict[str, Any]) -> bool:

@@ -46,9 +46,13 @@ def _compute_in_bfloat16(part: nn.Module) -> tuple[RemovableHandle, RemovableHan
 
     def leave(_module: nn.Module, _inputs: Any, output: Any) -> Any:
         autocast.__exit__(None, None, None)
-        return apply_to(output, torch.is_tensor, Tensor.float)
+        return apply_to(output, _is_bfloat16, Tensor.float)
 
     return (
         part.register_forward_pre_hook(enter),
         part.register_forward_hook(leave, always_call=True),
     )
+
+
+def _is_bfloat16(value: Any) -> bool:
+    return torch.is_tensor(value) and value.dtype == torch.bfloat16

@@ -25,7 +25,7 @@ from .cpu import is_first_of_node
 from .loading import model_of
 from .nested import datasets_in, walk
 
-BACKBONE = "ELSASwin"
+BACKBONES = ("ELSASwin", "ELSAVolo", "ELSAVoloTokens")
 IMPORT_LINE = "custom_imports = dict(imports=['elsa_mm'])"
 # Parts with one output or label for each class of the data, unlike an RPN.
 _HEADS = re.compile(
@@ -38,30 +38,50 @@ _CLASS_FOLDERS = re.compile(r"number of subfolders \((\d+)\).*\((\d+)\)")
 
 
 def check_config(cfg: Config) -> None:
-    """Raises UsageError if ELSASwin is not imported, cannot be built, or has other channels than
-    the next parts."""
+    """Raises UsageError if our backbone is not imported, cannot be built, or has other channels
+    than the next parts."""
     model = cfg.get("model") or {}
-    backbones = [node for node in walk(model) if node.get("type") == BACKBONE]
+    backbones = [node for node in walk(model) if node.get("type") in BACKBONES]
     imports = (cfg.get("custom_imports") or {}).get("imports") or []
-    if backbones and "elsa_mm" not in ([imports] if isinstance(imports, str) else imports):
-        raise UsageError(
-            f"the config uses {BACKBONE} and does not import it, add the line {IMPORT_LINE}"
-        )
     for backbone in backbones:
+        name = backbone["type"]
+        if "elsa_mm" not in ([imports] if isinstance(imports, str) else imports):
+            raise UsageError(
+                f"the config uses {name} and does not import it, add the line {IMPORT_LINE}"
+            )
         try:
             with torch.device("meta"):  # without memory and without random numbers
                 built = MODELS.build(backbone)
         except (TypeError, ValueError) as error:
-            raise UsageError(f"{BACKBONE}: {one_line(error)}") from error
+            raise UsageError(f"{name}: {one_line(error)}") from error
         if backbone is model.get("backbone"):
-            # The default of always_shift is the detectors'.
-            is_classifier = str(model.get("type")).endswith("ImageClassifier")
-            if is_classifier and "always_shift" not in backbone:
-                raise UsageError(
-                    "model.backbone.always_shift must be set in a classifier: False as the "
-                    "published ones, True only for one that was trained so"
-                )
+            _check_use(model, backbone)
             _check_channels(model, [built.num_features[stage] for stage in built.out_indices])
+
+
+def _check_use(model: dict, backbone: dict) -> None:
+    """The backbone must be one for this kind of model."""
+    name = backbone["type"]
+    # The default of always_shift is the detectors'.
+    is_classifier = str(model.get("type")).endswith("ImageClassifier")
+    if is_classifier and name == "ELSASwin" and "always_shift" not in backbone:
+        raise UsageError(
+            "model.backbone.always_shift must be set in a classifier: False as the published "
+            "ones, True only for one that was trained so"
+        )
+    tokens = name == "ELSAVoloTokens"
+    head = str((model.get("head") or {}).get("type"))
+    if tokens != head.endswith("VoloHead") and (tokens or is_classifier):
+        raise UsageError(
+            "the backbone ELSAVoloTokens and the head elsa_mm.volo_head.VoloHead need each other, "
+            f"got {name} with {head}"
+        )
+    neck = next((str(node.get("type")) for node in walk(model.get("neck"))), "")
+    if name == "ELSAVolo" and neck.endswith("FPN") and not backbone.get("pyramid"):
+        raise UsageError(
+            f"model.backbone.pyramid must be True for the neck {neck}, whose maps halve from one "
+            "to the next, got False"
+        )
 
 
 def _check_channels(model: dict, features: list[int]) -> None:

@@ -1,4 +1,4 @@
-"""MMEngine's strategies for ELSA-Swin: FSDP and DeepSpeed."""
+"""MMEngine's strategies for both families: FSDP and DeepSpeed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from elsa_core.blocks import Block
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.files import replacing_by_name
 from elsa_core.runtime.packages import need
+from elsa_core.volo_classifier import ClassBlock
 
 _BASE = "base_param_settings"  # for the learning rate in the log
 _OF_EVERY_STRATEGY = ("work_dir", "experiment_name", "env_kwargs", "log_kwargs", "auto_scale_lr")
@@ -28,7 +29,7 @@ _DEEPSPEED_DEFAULTS = {"gradient_accumulation_steps": 1, "steps_per_print": 10**
 @FUNCTIONS.register_module()
 def elsa_swin_blocks(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
     """FSDP's wrapping policy: it gathers the backbone's blocks one at a time."""
-    return recurse or isinstance(module, Block)
+    return recurse or isinstance(module, (Block, ClassBlock))
 
 
 @STRATEGIES.register_module()

@@ -1,11 +1,13 @@
 # One cycle of AdamW, counted in iterations.
+_base_ = ["undecayed.py"]
+
 max_iters = 600
 max_lr = 1.5e-3
 
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=max_lr, betas=(0.9, 0.999), weight_decay=0.05),
-    paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
+    paramwise_cfg=dict(custom_keys={{_base_.undecayed}}),
 )
 warmup_iters = 50
 param_scheduler = [

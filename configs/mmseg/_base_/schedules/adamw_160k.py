@@ -3,6 +3,7 @@
 # iteration before them. Checkpoints are written whole or not at all, the last 3 are kept. The paths
 # are explained in models/upernet_elsa-swin.py.
 _base_ = [
+    "../../../mmdet/_base_/schedules/undecayed.py",
     f"{__import__('mmseg').__path__[0]}/.mim/configs/_base_/default_runtime.py",
     f"{__import__('mmseg').__path__[0]}/.mim/configs/_base_/schedules/schedule_160k.py",
 ]
@@ -11,7 +12,7 @@ optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
-    paramwise_cfg=dict(custom_keys={"norm": dict(decay_mult=0.0)}),
+    paramwise_cfg=dict(custom_keys={{_base_.undecayed}}),
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=1e-6, by_epoch=False, begin=0, end=1501),
