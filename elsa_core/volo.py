@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from typing import Any
 
 import torch
@@ -287,7 +287,15 @@ def resize_position(position: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _fit_state_dict(module: ELSAVolo, state_dict: dict[str, Any], prefix: str, *_: object) -> None:
-    """Resize the position embedding, and remove what other outputs of the same model need."""
+    drop_unused_parts(module, state_dict, prefix)
+    if (position := getattr(module, "pos_embed", None)) is not None:
+        fit_position(state_dict, f"{prefix}pos_embed", position)
+
+
+def drop_unused_parts(
+    module: ELSAVolo, state_dict: MutableMapping[str, Any], prefix: str = ""
+) -> None:
+    """Remove, in place, what other outputs of the model ``module`` under ``prefix`` need."""
     built = {name for name, _ in module.named_modules()} | {"pos_embed"} & module._parameters.keys()
     unused = 0
     for key in [key for key in state_dict if key.startswith(prefix)]:
@@ -300,9 +308,12 @@ def _fit_state_dict(module: ELSAVolo, state_dict: dict[str, Any], prefix: str, *
             f"{unused} tensors of a checkpoint are not used: they are of stages that none of the "
             f"outputs {module.out_indices} needs"
         )
-    name = f"{prefix}pos_embed"
-    given, wanted = state_dict.get(name), getattr(module, "pos_embed", None)
-    if not isinstance(given, Tensor) or wanted is None or given.dim() != 4:
+
+
+def fit_position(state_dict: MutableMapping[str, Any], name: str, wanted: Tensor) -> None:
+    """Resize, in place, the position embedding ``name`` to that of a model."""
+    given = state_dict.get(name)
+    if not isinstance(given, Tensor) or given.dim() != 4:
         return
     if given.shape[1:3] != wanted.shape[1:3] and given.shape[::3] == wanted.shape[::3]:
         size = (wanted.shape[1], wanted.shape[2])

@@ -26,6 +26,7 @@ from elsa_core.weights import (
     checkpoint_for,
     class_names,
     coverage,
+    fit_positions,
     has_names_of,
     read_ahead,
     read_checkpoint,
@@ -152,6 +153,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         """As Detectron2's; raises UsageError for tensors with NaN or infinity, for names with
         control characters, and if nothing, or next to nothing, matches the model."""
         check_names(checkpoint["model"], self._file)
+        fit_positions(self.model, checkpoint["model"])
         wanted = self.model.state_dict()
         given = {n: t for n, t in checkpoint["model"].items() if n in wanted}
         check_finite({n: t for n, t in given.items() if isinstance(t, Tensor)}, self._file)

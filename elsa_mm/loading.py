@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from elsa_core.weights import (
     checkpoint_for,
     class_names,
     coverage,
+    fit_positions,
     has_names_of,
 )
 
@@ -131,6 +132,8 @@ def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -
     if not isinstance(state, Mapping):
         raise UsageError(f"the checkpoint {path} holds no state dict, got {type(state).__name__}")
     check_names(state, f"the checkpoint {path}")
+    if isinstance(state, MutableMapping):
+        fit_positions(model, state)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     plain = plain_state(content)
     found, reason = plain, None

@@ -1,8 +1,8 @@
-"""Read, recognise and convert ELSA-Swin checkpoints. torch is the only dependency."""
+"""Read, recognise and convert checkpoints of ELSA-Swin and ELSA-VOLO with torch alone."""
 
 from .convert import TARGETS, Conversion, convert
 from .files import checkpoint_for, convert_file, load_backbone
-from .fit import attention_names, check_complete, check_names, coverage, has_names_of
+from .fit import attention_names, check_complete, check_names, coverage, fit_positions, has_names_of
 from .read import forget_ahead, read_ahead, read_checkpoint
 from .recognise import recognise
 from .source import Source
@@ -20,6 +20,7 @@ __all__ = [
     "convert",
     "convert_file",
     "coverage",
+    "fit_positions",
     "has_names_of",
     "load_backbone",
     "forget_ahead",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import re
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,10 +12,14 @@ from torch import Tensor
 from elsa_core.layers import relative_position_id
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.nonfinite import check_finite
+from elsa_core.variants import Arch
 
 from .names import CASCADE, MASK_RCNN, UPERNET, rename
-from .shapes import OPTIONAL_LEAF, HeadSizes, Shapes, backbone_shapes, model_shapes, read_sizes
-from .source import BACKBONE, CLASSIFIER, DETECTRON2, SWIN, Source
+from .shapes import HeadSizes, backbone_shapes, model_shapes, output_dims, read_sizes
+from .source import BACKBONE, CLASSIFIER, DETECTRON2, SWIN, VOLO, Source
+from .tables import OPTIONAL_LEAF, Shapes, ShapeTable, query_channels
+from .volo import CLASS_PARTS, OUTPUTS, Volo, add_class_parts, tops_of
+from .volo_start import block_of, complete, warm_shapes
 
 MODELS = (MASK_RCNN, CASCADE, UPERNET)
 # Kinds of source for each target.
@@ -26,6 +31,13 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "mmpretrain": (CLASSIFIER,),
     "original": (*MODELS, CLASSIFIER, BACKBONE),
 }
+_NO_ORIGINAL = "; no original release of ELSA-VOLO exists, only its classifier has VOLO's names"
+_NEW_NORM = "a new output norm, which a classifier does not have: 1 and 0"
+_NEW_UPSAMPLE = "a pyramid's, which a classifier does not have"
+_NEW_ATTENTION = "ELSA's attention, which VOLO does not have"
+_SEEDED = "their last rows are VOLO's projection to the value, those of query and key before them "
+SEEDED_IN_MODEL = _SEEDED + "keep the model's initialisation"
+SEEDED_IN_FILE = _SEEDED + "are drawn as PyTorch initialises convolutions, with a fixed seed"
 # Anchors per position in all published models: one size, three ratios.
 _PUBLISHED_ANCHORS = 3
 
@@ -37,6 +49,8 @@ class Conversion:
     ``tensors``: {name in DST: tensor}, ``moved``: {name in DST: name in SRC}, ``dropped``:
     [(name in SRC, reason)], ``added``: [(name in DST, reason)]: in DST without being in SRC,
     ``absent``: [(name, reason)]: neither in SRC nor in DST, left to the model's initialisation.
+    ``seeds``: {name in DST: tensor}: its last rows, where only these are from SRC, as `seeded`
+    says.
     """
 
     source: Source
@@ -48,6 +62,8 @@ class Conversion:
     dropped: list[tuple[str, str]] = field(default_factory=list)
     added: list[tuple[str, str]] = field(default_factory=list)
     absent: list[tuple[str, str]] = field(default_factory=list)
+    seeds: dict[str, Tensor] = field(default_factory=dict)
+    seeded: str = ""
 
     def put(self, name: str, old: str, tensor: Tensor) -> None:
         if name in self.tensors:
@@ -60,7 +76,7 @@ class Conversion:
 
 
 def convert(
-    source: Source, to: str, *, anchor_sizes: int | None = None, keep_norm: bool = False
+    source: Source, to: str, *, anchor_sizes: int | None = None, keep: Collection[str] = ()
 ) -> Conversion:
     """Convert ``source`` to the target ``to``, one of `TARGETS`, without copying tensors.
 
@@ -68,8 +84,9 @@ def convert(
         anchor_sizes: anchor sizes per pyramid level, each with all ratios. Required between
             Detectron2 and OpenMMLab unless a position has three anchors: the two frameworks order
             anchors of several sizes differently.
-        keep_norm: use a classifier's norm as the last output norm of the backbone, for another
-            classifier. By default that norm is new, for detection and segmentation.
+        keep: parts of a classifier that the target "backbone" keeps, by the beginning of their
+            names. The name of the last output norm stands for the classifier's norm, which gets it.
+            By default that norm is new, for detection and segmentation.
 
     Raises:
         UsageError: ``source`` cannot be converted to the target, or tensors are missing, unknown,
@@ -77,19 +94,17 @@ def convert(
     """
     if to not in TARGETS:
         raise UsageError(f"the target must be one of {', '.join(TARGETS)}, got {to}")
-    possible = [name for name, kinds in TARGETS.items() if not kinds or source.kind in kinds]
-    if source.family == SWIN:
-        possible = ["backbone"]
-    if to not in possible:
+    if to not in (possible := _possible_targets(source)):
         raise UsageError(
             f"it is {source}, which can become {' or '.join(possible)}, got the target {to}"
+            + _NO_ORIGINAL * (to == "original" and isinstance(source.backbone, Volo))
         )
     dropped = list(source.dropped)
     result = Conversion(source, to, anchor_sizes=anchor_sizes, dropped=dropped)
     if source.family == SWIN:
         _convert_swin(result)
     elif to == "backbone":
-        _take_backbone(result, keep_norm)
+        _take_backbone(result, keep)
     elif source.kind in MODELS:
         _convert_model(result, anchor_sizes)
     else:
@@ -98,12 +113,22 @@ def convert(
     return result
 
 
+def _possible_targets(source: Source) -> list[str]:
+    possible = [name for name, kinds in TARGETS.items() if not kinds or source.kind in kinds]
+    if source.is_stock:
+        allowed = {"backbone"} if source.family == SWIN else {"backbone", "mmpretrain"}
+        return [name for name in possible if name in allowed]
+    if isinstance(source.backbone, Volo) and source.kind != CLASSIFIER:
+        possible.remove("original")
+    return possible
+
+
 def _convert_model(result: Conversion, anchor_sizes: int | None) -> None:
     source = result.source
     result.sizes = sizes = read_sizes(
         {name: tensor for name, (_, tensor) in source.tensors.items()}, source.kind
     )
-    _check(source, source.tensors, model_shapes(source.arch, sizes, source.kind))
+    _check(source, source.tensors, model_shapes(source.backbone, sizes, source.kind))
     named = source.tensors
     if (source.family == DETECTRON2) != (result.to == "detectron2") and sizes.anchors:
         named = _reorder_anchors(named, sizes.anchors, anchor_sizes, result.to)
@@ -124,74 +149,108 @@ def _convert_model(result: Conversion, anchor_sizes: int | None) -> None:
 def _convert_classifier(result: Conversion) -> None:
     """Convert a classifier or a backbone to the original's or MMPretrain's names."""
     source = result.source
-    shapes = backbone_shapes(source.arch)
-    expected = {name: shape for name, shape in shapes.items() if not name.startswith("norm")}
+    shapes = backbone_shapes(source.backbone)
+    expected = {name: shape for name, shape in shapes.items() if not OUTPUTS.match(name)}
     if source.kind == CLASSIFIER:
-        dim = source.arch.num_features[-1]
-        head = source.tensors.get("head.weight")
-        classes = head[1].shape[:1] if head else ()
-        expected |= {"norm.weight": (dim,), "norm.bias": (dim,)}
-        expected |= {"head.weight": (*classes, dim), "head.bias": (*classes,)}
+        expected |= _class_shapes(source)
     else:
         expected |= {name: tuple(t.shape) for name, (_, t) in source.tensors.items()
                      if name in shapes}  # fmt: skip
+    expected = _without_new(result, expected)
     _check(source, source.tensors, expected)
-    last = len(source.arch.depths) - 1
+    volo = isinstance(source.backbone, Volo)
+    # The classifier's norm is MMPretrain's last output norm, but with VOLO's class attention.
+    last = "norm." if volo else f"norm{len(output_dims(source.backbone)) - 1}."
     for name, (old, tensor) in source.tensors.items():
         new = name
         if result.to == "mmpretrain":
-            new = name.replace("head.", "head.fc.") if name.startswith("head.") else name
-            new = new.replace("norm.", f"norm{last}.") if name.startswith("norm.") else new
+            new = re.sub(r"^(aux_)?head\.", r"head.\1fc.", name)
+            new = new.replace("norm.", last) if name.startswith("norm.") else new
             new = new if new.startswith("head.") else f"backbone.{new}"
-        result.put(new, old, tensor)
+        _put(result, new, old, tensor)
         if result.to == "original":
             _add_bookkeeping(result, name, "")
+    if result.to == "mmpretrain":
+        result.absent = [(f"backbone.{name}", reason) for name, reason in result.absent]
 
 
-def _take_backbone(result: Conversion, keep_norm: bool) -> None:
+def _class_shapes(source: Source) -> Shapes:
+    """Return the shapes of what a classifier has after the backbone."""
+    table = ShapeTable()
+    if isinstance(source.backbone, Volo):
+        given = {name: tensor for name, (_, tensor) in source.tensors.items()}
+        add_class_parts(table, source.backbone, given)
+        return table.shapes
+    dim = source.backbone.num_features[-1]
+    table.layer("norm", dim)
+    head = source.tensors.get("head.weight")
+    classes = head[1].shape[:1] if head else ()
+    return table.shapes | {"head.weight": (*classes, dim), "head.bias": (*classes,)}
+
+
+def _take_backbone(result: Conversion, keep: Collection[str]) -> None:
     source = result.source
     whole = source.kind not in (CLASSIFIER, BACKBONE)
-    expected = backbone_shapes(source.arch)
-    last = f"norm{len(source.arch.depths) - 1}."
-    keep_norm &= source.kind == CLASSIFIER
+    expected = backbone_shapes(source.backbone)
+    dims = output_dims(source.backbone)
+    last = f"norm{len(dims) - 1}"
+    parts = CLASS_PARTS if isinstance(source.backbone, Volo) else ("norm", "head")
+    kept = set(keep) & set(parts)
+    keep_norm = source.kind == CLASSIFIER and last in keep
+    missing: set[str] = set()
     if not whole:
         missing = {
             name
             for name in expected
-            if name.startswith("norm")
+            if OUTPUTS.match(name)
             and name not in source.tensors
-            and not (keep_norm and name.startswith(last))
+            and not (keep_norm and name.startswith(f"{last}."))
         }
         expected = {name: shape for name, shape in expected.items() if name not in missing}
+    if source.kind == CLASSIFIER and kept:
+        shapes = _class_shapes(source)
+        expected |= {name: shape for name, shape in shapes.items() if name.split(".")[0] in kept}
     taken: dict[str, tuple[str, Tensor]] = {}
     for name, (old, tensor) in source.tensors.items():
+        top = name.split(".")[0]
         if whole and name.startswith("backbone."):
             taken[name.removeprefix("backbone.")] = (old, tensor)
-        elif keep_norm and name.startswith("norm."):
-            taken[name.replace("norm.", last)] = (old, tensor)
-        elif whole or name.split(".")[0] in ("head", "norm"):
+        elif keep_norm and top == "norm":
+            taken[name.replace("norm.", f"{last}.")] = (old, tensor)
+        elif whole or top in parts and top not in kept:
             part = "the model" if whole else "the classifier"
             result.dropped.append((old, f"part of {part}, not of the backbone"))
         else:
             taken[name] = (old, tensor)
+    expected = _without_new(result, expected)
     _check(source, taken, expected)
     for name, (old, tensor) in taken.items():
-        result.put(name, old, tensor)
-    if not whole:
-        reason = "a new output norm, which a classifier does not have: 1 and 0"
+        _put(result, name, old, tensor)
+    if isinstance(source.backbone, Volo):
+        # The channels of some depend on the model.
+        if source.backbone.pyramid is None and not kept:
+            missing = {f"norm{index}" for index in range(4)} - tops_of(result.tensors)
+            result.absent.append(("upsample", _NEW_UPSAMPLE))
+        result.absent += [(name, _NEW_NORM) for name in sorted(missing) if not kept]
+        lacking = sorted(kept - tops_of(source.tensors))
+        result.absent += [(name, "part of the classifier, not in the file") for name in lacking]
+    else:
         for name in sorted(missing):
-            length = source.arch.num_features[int(name.split(".")[0].removeprefix("norm"))]
+            length = dims[int(name.split(".")[0].removeprefix("norm"))]
             make: Callable[..., Tensor] = torch.ones if name.endswith("weight") else torch.zeros
-            result.add(name, make(length, dtype=next(iter(result.tensors.values())).dtype), reason)
+            result.add(
+                name, make(length, dtype=next(iter(result.tensors.values())).dtype), _NEW_NORM
+            )
 
 
 def _convert_swin(result: Conversion) -> None:
     source = result.source
-    expected = backbone_shapes(source.arch)
+    assert isinstance(source.backbone, Arch)
+    expected = backbone_shapes(source.backbone)
     attention = {
         name
         for name in expected
-        if ".attn." in name and not name.startswith(f"layers.{len(source.arch.depths) - 1}.")
+        if ".attn." in name and not name.startswith(f"layers.{len(source.backbone.depths) - 1}.")
     }
     norms = {name for name in expected if name.startswith("norm")}
     shared = {n: shape for n, shape in expected.items() if n not in attention | norms}
@@ -204,6 +263,27 @@ def _convert_swin(result: Conversion) -> None:
     result.absent += [
         (name, "an output norm, which a classifier does not have") for name in sorted(norms)
     ]
+
+
+def _without_new(result: Conversion, expected: Shapes) -> Shapes:
+    """Return the shapes that SRC must have; of a VOLO, note what it lacks."""
+    if result.source.family != VOLO:
+        return expected
+    assert isinstance(result.source.backbone, Volo)
+    shapes, absent = warm_shapes(expected, result.source.backbone)
+    result.absent += [(name, _NEW_ATTENTION) for name in absent]
+    return shapes
+
+
+def _put(result: Conversion, name: str, old: str, tensor: Tensor) -> None:
+    """Put a tensor, or ``pre_proj`` made of VOLO's projection to the value."""
+    backbone = result.source.backbone
+    if result.source.family == VOLO and ".attn.v." in name and isinstance(backbone, Volo):
+        name = name.replace(".attn.v.", ".attn.pre_proj.")
+        result.seeds[name], result.seeded = tensor, SEEDED_IN_FILE
+        rows = 2 * query_channels(backbone.arch, len(tensor))
+        tensor = complete(tensor, rows, block_of(name))
+    result.put(name, old, tensor)
 
 
 def _check(source: Source, given: Mapping[str, tuple[str, Tensor]], expected: Shapes) -> None:
@@ -235,6 +315,8 @@ def _in_source(source: Source, names: list[str]) -> list[str]:
     """Return the names that missing tensors would have in SRC."""
     if source.family == DETECTRON2 and source.kind in MODELS:
         return list(rename(dict.fromkeys(names), source.kind, "d2")[0])
+    if source.family == VOLO:
+        return [re.sub(r"(network\.0\.\d+\.attn\.)post_proj", r"\1proj", name) for name in names]
     return names
 
 
@@ -249,7 +331,8 @@ def _first(names: list[str]) -> str:
 def _add_bookkeeping(result: Conversion, name: str, prefix: str) -> None:
     """Add the original's ``relative_id`` after each ``rb``."""
     if name.startswith(prefix) and name.endswith(".attn.rb"):
-        index = relative_position_id(result.source.arch.window_size)
+        assert isinstance(result.source.backbone, Arch)
+        index = relative_position_id(result.source.backbone.window_size)
         result.add(
             name.removesuffix("rb") + "relative_id", index, "bookkeeping that the original expects"
         )

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-from elsa_core import ELSASwin
+from elsa_core import ELSASwin, ELSAVolo
+from elsa_core.backbone import StagedBackbone
 from elsa_core.checkpoint import drop_unused_keys
 from elsa_core.runtime.errors import UsageError
+from elsa_core.volo import drop_unused_parts
 
 from . import write
-from .convert import Conversion, convert
+from .convert import SEEDED_IN_MODEL, Conversion, convert
+from .fit import backbones_of, fit_positions
 from .names import D2_BACKBONES, RULES, UPERNET
 from .read import read_checkpoint
 from .recognise import recognise
 from .source import BACKBONE, CLASSIFIER, DETECTRON2, OPENMMLAB, SWIN, Source
+from .tables import OPTIONAL_LEAF
+from .volo import CLASS_PARTS, HEADS, OUTPUTS, Volo, tops_of
+from .volo_start import merge
 
 
 def read_source(path: str | os.PathLike, *, trust: bool = False, ema: bool | None = None) -> Source:
@@ -67,22 +73,24 @@ def convert_file(
     return conversion
 
 
-def load_backbone(backbone: ELSASwin, path: str | os.PathLike) -> Conversion:
-    """Load the backbone weights of any convertible checkpoint into an `elsa_core.ELSASwin`.
+def load_backbone(backbone: StagedBackbone, path: str | os.PathLike) -> Conversion:
+    """Load the backbone weights of any convertible checkpoint into an `elsa_core.ELSASwin` or an
+    `elsa_core.ELSAVolo`.
 
     A backbone that returns only the last stage's map counts as a classifier's: it also gets the
-    final norm of a classifier's checkpoint.
+    final norm of a classifier's checkpoint. An `elsa_core.ELSAVoloTokens` gets all that a
+    classifier has before its heads, and an `elsa_core.ELSAVoloClassifier` heads of as many classes.
 
     Raises:
         UsageError: as in `convert_file`, or if the checkpoint's backbone has another architecture;
             nothing is loaded.
     """
     source = read_source(path)
-    keep = _returns_last_only(backbone)
+    names = backbone.state_dict()
     with naming(path):
-        conversion = convert(source, "backbone", keep_norm=keep)
-    tensors = _used(backbone, conversion)
-    _check_fit(path, conversion, tensors, backbone.state_dict())
+        conversion = convert(source, "backbone", keep=_kept_parts(backbone, names))
+    tensors = _used(backbone, conversion, names)
+    _check_fit(path, conversion, tensors, names)
     backbone.load_state_dict(tensors, strict=False)
     return conversion
 
@@ -106,42 +114,86 @@ def checkpoint_for(
         anchor_sizes: as in `convert`.
 
     Raises:
-        UsageError: as in `load_backbone`, or if the model does not have exactly one ELSA-Swin.
+        UsageError: as in `load_backbone`, or if the model does not have exactly one backbone.
     """
     names = model.state_dict()
-    found = [(name, part) for name, part in model.named_modules() if isinstance(part, ELSASwin)]
+    found = backbones_of(model)
     if len(found) != 1:
-        raise UsageError(f"{os.fspath(path)} needs a model with one ELSA-Swin, got {len(found)}")
+        raise UsageError(
+            f"{os.fspath(path)} needs a model with one ELSA-Swin or ELSA-VOLO, got {len(found)}"
+        )
     prefix, backbone = found[0]
-    prefix += "." if prefix else ""
+    inside = {n.removeprefix(prefix): t for n, t in names.items() if n.startswith(prefix)}
     checkpoint = read_checkpoint(path) if content is None else content
     with naming(path):
         source = recognise(checkpoint)
     if target := _whole_model(names, prefix, source, to):
         if target != source.family or source.kind == CLASSIFIER:
             with naming(path):
-                tensors = convert(source, target, anchor_sizes=anchor_sizes).tensors
+                conversion = convert(source, target, anchor_sizes=anchor_sizes)
+            tensors = _seeded(conversion, names)
         elif to == DETECTRON2:
             tensors = dict(source.tensors.values())
         else:
             tensors = {name: tensor for name, (_, tensor) in source.tensors.items()}
+        fit_positions(model, tensors)
         return {"model": tensors, "meta": source.meta}
-    keep = to == OPENMMLAB and _returns_last_only(backbone)
+    keep = _kept_parts(backbone, inside) if to == OPENMMLAB else ()
     with naming(path):
-        conversion = convert(source, "backbone", keep_norm=keep)
-    given = {prefix + name: tensor for name, tensor in _used(backbone, conversion).items()}
-    _check_fit(path, conversion, given, names, prefix)
-    return {"model": given}
+        conversion = convert(source, "backbone", keep=keep)
+    tensors = _used(backbone, conversion, inside)
+    _check_fit(path, conversion, tensors, inside)
+    return {"model": {prefix + name: tensor for name, tensor in tensors.items()}}
 
 
-def _returns_last_only(backbone: ELSASwin) -> bool:
-    return tuple(backbone.out_indices) == (len(backbone.num_features) - 1,)
+def _kept_parts(backbone: StagedBackbone, names: Collection[str]) -> set[str]:
+    """Return the parts of a classifier that the backbone takes."""
+    last = len(backbone.num_features) - 1
+    kept = tops_of(names) & set(CLASS_PARTS)
+    alone = tuple(backbone.out_indices) == (last,) and f"norm{last}.weight" in names
+    if alone and not getattr(backbone, "pyramid", False):
+        kept.add(f"norm{last}")
+    return kept
 
 
-def _used(backbone: ELSASwin, conversion: Conversion) -> dict[str, Tensor]:
-    """Return the tensors except those of stages and norms that the backbone does not have."""
+def _used(
+    backbone: StagedBackbone, conversion: Conversion, names: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """Return the tensors for a backbone with the tensors ``names``, except those of parts that it
+    does not have, which are noted."""
+    tensors = _seeded(conversion, names)
+    if isinstance(backbone, ELSASwin):
+        drop_unused_keys(tensors, "", backbone.out_indices, len(backbone.num_features))
+        return tensors
+    volo = conversion.source.backbone
+    if not isinstance(backbone, ELSAVolo) or not isinstance(volo, Volo):
+        return tensors
+    reasons = {}
+    for name, tensor in tensors.items():
+        top, wanted = name.split(".")[0], names.get(name)
+        if OUTPUTS.match(name) and volo.pyramid not in (None, backbone.pyramid):
+            reasons[top] = "the model's outputs are made in another way, with or without a pyramid"
+        elif top in HEADS and wanted is not None and wanted.shape != tensor.shape:
+            reasons[top] = "the model has another number of classes"
+    for name in [name for name in tensors if name.split(".")[0] in reasons]:
+        del tensors[name]
+        reason = reasons[name.split(".")[0]]
+        conversion.dropped.append((conversion.moved.pop(name), reason))
+    tops = tops_of(names)
+    conversion.absent = [entry for entry in conversion.absent if entry[0].split(".")[0] in tops]
+    drop_unused_parts(backbone, tensors)
+    fit_positions(backbone, tensors)
+    return tensors
+
+
+def _seeded(conversion: Conversion, names: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors with the model's own rows where SRC has only the others."""
     tensors = dict(conversion.tensors)
-    drop_unused_keys(tensors, "", backbone.out_indices, len(backbone.num_features))
+    for name, values in conversion.seeds.items():
+        own = names.get(name)
+        if own is not None and own.shape[1:2] == values.shape[1:2] and len(own) >= len(values):
+            tensors[name] = merge(name, values, own)
+            conversion.seeded = SEEDED_IN_MODEL
     return tensors
 
 
@@ -155,7 +207,8 @@ def _whole_model(names: Mapping[str, Tensor], prefix: str, source: Source, to: s
     if prefix != "backbone." or source.kind == BACKBONE or source.family == SWIN:
         return ""
     if source.kind == CLASSIFIER:
-        return "mmpretrain" if "head.fc.weight" in names else ""
+        heads = "head.fc.weight" in names and "head.weight" in source.tensors
+        return "mmpretrain" if heads else ""
     if source.family != DETECTRON2:
         return source.family
     if source.kind not in RULES or not _has_heads(names, source.kind, "mm"):
@@ -173,18 +226,19 @@ def _check_fit(
     conversion: Conversion,
     given: Mapping[str, Tensor],
     names: Mapping[str, Tensor],
-    prefix: str = "",
 ) -> None:
-    """Raise UsageError unless the tensors match those under ``prefix``; output norms may differ."""
-    absent = {prefix + name for name, _ in conversion.absent}
-    wrong = [
-        name
-        for name in {**given, **{n: t for n, t in names.items() if n.startswith(prefix)}}
-        if not name.startswith(f"{prefix}norm")
-        and name not in absent
-        and (name not in given or name not in names or given[name].shape != names[name].shape)
-    ]
-    if wrong:
+    """Raise UsageError unless the tensors match those of a backbone; outputs may differ."""
+    absent = {name for name, _ in conversion.absent}
+
+    def differs(name: str) -> bool:
+        if OUTPUTS.match(name) or name in absent:
+            return False
+        if name not in given:
+            # Of a classifier's parts, the conversion has checked those that the file has.
+            return not (name.split(".")[0] in CLASS_PARTS or name.endswith(OPTIONAL_LEAF))
+        return name not in names or given[name].shape != names[name].shape
+
+    if wrong := [name for name in {**given, **names} if differs(name)]:
         raise UsageError(
             f"{os.fspath(path)} has another backbone than the model: it is {conversion.source}, "
             f"and they differ in {len(wrong)} tensors, the first is {wrong[0]}"

@@ -11,10 +11,9 @@ from torch import Tensor
 
 from elsa_core.layers import relative_position_id
 from elsa_core.runtime.errors import UsageError
-from elsa_core.variants import Arch
 
 from .names import CASCADE, D2_BACKBONES, MASK_RCNN, UPERNET, rename
-from .shapes import arch_name, read_arch
+from .shapes import Backbone, arch_name, output_dims, read_backbone
 from .source import (
     BACKBONE,
     BACKBONE_FILE,
@@ -28,6 +27,8 @@ from .source import (
 )
 from .swin import recognise_swin
 from .unpickle import Array
+from .volo import CLASS_PARTS, tops_of
+from .volo_start import is_volo, recognise_volo
 
 TRAINING_STATE = set(
     "amp amp_scaler ema_state_dict epoch iteration loss_scaler lr_scheduler message_hub optimizer "
@@ -130,13 +131,18 @@ def _with_rest(source: Source, rest: dict[str, Any]) -> Source:
 
 def _recognise(tensors: dict[str, Tensor]) -> Source:
     tensors, prefix, outside = _without_prefix(tensors)
-    if any(".attn.pre_proj." in name for name in tensors):
+    if is_volo(tensors):
+        source = recognise_volo(tensors)
+    elif any(".attn.pre_proj." in name for name in tensors):
         source = _elsa(tensors)
     elif any(".attn.qkv." in name or ".attn.w_msa.qkv." in name for name in tensors):
         source = recognise_swin(tensors)
     else:
         names = ", ".join(list(tensors)[:3])
-        raise UsageError(f"it holds no ELSA-Swin, nor a Swin: its tensors have names like {names}")
+        raise UsageError(
+            "it holds no ELSA-Swin or ELSA-VOLO, nor a Swin or VOLO: its tensors have names like "
+            f"{names}"
+        )
     source.dropped += [(name, f"outside of {prefix}, with which the model's names begin")
                        for name in outside]  # fmt: skip
     return source
@@ -164,12 +170,12 @@ def _elsa(tensors: dict[str, Tensor]) -> Source:
         return _detectron2(tensors, tops)
     if "backbone" in tops:
         return _openmmlab(tensors, tops)
-    classifier = "norm" in tops or "head" in tops and "norm0" not in tops
+    classifier = "norm" in tops or bool(tops & set(CLASS_PARTS)) and "norm0" not in tops
     kept, dropped = _drop_bookkeeping(tensors, "")
     return Source(
         family=ORIGINAL if classifier or dropped else BACKBONE_FILE,
         kind=CLASSIFIER if classifier else BACKBONE,
-        arch=read_arch(tensors),
+        backbone=read_backbone(tensors),
         tensors={name: (name, tensor) for name, tensor in kept.items()},
         dropped=dropped,
     )
@@ -177,9 +183,9 @@ def _elsa(tensors: dict[str, Tensor]) -> Source:
 
 def _openmmlab(tensors: dict[str, Tensor], tops: set[str]) -> Source:
     kept, dropped = _drop_bookkeeping(tensors, "backbone.")
-    arch = read_arch(tensors, "backbone.")
+    backbone = read_backbone(tensors, "backbone.")
     if "head" in tops and tops <= {"backbone", "head"}:
-        return _mmpretrain(arch, kept, dropped)
+        return _mmpretrain(backbone, kept, dropped)
     named = {name: (name, tensor) for name, tensor in kept.items()}
     if any(name.startswith("roi_head.bbox_head.0.") for name in tensors):
         kind = CASCADE
@@ -188,21 +194,24 @@ def _openmmlab(tensors: dict[str, Tensor], tops: set[str]) -> Source:
     elif "decode_head" in tops:
         kind = UPERNET
     elif tops == {"backbone"}:
-        kind = BACKBONE
         named = {name.removeprefix("backbone."): value for name, value in named.items()}
+        kind = CLASSIFIER if tops_of(named) & set(CLASS_PARTS) else BACKBONE
     else:
         kind = OTHER
-    return Source(ORIGINAL if dropped else OPENMMLAB, kind, arch, named, dropped)
+    return Source(ORIGINAL if dropped else OPENMMLAB, kind, backbone, named, dropped)
 
 
-def _mmpretrain(arch: Arch, tensors: dict[str, Tensor], dropped: list[tuple[str, str]]) -> Source:
-    last = f"backbone.norm{len(arch.depths) - 1}."
+def _mmpretrain(
+    backbone: Backbone, tensors: dict[str, Tensor], dropped: list[tuple[str, str]]
+) -> Source:
+    last = f"backbone.norm{len(output_dims(backbone)) - 1}."
     named = {}
     for name, tensor in tensors.items():
         new = name.replace(last, "norm.") if name.startswith(last) else name
         new = new.removeprefix("backbone.").replace("head.fc.", "head.")
+        new = new.replace("head.aux_fc.", "aux_head.")
         named[new] = (name, tensor)
-    return Source(MMPRETRAIN, CLASSIFIER, arch, named, dropped)
+    return Source(MMPRETRAIN, CLASSIFIER, backbone, named, dropped)
 
 
 def _detectron2(tensors: dict[str, Tensor], tops: set[str]) -> Source:
@@ -218,7 +227,7 @@ def _detectron2(tensors: dict[str, Tensor], tops: set[str]) -> Source:
     prefix = D2_BACKBONES.get(kind, "backbone.bottom_up.")
     kept, bookkeeping = _drop_bookkeeping(kept, prefix)
     dropped += bookkeeping
-    arch = read_arch(kept, prefix)
+    backbone = read_backbone(kept, prefix)
     if kind in D2_BACKBONES:
         named, unknown = rename(kept, kind, "mm")
         if unknown:
@@ -226,13 +235,13 @@ def _detectron2(tensors: dict[str, Tensor], tops: set[str]) -> Source:
                 f"{len(unknown)} of its tensors are unknown in a model of this kind, "
                 f"the first is {unknown[0]}"
             )
-        return Source(DETECTRON2, kind, arch, named, dropped)
+        return Source(DETECTRON2, kind, backbone, named, dropped)
     named = {}
     for name, tensor in kept.items():
         inside = name.startswith(prefix)
         new = "" if kind == BACKBONE and inside else "backbone." if inside else "other."
         named[new + name.removeprefix(prefix)] = (name, tensor)
-    return Source(DETECTRON2, kind, arch, named, dropped)
+    return Source(DETECTRON2, kind, backbone, named, dropped)
 
 
 def _drop_bookkeeping(

@@ -6,7 +6,9 @@ import dataclasses
 from typing import Any
 
 from .convert import Conversion
-from .shapes import arch_name
+from .shapes import Backbone, describe
+from .source import Source
+from .volo import Volo
 
 _SHOWN = 4
 
@@ -14,17 +16,20 @@ _SHOWN = 4
 def text(conversion: Conversion, *, verbose: bool = False) -> str:
     """Return the report as text; ``verbose`` lists every tensor."""
     source = conversion.source
-    arch = source.arch
+    classes = conversion.sizes and f", {conversion.sizes.num_classes} classes" or ""
     values = sum(conversion.tensors[name].numel() for name in conversion.moved)
     lines = [
         f"source: {source}",
-        f"  embed_dim {arch.embed_dim}, depths {_join(arch.depths)}, heads {_join(arch.num_heads)}"
-        f", window {arch.window_size}"
-        + (f", {conversion.sizes.num_classes} classes" if conversion.sizes else ""),
+        f"  {_sizes(source.backbone)}{classes}",
+        *_assumed(source),
         f"converted: {len(conversion.moved)} tensors, {values / 1e6:.1f}M values",
     ]
     if verbose:
         lines += [f"  {old} -> {new}" for new, old in conversion.moved.items()]
+    if conversion.seeds:
+        lines.append(
+            _entry("converted in part", list(conversion.seeds), conversion.seeded, verbose)
+        )
     parts = {
         "dropped": conversion.dropped,
         "added": conversion.added,
@@ -33,10 +38,43 @@ def text(conversion: Conversion, *, verbose: bool = False) -> str:
     for title, entries in parts.items():
         for reason in dict.fromkeys(reason for _, reason in entries):
             names = [name for name, why in entries if why == reason]
-            shown = names if verbose or len(names) <= _SHOWN + 1 else names[:_SHOWN]
-            rest = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
-            lines.append(f"{title}: {len(names)} ({reason}): {', '.join(shown)}{rest}")
+            lines.append(_entry(title, names, reason, verbose))
     return "\n".join(lines)
+
+
+def _entry(title: str, names: list[str], reason: str, verbose: bool) -> str:
+    shown = names if verbose or len(names) <= _SHOWN + 1 else names[:_SHOWN]
+    rest = f" and {len(names) - len(shown)} more" if len(shown) < len(names) else ""
+    return f"{title}: {len(names)} ({reason}): {', '.join(shown)}{rest}"
+
+
+def _sizes(backbone: Backbone) -> str:
+    if not isinstance(backbone, Volo):
+        return (
+            f"embed_dim {backbone.embed_dim}, depths {_join(backbone.depths)}, "
+            f"heads {_join(backbone.num_heads)}, window {backbone.window_size}"
+        )
+    arch = backbone.arch
+    heads = f"{arch.num_heads[0]}-{arch.num_heads[1] if backbone.heads_known else 'unknown'}"
+    outputs = {None: "", False: ", native maps", True: ", pyramid"}[backbone.pyramid]
+    return (
+        f"embed_dims {_join(arch.embed_dims)}, depths {_join(arch.depths)}, heads {heads}, "
+        f"images of {backbone.img_size}{outputs}"
+    )
+
+
+def _assumed(source: Source) -> list[str]:
+    """Return what the tensors of an ELSA-VOLO do not tell."""
+    backbone = source.backbone
+    if not isinstance(backbone, Volo):
+        return []
+    heads = "the heads of the global stages"
+    lines = [f"  {heads} are not in the tensors: they must be given to the model"]
+    if backbone.heads_known:
+        lines = [f"  not in the tensors: {heads}, taken as VOLO's of these sizes"]
+    if not source.is_stock:
+        lines[0] += "; exponent and factor of the ghost filters and qk_scale, taken as 1"
+    return [*lines, "  ELSA-VOLO is a reconstruction: no official code or weights exist"]
 
 
 def record(conversion: Conversion) -> dict[str, Any]:
@@ -46,9 +84,10 @@ def record(conversion: Conversion) -> dict[str, Any]:
         "source": str(source),
         "kind": source.kind,
         "to": conversion.to,
-        "arch": {"name": arch_name(source.arch), **dataclasses.asdict(source.arch)},
+        "arch": describe(source.backbone),
         "sizes": dataclasses.asdict(conversion.sizes) if conversion.sizes else None,
         "converted": conversion.moved,
+        "converted_in_part": dict.fromkeys(conversion.seeds, conversion.seeded),
         "dropped": dict(conversion.dropped),
         "added": dict(conversion.added),
         "left_to_initialisation": dict(conversion.absent),

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass
 from math import isqrt
+from typing import Any
 
 from torch import Tensor
 
-from elsa_core import VARIANTS
 from elsa_core.runtime.errors import UsageError, one_line
-from elsa_core.variants import Arch
+from elsa_core.variants import Arch, VoloArch
 
 from .names import CASCADE, UPERNET
+from .tables import Shapes, ShapeTable, count_indices, read_elsa, read_heads, shape_of
+from .volo import Volo, add_volo, read_volo
 
-Shapes = dict[str, tuple[int, ...]]
-OPTIONAL_LEAF = "num_batches_tracked"
+# An ELSA-Swin or an ELSA-VOLO, as its tensors show it.
+Backbone = Arch | Volo
+_AUX_STAGE = 2
 
 
 @dataclass
@@ -38,42 +41,7 @@ class HeadSizes:
     aux_stage: int | None = None
 
 
-@dataclass
-class ShapeTable:
-    shapes: Shapes = field(default_factory=dict)
-
-    def layer(self, name: str, *shape: int, bias: bool = True) -> None:
-        self.shapes[f"{name}.weight"] = shape
-        if bias:
-            self.shapes[f"{name}.bias"] = (shape[0],)
-
-    def block(self, name: str, *shape: int, norm: str) -> None:
-        """Add a ConvModule. Its convolution has a bias if no norm follows."""
-        self.layer(f"{name}.conv", *shape, bias=not norm)
-        if norm:
-            self.layer(f"{name}.{norm}", shape[0])
-        if norm == "bn":
-            for statistic in ("running_mean", "running_var"):
-                self.shapes[f"{name}.bn.{statistic}"] = (shape[0],)
-            self.shapes[f"{name}.bn.{OPTIONAL_LEAF}"] = ()
-
-
-def _shape(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> list[int]:
-    if name not in tensors:
-        raise UsageError(f"the tensor {name} is missing")
-    shape = list(tensors[name].shape)
-    if len(shape) != dimensions or 0 in shape:
-        raise UsageError(f"{name} must have {dimensions} dimensions, got the shape {shape}")
-    return shape
-
-
-def _count(tensors: Mapping[str, Tensor], prefix: str) -> int:
-    """Count the indices that follow ``prefix``."""
-    found = {key[len(prefix) :].split(".")[0] for key in tensors if key.startswith(prefix)}
-    return len({index for index in found if index.isdigit()})
-
-
-def read_arch(tensors: Mapping[str, Tensor], prefix: str = "") -> Arch:
+def read_backbone(tensors: Mapping[str, Tensor], prefix: str = "") -> Backbone:
     """Return the architecture of the backbone whose names begin with ``prefix``.
 
     The tensors do not hold the exponent and factor of the ghost filters. A single set of filters is
@@ -82,52 +50,73 @@ def read_arch(tensors: Mapping[str, Tensor], prefix: str = "") -> Arch:
     Raises:
         UsageError: tensors contradict each other.
     """
-    embed_dim = _shape(tensors, f"{prefix}patch_embed.proj.weight", 4)[0]
-    stages = _count(tensors, f"{prefix}layers.")
-    depths = [_count(tensors, f"{prefix}layers.{stage}.blocks.") for stage in range(stages)]
+    if any(name.startswith(f"{prefix}network.") for name in tensors):
+        return read_volo(tensors, prefix)
+    embed_dim = shape_of(tensors, f"{prefix}patch_embed.proj.weight", 4)[0]
+    stages = count_indices(tensors, f"{prefix}layers.")
+    depths = [count_indices(tensors, f"{prefix}layers.{stage}.blocks.") for stage in range(stages)]
     if stages < 2 or 0 in depths:
         raise UsageError(f"its backbone has {stages} stages with {depths} blocks")
-    first = f"{prefix}layers.0.blocks.0.attn."
-    _, group_width, kernel_size, _ = _shape(tensors, f"{first}attn.0.weight", 4)
-    heads = []
-    for stage in range(stages - 1):
-        name = f"{prefix}layers.{stage}.blocks.0.attn.attn.2.weight"
-        heads.append(_shape(tensors, name, 4)[0] // kernel_size**2)
+    elsa = read_elsa(tensors, f"{prefix}layers.0.blocks.0.attn")
+    heads = [
+        read_heads(tensors, f"{prefix}layers.{stage}.blocks.0.attn", elsa["kernel_size"])
+        for stage in range(stages - 1)
+    ]
     last = f"{prefix}layers.{stages - 1}.blocks.0.attn."
     if f"{last}attn.0.weight" in tensors:
         raise UsageError(
             f"its backbone ends with stage {stages - 1} of ELSA: it was built without the stages "
             "after it, whose outputs its model does not use, and fits no other model"
         )
-    last_heads, span = _shape(tensors, f"{last}rb", 2)
-    ghost = tensors.get(f"{first}ghost_head")
-    two = ghost is not None and ghost.dim() == 5
+    last_heads, span = shape_of(tensors, f"{last}rb", 2)
     try:
         return Arch(
             embed_dim=embed_dim,
             depths=tuple(depths),
             num_heads=(*heads, last_heads),
-            group_width=group_width,
-            kernel_size=kernel_size,
-            lam=1 if two else 0,
-            gamma=0 if ghost is None else 1,
             window_size=(isqrt(span) + 1) // 2,
+            **elsa,
         )
     except ValueError as error:
         raise UsageError(f"its backbone is no ELSA-Swin: {one_line(error)}") from error
 
 
-def arch_name(arch: Arch) -> str:
-    """Return "tiny", "small", "base" or "custom"."""
-    return next((name for name, known in VARIANTS.items() if known == arch), "custom")
+def arch_of(backbone: Backbone) -> Arch | VoloArch:
+    return backbone.arch if isinstance(backbone, Volo) else backbone
 
 
-def backbone_shapes(arch: Arch, prefix: str = "") -> Shapes:
+def arch_name(arch: Arch | VoloArch) -> str:
+    """Return the variant's name, "tiny" or "volo_d1" for example, or "custom"."""
+    return next((name for name, known in arch.variants.items() if known == arch), "custom")
+
+
+def describe(backbone: Backbone) -> dict[str, Any]:
+    """Return what is known of a backbone in JSON types, with None for what no tensor tells."""
+    arch = arch_of(backbone)
+    about = {**asdict(arch), "name": arch_name(arch)}
+    about = {key: list(v) if isinstance(v, tuple) else v for key, v in about.items()}
+    if isinstance(backbone, Volo):
+        about |= {"img_size": backbone.img_size, "pyramid": backbone.pyramid}
+        if not backbone.heads_known:
+            about["num_heads"][1] = None
+    return about
+
+
+def output_dims(backbone: Backbone) -> list[int]:
+    """Return the channels of the maps that a whole model takes from the backbone."""
+    return backbone.output_dims if isinstance(backbone, Volo) else backbone.num_features
+
+
+def backbone_shapes(backbone: Backbone, prefix: str = "") -> Shapes:
     """Return the shapes of a backbone with all output norms, without the original's buffers.
 
     They are written out, because a model on the meta device makes PyTorch import 150 MB of modules.
     """
     table = ShapeTable()
+    if isinstance(backbone, Volo):
+        add_volo(table, backbone, prefix)
+        return table.shapes
+    arch = backbone
     last = len(arch.depths) - 1
     table.layer(f"{prefix}patch_embed.proj", arch.embed_dim, 3, 4, 4)
     table.layer(f"{prefix}patch_embed.norm", arch.embed_dim)
@@ -135,30 +124,18 @@ def backbone_shapes(arch: Arch, prefix: str = "") -> Shapes:
         for block in range(arch.depths[stage]):
             name = f"{prefix}layers.{stage}.blocks.{block}"
             table.layer(f"{name}.norm1", dim)
-            add = _add_window_attention if stage == last else _add_elsa
-            add(table, f"{name}.attn", arch, dim, arch.num_heads[stage])
+            if stage == last:
+                _add_window_attention(table, f"{name}.attn", arch, dim, arch.num_heads[stage])
+            else:
+                table.elsa(f"{name}.attn", arch, dim, arch.num_heads[stage])
             table.layer(f"{name}.norm2", dim)
-            table.layer(f"{name}.mlp.fc1", 4 * dim, dim)
-            table.layer(f"{name}.mlp.fc2", dim, 4 * dim)
+            table.mlp(f"{name}.mlp", dim, 4)
         if stage < last:
             name = f"{prefix}layers.{stage}.downsample"
             table.layer(f"{name}.norm", 4 * dim)
             table.layer(f"{name}.reduction", 2 * dim, 4 * dim, bias=False)
         table.layer(f"{prefix}norm{stage}", dim)
     return table.shapes
-
-
-def _add_elsa(table: ShapeTable, name: str, arch: Arch, dim: int, heads: int) -> None:
-    dim_qk = -(-(dim // 3 * 2) // arch.group_width) * arch.group_width
-    area = arch.kernel_size**2
-    filters = (1, dim, arch.kernel_size, arch.kernel_size)
-    if arch.lam or arch.gamma:
-        both = arch.lam and arch.gamma
-        table.shapes[f"{name}.ghost_head"] = (2, *filters) if both else filters
-    table.layer(f"{name}.pre_proj", 2 * dim_qk + dim, dim, 1, 1)
-    table.layer(f"{name}.attn.0", dim_qk, arch.group_width, arch.kernel_size, arch.kernel_size)
-    table.layer(f"{name}.attn.2", area * heads, dim_qk, 1, 1)
-    table.layer(f"{name}.post_proj", dim, dim)
 
 
 def _add_window_attention(table: ShapeTable, name: str, arch: Arch, dim: int, heads: int) -> None:
@@ -172,40 +149,41 @@ def read_sizes(tensors: Mapping[str, Tensor], kind: str) -> HeadSizes:
     return _segmentor_sizes(tensors) if kind == UPERNET else _detector_sizes(tensors, kind)
 
 
-def model_shapes(arch: Arch, sizes: HeadSizes, kind: str) -> Shapes:
+def model_shapes(backbone: Backbone, sizes: HeadSizes, kind: str) -> Shapes:
     """Return the shapes of a whole model of ``kind``, with OpenMMLab's names."""
-    table = ShapeTable(backbone_shapes(arch, "backbone."))
+    table = ShapeTable(backbone_shapes(backbone, "backbone."))
+    dims = output_dims(backbone)
     if kind == UPERNET:
-        _add_segmentor(table, arch, sizes)
+        _add_segmentor(table, dims, sizes)
     else:
-        _add_detector(table, arch, sizes, kind)
+        _add_detector(table, dims, sizes, kind)
     return table.shapes
 
 
 def _detector_sizes(tensors: Mapping[str, Tensor], kind: str) -> HeadSizes:
     cascade = ".0" if kind == CASCADE else ""
     box, mask = f"roi_head.bbox_head{cascade}.", f"roi_head.mask_head{cascade}."
-    convs = _count(tensors, f"{box}shared_convs.")
+    convs = count_indices(tensors, f"{box}shared_convs.")
     return HeadSizes(
-        num_classes=_shape(tensors, f"{box}fc_cls.weight", 2)[0] - 1,
-        channels=_shape(tensors, "neck.lateral_convs.0.conv.weight", 4)[0],
+        num_classes=shape_of(tensors, f"{box}fc_cls.weight", 2)[0] - 1,
+        channels=shape_of(tensors, "neck.lateral_convs.0.conv.weight", 4)[0],
         neck_norm=next(
             (n for n in ("bn", "gn") if f"neck.lateral_convs.0.{n}.weight" in tensors), ""
         ),
-        anchors=_shape(tensors, "rpn_head.rpn_cls.weight", 4)[0],
-        fc_dim=_shape(tensors, f"{box}shared_fcs.0.weight", 2)[0],
+        anchors=shape_of(tensors, "rpn_head.rpn_cls.weight", 4)[0],
+        fc_dim=shape_of(tensors, f"{box}shared_fcs.0.weight", 2)[0],
         box_convs=convs,
-        box_conv_dim=_shape(tensors, f"{box}shared_convs.0.conv.weight", 4)[0] if convs else None,
-        box_fcs=_count(tensors, f"{box}shared_fcs."),
-        mask_convs=_count(tensors, f"{mask}convs."),
-        mask_dim=_shape(tensors, f"{mask}upsample.weight", 4)[0],
-        stages=_count(tensors, "roi_head.bbox_head.") if cascade else 1,
+        box_conv_dim=shape_of(tensors, f"{box}shared_convs.0.conv.weight", 4)[0] if convs else None,
+        box_fcs=count_indices(tensors, f"{box}shared_fcs."),
+        mask_convs=count_indices(tensors, f"{mask}convs."),
+        mask_dim=shape_of(tensors, f"{mask}upsample.weight", 4)[0],
+        stages=count_indices(tensors, "roi_head.bbox_head.") if cascade else 1,
     )
 
 
-def _add_detector(table: ShapeTable, arch: Arch, sizes: HeadSizes, kind: str) -> None:
+def _add_detector(table: ShapeTable, dims: list[int], sizes: HeadSizes, kind: str) -> None:
     channels, anchors = sizes.channels or 0, sizes.anchors or 0
-    for level, dim in enumerate(arch.num_features):
+    for level, dim in enumerate(dims):
         table.block(f"neck.lateral_convs.{level}", channels, dim, 1, 1, norm=sizes.neck_norm)
         table.block(f"neck.fpn_convs.{level}", channels, channels, 3, 3, norm=sizes.neck_norm)
     table.layer("rpn_head.rpn_conv", channels, channels, 3, 3)
@@ -242,40 +220,41 @@ def _add_mask_head(table: ShapeTable, name: str, sizes: HeadSizes) -> None:
 
 
 def _segmentor_sizes(tensors: Mapping[str, Tensor]) -> HeadSizes:
-    arch = read_arch(tensors, "backbone.")
+    dims = output_dims(read_backbone(tensors, "backbone."))
     aux = stage = None
     if any(name.startswith("auxiliary_head.") for name in tensors):
-        aux, aux_in, _, _ = _shape(tensors, "auxiliary_head.convs.0.conv.weight", 4)
-        if aux_in not in arch.num_features:
+        aux, aux_in, _, _ = shape_of(tensors, "auxiliary_head.convs.0.conv.weight", 4)
+        if aux_in not in dims:
             raise UsageError(
                 "the auxiliary head must take one of the backbone's maps, which have "
-                f"{arch.num_features} channels, got {aux_in}"
+                f"{dims} channels, got {aux_in}"
             )
-        stage = arch.num_features.index(aux_in)
+        # Of several maps with these channels, the published one.
+        stage = _AUX_STAGE if aux_in in dims[_AUX_STAGE:][:1] else dims.index(aux_in)
     return HeadSizes(
-        num_classes=_shape(tensors, "decode_head.conv_seg.weight", 4)[0],
-        channels=_shape(tensors, "decode_head.bottleneck.conv.weight", 4)[0],
-        pool_modules=_count(tensors, "decode_head.psp_modules."),
+        num_classes=shape_of(tensors, "decode_head.conv_seg.weight", 4)[0],
+        channels=shape_of(tensors, "decode_head.bottleneck.conv.weight", 4)[0],
+        pool_modules=count_indices(tensors, "decode_head.psp_modules."),
         aux_channels=aux,
         aux_stage=stage,
     )
 
 
-def _add_segmentor(table: ShapeTable, arch: Arch, sizes: HeadSizes) -> None:
+def _add_segmentor(table: ShapeTable, dims: list[int], sizes: HeadSizes) -> None:
     channels, classes = sizes.channels or 0, sizes.num_classes or 0
-    *dims, top = arch.num_features
+    *finer, top = dims
     head = "decode_head"
     table.layer(f"{head}.conv_seg", classes, channels, 1, 1)
     for index in range(sizes.pool_modules):
         table.block(f"{head}.psp_modules.{index}.1", channels, top, 1, 1, norm="bn")
     pooled = top + sizes.pool_modules * channels
     table.block(f"{head}.bottleneck", channels, pooled, 3, 3, norm="bn")
-    for index, dim in enumerate(dims):
+    for index, dim in enumerate(finer):
         table.block(f"{head}.lateral_convs.{index}", channels, dim, 1, 1, norm="bn")
         table.block(f"{head}.fpn_convs.{index}", channels, channels, 3, 3, norm="bn")
-    stacked = (len(dims) + 1) * channels
+    stacked = len(dims) * channels
     table.block(f"{head}.fpn_bottleneck", channels, stacked, 3, 3, norm="bn")
     if sizes.aux_channels is not None:
-        aux_in = arch.num_features[sizes.aux_stage or 0]
+        aux_in = dims[sizes.aux_stage or 0]
         table.block("auxiliary_head.convs.0", sizes.aux_channels, aux_in, 3, 3, norm="bn")
         table.layer("auxiliary_head.conv_seg", classes, sizes.aux_channels, 1, 1)

@@ -7,14 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from elsa_core.variants import Arch
+from elsa_core.variants import Arch, VoloArch
 
 from .names import CASCADE, MASK_RCNN, UPERNET
-from .shapes import arch_name
+from .shapes import Backbone, arch_name, arch_of
+from .volo import Volo
 
 # Families: the code base whose names and conventions the file follows.
 ORIGINAL, OPENMMLAB, DETECTRON2 = "original", "openmmlab", "detectron2"
-MMPRETRAIN, BACKBONE_FILE, SWIN = "mmpretrain", "backbone", "swin"
+MMPRETRAIN, BACKBONE_FILE, SWIN, VOLO = "mmpretrain", "backbone", "swin", "volo"
 # Kinds that are not whole detectors or segmentors.
 CLASSIFIER, BACKBONE, OTHER = "classifier", "backbone", "other"
 
@@ -24,30 +25,45 @@ class Source:
     """A recognised checkpoint.
 
     ``tensors``: {name: (name in the file, tensor)}. Classifiers and backbones have the names of
-    `ELSASwin`, all other models OpenMMLab's.
+    `ELSASwin` and `ELSAVoloClassifier`, all other models OpenMMLab's.
     ``dropped``: [(name in the file, reason)].
     """
 
     family: str
     kind: str
-    arch: Arch
+    backbone: Backbone
     tensors: dict[str, tuple[str, Tensor]]
     dropped: list[tuple[str, str]] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     ema: bool = False
 
+    @property
+    def arch(self) -> Arch | VoloArch:
+        return arch_of(self.backbone)
+
+    @property
+    def is_stock(self) -> bool:
+        """Whether it holds a Swin or VOLO, a warm start for a model with ELSA."""
+        return self.family in (SWIN, VOLO)
+
     def __str__(self) -> str:
         kinds = {MASK_RCNN: "Mask R-CNN", CASCADE: "Cascade Mask R-CNN", UPERNET: "UPerNet"}
+        volo = isinstance(self.backbone, Volo)
         families = {
-            ORIGINAL: "original release",
+            ORIGINAL: "VOLO's names" if volo else "original release",
             OPENMMLAB: "OpenMMLab",
             DETECTRON2: "Detectron2",
             MMPRETRAIN: "MMPretrain",
             BACKBONE_FILE: "bare backbone",
             SWIN: "stock Swin",
+            VOLO: "stock VOLO",
         }
         weights = ", EMA weights" if self.ema else ""
-        backbone = "Swin" if self.family == SWIN else f"ELSA-Swin {arch_name(self.arch)}"
+        name = arch_name(self.arch).replace("volo_d", "D")
+        backbone = {
+            SWIN: "Swin",
+            VOLO: f"VOLO {name}",
+        }.get(self.family, f"ELSA-{'VOLO' if volo else 'Swin'} {name}")
         kind = kinds.get(self.kind, self.kind)
         return f"{families[self.family]}, {kind}, {backbone}{weights}"

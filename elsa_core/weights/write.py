@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import os
@@ -20,8 +19,9 @@ from elsa_core.runtime.files import replacing
 from . import safetensors
 from .convert import Conversion
 from .progress import CountedFile
-from .shapes import arch_name
-from .source import BACKBONE, CLASSIFIER, DETECTRON2, SWIN
+from .shapes import arch_name, describe
+from .source import BACKBONE, CLASSIFIER, DETECTRON2
+from .volo import Volo
 
 SUFFIXES = (".pth", ".safetensors")
 _BLOCK = 2**20
@@ -54,7 +54,6 @@ def sha256(path: str) -> str:
 def metadata(conversion: Conversion, source_file: str, source_sha256: str) -> dict[str, Any]:
     """Return DST's metadata in plain types; the same for the same source."""
     source, sizes = conversion.source, conversion.sizes
-    arch = {**dataclasses.asdict(source.arch), "name": arch_name(source.arch)}
     about: dict[str, Any] = {
         "tool": f"elsa-swin {__version__}",
         "source": os.path.basename(source_file),
@@ -62,7 +61,7 @@ def metadata(conversion: Conversion, source_file: str, source_sha256: str) -> di
         "source_is": str(source),
         "to": conversion.to,
         "kind": source.kind,
-        "arch": {k: list(v) if isinstance(v, tuple) else v for k, v in arch.items()},
+        "arch": describe(source.backbone),
     }
     if sizes is not None:
         about["num_classes"] = sizes.num_classes
@@ -148,7 +147,8 @@ def _container(
         # The same tensors again, under the key that Detectron2 expects.
         checkpoint |= {"model": tensors, "__author__": "elsa-swin", "matching_heuristics": True}
     if conversion.to == "original" and conversion.source.kind in (CLASSIFIER, BACKBONE):
-        checkpoint["arch"] = f"elsa_swin_{arch_name(conversion.source.arch)}"
+        family = "elsa" if isinstance(conversion.source.backbone, Volo) else "elsa_swin"
+        checkpoint["arch"] = f"{family}_{arch_name(conversion.source.arch)}"
     return checkpoint
 
 
@@ -160,7 +160,7 @@ def training_state(conversion: Conversion) -> dict[str, Any]:
     """
     source = conversion.source
     same = (source.family == DETECTRON2) == (conversion.to == "detectron2")
-    if not same or source.family == SWIN or conversion.to in ("backbone", "mmpretrain"):
+    if not same or source.is_stock or conversion.to in ("backbone", "mmpretrain"):
         raise UsageError(
             "the training state can only be kept within one framework: an optimizer numbers the "
             f"parameters, and {conversion.to} has others or orders them differently than {source}"

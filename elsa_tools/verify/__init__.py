@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,9 +13,11 @@ from elsa_core.weights.convert import MODELS, Conversion, convert
 from elsa_core.weights.files import read_source
 from elsa_core.weights.names import UPERNET
 from elsa_core.weights.source import DETECTRON2, Source
+from elsa_core.weights.volo import Volo
 from elsa_tools.inspect.attention import to_input
 
 from .compare import Differences, Outcome, compare
+from .configs import check_heads
 from .image import read_image
 
 
@@ -70,19 +73,24 @@ def _tensors(source: Source, to: str, conversion: Conversion) -> dict[str, Tenso
 
 
 def _verify_backbone(conversion: Conversion, destination: str, image: Tensor) -> Differences:
-    from elsa_d2 import ELSASwin as InDetectron2
-    from elsa_mm import ELSASwin as InOpenMMLab
+    import elsa_d2
+    import elsa_mm
 
     wanted = convert(conversion.source, "backbone").tensors
     got = convert(read_source(destination), "backbone").tensors
     if wanted.keys() != got.keys():
         raise UsageError(f"{destination} has other tensors than its source")
-    arch = conversion.source.arch
+    backbone = conversion.source.backbone
+    options: dict[str, Any] = {"arch": backbone}
+    if isinstance(backbone, Volo):
+        check_heads(backbone)
+        options = backbone.options
+    name = "ELSAVolo" if isinstance(backbone, Volo) else "ELSASwin"
     pixels = to_input(image.flip(2).numpy())
     outcomes = []
-    for backbone, tensors in ((InDetectron2, got), (InOpenMMLab, wanted)):
+    for package, tensors in ((elsa_d2, got), (elsa_mm, wanted)):
         torch.manual_seed(0)  # of what the tensors lack
-        model = backbone(arch).eval()
+        model = getattr(package, name)(**options).eval()
         model.load_state_dict(tensors, strict=False)
         with torch.no_grad():
             maps = model(pixels)

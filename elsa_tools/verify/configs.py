@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.weights.names import CASCADE, MASK_RCNN, UPERNET
-from elsa_core.weights.shapes import HeadSizes
+from elsa_core.weights.shapes import Backbone, HeadSizes, output_dims
+from elsa_core.weights.volo import Volo
 
 DETECTRON2 = {
     MASK_RCNN: "COCO-InstanceSegmentation/mask_rcnn_elsa_swin_t_fpn_1x.yaml",
@@ -38,6 +39,22 @@ def check_sizes(sizes: HeadSizes, kind: str) -> None:
         )
     if kind == CASCADE and sizes.stages != 3:
         raise UsageError(f"--verify needs --config twice for {sizes.stages} stages")
+
+
+def check_heads(volo: Volo) -> None:
+    """Raises UsageError for an ELSA-VOLO of which the tensors do not tell how to build it."""
+    if not volo.heads_known:
+        raise UsageError(
+            "--verify needs --config twice for an ELSA-VOLO of other sizes than D1 to D5: the "
+            "heads of the global stages are not in the tensors"
+        )
+
+
+def output_names(backbone: Backbone) -> list[str]:
+    """The names of the backbone's outputs in Detectron2."""
+    if isinstance(backbone, Volo) and not backbone.pyramid:
+        return [f"stage{index + 1}" for index in range(4)]
+    return [f"res{index + 2}" for index in range(len(output_dims(backbone)))]
 
 
 def load_strictly(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

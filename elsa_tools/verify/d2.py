@@ -9,10 +9,10 @@ from typing import Any
 from torch import Tensor
 
 import elsa_d2
-from elsa_core.variants import Arch
 from elsa_core.weights.convert import Conversion
 from elsa_core.weights.names import CASCADE, UPERNET
-from elsa_core.weights.shapes import HeadSizes, arch_name
+from elsa_core.weights.shapes import Backbone, HeadSizes, arch_name, arch_of
+from elsa_core.weights.volo import Volo
 
 from . import configs
 from .compare import Outcome
@@ -32,7 +32,7 @@ def run(
     cfg = elsa_d2.load_config(config or elsa_d2.get_config_file(configs.DETECTRON2[source.kind]))
     if config is None:
         assert conversion.sizes is not None
-        cfg.merge_from_list(overrides(source.arch, conversion.sizes, source.kind))
+        cfg.merge_from_list(overrides(source.backbone, conversion.sizes, source.kind))
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", "cpu"
     predictor = elsa_d2.Predictor(cfg)
     configs.load_strictly(predictor.model, tensors)
@@ -55,18 +55,28 @@ def run(
     return outcome
 
 
-def overrides(arch: Arch, sizes: HeadSizes, kind: str) -> list[Any]:
-    """Config keys that give our configs the sizes of a checkpoint."""
+def overrides(backbone: Backbone, sizes: HeadSizes, kind: str) -> list[Any]:
+    """Config keys that give our configs the backbone and the sizes of a checkpoint."""
     configs.check_sizes(sizes, kind)
-    keys: dict[str, Any] = {"MODEL.ELSA_SWIN.ARCH": arch_name(arch)}
+    volo = backbone if isinstance(backbone, Volo) else None
+    features = configs.output_names(backbone)
+    arch = arch_of(backbone)
+    node = "MODEL.ELSA_VOLO" if volo else "MODEL.ELSA_SWIN"
+    keys: dict[str, Any] = {f"{node}.ARCH": arch_name(arch)}
     if arch_name(arch) == "custom":
         for name, value in asdict(arch).items():
-            keys[f"MODEL.ELSA_SWIN.CUSTOM_ARCH.{name.upper()}"] = value
+            keys[f"{node}.CUSTOM_ARCH.{name.upper()}"] = value
+    if volo:
+        configs.check_heads(volo)
+        builder = "build_elsa_volo_backbone" if kind == UPERNET else "build_elsa_volo_fpn_backbone"
+        keys["MODEL.BACKBONE.NAME"] = builder
+        keys[f"{node}.PYRAMID"], keys[f"{node}.IMG_SIZE"] = bool(volo.pyramid), volo.img_size
     if kind == UPERNET:
         keys["MODEL.SEM_SEG_HEAD.NUM_CLASSES"] = sizes.num_classes
         keys["MODEL.SEM_SEG_HEAD.CONVS_DIM"] = sizes.channels
         stage = sizes.aux_stage
-        keys["MODEL.SEM_SEG_HEAD.AUX_FEATURE"] = "" if stage is None else f"res{stage + 2}"
+        keys["MODEL.SEM_SEG_HEAD.IN_FEATURES"] = features
+        keys["MODEL.SEM_SEG_HEAD.AUX_FEATURE"] = "" if stage is None else features[stage]
         if sizes.aux_channels is not None:
             keys["MODEL.SEM_SEG_HEAD.AUX_CONVS_DIM"] = sizes.aux_channels
     else:

@@ -13,10 +13,10 @@ from mmengine.registry import MODELS, DefaultScope
 from torch import Tensor, nn
 
 import elsa_mm
-from elsa_core.variants import Arch
 from elsa_core.weights.convert import Conversion
 from elsa_core.weights.names import UPERNET
-from elsa_core.weights.shapes import HeadSizes, arch_name
+from elsa_core.weights.shapes import Backbone, HeadSizes, arch_name, arch_of, output_dims
+from elsa_core.weights.volo import Volo
 from elsa_tools.predict.mm import read_config
 
 from . import configs
@@ -37,7 +37,7 @@ def run(
     cfg = read_config(config or elsa_mm.get_config_file(configs.OPENMMLAB[kind]))
     if config is None:
         assert conversion.sizes is not None
-        set_sizes(cfg.model, conversion.source.arch, conversion.sizes, kind)
+        set_sizes(cfg.model, conversion.source.backbone, conversion.sizes, kind)
     scope = "mmseg" if kind == UPERNET else "mmdet"
     with DefaultScope.overwrite_default_scope(scope):
         return _run(cfg, kind, tensors, image)
@@ -78,29 +78,31 @@ def _run(cfg: Config, kind: str, tensors: Mapping[str, Tensor], image: Tensor) -
     )
 
 
-def set_sizes(model: ConfigDict, arch: Arch, sizes: HeadSizes, kind: str) -> None:
-    """Gives our configs the sizes of a checkpoint, in place."""
+def set_sizes(model: ConfigDict, backbone: Backbone, sizes: HeadSizes, kind: str) -> None:
+    """Gives our configs the backbone and the sizes of a checkpoint, in place."""
     configs.check_sizes(sizes, kind)
+    arch, dims = arch_of(backbone), output_dims(backbone)
     name = arch_name(arch)
+    if isinstance(backbone, Volo):
+        configs.check_heads(backbone)
+        model.backbone = ConfigDict(type="ELSAVolo", **backbone.options)
     model.backbone.arch = asdict(arch) if name == "custom" else name
     if kind == UPERNET:
         classes = dict(num_classes=sizes.num_classes)
-        model.decode_head.update(classes, in_channels=arch.num_features, channels=sizes.channels)
+        model.decode_head.update(classes, in_channels=dims, channels=sizes.channels)
         if sizes.aux_stage is None:
             model.auxiliary_head = None
         else:
             model.auxiliary_head.update(
                 classes,
-                in_channels=arch.num_features[sizes.aux_stage],
+                in_channels=dims[sizes.aux_stage],
                 in_index=sizes.aux_stage,
                 channels=sizes.aux_channels,
             )
         return
     channels = sizes.channels
     norms = {"": None, "gn": dict(type="GN", num_groups=32), "bn": dict(type="BN")}
-    model.neck.update(
-        in_channels=arch.num_features, out_channels=channels, norm_cfg=norms[sizes.neck_norm]
-    )
+    model.neck.update(in_channels=dims, out_channels=channels, norm_cfg=norms[sizes.neck_norm])
     model.rpn_head.update(in_channels=channels, feat_channels=channels)
     head = model.roi_head
     for extractor in (head.bbox_roi_extractor, head.mask_roi_extractor):

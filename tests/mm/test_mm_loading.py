@@ -163,8 +163,8 @@ def strangers(models):
 
 SENTENCES = {
     "resnet": "the model, whose names begin with backbone.patch_embed.proj.weight, "
-    "backbone.patch_embed.proj.bias: a.pth cannot be converted: it holds no ELSA-Swin, nor a Swin: "
-    "its tensors have names like conv1.weight, bn1.weight",
+    "backbone.patch_embed.proj.bias: a.pth cannot be converted: it holds no ELSA-Swin "
+    "or ELSA-VOLO, nor a Swin or VOLO: its tensors have names like conv1.weight, bn1.weight",
     "other backbone": "its names begin with backbone.bottom_up.patch_embed.",
     "same names": "by name and shape, it has ",
     "heads alone": "its tensors have names like neck.lateral_convs.0.conv.weight",

@@ -18,7 +18,7 @@ import elsa_d2
 import elsa_mm
 from elsa_core import VARIANTS
 from elsa_core.weights.names import rename
-from elsa_core.weights.shapes import model_shapes, read_arch, read_sizes
+from elsa_core.weights.shapes import model_shapes, read_backbone, read_sizes
 from elsa_tools.verify import configs, d2, mm
 
 CASES = [(kind, name) for kind in KINDS for name in ("tiny", "small")]
@@ -57,7 +57,7 @@ def test_shapes_follow_from_a_few_tensors(kind, variant):
     _, built = published(kind, variant)
     assert model_shapes(arch, wanted, kind) == built
     tensors = {name: torch.empty(shape, device="meta") for name, shape in built.items()}
-    assert read_arch(tensors, "backbone.") == arch
+    assert read_backbone(tensors, "backbone.") == arch
     assert read_sizes(tensors, kind) == wanted
 
 

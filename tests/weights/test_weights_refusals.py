@@ -108,7 +108,10 @@ RESNET = {"conv1.weight": torch.ones(64, 3, 7, 7), "layer1.0.conv1.weight": torc
         ({"epoch": 3}, "no tensors, but epoch"),
         ({"state_dict": {"a": "text"}}, "a is of type str"),
         ({"state_dict": {"a": torch.ones(2).to_sparse()}}, "sparse"),
-        ({"state_dict": RESNET}, "no ELSA-Swin, nor a Swin: its tensors have names like conv1"),
+        (
+            {"state_dict": RESNET},
+            "no ELSA-Swin or ELSA-VOLO, nor a Swin or VOLO: its tensors have names like conv1",
+        ),
         ({f"backbone.{n}": t for n, t in swin().items()} | {"neck.x": torch.ones(1)}, "stock Swin"),
         ({**swin(), "layers.0.blocks.0.attn.logit_scale": torch.ones(1)}, "Swin V2"),
     ],
