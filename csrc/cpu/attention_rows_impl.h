@@ -187,10 +187,10 @@ void backward_value(const Shape& shape, const BackwardRow<T>& row) {
   }
 }
 
-// Gradient of one ghost filter; with Weighted the multiplicative one's, whose summands carry the
-// attention.
-template <typename T, typename Shape, bool Weighted>
-void backward_ghost(const Shape& shape, const BackwardRow<T>& row, T* grad_ghost) {
+// Gradients of the ghost filters, in one pass; with Mul also the multiplicative one's, whose
+// summands carry the attention.
+template <typename T, typename Shape, bool Mul>
+void backward_ghosts(const Shape& shape, const BackwardRow<T>& row) {
   constexpr int kStep = Shape::kStep;
   const int64_t kernel = shape.kernel(), dilation = shape.dilation(), depth = shape.depth();
   const int64_t stride = shape.padded_taps(), width = shape.width();
@@ -202,18 +202,21 @@ void backward_ghost(const Shape& shape, const BackwardRow<T>& row, T* grad_ghost
       const int64_t tap = ky * kernel + kx;
       const T* value = row.value[ky] + kx * dilation * depth;
       for (int64_t c = 0; c < depth; c += kLanes<T>) {
-        vec<T> sum[kStep] = {};
+        vec<T> add[kStep] = {}, mul[kStep] = {};
         for (int64_t x = 0; x < width; ++x) {
           const vec<T> g = load(grad + x * depth + c);
 #pragma GCC unroll 16
           for (int s = 0; s < kStep; ++s) {
             const vec<T> product = g * load(value + (x + s * dilation) * depth + c);
-            sum[s] += Weighted ? product * attention[x * stride + tap + s] : product;
+            add[s] += product;
+            if (Mul) mul[s] += product * attention[x * stride + tap + s];
           }
         }
         for (int s = 0; s < kStep; ++s) {
-          T* out = grad_ghost + (tap + s) * depth + c;
-          store(out, load(out) + sum[s]);
+          const int64_t o = (tap + s) * depth + c;
+          if (row.grad_ghost_add)
+            store(row.grad_ghost_add + o, load(row.grad_ghost_add + o) + add[s]);
+          if (Mul) store(row.grad_ghost_mul + o, load(row.grad_ghost_mul + o) + mul[s]);
         }
       }
     }
@@ -230,8 +233,10 @@ void backward_row(const Shape& shape, const BackwardRow<T>& row) {
   }
   backward_logits<T, Shape, Mul>(shape, row);
   backward_value<T, Shape, Mul>(shape, row);
-  if (row.grad_ghost_add) backward_ghost<T, Shape, false>(shape, row, row.grad_ghost_add);
-  if (row.grad_ghost_mul) backward_ghost<T, Shape, true>(shape, row, row.grad_ghost_mul);
+  if (row.grad_ghost_mul)
+    backward_ghosts<T, Shape, true>(shape, row);
+  else if (row.grad_ghost_add)
+    backward_ghosts<T, Shape, false>(shape, row);
 }
 
 template <typename T, typename Shape>
@@ -247,8 +252,10 @@ void run(const Shape& shape, const BackwardRow<T>& row) {
 
 template <typename T, typename Row>
 void dispatch(const RowShape& shape, const Row& row) {
-  if (shape.kernel == 7 && shape.depth == 32 && shape.dilation == 1)
-    return run<T>(Known<7, 32, true>{shape}, row);
+  if (shape.depth == 32 && shape.dilation == 1) {
+    if (shape.kernel == 5) return run<T>(Known<5, 32, true>{shape}, row);
+    if (shape.kernel == 7) return run<T>(Known<7, 32, true>{shape}, row);
+  }
   switch (shape.kernel) {
     case 3:
       return run<T>(Known<3, 0, false>{shape}, row);

@@ -51,15 +51,19 @@ template <typename T, int Taps>
 ELSA_INLINE void softmax(const T* logits, T* attention, int64_t taps, int64_t padded_taps) {
   constexpr int L = kLanes<T>, kFull = Taps / L, kRest = Taps % L;
   const T nothing = -__builtin_huge_val();
-  if constexpr (Taps > 0 && kRest <= 4) {
+  if constexpr (kFull > 0) {
     // In registers, without a detour through memory.
     vec<T> x[kFull + (kRest > 0)];
 #pragma GCC unroll 16
     for (int i = 0; i < kFull; ++i) x[i] = load(logits + i * L);
-    if constexpr (kRest > 0) {
+    if constexpr (kRest == 1) {
       x[kFull] = broadcast(nothing);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRest; ++i) x[kFull][i] = logits[kFull * L + i];
+      x[kFull][0] = logits[kFull * L];
+    } else if constexpr (kRest > 1) {
+      typename Vector<T>::bits order;
+#pragma GCC unroll 16
+      for (int i = 0; i < L; ++i) order[i] = i < kRest ? L - kRest + i : L;
+      x[kFull] = shuffle<T>(load(logits + Taps - L), broadcast(nothing), order);
     }
     softmax_vectors<T>(x);
 #pragma GCC unroll 16

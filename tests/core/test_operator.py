@@ -89,9 +89,18 @@ def test_reference_is_the_formula_of_the_paper():
 
 
 @pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
-@pytest.mark.parametrize("kernel_size, dilation", [(3, 1), (3, 2), (5, 1)])
-def test_gradcheck(ghosts, kernel_size, dilation):
-    inputs = make_inputs((2, 3, 4, 6, 2), kernel_size, ghosts)
+@pytest.mark.parametrize(
+    "shape, kernel_size, dilation",
+    [
+        ((2, 3, 4, 6, 2), 3, 1),
+        ((2, 3, 4, 6, 2), 3, 2),
+        ((2, 3, 4, 6, 2), 5, 1),
+        ((1, 2, 2, 17, 1), 5, 1),  # 17 channels are computed as 32 are
+    ],
+    ids=str,
+)
+def test_gradcheck(ghosts, shape, kernel_size, dilation):
+    inputs = make_inputs(shape, kernel_size, ghosts)
     operator_inputs.assert_gradients_are_right(inputs, kernel_size, dilation)
 
 
@@ -150,11 +159,11 @@ def test_frozen_filters_are_seen_by_the_backward_pass(frozen):
     assert (inputs[2].grad is None) == frozen
 
 
-@pytest.mark.parametrize("heads", [1, 2])
+@pytest.mark.parametrize("kernel_size, heads", [(3, 1), (3, 2), (5, 2)])
 @pytest.mark.parametrize("ghosts", GHOSTS.values(), ids=GHOSTS)
-def test_opcheck(ghosts, heads):
-    inputs = make_inputs((2, 4, 5, 8, heads), 3, ghosts, torch.float32)
-    operator_inputs.assert_registrations_are_right(inputs, 3)
+def test_opcheck(ghosts, kernel_size, heads):
+    inputs = make_inputs((2, 4, 5, 8, heads), kernel_size, ghosts, torch.float32)
+    operator_inputs.assert_registrations_are_right(inputs, kernel_size)
 
 
 def test_extension_with_another_schema_is_refused(monkeypatch):
@@ -164,7 +173,7 @@ def test_extension_with_another_schema_is_refused(monkeypatch):
         operator._define(operator._library)
 
 
-@pytest.mark.parametrize("kernel_size", [3, 7])
+@pytest.mark.parametrize("kernel_size", [3, 5, 7])
 @pytest.mark.parametrize("offset", [3, 8], ids="offset {}".format)
 def test_strided_inputs(offset, kernel_size):
     inputs = make_inputs((2, 8, 9, 64, 2), kernel_size, ("add", "mul"))
@@ -177,16 +186,17 @@ def test_strides_of_axes_of_length_1_mean_nothing(shape):
     operator_inputs.assert_strides_of_axes_of_length_1_mean_nothing(inputs, 7)
 
 
-def test_result_does_not_depend_on_threads():
-    inputs = make_inputs((2, 40, 12, 64, 2), 7, ("add",), torch.float32)
+@pytest.mark.parametrize("kernel_size, ghosts", [(7, GHOSTS["add"]), (5, GHOSTS["both"])])
+def test_result_does_not_depend_on_threads(kernel_size, ghosts):
+    inputs = make_inputs((2, 40, 12, 64, 2), kernel_size, ghosts, torch.float32)
     threads = torch.get_num_threads()
     runs = []
     for count in (1, 2, 3):
         torch.set_num_threads(count)
-        runs.append(value_and_gradients(elsa_attention, inputs, 7, 1)[:4])
+        runs.append(value_and_gradients(elsa_attention, inputs, kernel_size))
     torch.set_num_threads(threads)
     for run in runs[1:]:
-        assert all(map(torch.equal, run[:3], runs[0][:3]))
+        assert all(map(torch.equal, run, runs[0]))
 
 
 @pytest.mark.parametrize("logits", [1e4, -1e4, 0.0])

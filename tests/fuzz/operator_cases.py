@@ -34,7 +34,7 @@ class Call:
     def __init__(self, rng):
         self.rng = rng
         self.generator = torch.Generator().manual_seed(rng.getrandbits(40))
-        self.kernel = self.some([1, 3, 3, 5, 7, 7, 9, 13], 0.06, [*ODD_INTEGERS, *HUGE, 31, 77])
+        self.kernel = self.some([1, 3, 3, 5, 5, 7, 7, 9, 13], 0.06, [*ODD_INTEGERS, *HUGE, 31, 77])
         self.dilation = self.some([1, 1, 1, 2, 3, 8, 41], 0.25, [*ODD_INTEGERS, *HUGE])
         self.dtype = rng.choice(DTYPES)
         size = [rng.randint(1, 2), rng.randint(1, 20), rng.randint(1, 21)]
