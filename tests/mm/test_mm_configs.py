@@ -22,11 +22,14 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LEAVES = sorted(path for path in CONFIGS.glob("mm*/*/*.py") if "_base_" not in path.parts)
 PUBLISHED = [path for path in LEAVES if path.parent.name == "elsa_swin"]
 DETECTOR = CONFIGS / "mmdet/digits/mask-rcnn_elsa-swin_fpn_digits.py"
+VOLO_DETECTOR = CONFIGS / "mmdet/digits/mask-rcnn_elsa-volo_fpn_digits.py"
 SEGMENTOR = CONFIGS / "mmseg/digits/elsa-swin_upernet_digits.py"
 CASCADE = max(CONFIGS.glob("mmdet/elsa_swin/cascade*.py"))
 CLASSIFIER = CONFIGS / "mmpretrain/elsa_swin/elsa-swin-base_8xb128_in1k.py"
 name_of = pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
-digits_name_of = pytest.mark.parametrize("path", [DETECTOR, SEGMENTOR], ids=lambda path: path.stem)
+digits_name_of = pytest.mark.parametrize(
+    "path", [DETECTOR, VOLO_DETECTOR, SEGMENTOR], ids=lambda path: path.stem
+)
 
 
 def build(cfg):
@@ -58,7 +61,7 @@ def test_leaf(path):
 
 
 @pytest.mark.parametrize(
-    "path", [DETECTOR, SEGMENTOR, CASCADE, CLASSIFIER], ids=lambda path: path.stem
+    "path", [DETECTOR, VOLO_DETECTOR, SEGMENTOR, CASCADE, CLASSIFIER], ids=lambda path: path.stem
 )
 def test_config_survives_the_copy_that_a_run_keeps(path):
     cfg = Config.fromfile(path)
@@ -69,7 +72,10 @@ def test_config_survives_the_copy_that_a_run_keeps(path):
 def test_name_and_content_agree(path):
     cfg = Config.fromfile(path)
     model = build(cfg)
-    assert type(model.backbone).__name__ == "ELSASwin"
+    families = {"elsa-swin": "ELSASwin", "elsa-volo": "ELSAVolo"}
+    assert [name for word, name in families.items() if word in path.stem] == [
+        type(model.backbone).__name__
+    ]
     kinds = {"mask-rcnn": "MaskRCNN", "upernet": "EncoderDecoder"}
     assert [kind for word, kind in kinds.items() if word in path.stem] == [type(model).__name__]
     for part in ("train", "val", "test"):
@@ -77,15 +83,21 @@ def test_name_and_content_agree(path):
 
 
 @digits_name_of
-def test_decay_spares_exactly_the_names_with_norm(path):
+def test_decay_spares_exactly_the_backbones_norms_and_positions(path):
     cfg = Config.fromfile(path)
     model = build(cfg)
     groups = build_optim_wrapper(model, cfg.optim_wrapper).optimizer.param_groups
     decay = {id(group["params"][0]): group["weight_decay"] for group in groups}
     assert {group["lr"] for group in groups} == {cfg.optim_wrapper.optimizer.lr}
     expected = cfg.optim_wrapper.optimizer.weight_decay
+    spared = {
+        f"backbone.{name}.{part}"
+        for name, module in model.backbone.named_modules()
+        if isinstance(module, (torch.nn.LayerNorm, torch.nn.BatchNorm2d))
+        for part in ("weight", "bias")
+    } | {"backbone.pos_embed"}
     assert {name: decay[id(parameter)] for name, parameter in model.named_parameters()} == {
-        name: 0.0 if "norm" in name else expected for name, _ in model.named_parameters()
+        name: 0.0 if name in spared else expected for name, _ in model.named_parameters()
     }
 
 
@@ -114,9 +126,10 @@ def test_digits_schedule_is_one_cycle(path):
     "path, classes, palette",
     [
         (DETECTOR, CLASSES, PALETTE),
+        (VOLO_DETECTOR, CLASSES, PALETTE),
         (SEGMENTOR, SEGMENTATION_CLASSES, SEGMENTATION_PALETTE),
     ],
-    ids=["mmdet", "mmseg"],
+    ids=["mmdet", "mmdet-volo", "mmseg"],
 )
 def test_digits_classes_are_the_generators(path, classes, palette):
     cfg = Config.fromfile(path)

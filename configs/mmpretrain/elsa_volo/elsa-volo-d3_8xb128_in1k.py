@@ -1,0 +1,8 @@
+_base_ = [
+    "../_base_/models/elsa-volo_224.py",
+    "../_base_/datasets/imagenet_bs128_elsa-volo_224.py",
+    "../_base_/schedules/adamw_300e_volo.py",
+    "../_base_/epoch_runtime.py",
+]
+
+model = dict(backbone=dict(arch="volo_d3", drop_path_rate=0.5), head=dict(in_channels=512))

@@ -1,0 +1,11 @@
+_base_ = [
+    "../_base_/models/upernet_elsa-volo_ade20k.py",
+    "../_base_/datasets/ade20k.py",
+    "../_base_/schedules/adamw_160k_ade20k.py",
+]
+
+model = dict(
+    backbone=dict(arch="volo_d3", drop_path_rate=0.5),
+    decode_head=dict(in_channels=[128, 256, 512, 512]),
+    auxiliary_head=dict(in_channels=512),
+)
