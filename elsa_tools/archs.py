@@ -9,6 +9,7 @@ from typing import Any
 from elsa_core import VARIANTS, VOLO_VARIANTS, ELSASwin, ELSAVolo
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.variants import Arch, VoloArch
+from elsa_core.weights.shapes import arch_name
 
 Backbone = ELSASwin | ELSAVolo
 NAMES = [*VARIANTS, *VOLO_VARIANTS]
@@ -40,14 +41,13 @@ def read_arch(text: str) -> Arch | VoloArch:
 
 
 def describe_arch(arch: Arch | VoloArch) -> str:
-    """Return "ELSA-Swin tiny", "ELSA-VOLO d1" or "ELSA-Swin 32 channels, blocks 1-1-2-1"."""
+    """Return "ELSA-Swin tiny", "ELSA-VOLO D1" or "ELSA-Swin 32 channels, blocks 1-1-2-1"."""
     if isinstance(arch, VoloArch):
         family, channels = "ELSA-VOLO", "-".join(map(str, arch.embed_dims))
     else:
         family, channels = "ELSA-Swin", str(arch.embed_dim)
-    for name, known in arch.variants.items():
-        if known == arch:
-            return f"{family} {name.removeprefix('volo_')}"
+    if (name := arch_name(arch)) != "custom":
+        return f"{family} {name.replace('volo_d', 'D')}"
     return f"{family} {channels} channels, blocks {'-'.join(map(str, arch.depths))}"
 
 

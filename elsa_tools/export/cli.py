@@ -7,7 +7,7 @@ import dataclasses
 import os
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from elsa_core.runtime.command_line import exit_status, keep_inputs, say, show
 from elsa_core.runtime.errors import UsageError
@@ -111,7 +111,7 @@ def run(options: argparse.Namespace, tool: str) -> int:
     from tqdm import tqdm
 
     with tqdm(desc="loading the model", bar_format=BAR, disable=None, leave=False) as bar:
-        module, record, inferencer = load(options)
+        module, record, inferencer = load(options, tool)
         from .write import report_path, write_model
 
         if not options.weights:
@@ -193,7 +193,19 @@ def _bare_backbone(options: argparse.Namespace) -> Backbone:
     return build_backbone(arch)
 
 
-def load(options: argparse.Namespace) -> tuple[Exportable, Record, Inferencer | None]:
+def _load_weights(backbone: Backbone, path: str, tool: str) -> None:
+    """Load a checkpoint, and say what it does not have; UsageError without ELSA's attention."""
+    from elsa_core.weights import load_backbone
+
+    conversion = load_backbone(backbone, path)
+    absent = [name for name, _ in conversion.absent]
+    if any(".attn." in name for name in absent):
+        raise UsageError(f"{path} holds {conversion.source}, which has no ELSA attention to export")
+    if absent:
+        say(tool, f"not in {path}, left as initialised: {', '.join(absent)}")
+
+
+def load(options: argparse.Namespace, tool: str) -> tuple[Exportable, Record, Inferencer | None]:
     """The model to export, its record, and what to compare it with."""
     from .build import wrap
     from .models import Backbone as Exported
@@ -202,11 +214,9 @@ def load(options: argparse.Namespace) -> tuple[Exportable, Record, Inferencer | 
 
     inferencer = None
     if options.arch:
-        backbone: Any = _bare_backbone(options)
+        backbone = _bare_backbone(options)
         if options.weights:
-            from elsa_core.weights import load_backbone
-
-            load_backbone(backbone, options.weights)
+            _load_weights(backbone, options.weights, tool)
         module: Exportable = Exported(backbone, None).eval()
         if options.half:
             round_weights(module)

@@ -18,7 +18,7 @@ from elsa_core.variants import Arch, VoloArch
 from elsa_core.weights.convert import convert
 from elsa_core.weights.files import naming, read_source
 from elsa_core.weights.recognise import PIXELS
-from elsa_core.weights.volo import OUTPUTS
+from elsa_core.weights.volo import OUTPUTS, Volo
 
 from ..archs import Backbone, build_backbone, describe_arch
 
@@ -60,7 +60,9 @@ def trained_backbone(path: str) -> tuple[Backbone, str]:
         conversion = convert(source, "backbone")
     if any(".attn." in name for name, _ in conversion.absent):
         raise UsageError(f"{path} holds {source}, which has no ELSA attention to look at")
-    backbone = build_backbone(source.arch)
+    known = source.backbone
+    options = known.options if isinstance(known, Volo) else {"arch": known}
+    backbone = build_backbone(**options)
     tensors = {name: t for name, t in conversion.tensors.items() if not OUTPUTS.match(name)}
     backbone.load_state_dict(tensors, strict=False)
     return backbone.eval(), f"{describe_arch(source.arch)} of {os.path.basename(path)}"

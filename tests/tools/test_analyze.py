@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+import volo_weights
 from PIL import Image
 from weights_models import PHOTOGRAPHS, TINY, detector, original, save, swin
 
@@ -112,6 +113,18 @@ def test_every_container_of_the_same_weights_gives_the_same_filters(weights, tmp
         assert name in view.title
     (ghost,) = expected.ghosts.values()
     assert np.allclose(expected.effective, expected.attention + ghost, atol=1e-6)
+
+
+def test_filters_of_a_checkpoint_of_elsa_volo(tmp_path):
+    """With a position embedding of 112 pixels, and heads of other stages that nothing tells."""
+    weights = volo_weights.classifier()
+    backbone, name = attention.trained_backbone(str(save(tmp_path, weights)))
+    assert name.startswith("ELSA-VOLO 24-40 channels, blocks 1-2-1-1 of source")
+    photo, _ = attention.read_photo(str(COFFEE), 64)
+    view = attention.look(backbone, name, photo, [(40, 30)], 1, head=2)
+    mul, add = (one[8:16].mean(0).numpy() for one in weights["network.0.0.attn.ghost_head"][:, 0])
+    assert np.allclose(view.ghosts["multiplied"], mul) and np.allclose(view.ghosts["added"], add)
+    assert view.stride == 8 and "head 2 of 3" in view.of
 
 
 def test_heads_and_channels(weights, tmp_path):
@@ -222,12 +235,15 @@ def test_untrained_weights_are_called_so_and_are_the_same_each_time(arch, name, 
         (["gone.pth", "--arch", "tiny"], "either CHECKPOINT or --arch is needed, got both"),
         ([], "got neither"),
         (["swin.pth"], "swin.pth holds stock Swin.*which has no ELSA attention to look at"),
+        (["volo.pth"], "volo.pth holds stock VOLO.*which has no ELSA attention to look at"),
     ],
 )
 def test_refusals(arguments, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     if "swin.pth" in arguments:
         save(tmp_path, swin(), "swin.pth")
+    if "volo.pth" in arguments:
+        save(tmp_path, volo_weights.stock().state_dict(), "volo.pth")
     if "b.png" in arguments:
         (tmp_path / "b.png").touch()
     before = sorted(tmp_path.iterdir())

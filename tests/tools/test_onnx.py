@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +10,9 @@ import onnx
 import onnxruntime
 import pytest
 import torch
+import volo_weights
 from digit_models import DET, SEG
-from weights_models import TINY
+from weights_models import TINY, save
 
 from elsa_core import ELSASwin, ELSAVolo
 from elsa_core.runtime.errors import UsageError
@@ -247,6 +248,29 @@ def test_bad_use_is_one_sentence(arguments, sentence, tmp_path, capsys, monkeypa
     error = capsys.readouterr().err
     assert sentence in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+VOLO_ARCH = str(asdict(volo_weights.SMALL))
+
+
+def test_weights_without_elsa_are_not_exported(tmp_path, capsys):
+    weights = save(tmp_path, {"state_dict": volo_weights.stock().state_dict()}, "volo.pth.tar")
+    arguments = ["--arch", VOLO_ARCH, "--weights", str(weights), "--out", str(tmp_path / "m.onnx")]
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "volo.pth.tar holds stock VOLO" in error and "no ELSA attention to export" in error
+    assert not list(tmp_path.glob("m*"))
+
+
+@pytest.mark.slow
+def test_what_weights_lack_is_said(tmp_path, capsys):
+    """Of a classifier, which has no pyramid. The position embedding keeps its size."""
+    weights = save(tmp_path, volo_weights.classifier())
+    arguments = ["--arch", VOLO_ARCH, "--weights", str(weights), "--out", str(tmp_path / "m.onnx")]
+    assert main([*arguments, "--pyramid", "--img-size", "112", "--no-verify"]) == 0
+    error = capsys.readouterr().err
+    assert "left as initialised: upsample, norm0, norm1, norm2, norm3" in error
+    assert "resized" not in error
 
 
 def test_a_missing_package_is_named(tmp_path, capsys, monkeypatch):
