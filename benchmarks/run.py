@@ -42,7 +42,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=("tiny", "small", *VOLO_VARIANTS),
         help="whose models are measured (default: tiny and small, with --quick tiny); of ELSA-VOLO "
-        "the classifier alone, in the part backbone",
+        "the classifier, in the part backbone, and the operator at its shapes",
     )
     parser.add_argument(
         "--threads",
@@ -83,10 +83,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         raise UsageError(f"--size must be at least 32 32, got {options.size[0]} {options.size[1]}")
     if options.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("--device cuda needs a CUDA device, and PyTorch finds none")
-    volos = [name for name in options.variant or () if name in VOLO_VARIANTS]
-    if volos and options.part != ["backbone"]:
+    volos = _volos(options)
+    if volos and not {*options.part} <= {"backbone", "operator"}:
         raise UsageError(
-            f"--variant {volos[0]} needs --part backbone, got {' '.join(options.part)}"
+            f"--variant {volos[0]} needs --part backbone or operator, got {' '.join(options.part)}"
         )
     missing = {part: name for part, name in NEEDS.items() if not find_spec(name)}
     if found := [part for part in options.part if part not in missing]:
@@ -99,6 +99,10 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
+def _volos(options: argparse.Namespace) -> list[str]:
+    return [name for name in options.variant or () if name in VOLO_VARIANTS]
+
+
 def measure(
     options: argparse.Namespace, clock: Clock, dtype: torch.dtype
 ) -> Iterator[tuple[str, list[Row]]]:
@@ -108,7 +112,12 @@ def measure(
     names = options.variant or (["tiny"] if quick else ["tiny", "small"])
     if "operator" in options.part:
         memory = int(options.memory_gib * 2**30)
-        yield "operator", measure_operator(clock, dtype, batch, quick, memory, rounds, seconds)
+        how = clock, dtype, batch, quick, memory, rounds, seconds
+        volos = _volos(options)
+        rows = measure_operator(*how) if len(volos) < len(names) else []
+        if volos:
+            rows += measure_operator(*how, volos)
+        yield "operator", rows
     for part, models in {"backbone": "backbone", "detector": "mask rcnn"}.items():
         if part in options.part:
             yield part, measure_models(models, clock, dtype, names, batch, size, rounds, seconds)

@@ -10,16 +10,18 @@ import torch
 from benchmarks import against, contenders, detectors, measure, operator, run
 from benchmarks.clock import Clock
 from benchmarks.measure import compare, peak_memory
-from elsa_core import elsa_attention_reference
+from elsa_core import VOLO_VARIANTS, elsa_attention_reference
 
 
-def test_unfold_path_is_the_operator():
+@pytest.mark.parametrize("kernel, filters", [(7, 1), (5, 2)])
+def test_unfold_path_is_the_operator(kernel, filters):
     torch.manual_seed(0)
-    value, logits, add = torch.randn(2, 8, 5, 6), torch.randn(2, 98, 5, 6), torch.randn(8, 7, 7)
+    value, logits = torch.randn(2, 8, 5, 6), torch.randn(2, 2 * kernel**2, 5, 6)
+    ghosts = [torch.randn(8, kernel, kernel) for _ in range(filters)]
     expected = elsa_attention_reference(
-        value.permute(0, 2, 3, 1), logits.permute(0, 2, 3, 1), add, kernel_size=7
+        value.permute(0, 2, 3, 1), logits.permute(0, 2, 3, 1), *ghosts, kernel_size=kernel
     )
-    result = operator.unfold_path(value, logits, add).permute(0, 2, 3, 1)
+    result = operator.unfold_path(value, logits, *ghosts).permute(0, 2, 3, 1)
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
 
 
@@ -27,6 +29,34 @@ def test_shapes_are_those_of_the_published_models():
     shapes = list(operator.stage_shapes())
     assert len(shapes) == 18
     assert (56, 56, 96, 3) in shapes and (50, 84, 512, 16) in shapes
+    shapes = list(operator.volo_shapes(list(VOLO_VARIANTS)))
+    assert len(shapes) == 9
+    assert shapes[0] == (28, 28, 192, 6) and shapes[-1] == (64, 64, 384, 12)
+
+
+@pytest.mark.parametrize(
+    "variants, expected", [([], ["7"]), (["volo_d1"], ["5 5"]), (["tiny", "volo_d1"], ["7", "5 5"])]
+)
+def test_variants_say_whose_operator_is_measured(variants, expected, monkeypatch):
+    filters = []
+    monkeypatch.setattr(operator, "HEADLINES", [(8, 9, 64, 2)])
+    monkeypatch.setattr(operator, "volo_shapes", lambda names: [(4, 5, 32, 1)] if names else [])
+
+    def record(function, inputs, grad):
+        filters.append(" ".join(str(ghost.shape[-1]) for ghost in inputs[2:]))
+
+    monkeypatch.setattr(operator, "_both", record)
+
+    def run_elsa(part, case, step, runs, *_):
+        if step == "forward+backward":
+            runs["elsa"]()
+        return []
+
+    monkeypatch.setattr(operator, "compare", run_elsa)
+    arguments = ["--part", "operator", "--quick", "--memory-gib", "0.0001"]
+    options = run.parse([*arguments, *(["--variant", *variants] if variants else [])])
+    list(run.measure(options, Clock(torch.device("cpu")), torch.float32))
+    assert filters == expected
 
 
 def hide(monkeypatch, *hidden):
@@ -81,7 +111,10 @@ def test_classifiers_are_compared_with_timms_volo(monkeypatch, capsys):
     with pytest.raises(RuntimeError, match="both must give the same logits"):
         contenders._volos("volo_d1", (64, 96))
     assert run.main(["--variant", "volo_d1"]) == 2
-    assert "--variant volo_d1 needs --part backbone, got operator" in capsys.readouterr().err
+    assert (
+        "--variant volo_d1 needs --part backbone or operator, got operator"
+        in capsys.readouterr().err
+    )
 
 
 def test_parts_that_need_more_are_left_out_by_name(monkeypatch, capsys):
