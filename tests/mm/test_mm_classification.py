@@ -1,23 +1,18 @@
-"""The classification configs: names, published recipe, parameters, and the original's logits."""
+"""ELSA-Swin's classifiers in MMPretrain: the original's logits, conversion, and parts of them."""
 
 import re
 from dataclasses import replace
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 
 pytest.importorskip("mmpretrain")
 
-from mmengine.config import Config
-from mmengine.optim import build_optim_wrapper
-from mmengine.registry import HOOKS, MODELS, PARAM_SCHEDULERS, DefaultScope
-from mmengine.runner import Runner, load_checkpoint
-from mmpretrain.registry import TRANSFORMS
+from built_mm_imagenet import build, built, config
+from mmengine.registry import PARAM_SCHEDULERS
+from mmengine.runner import load_checkpoint
 from original_classifier import original_logits
-from recipes import check_facts, groups_by_name
-from recipes_imagenet import RATES, RECIPES
+from recipes_imagenet import SWIN_RECIPES
 from torch.nn import functional as F
 from weights_models import TINY, classification, classifier_tensors, same, save
 
@@ -27,152 +22,12 @@ from elsa_core.runtime.errors import UsageError
 from elsa_core.weights import convert, convert_file, load_backbone, recognise
 from elsa_mm.preflight import check_config
 
-CONFIGS = Path(__file__).resolve().parents[2] / "configs/mmpretrain"
-each = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.arch)
-
-
-@cache
-def config(arch):
-    return Config.fromfile(CONFIGS / f"elsa_swin/elsa-swin-{arch}_8xb128_in1k.py")
-
-
-def build(model, device="meta"):
-    with DefaultScope.overwrite_default_scope("mmpretrain"), torch.device(device):
-        return MODELS.build(model)
-
-
-@cache
-def built(arch):
-    """The model of a config, without memory."""
-    return build(config(arch).model)
-
-
-@each
-def test_data(recipe):
-    for part in ("train", "val", "test"):
-        dataset = config(recipe.arch)[f"{part}_dataloader"].dataset
-        assert dataset.type == "ImageNet" and dataset.data_root == "data/imagenet"
-        assert dataset.split == ("train" if part == "train" else "val")
-
-
-@each
-def test_model(recipe):
-    model = built(recipe.arch)
-    low, high = recipe.parameters
-    count = sum(parameter.numel() for parameter in model.parameters()) / 1e6
-    assert low <= round(count) <= high
-    rates = [block.drop_path.rate for stage in model.backbone.layers for block in stage.blocks]
-    last = sum(VARIANTS[recipe.arch].depths) - 1
-    assert rates == pytest.approx([recipe.drop_path * i / last for i in range(last + 1)])
-    assert type(model.neck).__name__ == "GlobalAveragePooling"
-    assert tuple(model.head.fc.weight.shape) == (1000, model.backbone.num_features[-1])
-
-
-def built_facts(cfg, model):
-    """What MMPretrain builds, in the words of tests/helpers/recipes_imagenet.py."""
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        hooks = [HOOKS.build(hook) for hook in cfg.get("custom_hooks", [])]
-        saving = HOOKS.build(cfg.default_hooks.checkpoint)
-        train, test = (
-            {step.type.split(".")[-1]: TRANSFORMS.build(step) for step in loader.dataset.pipeline}
-            for loader in (cfg.train_dataloader, cfg.val_dataloader)
-        )
-    small = dict(cfg.model, backbone=dict(cfg.model.backbone, arch=TINY))
-    processor = build(small | dict(data_preprocessor=dict(cfg.data_preprocessor)), "cpu")
-    processor = processor.data_preprocessor
-    (ema,) = hooks or [None]
-    crops = [crop for steps in train["RandomChoice"].transforms for crop in steps]
-    (crop,) = {(tuple(c.scale), c.crop_ratio_range, c.aspect_ratio_range) for c in crops}
-    augment, optimizer = train["RandAugment"], make_optimizer(cfg, model).optimizer
-    assert list(train) == [
-        "LoadImageFromFile",
-        "RandomChoice",
-        "RandomFlip",
-        "RandAugment",
-        "PackInputs",
-    ]
-    assert list(test) == ["LoadImageFromFile", "ResizeEdge", "CenterCrop", "PackInputs"]
-    assert test["ResizeEdge"].edge == "short" and cfg.test_dataloader == cfg.val_dataloader
-    assert ema is None or (
-        ema.ema_cfg["type"] == "ExponentialMovingAverage" and ema.evaluate_on_ema
-    )
-    return {
-        "epochs": cfg.train_cfg.max_epochs,
-        "images on a GPU": cfg.train_dataloader.batch_size,
-        "images on 8 GPUs": cfg.auto_scale_lr.base_batch_size,
-        "short batches": not cfg.train_dataloader.drop_last,
-        "iterations of an epoch": iterations(cfg),
-        "mixed precision": cfg.optim_wrapper.type == "AmpOptimWrapper",
-        "clipping": make_optimizer(cfg, model).clip_grad_kwargs,
-        "betas": optimizer.defaults["betas"],
-        "eps": optimizer.defaults["eps"],
-        "seed": (cfg.randomness.seed, cfg.randomness.diff_rank_seed),
-        "best checkpoint": (saving.save_best, saving.rules[0]),
-        "ema decay": ema and 1 - ema.ema_cfg["momentum"],
-        "colours": (
-            "RGB" if processor.to_rgb else "BGR",
-            *(tuple(getattr(processor, name).flatten().tolist()) for name in ("mean", "std")),
-        ),
-        "small maps shifted": model.backbone.always_shift,
-        "classes": processor.num_classes,
-        "label smoothing": model.head.loss_module.label_smooth_val,
-        "mixing": [(type(m).__name__, m.alpha) for m in processor.batch_augments.augments],
-        "mixing odds": processor.batch_augments.probs,
-        "erasing": (processor.erase_prob, processor.area, processor.ratio),
-        "crop": crop,
-        "crop interpolation": [crop.interpolation for crop in crops],
-        "crop odds": train["RandomChoice"].prob,
-        "flip": train["RandomFlip"].prob,
-        "RandAugment": (
-            augment.magnitude_level,
-            augment.magnitude_std,
-            augment.num_policies,
-            len(augment.policies) // 2,
-        ),
-        "test crop": (
-            test["ResizeEdge"].scale,
-            *set(test["CenterCrop"].crop_size),
-            test["ResizeEdge"].interpolation,
-        ),
-    }
-
-
-def make_optimizer(cfg, model):
-    wrapper = dict(cfg.optim_wrapper, type="OptimWrapper")  # mixed precision needs a GPU
-    with DefaultScope.overwrite_default_scope("mmpretrain"):
-        return build_optim_wrapper(model, wrapper)
-
-
-def iterations(cfg):
-    """Of an epoch in one of 8 processes, each with its part of ImageNet-1K."""
-    loader = {name: cfg.train_dataloader[name] for name in ("batch_size", "sampler", "drop_last")}
-    images = range(-(-1_281_167 // 8))
-    return len(Runner.build_dataloader(dict(loader, dataset=images, num_workers=0)))
-
-
-@each
-def test_recipe(recipe):
-    check_facts(built_facts(config(recipe.arch), built(recipe.arch)), recipe.facts())
-
-
-@each
-def test_decay(recipe):
-    model = built(recipe.arch)
-    optimizer = make_optimizer(config(recipe.arch), model).optimizer
-    assert type(optimizer) is torch.optim.AdamW
-    groups = groups_by_name(model, optimizer)
-    assert {group["lr"] for group in groups.values()} == {recipe.lr}
-    decays = {name: group["weight_decay"] for name, group in groups.items()}
-    assert decays == {
-        name: 0.0 if parameter.dim() == 1 else recipe.weight_decay
-        for name, parameter in model.named_parameters()
-    }
-    decayed = {name.split(".")[-1] for name, decay in decays.items() if decay}
-    assert decayed == {"weight", "rb", "ghost_head"}
+TINY_RECIPE = SWIN_RECIPES[0]
+each = pytest.mark.parametrize("recipe", SWIN_RECIPES, ids=lambda recipe: recipe.arch)
 
 
 def test_smoothing_of_mixed_labels():
-    loss, label = built("tiny").head.loss_module, torch.tensor([[0.7, 0.0, 0.3, 0.0]])
+    loss, label = built(TINY_RECIPE).head.loss_module, torch.tensor([[0.7, 0.0, 0.3, 0.0]])
     loss.num_classes = None
     scores = torch.tensor([[1.0, 2.0, 3.0, 4.0]])
     smooth = 0.9 * label + 0.1 / 4
@@ -180,32 +35,16 @@ def test_smoothing_of_mixed_labels():
     loss.num_classes = None
 
 
-@each
-def test_schedule(recipe):
-    cfg = config(recipe.arch)
-    epochs, (scheduler,) = cfg.train_cfg.max_epochs, cfg.param_scheduler
-    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=recipe.lr)
-    scheduler = PARAM_SCHEDULERS.build(dict(scheduler, optimizer=optimizer, end=epochs))
-    assert scheduler.by_epoch  # constant within an epoch
-    rates = []
-    for _ in range(epochs):
-        rates.append(optimizer.param_groups[0]["lr"])
-        optimizer.step()
-        scheduler.step()
-    assert {epoch: rates[epoch] for epoch in RATES} == pytest.approx(RATES, rel=1e-12)
-    assert rates[-10:] == [1e-5] * 10
-
-
 @pytest.mark.parametrize("warmup", [-1, 301])
 def test_warmup_within_the_cosine(warmup):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
-    scheduler = dict(config("tiny").param_scheduler[0], warmup=warmup)
+    scheduler = dict(config(TINY_RECIPE).param_scheduler[0], warmup=warmup)
     with pytest.raises(ValueError, match=f"got warmup={warmup} and T_max=300"):
         PARAM_SCHEDULERS.build(scheduler, default_args=dict(optimizer=optimizer))
 
 
 def classifier(arch, classes, **backbone):
-    model = config("tiny").model.copy()
+    model = config(TINY_RECIPE).model.copy()
     model.backbone = dict(model.backbone, arch=arch, **backbone)
     model.head = dict(model.head, in_channels=arch.num_features[-1], num_classes=classes)
     return build(model, "cpu").eval()
@@ -281,7 +120,7 @@ def test_conversion_back_changes_no_tensor(tmp_path):
 
 
 def test_a_classifier_must_say_how_it_shifts():
-    cfg = config("tiny").copy()
+    cfg = config(TINY_RECIPE).copy()
     check_config(cfg)
     cfg.model = cfg.model.copy()
     cfg.model.backbone = dict(type="ELSASwin", arch="tiny", out_indices=(3,))
@@ -293,7 +132,7 @@ def test_a_classifier_must_say_how_it_shifts():
 def test_names_and_shapes_are_those_of_the_built_model(recipe):
     tensors = classifier_tensors(VARIANTS[recipe.arch], num_classes=1000)
     converted = convert(recognise({"state_dict": tensors}), "mmpretrain").tensors
-    wanted = {name: tensor.shape for name, tensor in built(recipe.arch).state_dict().items()}
+    wanted = {name: tensor.shape for name, tensor in built(recipe).state_dict().items()}
     assert {name: tensor.shape for name, tensor in converted.items()} == wanted
 
 

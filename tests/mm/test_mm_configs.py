@@ -1,7 +1,7 @@
 """All configs of MMDetection, MMSegmentation and MMPretrain load and are what their names say.
 
 The numbers of the published ones are for tests/parity/test_recipes.py, test_cityscapes_configs.py
-and test_mm_classification.py to compare.
+and test_mm_imagenet_recipes.py to compare.
 """
 
 import math
