@@ -21,7 +21,7 @@ from .operator import has_extension
 from .runtime.errors import one_line
 from .runtime.packages import DISTRIBUTIONS, is_missing
 from .runtime.quiet import quiet_frameworks
-from .self_check import BACKBONE_TOLERANCE, TOLERANCE, check_backbone, check_operator
+from .self_check import BACKBONE_TOLERANCE, TOLERANCE, check_backbones, check_operator
 
 FOLDER = Path(__file__).parent
 OTHER = "set ELSA_BACKEND to another one of cuda, triton and torch to continue"
@@ -138,13 +138,13 @@ def _check_backend(report: Report, device: torch.device, name: str) -> None:
         for dtype in TOLERANCE
     }
     right = all(error <= TOLERANCE[dtype] for dtype, error in errors.items())
-    backbone = check_backbone(device)
-    whole = backbone <= BACKBONE_TOLERANCE
+    backbones = check_backbones(device)
+    whole = backbones <= BACKBONE_TOLERANCE
     figures = ", ".join(f"{str(t).removeprefix('torch.')} {e:.0e}" for t, e in errors.items())
     report.lines.append(
         f"self-check {device} by {name}: operator and gradients {'right' if right else 'WRONG'} "
-        f"(relative errors: {figures}), a small backbone {'right' if whole else 'WRONG'} "
-        f"({backbone:.0e})"
+        f"(relative errors: {figures}), small backbones {'right' if whole else 'WRONG'} "
+        f"({backbones:.0e})"
     )
     if not right or not whole:
         report.faults.append(
@@ -159,9 +159,9 @@ def _yes(condition: bool) -> str:
 def main(arguments: Sequence[str] | None = None, prog: str = "python -m elsa_core.doctor") -> int:
     parser = argparse.ArgumentParser(
         prog=prog,
-        description="Says what this installation has, checks the operator and a backbone on every "
-        "device, and builds and runs a backbone in every framework that is installed. Exit status: "
-        "0 if all is right, 1 if something is wrong.",
+        description="Says what this installation has, checks the operator, an ELSA-Swin and an "
+        "ELSA-VOLO on every device, and builds and runs both in every framework that is installed. "
+        "Exit status: 0 if all is right, 1 if something is wrong.",
     )
     parser.add_argument(
         "--core", action="store_true", help="leave the frameworks out, which takes seconds less"

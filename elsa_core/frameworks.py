@@ -1,4 +1,4 @@
-"""The doctor's checks of the frameworks: their versions, and a backbone in each.
+"""The doctor's checks of the frameworks: their versions, and the backbones in each.
 
 Only these checks import the frameworks; no other part of elsa_core does.
 """
@@ -16,7 +16,7 @@ from torch import nn
 
 from .runtime.errors import one_line
 from .runtime.packages import DISTRIBUTIONS, is_missing
-from .self_check import ARCH, BACKBONE_TOLERANCE, check_backbone
+from .self_check import ARCHS, BACKBONE_TOLERANCE, check_backbones
 
 # Distributions that provide a module. Only one of them may be installed.
 PUBLISHED = {
@@ -52,7 +52,7 @@ def versions() -> dict[str, str]:
 
 
 def check_frameworks(report: Report) -> None:
-    """Build and run a small backbone through the registries of Detectron2 and OpenMMLab."""
+    """Build and run small backbones through the registries of Detectron2 and OpenMMLab."""
     known = versions()
     if not known and is_missing("detectron2") and is_missing("mmengine"):
         report.lines.append("frameworks: none, elsa_core needs none")
@@ -110,21 +110,21 @@ def _try(
     module: str,
     adapter: str,
     known: dict[str, str],
-    build: Callable[[], nn.Module],
+    build: Callable[[str], nn.Module],
 ) -> None:
     name = _name(module, known)
     try:
         importlib.import_module(adapter)
-        error = check_backbone(torch.device("cpu"), build())
+        error = check_backbones(torch.device("cpu"), build)
     except Exception as failure:
         report.faults.append(_fault(f"{name} with {adapter}", failure))
         return
     right = error <= BACKBONE_TOLERANCE
     report.lines.append(
-        f"{name} with {adapter}: a small backbone {'right' if right else 'WRONG'} ({error:.0e})"
+        f"{name} with {adapter}: small backbones {'right' if right else 'WRONG'} ({error:.0e})"
     )
     if not right:
-        report.faults.append(f"{name} with {adapter} computes a wrong backbone")
+        report.faults.append(f"{name} with {adapter} computes wrong backbones")
 
 
 def _name(module: str, known: dict[str, str]) -> str:
@@ -142,19 +142,19 @@ def _fault(what: str, error: Exception) -> str:
     return f"{sentence} (docs/troubleshooting.md)"
 
 
-def _build_in_detectron2() -> nn.Module:
+def _build_in_detectron2(name: str) -> nn.Module:
     load_config = importlib.import_module("elsa_d2").load_config
     modeling = importlib.import_module("detectron2.modeling")
     cfg = load_config()
-    cfg.MODEL.BACKBONE.NAME = "build_elsa_swin_backbone"
-    node = cfg.MODEL.ELSA_SWIN
-    node.ARCH, node.OUT_FEATURES = "custom", ["res2", "res3", "res4"]
-    for key, value in ARCH.items():
+    family = name.replace("ELSA", "elsa_").lower()  # elsa_swin
+    cfg.MODEL.BACKBONE.NAME = f"build_{family}_backbone"
+    node = cfg.MODEL[family.upper()]
+    node.ARCH = "custom"
+    for key, value in ARCHS[name].items():
         node.CUSTOM_ARCH[key.upper()] = value
     return modeling.build_backbone(cfg)
 
 
-def _build_in_openmmlab(module: str) -> nn.Module:
+def _build_in_openmmlab(module: str, name: str) -> nn.Module:
     models = importlib.import_module(f"{module}.registry").MODELS
-    stages = tuple(range(len(ARCH["depths"])))  # type: ignore[arg-type]
-    return models.build(dict(type="ELSASwin", arch=ARCH, out_indices=stages))
+    return models.build(dict(type=name, arch=ARCHS[name]))

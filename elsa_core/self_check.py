@@ -1,19 +1,25 @@
-"""Checks of the operator and of the backbone against double precision on the CPU."""
+"""Checks of the operator and of the backbones against double precision on the CPU."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from . import ELSASwin, elsa_attention, elsa_attention_reference
+from . import ELSASwin, ELSAVolo, elsa_attention, elsa_attention_reference
 
 # Largest error of the operator, relative to the largest number.
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 # The same for a backbone in float32: by default, GPUs convolve in TF32.
 BACKBONE_TOLERANCE = 1e-2
-ARCH = dict(embed_dim=32, depths=(1, 1, 1), num_heads=(1, 2, 4), group_width=8)
+# A small architecture of each family, by the name of its class.
+ARCHS: dict[str, dict[str, Any]] = {
+    "ELSASwin": dict(embed_dim=32, depths=(1, 1, 1, 1), num_heads=(1, 2, 4, 8), group_width=8),
+    "ELSAVolo": dict(depths=(1, 1, 1, 1), embed_dims=(32, 64), num_heads=(1, 2), stem_dim=8),
+}
 
 
 def check_operator(
@@ -48,23 +54,29 @@ def check_operator(
     return _error(out.detach(), expected.detach()), backward
 
 
-def check_backbone(device: torch.device, model: nn.Module | None = None) -> float:
-    """Return the largest error of a small float32 backbone, relative to the largest number.
+def check_backbones(device: torch.device, build: Callable[[str], nn.Module] | None = None) -> float:
+    """Return the largest error of small float32 backbones, relative to the largest number.
 
-    The reference is `ELSASwin` in double precision on the CPU, with the same state dict.
+    The reference is the backbone of `elsa_core` in double precision on the CPU, with the same state
+    dict.
 
     Args:
-        model: model of ARCH with all outputs, built by a framework; None for `ELSASwin`.
+        build: name of a class in ARCHS -> model of that architecture with all outputs, built by a
+            framework; None for the classes of `elsa_core`.
     """
-    stages = range(len(ARCH["depths"]))  # type: ignore[arg-type]
-    exact = ELSASwin(ARCH, out_indices=stages).eval()
-    ours = ELSASwin(ARCH, out_indices=stages) if model is None else model
-    ours.load_state_dict(exact.state_dict())
-    image = torch.randn(1, 3, 61, 83, generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        found, expected = ours.eval().to(device)(image.to(device)), exact.double()(image.double())
-    maps = found.values() if isinstance(found, dict) else found
-    return max(_error(ours, theirs) for ours, theirs in zip(maps, expected, strict=True))
+    families: dict[str, type[nn.Module]] = {"ELSASwin": ELSASwin, "ELSAVolo": ELSAVolo}
+    errors = []
+    for name, arch in ARCHS.items():
+        exact = families[name](arch).eval()
+        ours = families[name](arch) if build is None else build(name)
+        ours.load_state_dict(exact.state_dict())
+        image = torch.randn(1, 3, 61, 83, generator=torch.Generator().manual_seed(0))
+        with torch.no_grad():
+            found = ours.eval().to(device)(image.to(device))
+            expected = exact.double()(image.double())
+        maps = found.values() if isinstance(found, dict) else found
+        errors += [_error(*pair) for pair in zip(maps, expected, strict=True)]
+    return max(errors)
 
 
 def _error(result: Tensor, expected: Tensor) -> float:

@@ -25,12 +25,12 @@ def test_report_names_what_there_is(capsys):
     assert "; operator by cpu\n" in out
     for name in ("cpu", "torch"):
         line = (
-            rf"^self-check cpu by {name}: operator and gradients right \(.* a small backbone right"
+            rf"^self-check cpu by {name}: operator and gradients right \(.* small backbones right"
         )
         assert re.search(line, out, re.MULTILINE)
     installed = [name for name in frameworks.PUBLISHED if find_spec(name)]
     for name, version in frameworks.versions().items():
-        what = "its compiled operators load" if name == "mmcv" else "a small backbone right"
+        what = "its compiled operators load" if name == "mmcv" else "small backbones right"
         assert name in installed and re.search(f"^{name} {version}.*: {what}", out, re.MULTILINE)
     assert len(out.splitlines()) < 13 + len(installed) + 4 * torch.cuda.device_count()
 
@@ -84,17 +84,18 @@ def test_a_back_end_that_fails_is_named(monkeypatch, capsys):
     assert "WRONG: torch on cpu fails with 'no such instruction': set ELSA_BACKEND to" in out
 
 
-def test_a_wrong_backbone_is_found(monkeypatch, capsys):
-    class Wrong(self_check.ELSASwin):
+@pytest.mark.parametrize("name", self_check.ARCHS)
+def test_a_wrong_backbone_is_found(name, monkeypatch, capsys):
+    class Wrong(getattr(self_check, name)):
         def forward(self, x):
             return tuple(
                 out * (1.1 if out.dtype == torch.float32 else 1) for out in super().forward(x)
             )
 
-    monkeypatch.setattr(self_check, "ELSASwin", Wrong)
+    monkeypatch.setattr(self_check, name, Wrong)
     assert doctor.main(["--core"]) == 1
     assert "operator and gradients right" in (out := capsys.readouterr().out)
-    assert "a small backbone WRONG" in out
+    assert "small backbones WRONG" in out
 
 
 @pytest.mark.slow
@@ -138,9 +139,7 @@ def faults(monkeypatch, broken=None, modules=frameworks.PUBLISHED):
     hidden = set(frameworks.PUBLISHED) - set(modules)
     monkeypatch.setattr(frameworks, "is_missing", lambda name: name in hidden)
     monkeypatch.setattr(frameworks.importlib, "import_module", import_module)
-    monkeypatch.setattr(frameworks, "check_backbone", lambda device, model: 0.0)
-    monkeypatch.setattr(frameworks, "_build_in_detectron2", list)
-    monkeypatch.setattr(frameworks, "_build_in_openmmlab", list)
+    monkeypatch.setattr(frameworks, "check_backbones", lambda device, build: 0.0)
     report = frameworks.Report()
     frameworks.check_frameworks(report)
     return report
