@@ -136,7 +136,7 @@ class ELSAVolo(StagedBackbone):
             drop_rate=drop_rate,
             attn_drop_rate=attn_drop_rate,
         )
-        if not isinstance(img_size, int) or img_size < 1:
+        if type(img_size) is not int or img_size < 1:
             raise ValueError(f"img_size must be an integer of at least 1, got {img_size=}")
         self.arch = arch
         self.img_size = img_size
@@ -313,16 +313,17 @@ def drop_unused_parts(
 def fit_position(state_dict: MutableMapping[str, Any], name: str, wanted: Tensor) -> None:
     """Resize, in place, the position embedding ``name`` to that of a model."""
     given = state_dict.get(name)
-    if not isinstance(given, Tensor) or given.dim() != 4:
+    if not isinstance(given, Tensor) or given.dim() != 4 or not given.numel():
         return
     if given.shape[1:3] != wanted.shape[1:3] and given.shape[::3] == wanted.shape[::3]:
         size = (wanted.shape[1], wanted.shape[2])
-        state_dict[name] = resize_position(given.float(), size).to(given.dtype)
+        state_dict[name] = resize_position(given.double(), size).to(given.dtype)
         logger.warning(f"{name} is resized from {tuple(given.shape[1:3])} to {size} positions")
 
 
 def _belongs(module: ELSAVolo, part: str, tensor: Any) -> bool:
     """Whether a part that is not built is of this kind of maps, not of the other ``pyramid``."""
     if part.startswith("norm"):
-        return bool(tensor.shape == (module.num_features[int(part[-1])],))
+        shape = (module.num_features[int(part[-1])],)
+        return isinstance(tensor, Tensor) and tuple(tensor.shape) == shape
     return part != "upsample" or module.pyramid

@@ -298,7 +298,7 @@ def test_load_resizes_the_position(given, wanted, dtype, caplog):
     assert state["pos_embed"] is position
 
 
-@pytest.mark.parametrize("shape", [(1, 4, 4, 12), (1, 16, 24), (2, 4, 4, 24)])
+@pytest.mark.parametrize("shape", [(1, 4, 4, 12), (1, 16, 24), (2, 4, 4, 24), (1, 0, 4, 24)])
 def test_a_position_that_cannot_be_resized_is_reported(shape):
     state = {**make().state_dict(), "pos_embed": torch.zeros(shape)}
     with pytest.raises(RuntimeError, match="size mismatch for pos_embed"):
@@ -376,6 +376,7 @@ def test_every_parameter_gets_a_gradient(out_indices, pyramid):
         ({"arch": "tiny"}, "arch must be one of volo_d1, volo_d2, volo_d3, volo_d4, volo_d5, got"),
         ({"img_size": 0}, "img_size must be an integer of at least 1, got img_size=0"),
         ({"img_size": (64, 64)}, "got img_size=(64, 64)"),
+        ({"img_size": True}, "got img_size=True"),
         ({"out_indices": ()}, "got out_indices=()"),
         ({"out_indices": (0, 4)}, "stages 0..3, each once and in ascending order"),
         ({"out_indices": (2, 1)}, "got out_indices=(2, 1)"),

@@ -226,3 +226,33 @@ def test_many_threads():
     for index, result in enumerate(results):
         torch.testing.assert_close(result, expected[index % len(sizes)])
     assert len(model._resized) <= 8 + 8  # each thread may keep one more
+
+
+def test_load_resizes_in_double_precision():
+    """One rounding, to the embedding's own dtype."""
+    position = torch.randn(1, 7, 5, 6, dtype=torch.float64)
+    model = make().double()
+    model.load_state_dict({**model.state_dict(), "pos_embed": position})
+    torch.testing.assert_close(model.pos_embed, resized(position, (4, 4)), rtol=0, atol=1e-12)
+    model.half().load_state_dict({**model.state_dict(), "pos_embed": position.half()})
+    expected = resized(position.half().double(), (4, 4)).half()
+    torch.testing.assert_close(model.pos_embed, expected, rtol=2**-11, atol=0)
+
+
+def test_load_into_a_model_without_memory():
+    with torch.device("meta"):
+        model = make()
+    state = make().state_dict()
+    position = state["pos_embed"] = torch.randn(1, 7, 5, 6)
+    model.load_state_dict(state, assign=True)
+    torch.testing.assert_close(model.pos_embed, resized(position, (4, 4)))
+    assert all(out.isfinite().all() for out in model(torch.randn(1, 3, 32, 48)))
+
+
+@pytest.mark.parametrize("name", ["pos_embed", "norm3.weight"])
+@pytest.mark.parametrize("out_indices", [(0, 1, 2, 3), (0, 2)])
+def test_what_is_no_tensor_is_reported(name, out_indices):
+    """An entry of another kind is neither resized nor dropped in silence, built or not."""
+    model = build(ELSAVolo, arch=make().arch, out_indices=out_indices)
+    with pytest.raises(RuntimeError, match=name):
+        model.load_state_dict({**make().state_dict(), name: "text"})
