@@ -96,7 +96,7 @@ def read_volo(tensors: Mapping[str, Tensor], prefix: str = "") -> Volo:
     try:
         arch = VoloArch(
             **sizes,  # type: ignore[arg-type]
-            num_heads=(heads or 1, known.num_heads[1] if known else 1),
+            num_heads=known.num_heads if known else (heads or 1, 1),
             qkv_bias=bias,
             **elsa or {},
         )

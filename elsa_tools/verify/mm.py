@@ -86,6 +86,8 @@ def set_sizes(model: ConfigDict, backbone: Backbone, sizes: HeadSizes, kind: str
     if isinstance(backbone, Volo):
         configs.check_heads(backbone)
         model.backbone = ConfigDict(type="ELSAVolo", **backbone.options)
+        if kind == UPERNET:  # detectors pad images anyway
+            model.data_preprocessor.test_cfg = dict(size_divisor=32 if backbone.pyramid else 16)
     model.backbone.arch = asdict(arch) if name == "custom" else name
     if kind == UPERNET:
         classes = dict(num_classes=sizes.num_classes)

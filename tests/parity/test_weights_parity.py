@@ -24,8 +24,9 @@ from weights_models import CLASSES, PHOTOGRAPHS, save, sizes
 import elsa_d2
 import elsa_mm
 from elsa_core.runtime.errors import UsageError
-from elsa_core.variants import Arch
+from elsa_core.variants import VOLO_VARIANTS, Arch, VoloArch
 from elsa_core.weights import convert_file, read_checkpoint
+from elsa_core.weights.volo import Volo
 from elsa_tools import convert as cli
 from elsa_tools.verify import configs, mm, verify
 from elsa_tools.verify.compare import Outcome, compare
@@ -33,6 +34,7 @@ from examples.digits.dataset import SEGMENTATION_CLASSES
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 ARCH = Arch(embed_dim=32, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8), group_width=8, window_size=5)
+VOLO = VoloArch(depths=(1, 1, 1, 1), embed_dims=(32, 64), num_heads=(2, 4), stem_dim=16)
 # Deviations of random weights, times the root of the inputs, with which scores are spread.
 _RPN = {"rpn_cls": 0.3, "rpn_reg": 0.02, "logits": 1.0}
 SPREAD = {
@@ -42,10 +44,10 @@ SPREAD = {
 }
 
 
-def detecting(kind, channels=32, dim=32):
+def detecting(kind, channels=32, dim=32, backbone=ARCH):
     """Random tensors of a model that finds many objects of all classes, with all scores."""
     cfg = Config.fromfile(elsa_mm.get_config_file(configs.OPENMMLAB[kind]))
-    mm.set_sizes(cfg.model, ARCH, sizes(kind, channels, dim), kind)
+    mm.set_sizes(cfg.model, backbone, sizes(kind, channels, dim), kind)
     cfg.model.backbone.init_std = 0.1
     torch.manual_seed(0)
     with DefaultScope.overwrite_default_scope("mmseg" if kind == "upernet" else "mmdet"):
@@ -65,17 +67,23 @@ def spread(tensors, kind):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "kind, photograph",
+    "kind, photograph, backbone",
     [
-        ("mask_rcnn", "coffee.png"),
-        ("mask_rcnn", "rocket.jpg"),
-        ("cascade_mask_rcnn", "chelsea.png"),
-        ("upernet", "astronaut.png"),
+        ("mask_rcnn", "coffee.png", ARCH),
+        ("mask_rcnn", "rocket.jpg", ARCH),
+        ("cascade_mask_rcnn", "chelsea.png", ARCH),
+        ("upernet", "astronaut.png", ARCH),
+        ("mask_rcnn", "coffee.png", Volo(VOLO, 14, pyramid=True)),
+        ("cascade_mask_rcnn", "rocket.jpg", Volo(VOLO, 9, pyramid=True)),
+        ("upernet", "chelsea.png", Volo(VOLO, 14, pyramid=True)),
+        ("upernet", "chelsea.png", Volo(VOLO, 14, pyramid=False)),
     ],
 )
-def test_same_results_on_photographs(tmp_path, kind, photograph):
+def test_same_results_on_photographs(tmp_path, monkeypatch, kind, photograph, backbone):
     """Each framework reads the file, resizes, detects and pastes masks in its own way."""
-    path = save(tmp_path, {"meta": {"CLASSES": CLASSES}, "state_dict": detecting(kind)})
+    monkeypatch.setitem(VOLO_VARIANTS, "volo_small", VOLO)  # a variant's heads are known
+    tensors = detecting(kind, backbone=backbone)
+    path = save(tmp_path, {"meta": {"CLASSES": CLASSES}, "state_dict": tensors})
     conversion = convert_file(path, tmp_path / "d2.pth", "detectron2")
     found = verify(conversion, str(tmp_path / "d2.pth"), str(PHOTOGRAPHS / photograph))
     numbers = found.numbers

@@ -85,6 +85,7 @@ def test_only_the_attention_of_the_first_stage_is_new(name):
     assert {n.partition(".attn.")[2] for n in absent} == set(NEW)
     assert all(n.startswith("network.0.") for n in absent)
     assert all(tensor.shape == wanted[n].shape for n, tensor in tensors.items())
+    assert recognise(result.tensors).arch == VOLO_VARIANTS[name]
 
 
 def in_core(name):
