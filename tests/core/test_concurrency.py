@@ -4,8 +4,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from volo_models import ARCH
 
-from elsa_core import ELSASwin, elsa_attention
+from elsa_core import ELSASwin, ELSAVolo, elsa_attention
 
 
 def operator_call(seed):
@@ -37,18 +38,27 @@ def test_operator_in_many_threads(torch_threads):
         torch.testing.assert_close(result, expected[index % 4], rtol=0, atol=0)
 
 
-def test_one_model_in_many_threads():
+SWIN = {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2], "group_width": 4}
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (ELSASwin, {"arch": SWIN, "out_indices": (0, 1)}),
+        (ELSAVolo, {"arch": ARCH, "img_size": 64, "pyramid": True}),
+    ],
+)
+def test_one_model_in_many_threads(kind, options):
     torch.manual_seed(0)
-    arch = {"embed_dim": 12, "depths": [1, 1], "num_heads": [1, 2], "group_width": 4}
-    model = ELSASwin(arch, out_indices=(0, 1)).eval()
+    model = kind(**options).eval()
     images = [torch.randn(1, 3, 32 + 8 * index, 40) for index in range(4)]
 
     @torch.no_grad()
     def work(index):
         return model(images[index % 4])
 
-    expected = [work(index) for index in range(4)]
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(4) as pool:  # first, so that threads also make what is kept
         results = list(pool.map(work, range(16)))
+    expected = [work(index) for index in range(4)]
     for index, result in enumerate(results):
         torch.testing.assert_close(result, expected[index % 4])
