@@ -18,17 +18,20 @@ from .arguments import command_parser
 
 DETAILS = """\
 SRC may be an original checkpoint (classification, detection, segmentation), one of Detectron2,
-MMDetection, MMSegmentation or MMPretrain with an ELSA-Swin, a bare backbone, or an ImageNet
-checkpoint of stock Swin (for --to backbone). What it is, and the architecture, is read from its
-tensors. SRC: .pth, .safetensors or Detectron2's .pkl; DST: .pth or .safetensors.
+MMDetection, MMSegmentation or MMPretrain with an ELSA-Swin or ELSA-VOLO, a bare backbone, or an
+ImageNet checkpoint of stock Swin (for --to backbone) or VOLO (for --to backbone, mmpretrain). What
+it is, and the architecture, is read from its tensors. SRC: .pth, .safetensors or Detectron2's .pkl;
+DST: .pth or .safetensors. ELSA-VOLO is a reconstruction: no official code or weights exist.
 
 targets:
   backbone    initialises a backbone: MODEL.WEIGHTS, or init_cfg=dict(type='Pretrained', ...)
   detectron2  MODEL.WEIGHTS of Mask R-CNN, Cascade Mask R-CNN, UPerNet
   mmdet       load_from, or the checkpoint of tools/test.py: Mask R-CNN, Cascade Mask R-CNN
   mmseg       the same for UPerNet
-  mmpretrain  ImageClassifier with out_indices=(last,), GlobalAveragePooling and LinearClsHead
-  original    the names and the container of the original release
+  mmpretrain  ImageClassifier with out_indices=(last,), GlobalAveragePooling and LinearClsHead;
+              of ELSA-VOLO, with ELSAVoloTokens and VoloHead
+  original    the names and the container of the original release; of ELSA-VOLO, which has none,
+              the names of VOLO's classifier
 
 exit status: 0 done, 1 --verify found a difference that matters, 2 an error (one sentence on
 standard error; DST is as it was before, unless --verify alone failed after "wrote:"), 130

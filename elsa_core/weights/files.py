@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ from .source import BACKBONE, CLASSIFIER, DETECTRON2, OPENMMLAB, SWIN, Source
 from .tables import OPTIONAL_LEAF
 from .volo import CLASS_PARTS, HEADS, OUTPUTS, Volo, tops_of
 from .volo_start import merge
+
+logger = logging.getLogger(__name__)
 
 
 def read_source(path: str | os.PathLike, *, trust: bool = False, ema: bool | None = None) -> Source:
@@ -168,6 +171,7 @@ def _used(
     volo = conversion.source.backbone
     if not isinstance(backbone, ELSAVolo) or not isinstance(volo, Volo):
         return tensors
+    _warn_of_heads(backbone, volo)
     reasons = {}
     for name, tensor in tensors.items():
         top, wanted = name.split(".")[0], names.get(name)
@@ -184,6 +188,16 @@ def _used(
     drop_unused_parts(backbone, tensors)
     fit_positions(backbone, tensors)
     return tensors
+
+
+def _warn_of_heads(backbone: ELSAVolo, volo: Volo) -> None:
+    """Log where the heads of a model are not those that the sizes of its checkpoint stand for."""
+    ours, theirs = tuple(backbone.arch.num_heads), tuple(volo.arch.num_heads)
+    if not volo.unknown_heads and ours != theirs:
+        logger.warning(
+            f"the model has {ours} heads, and VOLO of these sizes {theirs}: the results depend on "
+            "them, and the tensors of a checkpoint do not tell"
+        )
 
 
 def _seeded(conversion: Conversion, names: Mapping[str, Tensor]) -> dict[str, Tensor]:

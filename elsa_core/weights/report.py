@@ -55,7 +55,7 @@ def _sizes(backbone: Backbone) -> str:
             f"heads {_join(backbone.num_heads)}, window {backbone.window_size}"
         )
     arch = backbone.arch
-    heads = f"{arch.num_heads[0]}-{arch.num_heads[1] if backbone.heads_known else 'unknown'}"
+    heads = "-".join("unknown" if n is None else str(n) for n in describe(backbone)["num_heads"])
     outputs = {None: "", False: ", native maps", True: ", pyramid"}[backbone.pyramid]
     return (
         f"embed_dims {_join(arch.embed_dims)}, depths {_join(arch.depths)}, heads {heads}, "
@@ -69,11 +69,13 @@ def _assumed(source: Source) -> list[str]:
     if not isinstance(backbone, Volo):
         return []
     heads = "the heads of the global stages"
-    lines = [f"  {heads} are not in the tensors: they must be given to the model"]
-    if backbone.heads_known:
+    lines = [f"  not in the tensors: {heads}, which must be given to the model"]
+    if not backbone.unknown_heads:
         lines = [f"  not in the tensors: {heads}, taken as VOLO's of these sizes"]
     if not source.is_stock:
-        lines[0] += "; exponent and factor of the ghost filters and qk_scale, taken as 1"
+        lines.append("  nor exponent and factor of the ghost filters and qk_scale, taken as 1")
+        if backbone.arch.lam + backbone.arch.gamma == 1:
+            lines.append("  nor whether a single set of ghost filters is added, as is taken")
     return [*lines, "  ELSA-VOLO is a reconstruction: no official code or weights exist"]
 
 

@@ -97,8 +97,8 @@ def describe(backbone: Backbone) -> dict[str, Any]:
     about = {key: list(v) if isinstance(v, tuple) else v for key, v in about.items()}
     if isinstance(backbone, Volo):
         about |= {"img_size": backbone.img_size, "pyramid": backbone.pyramid}
-        if not backbone.heads_known:
-            about["num_heads"][1] = None
+        for index in backbone.unknown_heads:
+            about["num_heads"][index] = None
     return about
 
 

@@ -29,15 +29,15 @@ class Volo:
     """An ELSA-VOLO, or a VOLO, as its tensors show it.
 
     ``grid``: positions along each side of ``pos_embed``. ``pyramid``: whether the output norms are
-    those of a pyramid; None if there are none that tell. ``heads_known``: whether the heads of the
-    global stages follow from a variant of the same sizes; otherwise ``arch`` has 1, because they
-    are not in the tensors.
+    those of a pyramid; None if there are none that tell. ``unknown_heads``: indices in
+    ``arch.num_heads`` of numbers that neither the tensors nor a variant of the same sizes tell, and
+    that are 1 there.
     """
 
     arch: VoloArch
     grid: int
     pyramid: bool | None = None
-    heads_known: bool = True
+    unknown_heads: tuple[int, ...] = ()
 
     @property
     def output_dims(self) -> list[int]:
@@ -102,7 +102,8 @@ def read_volo(tensors: Mapping[str, Tensor], prefix: str = "") -> Volo:
         )
     except ValueError as error:
         raise UsageError(f"its backbone is no ELSA-VOLO: {one_line(error)}") from error
-    return Volo(arch, rows, _is_pyramid(tensors, dim), known is not None)
+    unknown = () if known else (1,) if heads else (0, 1)
+    return Volo(arch, rows, _is_pyramid(tensors, dim), unknown)
 
 
 def _agrees(arch: VoloArch, heads: int | None, sizes: Mapping[str, Any]) -> bool:

@@ -147,8 +147,9 @@ def _container(
         # The same tensors again, under the key that Detectron2 expects.
         checkpoint |= {"model": tensors, "__author__": "elsa-swin", "matching_heuristics": True}
     if conversion.to == "original" and conversion.source.kind in (CLASSIFIER, BACKBONE):
-        family = "elsa" if isinstance(conversion.source.backbone, Volo) else "elsa_swin"
-        checkpoint["arch"] = f"{family}_{arch_name(conversion.source.arch)}"
+        family = "elsa_volo" if isinstance(conversion.source.backbone, Volo) else "elsa_swin"
+        name = arch_name(conversion.source.arch).removeprefix("volo_")
+        checkpoint["arch"] = f"{family}_{name}"
     return checkpoint
 
 

@@ -43,7 +43,7 @@ def check_sizes(sizes: HeadSizes, kind: str) -> None:
 
 def check_heads(volo: Volo) -> None:
     """Raises UsageError for an ELSA-VOLO of which the tensors do not tell how to build it."""
-    if not volo.heads_known:
+    if volo.unknown_heads:
         raise UsageError(
             "--verify needs --config twice for an ELSA-VOLO of other sizes than D1 to D5: the "
             "heads of the global stages are not in the tensors"

@@ -17,7 +17,7 @@ SMALL = VoloArch(
     kernel_size=3,
     group_width=4,
 )
-NATIVE, PYRAMID = (Volo(SMALL, 7, pyramid, False) for pyramid in (False, True))
+NATIVE, PYRAMID = (Volo(SMALL, 7, pyramid, (1,)) for pyramid in (False, True))
 
 
 def bare(volo):

@@ -54,10 +54,10 @@ ARCHS = {
 def test_shapes_follow_from_a_few_tensors(arch, pyramid):
     shapes = built(ELSAVolo, arch, img_size=256, pyramid=pyramid)
     state = {f"backbone.{n}": torch.empty(shape, device="meta") for n, shape in shapes.items()}
-    known = arch in VOLO_VARIANTS.values()
+    unknown = () if arch in VOLO_VARIANTS.values() else (1,)
     if arch.lam and not arch.gamma:  # one set of filters counts as additive
         arch = VoloArch(**{**vars(arch), "lam": 0, "gamma": 1})
-    volo = Volo(arch, 16, pyramid, known)
+    volo = Volo(arch, 16, pyramid, unknown)
     assert read_backbone(state, "backbone.") == volo
     assert backbone_shapes(volo) == shapes
 
@@ -88,8 +88,18 @@ def test_heads_of_the_global_stages_are_not_guessed():
     assert "heads 6-12" in text and "taken as VOLO's of these sizes" in text
     other = convert(recognise(classifier()), "original")
     text = report.text(other)
-    assert "heads 3-unknown" in text and "must be given to the model" in text
+    assert "heads 3-unknown" in text and "which must be given to the model" in text
     assert report.record(other)["arch"]["num_heads"] == [3, None]
+
+
+def test_other_heads_than_a_variants_are_named(tmp_path, caplog, monkeypatch):
+    arch = VoloArch(**{**vars(SMALL), "num_heads": (3, 4)})
+    monkeypatch.setitem(VOLO_VARIANTS, "volo_small", arch)
+    path = save(tmp_path, classifier())
+    load_backbone(ELSAVolo(arch, img_size=112), path)
+    assert not caplog.messages
+    load_backbone(ELSAVolo({**vars(arch), "num_heads": (3, 8)}, img_size=112), path)
+    assert "the model has (3, 8) heads, and VOLO of these sizes (3, 4)" in caplog.text
 
 
 @every_kind

@@ -149,6 +149,8 @@ def test_a_converted_file(tmp_path):
     model = ELSAVolo(ARCH, img_size=112)
     before, _ = loaded(model, tmp_path / "a.pth")
     compare(model, before, source, OUTPUTS)
+    other = recognise(torch.load(tmp_path / "a.pth"))
+    assert report.record(convert(other, "backbone"))["arch"]["num_heads"] == [None, None]
     half = {n: t.half() if t.is_floating_point() else t for n, t in source.items()}
     assert {t.dtype for t in convert(recognise(half), "backbone").tensors.values()} == {
         *(torch.half, torch.long)
