@@ -95,7 +95,7 @@ def test_reference_is_the_formula_of_the_paper():
         ((2, 3, 4, 6, 2), 3, 1),
         ((2, 3, 4, 6, 2), 3, 2),
         ((2, 3, 4, 6, 2), 5, 1),
-        ((1, 2, 2, 17, 1), 5, 1),  # 17 channels are computed as 32 are
+        ((1, 2, 3, 17, 1), 5, 1),  # 17 channels are computed as 32 are
     ],
     ids=str,
 )
