@@ -12,27 +12,32 @@ CONFIGS = {
 }
 ARCH = dict(embed_dim=16, depths=[1, 1, 1, 2], num_heads=[1, 2, 4, 8], group_width=8)
 ARCH |= dict(kernel_size=3, window_size=3)
+VOLO_ARCH = dict(depths=[1, 1, 1, 2], embed_dims=[16, 24], num_heads=[2, 4], stem_dim=8)
+VOLO_ARCH |= dict(kernel_size=3)
+# The architecture of each backbone, and the channels of its four maps.
+BACKBONES = {"ELSASwin": (ARCH, [16, 32, 64, 128]), "ELSAVolo": (VOLO_ARCH, [8, 16, 24, 24])}
 WIDTHS = ("in_channels", "out_channels", "feat_channels", "channels", "fc_out_channels")
 WIDTHS += ("conv_out_channels",)
 
 
 def narrow(model, prefix="model"):
     """--cfg-options that make every part of a published detector or segmentor narrow."""
-    values = {f"{prefix}.backbone.arch.{name}": str(value) for name, value in ARCH.items()}
+    arch, features = BACKBONES[model["backbone"]["type"]]
+    values = {f"{prefix}.backbone.arch.{name}": str(value) for name, value in arch.items()}
     values[f"{prefix}.backbone.arch._delete_"] = True
-    return values | _widths({k: v for k, v in model.items() if k != "backbone"}, prefix)
+    return values | _widths({k: v for k, v in model.items() if k != "backbone"}, prefix, features)
 
 
-def _widths(node, prefix):
+def _widths(node, prefix, features):
     values = {}
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         name = f"{prefix}.{key}"
-        if key in WIDTHS and isinstance(value, (list, tuple)):  # of the backbone's stages
-            values[name] = str([ARCH["embed_dim"] * 2**stage for stage in range(len(value))])
+        if key in WIDTHS and isinstance(value, (list, tuple)):  # of the backbone's maps
+            values[name] = str(features[: len(value)])
         elif key in WIDTHS and isinstance(value, int):  # 384: stage 3, for the auxiliary head
-            values[name] = 64 if value == 384 else 16
+            values[name] = features[2] if value == 384 else 16
         elif isinstance(value, (dict, list)):
-            values |= _widths(value, name)
+            values |= _widths(value, name, features)
     return values
 
 

@@ -142,6 +142,18 @@ RUNS = {
         ade20k,
         ["mIoU", "aAcc"],
     ),
+    "mask-rcnn of ELSA-VOLO": (
+        "mmdet/elsa_volo/mask-rcnn_elsa-volo-d1_fpn_amp-ms-crop-3x_coco.py",
+        "coco",
+        coco_detector,
+        COCO,
+    ),
+    "upernet of ELSA-VOLO": (
+        "mmseg/elsa_volo/elsa-volo-d1-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
+        "digits",
+        ade20k,
+        ["mIoU", "aAcc"],
+    ),
     "upernet of Cityscapes": (
         "mmseg/elsa_swin/"
         "elsa-swin-tiny-patch4-window7-in1k-pre_upernet_4xb2-80k_cityscapes-512x1024.py",
