@@ -22,6 +22,8 @@ from detectron2.modeling import build_model
 from mm_tiny import as_arguments, last_path, last_state, loaders, run, scalars
 from mmengine.config import Config
 from mmengine.registry import MODELS, DefaultScope
+from mmpretrain import ImageClassificationInferencer
+from recipes_imagenet import RECIPES
 
 import elsa_d2
 from elsa_core.weights import convert_file
@@ -31,13 +33,12 @@ from examples.digits.imagenet_layout import write_layout
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 DIGITS = CONFIGS / "mmpretrain/digits/elsa-swin_digits.py"
-LEAVES = {
-    arch: CONFIGS / f"mmpretrain/elsa_swin/elsa-swin-{arch}_8xb128_in1k.py"
-    for arch in ("tiny", "small", "base")
-}
+LEAVES = {recipe.arch: CONFIGS / "mmpretrain" / recipe.config for recipe in RECIPES}
 TOOLS = Path(find_spec("mmpretrain").origin).parent / ".mim/tools"
 SMALL = {"embed_dim": 32, "depths": "[1,1,2,1]", "num_heads": "[1,2,4,8]", "group_width": 8}
 SMALL |= {"window_size": 5, "_delete_": True}  # that of the digits configs of all frameworks
+SMALL_VOLO = {"depths": "[1,1,1,1]", "embed_dims": "[48,96]", "num_heads": "[3,6]"}
+SMALL_VOLO |= {"mlp_ratio": 3, "stem_dim": 16, "_delete_": True}
 
 
 @pytest.fixture(scope="module")
@@ -70,9 +71,10 @@ def of(root, images=2):
     return values | {"train_dataloader.dataset.indices": images}
 
 
-def published(root, epochs):
+def published(root, epochs, arch="tiny"):
     """--cfg-options for epochs of one iteration on images of 64 pixels, an evaluation after two,
     with the backbone of the digits configs."""
+    small, channels = (SMALL_VOLO, 96) if arch.startswith("volo") else (SMALL, 256)
     values = of(root) | {
         "train_cfg.max_epochs": epochs,
         "train_cfg.val_begin": 2,
@@ -81,21 +83,22 @@ def published(root, epochs):
     for part in ("val", "test"):
         values[f"{part}_dataloader.dataset.pipeline.1.scale"] = 70
         values[f"{part}_dataloader.dataset.pipeline.2.crop_size"] = 64
-    values |= {f"model.backbone.arch.{name}": value for name, value in SMALL.items()}
-    return values | {"model.head.in_channels": 256}
+    values |= {f"model.backbone.arch.{name}": value for name, value in small.items()}
+    return values | {"model.head.in_channels": channels}
 
 
 def train_twice(arch, root):
     """One epoch, then a resumed second one with an evaluation."""
     for epochs in (1, 2):
-        options = published(root, epochs)
+        options = published(root, epochs, arch)
         run("train", LEAVES[arch], "--work-dir", "runs", "--resume", **options)
         assert last_state()["meta"]["iter"] == epochs
 
 
 @pytest.mark.slow
-def test_short_training_evaluates_saves_and_resumes(imagenet):
-    train_twice("tiny", imagenet)
+@pytest.mark.parametrize("arch", ["tiny", "volo_d1"])
+def test_short_training_evaluates_saves_and_resumes(imagenet, arch):
+    train_twice(arch, imagenet)
     state = last_state()
     assert "ema_state_dict" not in state and state["meta"]["seed"] == 42
     assert {int(values["step"]) for values in state["optimizer"]["state"].values()} == {2}
@@ -235,18 +238,33 @@ def test_mirrored_images_are_averaged(imagenet):
 
 
 @pytest.mark.slow
-def test_mmpretrains_own_tools_run_the_configs(imagenet, monkeypatch):
-    options = published(imagenet, 2) | {"optim_wrapper.type": "OptimWrapper"}  # no GPU, no AMP
+@pytest.mark.parametrize("arch", ["small", "volo_d2"])
+def test_mmpretrains_own_tools_run_the_configs(imagenet, monkeypatch, arch):
+    options = published(imagenet, 2, arch) | {"optim_wrapper.type": "OptimWrapper"}  # no AMP
     options = [f"{key}={value}" for key, value in options.items()]
 
     def run_tool(name, *arguments):
         monkeypatch.setattr(sys, "argv", [name, *map(str, arguments), "--cfg-options", *options])
         runpy.run_path(str(TOOLS / name), run_name="__main__")
 
-    run_tool("train.py", LEAVES["small"], "--work-dir", "runs")
+    run_tool("train.py", LEAVES[arch], "--work-dir", "runs")
     assert last_state()["meta"]["iter"] == 2
-    run_tool("test.py", LEAVES["small"], last_path(), "--work-dir", "evaluated", "--out", "a.pkl")
+    run_tool("test.py", LEAVES[arch], last_path(), "--work-dir", "evaluated", "--out", "a.pkl")
     assert len(pickle.loads(Path("a.pkl").read_bytes())) == 4
+
+
+@pytest.mark.slow
+def test_mmpretrain_counts_and_classifies_with_volo(monkeypatch, capsys):
+    tool, config = TOOLS / "analysis_tools/get_flops.py", LEAVES["volo_d1"]
+    monkeypatch.setattr(sys, "argv", [tool.name, str(config)])
+    runpy.run_path(str(tool), run_name="__main__")
+    said = capsys.readouterr().out
+    assert "Flops: 7.1" in said and "Params: 26.672M" in said  # without the heads, as it says
+    inferencer = ImageClassificationInferencer(str(config), pretrained=None, device="cpu")
+    image = torch.randint(0, 255, (260, 300, 3), dtype=torch.uint8).numpy()
+    (result,) = inferencer(image)
+    assert result["pred_scores"].shape == (1000,)
+    assert result["pred_scores"].sum() == pytest.approx(1, abs=1e-4)
 
 
 def test_refusals_before_anything_is_built(refusal, tmp_path):
