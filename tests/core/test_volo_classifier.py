@@ -138,9 +138,11 @@ def test_dropout_reaches_the_class_blocks():
     for block in model.post_network:
         assert block.attn.attn_drop == 0.2
         assert [m.p for m in block.modules() if isinstance(m, nn.Dropout)] == [0.1]
-    x = image(32, 32)
-    assert not torch.equal(model(x)[0], model(x)[0])
-    assert torch.equal(model.eval()(x), model(x))
+        tokens = torch.randn(2, 9, 24)
+        for layer in (block.attn, block.mlp):
+            assert not torch.equal(layer(tokens), layer(tokens))
+        block.eval()
+        assert torch.equal(block(tokens), block(tokens))
 
 
 def test_mix_token_swaps_and_swaps_back(monkeypatch):
