@@ -243,7 +243,7 @@ class ELSAVolo(StagedBackbone):
         Without gradients on the CPU a resized embedding is kept for as long as it stays the same.
         """
         position, size = self.pos_embed, (x.shape[1], x.shape[2])
-        if torch.is_grad_enabled() or position.shape[1:3] == size or not is_plain(x):
+        if torch.is_grad_enabled() or not is_plain(x) or position.shape[1:3] == size:
             return resize_position(position, size)
         source, resized = self._resized.pop(size, (None, None))
         if (
@@ -280,10 +280,19 @@ def resize_position(position: Tensor, size: tuple[int, int]) -> Tensor:
     The centres of the outermost positions lie half a position inside the image, as when VOLO's
     checkpoints are loaded at another size (arXiv 2106.13112).
     """
-    if position.shape[1:3] == torch.Size(size):
+    if _is_equal(position.shape[1], size[0]) and _is_equal(position.shape[2], size[1]):
         return position
     resized = F.interpolate(position.permute(0, 3, 1, 2), size, mode="bicubic", align_corners=False)
     return resized.permute(0, 2, 3, 1)
+
+
+def _is_equal(length: int, other: int) -> bool:
+    """Whether two lengths are equal, without binding a compiled program to those that are not."""
+    if not torch.compiler.is_compiling():
+        return length == other
+    from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+    return bool(statically_known_true(length == other))
 
 
 def _fit_state_dict(module: ELSAVolo, state_dict: dict[str, Any], prefix: str, *_: object) -> None:

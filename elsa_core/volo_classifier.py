@@ -124,7 +124,7 @@ class ELSAVoloTokens(ELSAVolo):
             x = swap_box(x, 2 * box)
         tokens = self._run_stages(x)[-1].flatten(1, 2)
         if self.post_network is not None:
-            tokens = torch.cat([self.cls_token.expand(len(tokens), -1, -1), tokens], dim=1)
+            tokens = torch.cat([self.cls_token.expand(tokens.shape[0], -1, -1), tokens], dim=1)
             tokens = run_blocks(self.post_network, tokens, self.with_cp and self.training)
         tokens = self.norm(tokens)
         if self.post_network is None:
