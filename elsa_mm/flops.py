@@ -1,4 +1,4 @@
-"""Makes MMEngine's counters, which OpenMMLab's get_flops.py use, know ELSA-Swin's operators."""
+"""Makes MMEngine's counters, which OpenMMLab's get_flops.py use, know our operators."""
 
 from mmengine.analysis import complexity_analysis
 

@@ -45,7 +45,7 @@ class WeightsHook(Hook):
     ``_orig_mod.`` or ``model.`` are converted as by ``init_cfg``. A partial match is loaded, and
     the log says how much matches.
 
-    Raises UsageError if nothing matches or less than a tenth of the weights of ELSA-Swin's
+    Raises UsageError if nothing matches or less than a tenth of the weights of our backbone's
     attention, for NaN or infinity, for names with control characters, and if a training is resumed
     from a checkpoint without its state.
 

@@ -8,10 +8,12 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import init_default_scope
 from torch import nn
+from volo_weights import SMALL, stock
 
 import elsa_core
 import elsa_mm
 from elsa_core.runtime.errors import UsageError
+from elsa_core.weights import load_backbone
 from elsa_mm.optim_wrapper import CPUAmpOptimWrapper
 from elsa_mm.preflight import check_config
 from elsa_mm.strategy import elsa_swin_blocks
@@ -112,8 +114,8 @@ TOKENS = "the backbone ELSAVoloTokens and the head elsa_mm.volo_head.VoloHead ne
             "dict(imports=['elsa_mm'])",
         ),
         (
-            config("ELSAVoloTokens", backbone=dict(img_size=0)),
-            "ELSAVoloTokens: img_size must be at least 1, got img_size=0",
+            config("ELSAVoloTokens", backbone=dict(drop_rate=1)),
+            "ELSAVoloTokens: drop_rate must be in [0, 1), got drop_rate=1",
         ),
         (
             config("ELSAVolo", neck=[dict(type="FPN", in_channels=[12, 24, 24, 24])]),
@@ -153,3 +155,25 @@ def test_models_of_other_frameworks_parts_pass():
     neck = dict(type="GlobalAveragePooling")
     head = dict(type="LinearClsHead", in_channels=24)
     check_config(config("ELSAVolo", type="ImageClassifier", neck=neck, head=head))
+
+
+@pytest.mark.parametrize("kind, options", [("ELSAVolo", {"pyramid": True}), ("ELSAVoloTokens", {})])
+def test_public_weights_of_volo_initialise(tmp_path, kind, options):
+    """As `load_backbone` does, whose tests are tests/weights/test_volo_start.py."""
+    pytest.importorskip("timm")
+    path = tmp_path / "volo.pth.tar"
+    torch.save({"state_dict": stock().state_dict()}, path)
+    arch = {**vars(SMALL), "num_heads": (3, 4)}
+    models = []
+    for make, more in (
+        (KINDS[kind], {}),
+        (getattr(elsa_mm, kind), {"init_cfg": dict(type="Pretrained", checkpoint=str(path))}),
+    ):
+        torch.manual_seed(3)
+        models.append(make(arch, img_size=224, **options, **more))
+    core, adapter = models
+    assert same(core.state_dict(), adapter.state_dict())
+    load_backbone(core, path)
+    assert not same(core.state_dict(), adapter.state_dict())
+    adapter.init_weights()
+    assert same(core.state_dict(), adapter.state_dict())
