@@ -36,7 +36,8 @@ def words(file):
 
 
 def leaf(method, variant):
-    return FOLDER / f"{method}_elsa_{variant}_fpn_1x.yaml"
+    schedule = "3x" if variant.startswith("volo") else "1x"
+    return FOLDER / f"{method}_elsa_{variant}_fpn_{schedule}.yaml"
 
 
 def on_meta(cfg):
@@ -145,7 +146,8 @@ def shrunk(data, output, **changes):
 # Both are as narrow, so that the variants differ in nothing but their rate of drop path.
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "method, variant", [("mask_rcnn", "swin_t"), ("cascade_mask_rcnn", "swin_s")]
+    "method, variant",
+    [("mask_rcnn", "swin_t"), ("cascade_mask_rcnn", "swin_s"), ("mask_rcnn", "volo_d1")],
 )
 def test_a_shrunk_leaf_trains_evaluates_saves_and_resumes(
     few, tmp_path, tool, monkeypatch, method, variant

@@ -13,7 +13,7 @@ import torch
 pytest.importorskip("detectron2")
 
 from conftest import load_tool
-from d2_tiny import CONFIG, TOOL, arguments_of, datasets, overrides, read_metrics
+from d2_tiny import CONFIG, TOOL, VOLO_CONFIG, arguments_of, datasets, overrides, read_metrics
 from killing import PATIENCE, fork
 from killing_d2 import run_tool
 
@@ -197,11 +197,13 @@ def test_resuming_without_a_checkpoint_says_so(digits, tmp_path, tool, capsys):
 
 
 @pytest.mark.slow
-def test_two_processes_train_and_evaluate(digits, tmp_path):
+@pytest.mark.parametrize("family", ["ELSA_SWIN", "ELSA_VOLO"])
+def test_two_processes_train_and_evaluate(digits, tmp_path, family):
     flags = ["--num-gpus", "2", "--dist-url", "auto"]
+    flags += ["--config-file", VOLO_CONFIG] * (family == "ELSA_VOLO")  # the last one counts
     changes = {"OUTPUT_DIR": "out", "SOLVER__MAX_ITER": 2, "TEST__BEST_METRIC": "bbox/AP"}
-    # Without the last stage: parameters that get no gradients would end the second iteration.
-    changes |= {"MODEL__ELSA_SWIN__OUT_FEATURES": ["res2", "res3", "res4"]}
+    # Without the last output: parameters that get no gradients would end the second iteration.
+    changes |= {f"MODEL__{family}__OUT_FEATURES": ["res2", "res3", "res4"]}
     changes |= {"MODEL__FPN__IN_FEATURES": ["res2", "res3", "res4"]}
     changes |= {"MODEL__RPN__IN_FEATURES": ["p2", "p3", "p4", "p5"]}
     changes |= {"MODEL__ANCHOR_GENERATOR__SIZES": [[32], [64], [128], [256]]}

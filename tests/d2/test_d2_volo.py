@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("detectron2")
 
-from d2_tiny import TINY, TINY_VOLO, VOLO_CONFIG
+from d2_tiny import TINY, VOLO_CONFIG
 from detectron2.config import LazyCall, LazyConfig, instantiate
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import Backbone, build_backbone, build_model
@@ -26,7 +26,7 @@ IMAGE = ShapeSpec(channels=3)
 
 def config(file=VOLO_CONFIG, **keys):
     """The digits config with a tiny model; ``keys`` are of MODEL.ELSA_VOLO."""
-    values = {**TINY, **TINY_VOLO, "MODEL.DEVICE": "cpu"}
+    values = {**TINY, "MODEL.DEVICE": "cpu"}
     values |= {f"MODEL.ELSA_VOLO.{name}": value for name, value in keys.items()}
     return elsa_d2.load_config(file, [str(part) for pair in values.items() for part in pair])
 
@@ -124,7 +124,7 @@ def test_feature_pyramid(features, names, sides):
         ),
         ({"OUT_FEATURES": ["stage1"]}, "one or more of res2, res3, res4, res5"),
         ({"ARCH": "volo_d9"}, "MODEL.ELSA_VOLO.ARCH must be one of volo_d1, "),
-        ({"IMG_SIZE": 0}, "img_size must be at least 1"),
+        ({"IMG_SIZE": 0}, "img_size must be an integer of at least 1, got img_size=0"),
         ({"CUSTOM_ARCH.NUM_HEADS": [5, 3]}, "embed_dims must be divisible by num_heads"),
     ],
 )

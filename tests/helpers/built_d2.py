@@ -12,7 +12,7 @@ from detectron2.layers.mask_ops import paste_masks_in_image
 from detectron2.modeling import META_ARCH_REGISTRY, build_anchor_generator, build_model
 from detectron2.structures import Boxes, Instances, pairwise_iou
 from parity import mmdet_name
-from recipes import LETTERS
+from recipes import LETTERS, drop_paths
 
 from elsa_d2 import Trainer, load_config
 from elsa_d2.data.augmentation import OpenCVResizeShortestEdge
@@ -29,11 +29,11 @@ CONFIGS = Path(__file__).resolve().parents[2] / "configs/detectron2"
 
 
 def config_of(recipe):
-    letter = LETTERS[recipe.arch]
+    backbone = f"elsa_{'volo' if recipe.volo else 'swin'}_{LETTERS[recipe.arch]}"
     if recipe.method == "upernet":
-        return CONFIGS / f"ADE20K-SemanticSegmentation/upernet_elsa_swin_{letter}_160k.yaml"
+        return CONFIGS / f"ADE20K-SemanticSegmentation/upernet_{backbone}_160k.yaml"
     method = recipe.method.replace("-", "_")
-    name = f"{method}_elsa_swin_{letter}_fpn_{recipe.epochs // 12}x.yaml"
+    name = f"{method}_{backbone}_fpn_{recipe.epochs // 12}x.yaml"
     return CONFIGS / "COCO-InstanceSegmentation" / name
 
 
@@ -108,14 +108,13 @@ class Built:
 
     def facts(self):
         cfg, solver = self.cfg, self.cfg.SOLVER
-        blocks = [block for stage in self.backbone[0].layers for block in stage.blocks]
         sem_seg = self.recipe.method == "upernet"
         mapper = SemSegMapper if sem_seg else DetectionMapper
         self.steps = {type(a): a for a in mapper(cfg, True).augmentations.augs}
         self.test_steps = {type(a): a for a in mapper(cfg, False).augmentations.augs}
         facts = {
             "colours": (cfg.INPUT.FORMAT, tuple(cfg.MODEL.PIXEL_MEAN), tuple(cfg.MODEL.PIXEL_STD)),
-            "drop paths": [block.drop_path.rate for block in blocks],
+            "drop paths": drop_paths(self.backbone[0]),
             "images on a GPU": solver.IMS_PER_BATCH // self.recipe.gpus,
             "mixed precision": solver.AMP.ENABLED,
             "clipping": solver.CLIP_GRADIENTS.CLIP_VALUE if solver.CLIP_GRADIENTS.ENABLED else None,
@@ -221,6 +220,7 @@ class Built:
                 head.aux_conv.out_channels,
                 head.aux_loss_weight,
             ),
+            "test padding": self.model.backbone.size_divisibility,
             "loss weight": head.loss_weight,
             "ignored label": head.ignore_value,
             "classes": head.num_classes,

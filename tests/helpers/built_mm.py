@@ -13,18 +13,21 @@ from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS, PARAM_SCHEDULERS, DefaultScope
 from mmengine.structures import InstanceData
 from mmseg.registry import TRANSFORMS as SEG_TRANSFORMS
-from recipes import LETTERS
+from recipes import LETTERS, drop_paths
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 
 
 def config_of(recipe):
+    family, letter = "elsa_volo" if recipe.volo else "elsa_swin", LETTERS[recipe.arch]
     if recipe.method == "upernet":
-        name = f"elsa-swin-{recipe.arch}-patch4-window7-in1k-pre_upernet_8xb2-160k_ade20k-512x512"
-        return CONFIGS / f"mmseg/elsa_swin/{name}.py"
+        arch = f"volo-{letter}" if recipe.volo else f"swin-{recipe.arch}-patch4-window7"
+        name = f"elsa-{arch}-in1k-pre_upernet_8xb2-160k_ade20k-512x512"
+        return CONFIGS / f"mmseg/{family}/{name}.py"
+    arch = f"volo-{letter}" if recipe.volo else f"swin-{letter}-p4-w7"
     head = "4conv1fc-giou_" if recipe.method.startswith("cascade") else ""
-    name = f"{recipe.method}_elsa-swin-{LETTERS[recipe.arch]}-p4-w7_fpn_{head}amp-ms-crop"
-    return CONFIGS / f"mmdet/elsa_swin/{name}-{recipe.epochs // 12}x_coco.py"
+    name = f"{recipe.method}_elsa-{arch}_fpn_{head}amp-ms-crop"
+    return CONFIGS / f"mmdet/{family}/{name}-{recipe.epochs // 12}x_coco.py"
 
 
 class Built:
@@ -106,7 +109,7 @@ class Built:
                 "RGB" if channel_order else "BGR",
                 *(_numbers(getattr(preprocessor, name)) for name in ("mean", "std")),
             ),
-            "drop paths": [b.drop_path.rate for s in self.model.backbone.layers for b in s.blocks],
+            "drop paths": drop_paths(self.model.backbone),
             "images on a GPU": loader.batch_size,
             "mixed precision": wrapper.type == "AmpOptimWrapper",
             "clipping": wrapper.get("clip_grad"),
@@ -228,6 +231,7 @@ class Built:
             "head": (head.channels, tuple(head.psp_modules.pool_scales), head.dropout.p),
             "norm": _one({part.norm_cfg.type for part in (head, aux)}),
             "auxiliary head": (aux.in_channels, aux.channels, aux.loss_decode.loss_weight),
+            "test padding": (self.preprocessor.test_cfg or {}).get("size_divisor", 0),
             "loss weight": head.loss_decode.loss_weight,
             "ignored label": _one({head.ignore_index, aux.ignore_index}),
             "classes": _one({head.num_classes, aux.num_classes}),

@@ -6,7 +6,7 @@ from examples.digits.dataset import SEGMENTATION_CLASSES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 CONFIGS = REPOSITORY / "configs/detectron2"
-LEAF = str(CONFIGS / "ADE20K-SemanticSegmentation/upernet_elsa_swin_{}_160k.yaml")
+LEAF = str(CONFIGS / "ADE20K-SemanticSegmentation/upernet_elsa_{}_160k.yaml")
 DIGITS = str(CONFIGS / "digits/upernet_elsa_swin_digits.yaml")
 NAMES = ["digits_sem_seg_training", "digits_sem_seg_validation"]
 TINY = {

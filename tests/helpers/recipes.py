@@ -1,5 +1,7 @@
 """The published training recipes (arXiv 2112.12786 and the original's configs), as one table.
 
+Those of ELSA-VOLO, of which none is published, are ELSA-Swin's with VOLO's rates of drop path.
+
 The built objects of both frameworks are compared with what `Recipe.facts` makes of it.
 """
 
@@ -12,8 +14,16 @@ from dataclasses import dataclass
 from math import ceil
 from typing import Any
 
-DEPTHS = {"tiny": (2, 2, 6, 2), "small": (2, 2, 18, 2)}
-LETTERS = {"tiny": "t", "small": "s"}
+from elsa_core.blocks import Block
+
+DEPTHS = {
+    "tiny": (2, 2, 6, 2),
+    "small": (2, 2, 18, 2),
+    "volo_d1": (4, 4, 8, 2),
+    "volo_d2": (6, 4, 10, 4),
+    "volo_d3": (8, 8, 16, 4),
+}
+LETTERS = {"tiny": "t", "small": "s", "volo_d1": "d1", "volo_d2": "d2", "volo_d3": "d3"}
 COCO_IMAGES = 117_266  # training images with objects
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
 
@@ -29,7 +39,6 @@ class Recipe:
     lr: float = 1e-4
     weight_decay: float = 0.05
     betas: tuple[float, float] = (0.9, 0.999)
-    undecayed: str = "norm"  # in names of the backbone's parameters
     batch: int = 16
     gpus: int = 8
     warmup: int = 500
@@ -43,6 +52,10 @@ class Recipe:
         return f"{self.method}-{LETTERS[self.arch]}-{schedule}"
 
     @property
+    def volo(self) -> bool:
+        return self.arch.startswith("volo")
+
+    @property
     def iterations(self) -> int:
         """In whole epochs, whose last batch may be smaller."""
         return self.epochs * ceil(COCO_IMAGES / self.batch) if self.epochs else 160_000
@@ -50,8 +63,10 @@ class Recipe:
     @property
     def drop_paths(self) -> list[float]:
         """Of each block, in order."""
-        blocks = sum(DEPTHS[self.arch])
-        return [self.drop_path * block / (blocks - 1) for block in range(blocks)]
+        first, *others = DEPTHS[self.arch]
+        last = first + sum(others) - 1
+        spared = first if self.volo else 0  # the blocks of VOLO's first stage
+        return [self.drop_path * block / last * (block >= spared) for block in range(last + 1)]
 
     def rate(self, iteration: int) -> float:
         """The learning rate of an iteration."""
@@ -70,7 +85,9 @@ class Recipe:
 
     def facts(self) -> dict[str, Any]:
         """What the recipe says about model and data, under the names that the tests use."""
-        return common_facts(self) | (upernet_facts() if self.method == "upernet" else rcnn(self))
+        return common_facts(self) | (
+            upernet_facts(self) if self.method == "upernet" else rcnn(self)
+        )
 
 
 def common_facts(recipe: Recipe) -> dict[str, Any]:
@@ -160,7 +177,7 @@ def first_weights(method: str, name: str, shape: Sequence[int]) -> tuple[str, fl
     return "normal", math.sqrt(2 / (math.prod(shape) // shape[1]))
 
 
-def upernet_facts() -> dict[str, Any]:
+def upernet_facts(recipe: Recipe) -> dict[str, Any]:
     scales = (0.5, 0.75, 1.0, 1.25, 1.5, 1.75)
     return {
         "crop": ((512, 512), 0.75),
@@ -174,7 +191,9 @@ def upernet_facts() -> dict[str, Any]:
         "colours distorted": True,
         "head": (512, (1, 2, 3, 6), 0.1),
         "norm": "SyncBN",
-        "auxiliary head": (384, 256, 0.4),
+        "auxiliary head": (512 if recipe.arch in ("volo_d2", "volo_d3") else 384, 256, 0.4),
+        # ELSA-VOLO's maps cover images padded to multiples of 32 pixels.
+        "test padding": 32 if recipe.volo else 0,
         "loss weight": 1.0,
         "ignored label": 255,
         "classes": 150,
@@ -187,11 +206,11 @@ def _detector(method: str, arch: str, epochs: int, drop_path: float) -> Recipe:
     return Recipe(method, arch, drop_path, epochs)
 
 
-def upernet(arch: str, **changes: int) -> Recipe:
+def upernet(arch: str, drop_path: float = 0.3, **changes: int) -> Recipe:
     return Recipe(
         "upernet",
         arch,
-        drop_path=0.3,
+        drop_path,
         lr=6e-5,
         weight_decay=0.01,
         warmup=1500,
@@ -212,6 +231,10 @@ RECIPES = [
     _detector("cascade-mask-rcnn", "small", 36, 0.75),
     upernet("tiny"),
     upernet("small"),
+    _detector("mask-rcnn", "volo_d1", 36, 0.1),
+    upernet("volo_d1", 0.1),
+    upernet("volo_d2", 0.2),
+    upernet("volo_d3", 0.5),
 ]
 
 
@@ -229,6 +252,11 @@ def equal(left: Any, right: Any) -> bool:
     if isinstance(right, float) and not isinstance(left, (str, type(None))):
         return math.isclose(left, right, rel_tol=1e-6, abs_tol=1e-12)
     return left == right
+
+
+def drop_paths(backbone: Any) -> list[float]:
+    """Of each block, in order."""
+    return [block.drop_path.rate for block in backbone.modules() if isinstance(block, Block)]
 
 
 def groups_by_name(model: Any, optimizer: Any) -> dict[str, dict[str, Any]]:

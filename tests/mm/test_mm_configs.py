@@ -20,7 +20,7 @@ from examples.digits.dataset import CLASSES, PALETTE, SEGMENTATION_CLASSES, SEGM
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 LEAVES = sorted(path for path in CONFIGS.glob("mm*/*/*.py") if "_base_" not in path.parts)
-PUBLISHED = [path for path in LEAVES if path.parent.name == "elsa_swin"]
+PUBLISHED = [path for path in LEAVES if path.parent.name in ("elsa_swin", "elsa_volo")]
 DETECTOR = CONFIGS / "mmdet/digits/mask-rcnn_elsa-swin_fpn_digits.py"
 VOLO_DETECTOR = CONFIGS / "mmdet/digits/mask-rcnn_elsa-volo_fpn_digits.py"
 SEGMENTOR = CONFIGS / "mmseg/digits/elsa-swin_upernet_digits.py"

@@ -13,8 +13,11 @@ pytest.importorskip("mmdet")
 import built_d2
 import built_mm
 
+from elsa_core import VOLO_VARIANTS
+
 FRAMEWORKS = {"detectron2": built_d2.Built, "openmmlab": built_mm.Built}
 each = pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.name)
+SWIN, VOLO = ([r for r in RECIPES if r.volo == volo] for volo in (False, True))
 # MMEngine multiplies the rate of the last iteration by a factor, 160,000 times.
 TOLERANCE = {"detectron2": 1e-12, "openmmlab": 1e-9}
 both = pytest.mark.parametrize("framework", FRAMEWORKS)
@@ -71,11 +74,21 @@ def test_boxes_are_pooled_in_float32(framework, method, dtype, tolerance):
 
 
 @both
-@each
+@pytest.mark.parametrize("recipe", SWIN, ids=lambda recipe: recipe.name)
 def test_maps_of_any_size_are_shifted(framework, recipe):
     backbone, _ = built(framework, recipe).backbone
     assert [block.attn.shift for block in backbone.layers[-1].blocks] == [0, 3]
     assert all(block.attn.always_shift for block in backbone.layers[-1].blocks)
+
+
+@both
+@pytest.mark.parametrize("recipe", VOLO, ids=lambda recipe: recipe.name)
+def test_volo_has_a_pyramid_and_keeps_its_batch_norms(framework, recipe):
+    backbone, _ = built(framework, recipe).backbone
+    assert backbone.arch == VOLO_VARIANTS[recipe.arch]
+    assert backbone.pyramid and backbone.norm_eval
+    assert backbone.img_size == 224 and backbone.out_indices == (0, 1, 2, 3)
+    assert not backbone.train().patch_embed.conv[1].training
 
 
 @both
@@ -88,13 +101,21 @@ def test_optimizer(framework, recipe):
     assert {group["lr"] for group in groups.values()} == {recipe.lr}
     decays = {name: group["weight_decay"] for name, group in groups.items()}
     backbone, prefix = objects.backbone
-    spared = {prefix + name for name, _ in backbone.named_parameters() if recipe.undecayed in name}
+    spared = {
+        f"{prefix}{name}.{part}"
+        for name, module in backbone.named_modules()
+        if isinstance(module, torch.nn.LayerNorm | torch.nn.BatchNorm2d)
+        for part in ("weight", "bias")
+    }
+    spared |= {f"{prefix}pos_embed"} if recipe.volo else set()
     assert decays == {
         name: 0.0 if name in spared else recipe.weight_decay
         for name, _ in objects.model.named_parameters()
     }
     assert len(spared) > 2 * 2 * len(recipe.drop_paths)  # two norms a block, and others
-    assert {name.split(".")[-1] for name in decays.keys() - spared} >= {"rb", "ghost_head"}
+    assert {name.split(".")[-1] for name in decays.keys() - spared} >= (
+        {"ghost_head"} if recipe.volo else {"rb", "ghost_head"}
+    )
 
 
 @both
