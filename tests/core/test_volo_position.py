@@ -62,6 +62,17 @@ def test_gradients_are_never_of_a_kept_tensor(calls):
     assert len(calls) == 3
 
 
+def test_dropout_follows_in_training():
+    model = build(ELSAVolo, drop_rate=0.5)
+    inputs = []
+    model.network[2].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    image = torch.randn(1, 3, 48, 80)
+    model(image)
+    assert 0.3 < (inputs[0] == 0).float().mean() < 0.7
+    model.eval()(image)
+    assert not (inputs[1] == 0).any()
+
+
 def optimizer_step(model):
     model.pos_embed.grad = torch.ones_like(model.pos_embed)
     torch.optim.SGD([model.pos_embed], lr=1.0).step()
