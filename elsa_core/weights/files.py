@@ -89,6 +89,7 @@ def load_backbone(backbone: StagedBackbone, path: str | os.PathLike) -> Conversi
             nothing is loaded.
     """
     source = read_source(path)
+    _warn_of_heads(backbone, source)
     names = backbone.state_dict()
     with naming(path):
         conversion = convert(source, "backbone", keep=_kept_parts(backbone, names))
@@ -130,6 +131,7 @@ def checkpoint_for(
     checkpoint = read_checkpoint(path) if content is None else content
     with naming(path):
         source = recognise(checkpoint)
+    _warn_of_heads(backbone, source)
     if target := _whole_model(names, prefix, source, to):
         if target != source.family or source.kind == CLASSIFIER:
             with naming(path):
@@ -171,7 +173,6 @@ def _used(
     volo = conversion.source.backbone
     if not isinstance(backbone, ELSAVolo) or not isinstance(volo, Volo):
         return tensors
-    _warn_of_heads(backbone, volo)
     reasons = {}
     for name, tensor in tensors.items():
         top, wanted = name.split(".")[0], names.get(name)
@@ -190,10 +191,13 @@ def _used(
     return tensors
 
 
-def _warn_of_heads(backbone: ELSAVolo, volo: Volo) -> None:
+def _warn_of_heads(backbone: StagedBackbone, source: Source) -> None:
     """Log where the heads of a model are not those that the sizes of its checkpoint stand for."""
+    volo = source.backbone
+    if not isinstance(backbone, ELSAVolo) or not isinstance(volo, Volo) or volo.unknown_heads:
+        return
     ours, theirs = tuple(backbone.arch.num_heads), tuple(volo.arch.num_heads)
-    if not volo.unknown_heads and ours != theirs:
+    if backbone.arch.embed_dims == volo.arch.embed_dims and ours != theirs:
         logger.warning(
             f"the model has {ours} heads, and VOLO of these sizes {theirs}: the results depend on "
             "them, and the tensors of a checkpoint do not tell"

@@ -25,7 +25,7 @@ from .source import (
     OTHER,
     Source,
 )
-from .swin import recognise_swin
+from .swin import is_warm_start, recognise_swin, recognise_warm_start
 from .unpickle import Array
 from .volo import CLASS_PARTS, tops_of
 from .volo_start import is_volo, recognise_volo
@@ -133,6 +133,8 @@ def _recognise(tensors: dict[str, Tensor]) -> Source:
     tensors, prefix, outside = _without_prefix(tensors)
     if is_volo(tensors):
         source = recognise_volo(tensors)
+    elif is_warm_start(tensors):
+        source = recognise_warm_start(tensors)
     elif any(".attn.pre_proj." in name for name in tensors):
         source = _elsa(tensors)
     elif any(".attn.qkv." in name or ".attn.w_msa.qkv." in name for name in tensors):

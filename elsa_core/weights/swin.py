@@ -9,14 +9,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Collection
+from math import isqrt
 
 import torch
 from torch import Tensor
 
-from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.variants import VARIANTS, Arch
 
-from .source import CLASSIFIER, SWIN, Source
+from .source import BACKBONE, CLASSIFIER, SWIN, Source
+from .tables import count_indices, shape_of
 
 _MM_NAMES = (
     (r"patch_embed\.projection\.", "patch_embed.proj."),
@@ -65,6 +68,40 @@ def recognise_swin(tensors: dict[str, Tensor]) -> Source:
         else:
             dropped.append((old, _reason(name)))
     return Source(SWIN, CLASSIFIER, arch, taken, dropped)
+
+
+def is_warm_start(names: Collection[str]) -> bool:
+    """Whether these are what `convert` makes of a Swin: an ELSA-Swin without ELSA's layers."""
+    attention = {name.split(".attn.")[1].split(".")[0] for name in names if ".attn." in name}
+    return attention == {"pre_proj", "post_proj", "rb"}
+
+
+def recognise_warm_start(tensors: dict[str, Tensor]) -> Source:
+    """Return a `Source` of what `convert` has made of a Swin, as of the Swin itself.
+
+    The heads of all stages but the last are not in its tensors: those of a variant of the same
+    sizes, or 1, which no result depends on.
+    """
+    named = {name.removeprefix("backbone."): (name, t) for name, t in tensors.items()}
+    given = {name: tensor for name, (_, tensor) in named.items()}
+    dim = shape_of(given, "patch_embed.proj.weight", 4)[0]
+    stages = count_indices(given, "layers.")
+    depths = tuple(count_indices(given, f"layers.{stage}.blocks.") for stage in range(stages))
+    heads, span = shape_of(given, f"layers.{stages - 1}.blocks.0.attn.rb", 2)
+    sizes = (dim, depths, heads)
+    same = [v for v in VARIANTS.values() if (v.embed_dim, v.depths, v.num_heads[-1]) == sizes]
+    known = same[0] if same else None
+    try:
+        arch = Arch(
+            dim,
+            depths,
+            known.num_heads if known else (*[1] * (stages - 1), heads),
+            group_width=known.group_width if known else 8,
+            window_size=(isqrt(span) + 1) // 2,
+        )
+    except ValueError as error:
+        raise UsageError(f"it looks like a warm start from Swin, but {one_line(error)}") from error
+    return Source(SWIN, BACKBONE, arch, named)
 
 
 def _our_name(name: str, mm: bool) -> str:

@@ -163,8 +163,12 @@ def test_pretrained_detector_of_detectron2_and_safetensors(tmp_path):
     assert all(torch.equal(t, first[f"backbone.{n}"]) for n, t in backbone.state_dict().items())
 
 
-def test_warm_start_from_swin(tmp_path):
+@pytest.mark.parametrize("converted", [False, True], ids=["itself", "converted"])
+def test_warm_start_from_swin(tmp_path, converted):
     path = save(tmp_path, {"model": swin()})
+    if converted:
+        convert_file(path, tmp_path / "warm.pth", "backbone")
+        path = tmp_path / "warm.pth"
     arch = dict(embed_dim=24, depths=[1, 1, 2, 1], num_heads=[1, 2, 3, 4], group_width=4)
     backbone = pretrained(path, arch)
     before = backbone.layers[0].blocks[0].attn.ghost_head.clone()
