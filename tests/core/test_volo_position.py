@@ -65,7 +65,7 @@ def test_gradients_are_never_of_a_kept_tensor(calls):
 def test_dropout_follows_in_training():
     model = build(ELSAVolo, drop_rate=0.5)
     inputs = []
-    model.network[2].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    model.network[2][0].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     image = torch.randn(1, 3, 48, 80)
     model(image)
     assert 0.3 < (inputs[0] == 0).float().mean() < 0.7
