@@ -41,10 +41,11 @@ _NAMED = re.compile(r"model_(\d{7,}|final)\.pth")
 class AtomicCheckpointer(DetectionCheckpointer):
     """Detectron2's checkpointer, which writes each file completely or not at all.
 
-    A model with an ELSA-Swin also loads every file that `elsa_core.weights` can convert: original
-    checkpoints, OpenMMLab's, safetensors. A partial match is loaded, and the log says how much
-    matches. `load` raises UsageError for a file in which no parameter matches the model by name and
-    shape, or less than a tenth of the weights of ELSA-Swin's attention.
+    A model with an ELSA-Swin or ELSA-VOLO also loads every file that `elsa_core.weights` can
+    convert: original checkpoints, OpenMMLab's, VOLO's public weights, safetensors. A partial match
+    is loaded, and the log says how much matches. `load` raises UsageError for a file in which no
+    parameter matches the model by name and shape, or less than a tenth of the weights of the
+    backbone's attention.
 
     ``save_dir`` is a folder of a local file system. `save` raises UsageError if it cannot be
     written, and for a model with NaN or infinite parameters.
