@@ -70,7 +70,7 @@ def _check_use(model: dict, backbone: dict) -> None:
             "ones, True only for one that was trained so"
         )
     tokens = name == "ELSAVoloTokens"
-    head = str((model.get("head") or {}).get("type"))
+    head = str((model.get("head") or {}).get("type", "no head"))
     if tokens != head.endswith("VoloHead") and (tokens or is_classifier):
         raise UsageError(
             "the backbone ELSAVoloTokens and the head elsa_mm.volo_head.VoloHead need each other, "
