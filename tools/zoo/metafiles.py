@@ -48,6 +48,10 @@ class Model:
     sha256: str | None
 
     @property
+    def is_volo(self) -> bool:
+        return self.backbone.startswith("ELSA-VOLO")
+
+    @property
     def framework(self) -> str:
         """ "mmdet", "mmpretrain" or "mmseg"."""
         return Path(self.config).parts[1]
@@ -108,7 +112,7 @@ def _model(entry: dict[str, Any], collection: dict[str, Any], where: str) -> Mod
     return Model(
         name=name,
         backbone=metadata["Backbone"],
-        method=entry["In Collection"].removeprefix("ELSA-Swin "),
+        method=re.sub(r"^ELSA-\w+ ", "", entry["In Collection"]),
         dataset=metadata["Training Data"],
         schedule=f"{epochs} epochs" if epochs else f"{metadata['Iterations'] // 1000}k iterations",
         gpus=int(resources[1]),
