@@ -191,13 +191,10 @@ def mmpretrain(num_classes=10):
     pytest.importorskip("mmpretrain")
     from elsa_mm.volo_head import VoloHead
 
-    return MODELS.build(
-        dict(
-            type="mmpretrain.ImageClassifier",
-            backbone=dict(type="ELSAVoloTokens", arch=ARCH, img_size=112),
-            head=dict(type=VoloHead, num_classes=num_classes, in_channels=40),
-        )
-    )
+    backbone = dict(type="ELSAVoloTokens", arch=ARCH, img_size=112)
+    head = dict(type=VoloHead, num_classes=num_classes, in_channels=40)
+    with DefaultScope.overwrite_default_scope("mmpretrain"):
+        return MODELS.build(dict(type="ImageClassifier", backbone=backbone, head=head))
 
 
 def test_classifiers_of_mmpretrain(tmp_path):
