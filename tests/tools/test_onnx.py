@@ -11,7 +11,7 @@ import onnxruntime
 import pytest
 import torch
 import volo_weights
-from digit_models import DET, SEG
+from digit_models import CONFIGS, DET, SEG, untrained
 from weights_models import TINY, save
 
 from elsa_core import ELSASwin, ELSAVolo
@@ -177,6 +177,15 @@ def test_upernet_is_the_same(framework, tmp_path):
     assert np.abs(logits - wanted.numpy()).max() <= TOLERANCE * wanted.abs().max()
     props = {prop.key: prop.value for prop in onnx.load(path).metadata_props}
     assert Record.from_json(props[KEY]) == record
+
+
+@pytest.mark.slow
+def test_a_detector_with_elsa_volo_is_the_same(tmp_path):
+    inferencer = untrained(str(CONFIGS / "mmdet/digits/mask-rcnn_elsa-volo_fpn_digits.py"))
+    record, path = record_of(inferencer), str(tmp_path / "detector.onnx")
+    found, _ = write_model(wrap(inferencer), record, path, inferencer=inferencer)
+    assert all(check.same and check.numbers["detections"] > 0 for check in found)
+    assert {check.what for check in found} > {"a drawn image"}
 
 
 def test_a_detector_gives_its_backbone():
