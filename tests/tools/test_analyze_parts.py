@@ -44,6 +44,16 @@ PUBLISHED = {
         "ade20k-512x512.py",
         (60_794_486, 947),
     ),
+    "mask_rcnn with ELSA-VOLO": (
+        "detectron2/COCO-InstanceSegmentation/mask_rcnn_elsa_volo_d1_fpn_3x.yaml",
+        "mmdet/elsa_volo/mask-rcnn_elsa-volo-d1_fpn_amp-ms-crop-3x_coco.py",
+        (43_196_520, 478),
+    ),
+    "upernet with ELSA-VOLO": (
+        "detectron2/ADE20K-SemanticSegmentation/upernet_elsa_volo_d1_160k.yaml",
+        "mmseg/elsa_volo/elsa-volo-d1-in1k-pre_upernet_8xb2-160k_ade20k-512x512.py",
+        (52_886_180, 1162),
+    ),
 }
 
 
