@@ -71,6 +71,7 @@ class StoppableCheckpointHook(CheckpointHook):
         self.lock: TrainingLock | None = None
         self.saved = 0  # iterations in the last checkpoint
         self.good: str | None = None  # path of the last checkpoint
+        self.progress: dict[str, int] | None = None  # of the training, while it is saved
 
     def before_train(self, runner: Any) -> None:
         super().before_train(runner)
@@ -208,6 +209,7 @@ class StoppableCheckpointHook(CheckpointHook):
             old, kept = kept[: -self.max_keep_ckpts], kept[-self.max_keep_ckpts :]
             self.keep_ckpt_ids = deque(kept, self.max_keep_ckpts)
             runner.message_hub.update_info("keep_ckpt_ids", kept)
+        before, self.progress = self.progress, self.progress or _progress(meta)
         with _ending_together(runner, path, self.good):
             self.last_ckpt = path
             runner.message_hub.update_info("last_ckpt", path)
@@ -217,7 +219,7 @@ class StoppableCheckpointHook(CheckpointHook):
                 self.file_client_args,
                 save_optimizer=self.save_optimizer,
                 save_param_scheduler=self.save_param_scheduler,
-                meta=meta,
+                meta=dict(meta),
                 by_epoch=self.by_epoch,
                 backend_args=self.backend_args,
                 **self.args,
@@ -226,7 +228,13 @@ class StoppableCheckpointHook(CheckpointHook):
                 with replacing(os.path.join(runner.work_dir, "last_checkpoint")) as file:
                     file.write(path.encode())
                 self._remove(old)
-        self.good, self.saved = path, meta["iter"]
+        self.good, self.saved = path, self.progress["iter"]
+        self.progress = before
+
+    def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
+        """Corrects the progress: MMEngine's FlexibleRunner adds one after a validation, too."""
+        if self.progress is not None:
+            checkpoint["meta"].update(self.progress)
 
     def _remove(self, steps: list[int]) -> None:
         for step in steps:
@@ -239,8 +247,10 @@ class StoppableCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
         if self.watch.bad or not self.save_best:
             return
+        self.progress = {"epoch": runner.epoch, "iter": runner.iter}
         with _ending_together(runner, "of the best result", self.good):
             super()._save_best_checkpoint(runner, metrics)
+        self.progress = None
 
 
 @contextmanager
@@ -277,6 +287,10 @@ def _spoilt(runner: Any) -> str:
     """Name of the first parameter or buffer, averaged ones included, with NaN or infinity."""
     averaged = [hook.ema_model for hook in runner.hooks if hasattr(hook, "ema_model")]
     return next(filter(None, map(first_nonfinite, [runner.model, *averaged])), "")
+
+
+def _progress(meta: dict) -> dict[str, int]:
+    return {name: meta[name] for name in ("epoch", "iter")}
 
 
 def _counts_epochs(runner: Any) -> bool:

@@ -306,3 +306,13 @@ def test_data_of_other_class_folders(refusal, folders, tmp_path):
     assert refusal("train", DIGITS, *as_arguments(of(tmp_path / "empty"))) == (
         "the train data set is empty: no image, or none with objects of the classes"
     )
+
+
+@pytest.mark.slow
+def test_progress_in_checkpoints_of_the_flexible_runner(folders):
+    """MMEngine's adds an iteration to those that are saved after a validation."""
+    options = of(folders) | {"train_cfg.max_iters": 2, "runner_type": "FlexibleRunner"}
+    options["strategy.type"] = "SingleDeviceStrategy"
+    run("train", DIGITS, "--work-dir", "runs", **options)
+    best = torch.load("runs/best_accuracy_top1_iter_2.pth", weights_only=False)
+    assert last_state()["meta"]["iter"] == best["meta"]["iter"] == 2
