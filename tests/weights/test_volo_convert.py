@@ -173,6 +173,20 @@ def test_outputs_of_another_form_stay_new(tmp_path):
     assert dropped == {f"norm{i}.{leaf}" for i in range(4) for leaf in ("weight", "bias")}
 
 
+def test_the_form_of_fewer_outputs_is_told_by_their_norms(tmp_path):
+    states = {
+        pyramid: ELSAVolo(SMALL, img_size=112, pyramid=pyramid, out_indices=(1, 2, 3)).state_dict()
+        for pyramid in (False, True)
+    }
+    for pyramid, state in states.items():
+        state["norm2.bias"].fill_(7)
+        path = save(tmp_path, state)
+        for other in (False, True):
+            model = ELSAVolo(SMALL, img_size=112, pyramid=other)
+            load_backbone(model, path)
+            assert bool((model.norm2.bias == 7).all()) == (pyramid == other)
+
+
 def test_position_embeddings_are_resized_in_models_only(tmp_path):
     path = save(tmp_path, classifier(grid=9))
     assert tensors(classifier(grid=9), "mmpretrain")["backbone.pos_embed"].shape[1] == 9
