@@ -269,6 +269,23 @@ def test_without_class_token_patches_are_the_backbones_last_map():
     torch.testing.assert_close(token, expected.mean((2, 3)))
 
 
+@pytest.mark.parametrize("std", [0.02, 0.1])
+def test_initialisation(std):
+    arch = {**ARCH, "embed_dims": (48, 96)}
+    model = make(arch=arch, init_std=std, num_classes=40)
+    layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
+    assert {model.head, model.aux_head, model.post_network[1].attn.q} < set(layers)
+    for layer in layers:
+        assert layer.weight.std().item() == pytest.approx(std, rel=0.1)
+        assert layer.bias is None or not layer.bias.any()
+    assert model.cls_token.std().item() == pytest.approx(0.02, rel=0.3)
+
+
+def test_no_token_is_mixed_without_an_aux_head():
+    model = make(aux_head=False)
+    assert not model.mix_token and make().mix_token and not make(mix_token=False).mix_token
+
+
 def test_a_position_of_another_grid_is_resized_at_load(caplog):
     state = make(img_size=96).state_dict()
     model = make(img_size=64)
