@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from elsa_core import ELSASwin, ELSAVolo
+from elsa_core.layers import pad_to_multiple
 from elsa_core.runtime.errors import UsageError
 from elsa_tools.predict.inferencer import Inferencer
 
@@ -69,6 +70,7 @@ class Backbone(Exportable):
     """
 
     task = "features"
+    divisor = 1  # normalised images are padded with zeros to multiples of it
     mean: Tensor
     std: Tensor
 
@@ -91,6 +93,8 @@ class Backbone(Exportable):
 
     def features(self, image: Tensor) -> tuple[Tensor, ...]:
         image = image if self.normalised else (image - self.mean) / self.std
+        if self.divisor > 1:
+            image = pad_to_multiple(image, self.divisor, first=2)
         return family_of(self.backbone).forward(self.backbone, image)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
@@ -112,6 +116,10 @@ class Segmentor(Backbone):
         self.names = ("logits",)
         self.detectron2 = inferencer.framework == "detectron2"
         self.head: Any = model.sem_seg_head if self.detectron2 else model.decode_head
+        if self.detectron2:
+            self.divisor = max(model.backbone.size_divisibility, 1)
+        else:
+            self.divisor = (model.data_preprocessor.test_cfg or {}).get("size_divisor", 1)
 
     def forward(self, image: Tensor) -> tuple[Tensor, ...]:
         features = self.features(image)
@@ -120,8 +128,12 @@ class Segmentor(Backbone):
             logits = self.head.logits(dict(zip(backbone._out_features, features, strict=True)))
         else:
             logits = self.head(features)
-        size = image.shape[-2:]
-        return (F.interpolate(logits, size, mode="bilinear", align_corners=False),)
+        height, width = image.shape[-2:]
+        padded = [
+            (side + self.divisor - 1) // self.divisor * self.divisor for side in (height, width)
+        ]
+        logits = F.interpolate(logits, padded, mode="bilinear", align_corners=False)
+        return (logits[..., :height, :width] if self.divisor > 1 else logits,)
 
 
 def round_weights(module: nn.Module) -> None:

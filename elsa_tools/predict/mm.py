@@ -157,10 +157,13 @@ class OpenMMLabInferencer(Inferencer):
                 raise UsageError(
                     f"an exported segmentor must have model.test_cfg.mode='whole', got {mode!r}"
                 )
-            if padding := self.model.data_preprocessor.test_cfg:
+            preprocessor = self.model.data_preprocessor
+            padding = dict(preprocessor.test_cfg or {})
+            if padding.keys() - {"size_divisor"} or (padding and preprocessor.pad_val):
                 raise UsageError(
-                    "an exported segmentor must not pad test images "
-                    f"(model.data_preprocessor.test_cfg), got {shown(dict(padding))}"
+                    "an exported segmentor must not pad test images but with 0 to a size_divisor "
+                    f"(model.data_preprocessor.test_cfg), got {shown(padding)} and "
+                    f"pad_val={preprocessor.pad_val}"
                 )
         return found
 

@@ -179,6 +179,24 @@ def test_upernet_is_the_same(framework, tmp_path):
     assert Record.from_json(props[KEY]) == record
 
 
+def test_a_segmentor_pads_as_its_framework_does():
+    """As the UPerNets with ELSA-VOLO do, whose backbone has maps of the padded image."""
+    from mmseg.structures import SegDataSample
+
+    padding = "model.data_preprocessor.test_cfg.size_divisor=32"
+    inferencer = load_inferencer(SEG["mmseg"], None, device="cpu", options=[padding])
+    randomised(inferencer.model)
+    image = torch.randint(0, 256, (1, 3, 75, 110)).float()
+    sample = SegDataSample(metainfo=dict(ori_shape=(75, 110), img_shape=(75, 110)))
+    data = {"inputs": [image[0].flip(0).byte()], "data_samples": [sample]}
+    with torch.no_grad():
+        (logits,) = wrap(inferencer)(image)
+        (found,) = inferencer.model.test_step(data)
+    wanted = found.seg_logits.data[None]
+    assert logits.shape == wanted.shape == (1, 11, 75, 110)
+    assert (logits - wanted).abs().max() <= TOLERANCE * wanted.abs().max()
+
+
 @pytest.mark.slow
 def test_a_detector_with_elsa_volo_is_the_same(tmp_path):
     inferencer = untrained(str(CONFIGS / "mmdet/digits/mask-rcnn_elsa-volo_fpn_digits.py"))

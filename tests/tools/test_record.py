@@ -130,7 +130,7 @@ STEP = "test_dataloader.dataset.pipeline.1"
         ({f"{STEP}.type": "Pad"}, "LoadAnnotations and PackSegInputs, got Pad"),
         ({"test_dataloader.dataset.pipeline.0.to_float32": True}, "to_float32=False, got True"),
         ({"model.test_cfg.mode": "slide"}, "must have model.test_cfg.mode='whole', got 'slide'"),
-        ({"model.data_preprocessor.test_cfg": {"size_divisor": 32}}, "must not pad test images"),
+        ({"model.data_preprocessor.test_cfg": {"size": [64, 64]}}, "must not pad test images"),
     ],
     ids=str,
 )
