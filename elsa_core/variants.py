@@ -28,10 +28,10 @@ def _positive_integers(name: str, values: Any, length: int | None = None) -> tup
         or length not in (None, len(values))
     ):
         items, per_stage = (
-            ("integers", ", one per stage,") if length is None else (f"{length} integers", "")
+            ("integers", ", one per stage") if length is None else (f"{length} integers", "")
         )
         raise ValueError(
-            f"{name} must be a list of {items} of at least 1{per_stage} got {name}={values!r}"
+            f"{name} must be a list of {items} of at least 1{per_stage}, got {name}={values!r}"
         )
     return tuple(values)
 

@@ -29,7 +29,9 @@ COMMANDS = {
         "elsa_tools.predict.cli", "shows what a trained model finds in images", ("numpy",)
     ),
     "data": Command("elsa_tools.data.cli", "checks, links and derives data sets"),
-    "export": Command("elsa_tools.export.cli", "exports a model to ONNX", ("numpy",)),
+    "export": Command(
+        "elsa_tools.export.cli", "exports a model to ONNX, PyTorch or OpenVINO", ("numpy",)
+    ),
     "analyze": Command("elsa_tools.inspect.cli", "counts a model's parts and draws its attention"),
 }
 DETAILS = "\n".join(
@@ -50,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ImportError as error:
         print(f"elsa: {error}", file=sys.stderr)
         return 2
-    parser = command_parser("elsa", "ELSA-Swin for Detectron2 and OpenMMLab.", DETAILS)
+    parser = command_parser(
+        "elsa", "ELSA-Swin and ELSA-VOLO for Detectron2 and OpenMMLab.", DETAILS
+    )
     parser.add_argument("--version", action="version", version=f"elsa-swin {__version__}")
     parser.add_argument("command", metavar="COMMAND", help="one of those below")
     parser.add_argument("arguments", metavar="...", nargs=argparse.REMAINDER, help="its arguments")

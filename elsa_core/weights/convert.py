@@ -32,7 +32,7 @@ TARGETS: dict[str, tuple[str, ...]] = {
     "original": (*MODELS, CLASSIFIER, BACKBONE),
 }
 _NO_ORIGINAL = "; no original release of ELSA-VOLO exists, only its classifier has VOLO's names"
-_NEW_NORM = "a new output norm, which a classifier does not have: 1 and 0"
+_NEW_NORM = "a new output norm of weight 1 and bias 0, which a classifier does not have"
 _NEW_UPSAMPLE = "a pyramid's, which a classifier does not have"
 _NEW_ATTENTION = "ELSA's attention, which VOLO does not have"
 _SEEDED = "their last rows are VOLO's projection to the value, those of query and key before them "

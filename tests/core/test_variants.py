@@ -101,7 +101,7 @@ def test_volo_from_spec():
         (None, "arch must be a variant's name or a dict, got arch=None"),
         ({"depths": [1, 1, 1, 1]}, "needs depths, embed_dims, num_heads, missing embed_dims, num"),
         ({**VOLO, "window_size": 7}, "got window_size"),
-        ({**VOLO, "depths": [1, 2, 2]}, "depths must be a list of 4 integers of at least 1 got"),
+        ({**VOLO, "depths": [1, 2, 2]}, "depths must be a list of 4 integers of at least 1, got"),
         ({**VOLO, "depths": [1, 0, 2, 1]}, "got depths=[1, 0, 2, 1]"),
         ({**VOLO, "depths": 4}, "got depths=4"),
         ({**VOLO, "embed_dims": [16]}, "embed_dims must be a list of 2 integers of at least 1"),

@@ -1,3 +1,5 @@
+# A reconstruction: no official weights exist. The rate of drop path is VOLO's for ImageNet, a
+# decision.
 _base_ = [
     "../_base_/models/mask-rcnn_elsa-volo_fpn.py",
     "../_base_/datasets/coco_instance_ms-crop.py",

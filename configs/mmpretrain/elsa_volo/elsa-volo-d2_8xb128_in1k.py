@@ -1,3 +1,4 @@
+# A reconstruction: no official weights exist.
 _base_ = [
     "../_base_/models/elsa-volo_224.py",
     "../_base_/datasets/imagenet_bs128_elsa-volo_224.py",

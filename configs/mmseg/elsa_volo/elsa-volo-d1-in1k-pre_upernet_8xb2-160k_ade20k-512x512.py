@@ -1,3 +1,5 @@
+# A reconstruction: no official weights exist. The rate of drop path is VOLO's for ImageNet, a
+# decision.
 _base_ = [
     "../_base_/models/upernet_elsa-volo_ade20k.py",
     "../_base_/datasets/ade20k.py",
