@@ -145,12 +145,12 @@ class ELSAVolo(StagedBackbone):
         self.norm_eval = norm_eval
         self.strides = [4, 8, 16, 32] if pyramid else [8, 16, 16, 16]
         # The stage that each output is made of.
-        self._stage_of = (0, 0, 3, 3) if pyramid else (0, 1, 2, 3)
+        self.stage_of = (0, 0, 3, 3) if pyramid else (0, 1, 2, 3)
 
         self.patch_embed = ConvStem(in_chans, arch.stem_dim, dims[0])
         self.network = nn.ModuleList()
         last_block = max(sum(arch.depths) - 1, 1)
-        for stage in range(self._stage_of[self.out_indices[-1]] + 1):
+        for stage in range(self.stage_of[self.out_indices[-1]] + 1):
             first_block = sum(arch.depths[:stage])
             drop_path = drop_path_rate if stage or local_drop_path else 0.0
             blocks = [
@@ -206,7 +206,7 @@ class ELSAVolo(StagedBackbone):
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         maps = self.stage_maps(x)[1:]
-        return tuple(self._output(index, maps[self._stage_of[index]]) for index in self.out_indices)
+        return tuple(self._output(index, maps[self.stage_of[index]]) for index in self.out_indices)
 
     def _output(self, index: int, x: Tensor) -> Tensor:
         """Return the output ``index`` [B, C_i, H_i, W_i] made of a stage's map [B, H, W, C]."""

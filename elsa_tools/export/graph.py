@@ -34,7 +34,7 @@ def backbone(module: Any, image: Value) -> list[Value]:
         for block in stage.blocks:
             x = residual_block(block, x, _window_attention)
         if index in module.out_indices:
-            out = _layer_norm(getattr(module, f"norm{index}"), x)
+            out = layer_norm(getattr(module, f"norm{index}"), x)
             outputs.append(op.Transpose(out, perm=[0, 3, 1, 2]))
         if index == module.out_indices[-1]:
             break
@@ -53,7 +53,7 @@ def elsa_attention(
     kernel_size: int,
 ) -> Value:
     """`elsa_core.elsa_attention`; the additive filters are a depthwise convolution."""
-    attention = op.Softmax(op.Reshape(logits, _ints(0, 0, 0, heads, kernel_size**2)), axis=-1)
+    attention = op.Softmax(op.Reshape(logits, ints(0, 0, 0, heads, kernel_size**2)), axis=-1)
     if ghost_mul is None:
         out = _by_rows(value, attention, heads, channels // heads, kernel_size)
     else:
@@ -62,7 +62,7 @@ def elsa_attention(
         return out
     local = op.Conv(
         op.Transpose(value, perm=[0, 3, 1, 2]),
-        op.Unsqueeze(ghost_add, _ints(1)),
+        op.Unsqueeze(ghost_add, ints(1)),
         group=channels,
         pads=[kernel_size // 2] * 4,
     )
@@ -77,35 +77,35 @@ def _by_rows(value: Value, attention: Value, heads: int, width: int, kernel: int
     """
     margin, run = kernel // 2, _RUN + kernel - 1
     columns = op.Shape(value, start=2, end=3)
-    runs = op.Div(op.Add(columns, _ints(_RUN - 1)), _ints(_RUN))
-    missing = op.Sub(op.Mul(runs, _ints(_RUN)), columns)
+    runs = op.Div(op.Add(columns, ints(_RUN - 1)), ints(_RUN))
+    missing = op.Sub(op.Mul(runs, ints(_RUN)), columns)
     border = op.Concat(
-        _ints(0, margin, margin, 0, 0, margin), op.Add(missing, _ints(margin)), _ints(0), axis=0
+        ints(0, margin, margin, 0, 0, margin), op.Add(missing, ints(margin)), ints(0), axis=0
     )
-    first = op.Mul(op.Range(_scalar(0), op.Squeeze(runs), _scalar(1)), _ints(_RUN))
-    seen = op.Add(op.Unsqueeze(first, _ints(1)), _constant(np.arange(run)))
+    first = op.Mul(op.Range(scalar(0), op.Squeeze(runs), scalar(1)), ints(_RUN))
+    seen = op.Add(op.Unsqueeze(first, ints(1)), constant(np.arange(run)))
     # [B, H + K - 1, runs, T + K - 1, C], then [B, G, H + K - 1, runs, T + K - 1, C/G].
     values = op.Gather(op.Pad(value, border), seen, axis=2)
-    values = op.Reshape(values, _ints(0, 0, 0, run, heads, width))
+    values = op.Reshape(values, ints(0, 0, 0, run, heads, width))
     values = op.Transpose(values, perm=[0, 4, 1, 2, 3, 5])
     # [B, H, runs * T, G, K*K], then [B, G, H, runs, K, T, K].
-    weights = op.Pad(attention, op.Concat(_ints(*[0] * 7), missing, _ints(0, 0), axis=0))
-    weights = op.Reshape(weights, _ints(0, 0, -1, _RUN, heads, kernel, kernel))
+    weights = op.Pad(attention, op.Concat(ints(*[0] * 7), missing, ints(0, 0), axis=0))
+    weights = op.Reshape(weights, ints(0, 0, -1, _RUN, heads, kernel, kernel))
     weights = op.Transpose(weights, perm=[0, 4, 1, 2, 5, 3, 6])
     out = None
     for row in range(kernel):
-        band = op.Slice(weights, _ints(row), _ints(row + 1), _ints(4))
+        band = op.Slice(weights, ints(row), ints(row + 1), ints(4))
         # Rows of one column more than the matrix has: read without it, each is one further right.
-        band = op.Pad(band, _ints(*[0] * 13, run + 1 - kernel))
-        band = op.Reshape(band, _ints(0, 0, 0, 0, _RUN * (run + 1)))
-        band = op.Slice(band, _ints(0), _ints(_RUN * run), _ints(4))
-        band = op.Reshape(band, _ints(0, 0, 0, 0, _RUN, run))
+        band = op.Pad(band, ints(*[0] * 13, run + 1 - kernel))
+        band = op.Reshape(band, ints(0, 0, 0, 0, _RUN * (run + 1)))
+        band = op.Slice(band, ints(0), ints(_RUN * run), ints(4))
+        band = op.Reshape(band, ints(0, 0, 0, 0, _RUN, run))
         # Counted from the far end, which needs no size.
-        window = op.Slice(values, _ints(row), _ints(row - 2 * margin or _END), _ints(2))
+        window = op.Slice(values, ints(row), ints(row - 2 * margin or _END), ints(2))
         term = op.MatMul(band, window)
         out = term if out is None else op.Add(out, term)
     out = op.Transpose(out, perm=[0, 2, 3, 4, 1, 5])
-    return op.Slice(op.Reshape(out, _ints(0, 0, -1, heads * width)), _ints(0), columns, _ints(2))
+    return op.Slice(op.Reshape(out, ints(0, 0, -1, heads * width)), ints(0), columns, ints(2))
 
 
 def _by_offsets(
@@ -114,21 +114,21 @@ def _by_offsets(
     """As `_by_rows`, offset by offset, with a factor [C, K, K] for each channel."""
     margin = kernel // 2
     # [B, G, C/G, H, W] and [B, G, K*K, H, W]: long rows, along which one weight counts for C/G.
-    values = op.Reshape(value, _ints(0, 0, 0, heads, width))
+    values = op.Reshape(value, ints(0, 0, 0, heads, width))
     values = op.Transpose(values, perm=[0, 3, 4, 1, 2])
-    values = op.Pad(values, _ints(0, 0, 0, margin, margin, 0, 0, 0, margin, margin))
+    values = op.Pad(values, ints(0, 0, 0, margin, margin, 0, 0, 0, margin, margin))
     attention = op.Transpose(attention, perm=[0, 3, 4, 1, 2])
     out = None
     for offset in range(kernel**2):
         start = divmod(offset, kernel)
         ky, kx = start
         end = [first - 2 * margin or _END for first in start]
-        window = op.Slice(values, _ints(*start), _ints(*end), _ints(3, 4))
-        factor = op.Slice(ghost_mul, _ints(ky, kx), _ints(ky + 1, kx + 1), _ints(1, 2))
-        window = op.Mul(window, op.Reshape(factor, _ints(1, heads, width, 1, 1)))
-        term = op.Mul(window, op.Slice(attention, _ints(offset), _ints(offset + 1), _ints(2)))
+        window = op.Slice(values, ints(*start), ints(*end), ints(3, 4))
+        factor = op.Slice(ghost_mul, ints(ky, kx), ints(ky + 1, kx + 1), ints(1, 2))
+        window = op.Mul(window, op.Reshape(factor, ints(1, heads, width, 1, 1)))
+        term = op.Mul(window, op.Slice(attention, ints(offset), ints(offset + 1), ints(2)))
         out = term if out is None else op.Add(out, term)
-    return op.Reshape(op.Transpose(out, perm=[0, 3, 4, 1, 2]), _ints(0, 0, 0, heads * width))
+    return op.Reshape(op.Transpose(out, perm=[0, 3, 4, 1, 2]), ints(0, 0, 0, heads * width))
 
 
 def adaptive_average_pool(x: Value, size: Sequence[int]) -> Value:
@@ -137,7 +137,7 @@ def adaptive_average_pool(x: Value, size: Sequence[int]) -> Value:
     A product with two matrices that hold each cell's share in the means.
     """
     shape = op.Shape(x, start=2, end=4)
-    height, width = op.Slice(shape, _ints(0), _ints(1)), op.Slice(shape, _ints(1), _ints(2))
+    height, width = op.Slice(shape, ints(0), ints(1)), op.Slice(shape, ints(1), ints(2))
     rows, columns = _shares(height, size[0]), _shares(width, size[1])
     return op.MatMul(op.MatMul(rows, x), op.Transpose(columns, perm=[1, 0]))
 
@@ -145,51 +145,51 @@ def adaptive_average_pool(x: Value, size: Sequence[int]) -> Value:
 def _shares(length: Value, cells: int) -> Value:
     """[cells, length]: 1 / n where a position is one of the n of a cell, else 0."""
     cell = np.arange(cells, dtype=np.int64)[:, None]
-    begin = op.Div(op.Mul(_constant(cell), length), _ints(cells))
-    end = op.Div(op.Add(op.Mul(_constant(cell + 1), length), _ints(cells - 1)), _ints(cells))
-    position = op.Range(_scalar(0), op.Squeeze(length), _scalar(1))
+    begin = op.Div(op.Mul(constant(cell), length), ints(cells))
+    end = op.Div(op.Add(op.Mul(constant(cell + 1), length), ints(cells - 1)), ints(cells))
+    position = op.Range(scalar(0), op.Squeeze(length), scalar(1))
     inside = op.And(op.GreaterOrEqual(position, begin), op.Less(position, end))
     return op.Div(op.Cast(inside, to=1), op.Cast(op.Sub(end, begin), to=1))
 
 
 def _patch_embed(module: PatchEmbed, image: Value) -> Value:
-    x = _convolution(module.proj, _pad_image(image, module.patch_size))
-    return _layer_norm(module.norm, op.Transpose(x, perm=[0, 2, 3, 1]))
+    x = convolution(module.proj, pad_image(image, module.patch_size))
+    return layer_norm(module.norm, op.Transpose(x, perm=[0, 2, 3, 1]))
 
 
 def _patch_merging(module: PatchMerging, x: Value) -> Value:
-    odd = op.Mod(op.Shape(x, start=1, end=3), _ints(2))
+    odd = op.Mod(op.Shape(x, start=1, end=3), ints(2))
     x = _pad_map(x, odd)
     neighbours = [
-        op.Slice(x, _ints(row, column), _ints(_END, _END), _ints(1, 2), _ints(2, 2))
+        op.Slice(x, ints(row, column), ints(_END, _END), ints(1, 2), ints(2, 2))
         for row, column in ((0, 0), (1, 0), (0, 1), (1, 1))
     ]
-    x = _layer_norm(module.norm, op.Concat(*neighbours, axis=3))
-    return _linear(x, module.reduction.weight, module.reduction.bias)
+    x = layer_norm(module.norm, op.Concat(*neighbours, axis=3))
+    return linear(x, module.reduction.weight, module.reduction.bias)
 
 
 def residual_block(block: Any, x: Value, other: Callable[[Any, Value], Value]) -> Value:
     """`Block.forward` in evaluation; ``other`` is its attention where that is not ELSA."""
     attention = _elsa if isinstance(block.attn, ELSA) else other
-    x = op.Add(x, attention(block.attn, _layer_norm(block.norm1, x)))
+    x = op.Add(x, attention(block.attn, layer_norm(block.norm1, x)))
     mlp = block.mlp
-    hidden = _linear(_layer_norm(block.norm2, x), mlp.fc1.weight, mlp.fc1.bias)
-    return op.Add(x, _linear(op.Gelu(hidden), mlp.fc2.weight, mlp.fc2.bias))
+    hidden = linear(layer_norm(block.norm2, x), mlp.fc1.weight, mlp.fc1.bias)
+    return op.Add(x, linear(op.Gelu(hidden), mlp.fc2.weight, mlp.fc2.bias))
 
 
 def _elsa(module: Any, x: Value) -> Value:
-    projected = _linear(x, module.pre_proj.weight.flatten(1), module.pre_proj.bias)
+    projected = linear(x, module.pre_proj.weight.flatten(1), module.pre_proj.bias)
     dim_qk, _, channels = module.split_sizes
-    query = op.Slice(projected, _ints(0), _ints(dim_qk), _ints(3))
-    key = op.Slice(projected, _ints(dim_qk), _ints(2 * dim_qk), _ints(3))
-    value = op.Slice(projected, _ints(2 * dim_qk), _ints(_END), _ints(3))
-    convolution, _, pointwise = module.attn
+    query = op.Slice(projected, ints(0), ints(dim_qk), ints(3))
+    key = op.Slice(projected, ints(dim_qk), ints(2 * dim_qk), ints(3))
+    value = op.Slice(projected, ints(2 * dim_qk), ints(_END), ints(3))
+    grouped, _, pointwise = module.attn
     if module.qk_scale != 1:
-        query = op.Mul(query, _constant(np.float32(module.qk_scale)))
-    logits = _convolution(convolution, op.Transpose(op.Mul(query, key), perm=[0, 3, 1, 2]))
+        query = op.Mul(query, constant(np.float32(module.qk_scale)))
+    logits = convolution(grouped, op.Transpose(op.Mul(query, key), perm=[0, 3, 1, 2]))
     logits = op.Gelu(op.Transpose(logits, perm=[0, 2, 3, 1]))
-    logits = _linear(logits, pointwise.weight.flatten(1), pointwise.bias)
-    add, mul = (None if f is None else _constant(f) for f in module.ghost_filters())
+    logits = linear(logits, pointwise.weight.flatten(1), pointwise.bias)
+    add, mul = (None if f is None else constant(f) for f in module.ghost_filters())
     x = elsa_attention(
         value,
         logits,
@@ -199,7 +199,7 @@ def _elsa(module: Any, x: Value) -> Value:
         heads=module.num_heads,
         kernel_size=module.kernel_size,
     )
-    return _linear(x, module.post_proj.weight, module.post_proj.bias)
+    return linear(x, module.post_proj.weight, module.post_proj.bias)
 
 
 def _window_attention(module: WindowAttention, x: Value) -> Value:
@@ -207,41 +207,41 @@ def _window_attention(module: WindowAttention, x: Value) -> Value:
     area, channels = window**2, module.post_proj.in_features
     width = channels // heads
     batch, size = op.Shape(x, start=0, end=1), op.Shape(x, start=1, end=3)
-    windows = op.Div(op.Add(size, _ints(window - 1)), _ints(window))
-    rows, columns = op.Slice(windows, _ints(0), _ints(1)), op.Slice(windows, _ints(1), _ints(2))
-    full = op.Mul(windows, _ints(window))
+    windows = op.Div(op.Add(size, ints(window - 1)), ints(window))
+    rows, columns = op.Slice(windows, ints(0), ints(1)), op.Slice(windows, ints(1), ints(2))
+    full = op.Mul(windows, ints(window))
     shift = _shift(module, size)
     x = _roll(_pad_map(x, op.Sub(full, size)), shift)
-    x = _linear(x, module.pre_proj.weight, module.pre_proj.bias)
+    x = linear(x, module.pre_proj.weight, module.pre_proj.bias)
     x = op.Reshape(
-        x, op.Concat(batch, rows, _ints(window), columns, _ints(window, 3, heads, width), axis=0)
+        x, op.Concat(batch, rows, ints(window), columns, ints(window, 3, heads, width), axis=0)
     )
     x = op.Transpose(x, perm=[5, 0, 1, 3, 6, 2, 4, 7])
     count = op.Mul(rows, columns)
-    x = op.Reshape(x, op.Concat(_ints(3), batch, count, _ints(heads, area, width), axis=0))
-    value, query, key = (op.Squeeze(part, _ints(0)) for part in op.Split(x, num_outputs=3, axis=0))
-    scale = _constant(np.float32(width**-0.5))
+    x = op.Reshape(x, op.Concat(ints(3), batch, count, ints(heads, area, width), axis=0))
+    value, query, key = (op.Squeeze(part, ints(0)) for part in op.Split(x, num_outputs=3, axis=0))
+    scale = constant(np.float32(width**-0.5))
     logits = op.MatMul(op.Mul(query, scale), op.Transpose(key, perm=[0, 1, 2, 4, 3]))
     bias = module.rb[:, module.relative_id].reshape(heads, area, area)
-    logits = op.Add(logits, _constant(bias))
+    logits = op.Add(logits, constant(bias))
     if shift is not None:
         logits = op.Add(logits, _shift_mask(rows, columns, window, shift))
     x = op.MatMul(op.Softmax(logits, axis=-1), value)
-    x = op.Reshape(x, op.Concat(batch, rows, columns, _ints(heads, window, window, width), axis=0))
+    x = op.Reshape(x, op.Concat(batch, rows, columns, ints(heads, window, window, width), axis=0))
     x = op.Transpose(x, perm=[0, 1, 4, 2, 5, 3, 6])
-    x = _roll(op.Reshape(x, op.Concat(batch, full, _ints(channels), axis=0)), shift, back=True)
-    x = op.Slice(x, _ints(0, 0), size, _ints(1, 2))
-    return _linear(x, module.post_proj.weight, module.post_proj.bias)
+    x = _roll(op.Reshape(x, op.Concat(batch, full, ints(channels), axis=0)), shift, back=True)
+    x = op.Slice(x, ints(0, 0), size, ints(1, 2))
+    return linear(x, module.post_proj.weight, module.post_proj.bias)
 
 
 def _shift(module: WindowAttention, size: Value) -> Value | None:
     """By how many positions a map of this size is shifted, [1]; None: none of any size is."""
     if not module.shift:
         return None
-    shift = _ints(module.shift)
+    shift = ints(module.shift)
     if module.always_shift:
         return shift
-    larger = op.Greater(op.ReduceMin(size, keepdims=1), _ints(module.window_size))
+    larger = op.Greater(op.ReduceMin(size, keepdims=1), ints(module.window_size))
     return op.Mul(shift, op.Cast(larger, to=7))
 
 
@@ -249,31 +249,31 @@ def _shift_mask(rows: Value, columns: Value, window: int, shift: Value) -> Value
     """`elsa_core.layers.shift_mask` with an axis for the heads."""
 
     def regions(count: Value, *shape: int) -> Value:
-        length = op.Mul(count, _ints(window))
-        position = op.Range(_scalar(0), op.Squeeze(length), _scalar(1))
-        borders = [op.Sub(length, width) for width in (_ints(window), shift)]
+        length = op.Mul(count, ints(window))
+        position = op.Range(scalar(0), op.Squeeze(length), scalar(1))
+        borders = [op.Sub(length, width) for width in (ints(window), shift)]
         parts = [op.Cast(op.GreaterOrEqual(position, border), to=7) for border in borders]
-        return op.Reshape(op.Add(*parts), _ints(*shape))
+        return op.Reshape(op.Add(*parts), ints(*shape))
 
     region = op.Add(
-        op.Mul(regions(rows, -1, 1, window, 1), _ints(3)), regions(columns, 1, -1, 1, window)
+        op.Mul(regions(rows, -1, 1, window, 1), ints(3)), regions(columns, 1, -1, 1, window)
     )
-    region = op.Reshape(region, _ints(-1, 1, 1, window**2))
+    region = op.Reshape(region, ints(-1, 1, 1, window**2))
     apart = op.Not(op.Equal(region, op.Transpose(region, perm=[0, 1, 3, 2])))
-    return op.Mul(op.Cast(apart, to=1), _constant(np.float32(-100)))
+    return op.Mul(op.Cast(apart, to=1), constant(np.float32(-100)))
 
 
-def _convolution(module: nn.Conv2d, x: Value) -> Value:
+def convolution(module: nn.Conv2d, x: Value) -> Value:
     """`Conv2d.forward`, [B, C, H, W] -> [B, C', H', W'], with zero padding."""
-    weights = [_constant(part) for part in (module.weight, module.bias) if part is not None]
+    weights = [constant(part) for part in (module.weight, module.bias) if part is not None]
     pads, strides = [*module.padding] * 2, [*module.stride]
     return op.Conv(x, *weights, group=module.groups, pads=pads, strides=strides)
 
 
-def _pad_image(image: Value, size: int) -> Value:
+def pad_image(image: Value, size: int) -> Value:
     """[B, C, H, W] with zeros at the bottom and right up to multiples of ``size``."""
-    missing = op.Mod(op.Neg(op.Shape(image, start=2, end=4)), _ints(size))
-    return op.Pad(image, op.Concat(_ints(0, 0, 0, 0, 0, 0), missing, axis=0))
+    missing = op.Mod(op.Neg(op.Shape(image, start=2, end=4)), ints(size))
+    return op.Pad(image, op.Concat(ints(0, 0, 0, 0, 0, 0), missing, axis=0))
 
 
 def _pad_map(x: Value, missing: Value) -> Value:
@@ -281,7 +281,7 @@ def _pad_map(x: Value, missing: Value) -> Value:
 
     Without Pad's input of axes, which onnxruntime 1.23 gets wrong when it moves transpositions.
     """
-    return op.Pad(x, op.Concat(_ints(0, 0, 0, 0, 0), missing, _ints(0), axis=0))
+    return op.Pad(x, op.Concat(ints(0, 0, 0, 0, 0), missing, ints(0), axis=0))
 
 
 def _roll(x: Value, shift: Value | None, back: bool = False) -> Value:
@@ -290,31 +290,31 @@ def _roll(x: Value, shift: Value | None, back: bool = False) -> Value:
         return x
     border = op.Neg(shift) if back else shift
     for axis in (1, 2):
-        first = op.Slice(x, _ints(0), border, _ints(axis))
-        rest = op.Slice(x, border, _ints(_END), _ints(axis))
+        first = op.Slice(x, ints(0), border, ints(axis))
+        rest = op.Slice(x, border, ints(_END), ints(axis))
         x = op.Concat(rest, first, axis=axis)
     return x
 
 
-def _layer_norm(norm: nn.LayerNorm, x: Value) -> Value:
-    weight, bias = _constant(norm.weight), _constant(norm.bias)
+def layer_norm(norm: nn.LayerNorm, x: Value) -> Value:
+    weight, bias = constant(norm.weight), constant(norm.bias)
     return op.LayerNormalization(x, weight, bias, axis=-1, epsilon=norm.eps)[0]
 
 
-def _linear(x: Value, weight: Tensor, bias: Tensor | None) -> Value:
-    x = op.MatMul(x, _constant(weight.t()))
-    return x if bias is None else op.Add(x, _constant(bias))
+def linear(x: Value, weight: Tensor, bias: Tensor | None) -> Value:
+    x = op.MatMul(x, constant(weight.t()))
+    return x if bias is None else op.Add(x, constant(bias))
 
 
-def _constant(array: Any) -> Value:
+def constant(array: Any) -> Value:
     if isinstance(array, Tensor):
         array = array.detach().to("cpu", torch.float32).contiguous().numpy()
     return op.Constant(value=onnx_ir.tensor(np.asarray(array)))
 
 
-def _ints(*values: int) -> Value:
+def ints(*values: int) -> Value:
     return op.Constant(value_ints=list(values))
 
 
-def _scalar(value: int) -> Value:
+def scalar(value: int) -> Value:
     return op.Constant(value_int=value)

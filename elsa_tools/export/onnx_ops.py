@@ -14,13 +14,13 @@ from onnxscript import opset20 as op
 
 from elsa_core.detection import OUTSIDE, float32_threshold
 
-from .graph import Value, _constant, _ints, _scalar
+from .graph import Value, constant, ints, scalar
 
 
 def topk(scores: Value, k: Value | int) -> tuple[Value, Value]:
     """``elsa::topk``. Ties go to the lower index, as ONNX asks of TopK."""
     if isinstance(k, int):
-        k = _ints(k)
+        k = ints(k)
     count = op.Shape(scores, start=1, end=2)
     values, indices = op.TopK(scores, op.Min(k, count), axis=1)
     return values, indices
@@ -32,19 +32,19 @@ def nms(
     """``elsa::nms``: NonMaxSuppression, then a sort of the scores that it has kept."""
     selected = op.NonMaxSuppression(
         boxes,
-        op.Unsqueeze(scores, _ints(1)),
-        _ints(most),
-        _constant(np.array([float32_threshold(iou_threshold)], np.float32)),
-        _constant(np.array([score_threshold], np.float32)),
+        op.Unsqueeze(scores, ints(1)),
+        ints(most),
+        constant(np.array([float32_threshold(iou_threshold)], np.float32)),
+        constant(np.array([score_threshold], np.float32)),
     )
-    kept = op.Gather(selected, _ints(0, 2), axis=1)  # [n, 2]: image and box
-    absent = op.Expand(_constant(np.float32(-1)), op.Shape(scores))
+    kept = op.Gather(selected, ints(0, 2), axis=1)  # [n, 2]: image and box
+    absent = op.Expand(constant(np.float32(-1)), op.Shape(scores))
     sparse = op.ScatterND(absent, kept, op.GatherND(scores, kept))
     batch = op.Shape(scores, start=0, end=1)
-    more = op.Expand(_constant(np.float32(-1)), op.Concat(batch, _ints(most), axis=0))
-    values, indices = op.TopK(op.Concat(sparse, more, axis=1), _ints(most), axis=1)
-    present = op.Greater(values, _constant(np.float32(-1)))
-    return op.Where(present, indices, _scalar(0)), values
+    more = op.Expand(constant(np.float32(-1)), op.Concat(batch, ints(most), axis=0))
+    values, indices = op.TopK(op.Concat(sparse, more, axis=1), ints(most), axis=1)
+    present = op.Greater(values, constant(np.float32(-1)))
+    return op.Where(present, indices, scalar(0)), values
 
 
 def roi_align(
@@ -60,7 +60,7 @@ def roi_align(
     boxes = _replace_empty(boxes, allowed=sampling_ratio > 0)
     orders, parts = [], []
     for level, (feature, scale) in enumerate(zip(maps, scales, strict=True)):
-        rows = op.Squeeze(op.NonZero(op.Equal(levels, _scalar(level))), _ints(0))
+        rows = op.Squeeze(op.NonZero(op.Equal(levels, scalar(level))), ints(0))
         part = op.RoiAlign(
             feature,
             op.Gather(boxes, rows),
@@ -76,7 +76,7 @@ def roi_align(
         parts.append(part)
     order = op.Concat(*orders, axis=0)
     count = op.Shape(order)
-    places = op.Range(_scalar(0), op.Squeeze(count), _scalar(1))
+    places = op.Range(scalar(0), op.Squeeze(count), scalar(1))
     inverse = op.ScatterElements(places, order, places)
     return op.Gather(op.Concat(*parts, axis=0), inverse)
 
@@ -84,7 +84,7 @@ def roi_align(
 def sigmoid(x: Value) -> Value:
     """By an exponential: onnxruntime's Sigmoid has an absolute error of 1e-7 and does not increase
     everywhere, so that proposals of small probability would be sorted in another order."""
-    one = _constant(np.float32(1))
+    one = constant(np.float32(1))
     return op.Reciprocal(op.Add(op.Exp(op.Neg(x)), one))
 
 
@@ -95,17 +95,17 @@ def _replace_empty(boxes: Value, allowed: bool) -> Value:
     the extent they have none, and OpenVINO would divide by it.
     """
     corners = (
-        op.Slice(boxes, _ints(0), _ints(2), _ints(1)),
-        op.Slice(boxes, _ints(2), _ints(4), _ints(1)),
+        op.Slice(boxes, ints(0), ints(2), ints(1)),
+        op.Slice(boxes, ints(2), ints(4), ints(1)),
     )
     extent = op.Sub(*reversed(corners))
-    most = _constant(np.finfo(np.float32).max)
+    most = constant(np.finfo(np.float32).max)
     if allowed:
         valid = op.LessOrEqual(op.Abs(extent), most)
     else:
-        valid = op.And(op.Greater(extent, _constant(np.float32(0))), op.LessOrEqual(extent, most))
-    valid = op.ReduceMin(op.Cast(valid, to=7), _ints(1))
-    return op.Where(op.Cast(valid, to=9), boxes, _constant(np.array(OUTSIDE, np.float32)))
+        valid = op.And(op.Greater(extent, constant(np.float32(0))), op.LessOrEqual(extent, most))
+    valid = op.ReduceMin(op.Cast(valid, to=7), ints(1))
+    return op.Where(op.Cast(valid, to=9), boxes, constant(np.array(OUTSIDE, np.float32)))
 
 
 TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
