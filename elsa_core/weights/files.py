@@ -161,6 +161,9 @@ def _kept_parts(backbone: StagedBackbone, names: Collection[str]) -> set[str]:
     return kept
 
 
+_NO_OUTPUT = "of an output that the checkpoint does not have"
+
+
 def _used(
     backbone: StagedBackbone, conversion: Conversion, names: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
@@ -186,6 +189,9 @@ def _used(
         conversion.dropped.append((conversion.moved.pop(name), reason))
     tops = tops_of(names)
     conversion.absent = [entry for entry in conversion.absent if entry[0].split(".")[0] in tops]
+    noted = {name for name, _ in conversion.absent} | tops_of(tensors)
+    outputs = tops_of([name for name in names if OUTPUTS.match(name)])
+    conversion.absent += [(top, _NO_OUTPUT) for top in sorted(outputs - noted)]
     drop_unused_parts(backbone, tensors)
     fit_positions(backbone, tensors)
     return tensors

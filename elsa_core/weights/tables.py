@@ -64,7 +64,9 @@ def shape_of(tensors: Mapping[str, Tensor], name: str, dimensions: int) -> list[
         raise UsageError(f"the tensor {name} is missing")
     shape = list(tensors[name].shape)
     if len(shape) != dimensions or 0 in shape:
-        raise UsageError(f"{name} must have {dimensions} dimensions, got the shape {shape}")
+        raise UsageError(
+            f"{name} must have {dimensions} dimensions, none of size 0, got the shape {shape}"
+        )
     return shape
 
 

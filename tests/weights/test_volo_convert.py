@@ -144,6 +144,13 @@ def test_a_classifier_initialises_backbones(tmp_path, wrapped):
     }
 
 
+def test_outputs_that_a_backbone_lacks_are_reported(tmp_path):
+    path = save(tmp_path, ELSAVolo(SMALL, img_size=112).state_dict())
+    result = load_backbone(ELSAVolo(SMALL, img_size=112, pyramid=True), path)
+    lacking = {name for name, reason in result.absent if "does not have" in reason}
+    assert lacking == {"norm0", "norm1", "norm2", "norm3", "upsample"}
+
+
 def test_a_classifier_initialises_classifiers(tmp_path):
     first = classifier()
     path = save(tmp_path, first)
@@ -229,6 +236,7 @@ def refused(change, checkpoint=None, to="mmpretrain"):
         ("network.5.0.norm1.bias", (40,), "no place for 1 tensor: network.5"),
         ("network.0.0.mlp.fc1.weight", (49, 24), "a multiple of 24 hidden channels, got 49"),
         ("pos_embed", (1, 7, 8, 40), "pos_embed must have as many rows as columns, got the shape"),
+        ("pos_embed", (1, 0, 0, 40), "pos_embed must have 4 dimensions, none of size 0"),
         ("pos_embed", (7, 7, 40), "pos_embed must have 4 dimensions"),
         ("pos_embed", None, "the tensor pos_embed is missing"),
         ("post_network.2.norm1.bias", (40,), "no place for 1 tensor: post_network.2"),
