@@ -82,7 +82,7 @@ class ELSAVolo(StagedBackbone):
     `load_state_dict` resizes a position embedding of another grid, and drops the stages that are
     not built, each with one line in the log, and the output norms and ``upsample`` of other
     outputs. What tells that a checkpoint has the maps of the other ``pyramid``, or a classifier, is
-    reported as unknown: `elsa_core.weights` converts it.
+    reported as unknown: `elsa_core.weights.load_backbone` takes what fits of it.
 
     Args:
         arch: "volo_d1" to "volo_d5" or a dict with the fields of `elsa_core.variants.VoloArch`.
