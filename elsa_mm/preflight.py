@@ -76,6 +76,11 @@ def _check_use(model: dict, backbone: dict) -> None:
             "the backbone ELSAVoloTokens and the head elsa_mm.volo_head.VoloHead need each other, "
             f"got {name} with {head}"
         )
+    if tokens and not backbone.get("class_token", True) and model["head"].get("aux", True):
+        raise UsageError(
+            "model.head.aux must be False where model.backbone.class_token is, got True: the "
+            "classifier of the patch tokens stands beside that of the class token"
+        )
     neck = next((str(node.get("type")) for node in walk(model.get("neck"))), "")
     if name == "ELSAVolo" and neck.endswith("FPN") and not backbone.get("pyramid"):
         raise UsageError(

@@ -142,6 +142,11 @@ TOKENS = "the backbone ELSAVoloTokens and the head elsa_mm.volo_head.VoloHead ne
             config("ELSAVoloTokens", head=dict(type="LinearClsHead", in_channels=24)),
             f"{TOKENS}ELSAVoloTokens with LinearClsHead",
         ),
+        (
+            config("ELSAVoloTokens", backbone=dict(class_token=False), head=HEAD),
+            "model.head.aux must be False where model.backbone.class_token is, got True: the "
+            "classifier of the patch tokens stands beside that of the class token",
+        ),
     ],
 )
 def test_refusals_before_anything_is_built(given, sentence):
