@@ -114,7 +114,7 @@ def one_hot(labels, number):
 
 @pytest.mark.parametrize("layout", ["digits", "ade20k", "odd files"])
 def test_mean_iou_in_detectron2(layout, trees, tmp_path):
-    config = LEAF.format("t") if layout == "ade20k" else DIGITS
+    config = LEAF.format("swin_t") if layout == "ade20k" else DIGITS
     cfg = detectron2_config(layout, trees, config, OUTPUT_DIR=tmp_path / "out")
     check_run(cfg)
     _, classes, reduce = trees[layout]
