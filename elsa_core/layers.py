@@ -45,6 +45,11 @@ class ChannelsLastConv2d(nn.Conv2d):
         return super().forward(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def query_channels(dim: int, group_width: int) -> int:
+    """Return the channels of ELSA's query and key: two thirds of ``dim``, rounded up to groups."""
+    return -(-(dim // 3 * 2) // group_width) * group_width
+
+
 class ELSA(nn.Module):
     """Enhanced local self-attention, [B, H, W, C] -> [B, H, W, C].
 
@@ -77,8 +82,8 @@ class ELSA(nn.Module):
         self.lam = lam
         self.gamma = gamma
         self.attn_drop = attn_drop
-        groups = -(-(dim // 3 * 2) // group_width)
-        dim_qk = groups * group_width
+        dim_qk = query_channels(dim, group_width)
+        groups = dim_qk // group_width
         self.split_sizes = (dim_qk, dim_qk, dim)
         self.pre_proj = PointwiseConv2d(dim, sum(self.split_sizes), bias=qkv_bias)
         self.attn = nn.Sequential(

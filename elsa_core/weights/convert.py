@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from elsa_core.layers import relative_position_id
+from elsa_core.layers import query_channels, relative_position_id
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.nonfinite import check_finite
 from elsa_core.variants import Arch
@@ -17,7 +17,7 @@ from elsa_core.variants import Arch
 from .names import CASCADE, MASK_RCNN, UPERNET, rename
 from .shapes import HeadSizes, backbone_shapes, model_shapes, output_dims, read_sizes
 from .source import BACKBONE, CLASSIFIER, DETECTRON2, SWIN, VOLO, Source
-from .tables import OPTIONAL_LEAF, Shapes, ShapeTable, query_channels
+from .tables import OPTIONAL_LEAF, Shapes, ShapeTable
 from .volo import CLASS_PARTS, OUTPUTS, Volo, add_class_parts, tops_of
 from .volo_start import block_of, complete, warm_shapes
 
@@ -281,7 +281,7 @@ def _put(result: Conversion, name: str, old: str, tensor: Tensor) -> None:
     if result.source.family == VOLO and ".attn.v." in name and isinstance(backbone, Volo):
         name = name.replace(".attn.v.", ".attn.pre_proj.")
         result.seeds[name], result.seeded = tensor, SEEDED_IN_FILE
-        rows = 2 * query_channels(backbone.arch, len(tensor))
+        rows = 2 * query_channels(len(tensor), backbone.arch.group_width)
         tensor = complete(tensor, rows, block_of(name))
     result.put(name, old, tensor)
 

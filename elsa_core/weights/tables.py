@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from elsa_core.layers import query_channels
 from elsa_core.runtime.errors import UsageError
 from elsa_core.variants import Arch, VoloArch
 
@@ -46,7 +47,7 @@ class ShapeTable:
         self, name: str, arch: Arch | VoloArch, dim: int, heads: int, bias: bool = True
     ) -> None:
         """Add ELSA's layer; ``bias``: of ``pre_proj``."""
-        dim_qk = query_channels(arch, dim)
+        dim_qk = query_channels(dim, arch.group_width)
         area = arch.kernel_size**2
         filters = (1, dim, arch.kernel_size, arch.kernel_size)
         if arch.lam or arch.gamma:
@@ -74,11 +75,6 @@ def count_indices(tensors: Mapping[str, Tensor], prefix: str) -> int:
     """Count the indices that follow ``prefix``."""
     found = {key[len(prefix) :].split(".")[0] for key in tensors if key.startswith(prefix)}
     return len({index for index in found if index.isdigit()})
-
-
-def query_channels(arch: Arch | VoloArch, dim: int) -> int:
-    """Return the channels of query and key of ELSA's layer."""
-    return -(-(dim // 3 * 2) // arch.group_width) * arch.group_width
 
 
 def read_elsa(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:

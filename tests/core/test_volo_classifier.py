@@ -12,7 +12,6 @@ from elsa_core import ELSAVolo, ELSAVoloClassifier, ELSAVoloTokens
 from elsa_core.volo_classifier import ClassBlock, random_box, swap_box
 
 PLAIN = dict(aux_head=False, mix_token=False)
-MEAN_TOKENS = dict(class_token=False, mix_token=False)
 MEAN = dict(class_token=False, **PLAIN)
 
 
