@@ -11,10 +11,13 @@ import torch
 from elsa_core import ELSASwin
 from elsa_core.layers import relative_position_id
 from elsa_core.variants import Arch
+from elsa_core.weights import convert, recognise
 from elsa_core.weights.shapes import HeadSizes, model_shapes
 
 PHOTOGRAPHS = Path(skimage.__file__).parent / "data"
-KINDS = ("mask_rcnn", "cascade_mask_rcnn", "upernet")
+# Kinds of models, and OpenMMLab's target for each.
+MM = {"mask_rcnn": "mmdet", "cascade_mask_rcnn": "mmdet", "upernet": "mmseg"}
+KINDS = tuple(MM)
 TINY = Arch(
     embed_dim=12,
     depths=(1, 1, 1, 2),
@@ -188,3 +191,8 @@ def same(left, right):
         left[name].dtype == right[name].dtype and torch.equal(left[name], right[name])
         for name in left
     )
+
+
+def converted(checkpoint, to, **options):
+    """Returns the tensors of a checkpoint for the target ``to``."""
+    return convert(recognise(checkpoint), to, **options).tensors

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from volo_weights import NATIVE, PYRAMID, SMALL, bare, classifier, detector
-from weights_models import KINDS, fill, save, sizes
+from weights_models import KINDS, MM, converted, fill, save, sizes
 from weights_models import same as same_tensors
 
 from elsa_core import VOLO_VARIANTS, ELSAVolo, ELSAVoloClassifier, ELSAVoloTokens
@@ -22,13 +22,8 @@ from elsa_core.weights import (
 from elsa_core.weights.shapes import backbone_shapes, read_backbone
 from elsa_core.weights.volo import Volo
 
-MM = {"mask_rcnn": "mmdet", "cascade_mask_rcnn": "mmdet", "upernet": "mmseg"}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 both_forms = pytest.mark.parametrize("volo", [NATIVE, PYRAMID], ids=["native", "pyramid"])
-
-
-def tensors(checkpoint, to, **options):
-    return convert(recognise(checkpoint), to, **options).tensors
 
 
 def built(make, *arguments, **options):
@@ -69,10 +64,10 @@ def test_parts_of_classifiers_are_those_of_the_model(options):
     shapes = built(ELSAVoloClassifier, SMALL, 10, img_size=112, **options)
     assert {name: tuple(t.shape) for name, t in classifier(**options).items()} == shapes
     state = fill(shapes)
-    there = tensors(state, "mmpretrain")
+    there = converted(state, "mmpretrain")
     expected = {re_named(name): shape for name, shape in shapes.items()}
     assert {name: tuple(t.shape) for name, t in there.items()} == expected
-    assert same_tensors(tensors(there, "original"), state)
+    assert same_tensors(converted(there, "original"), state)
 
 
 def re_named(name):
@@ -114,7 +109,7 @@ def test_round_trips_are_exact(tmp_path, kind, volo):
     assert same_tensors(back, first)
     wanted = {n.removeprefix("backbone."): t for n, t in first.items() if n[:9] == "backbone."}
     for state in ({"model": there.tensors}, first, wanted):
-        assert same_tensors(tensors(state, "backbone"), wanted)
+        assert same_tensors(converted(state, "backbone"), wanted)
     with pytest.raises(UsageError, match="got the target original; no original release of ELSA-V"):
         convert(there.source, "original")
 
@@ -196,7 +191,7 @@ def test_the_form_of_fewer_outputs_is_told_by_their_norms(tmp_path):
 
 def test_position_embeddings_are_resized_in_models_only(tmp_path):
     path = save(tmp_path, classifier(grid=9))
-    assert tensors(classifier(grid=9), "mmpretrain")["backbone.pos_embed"].shape[1] == 9
+    assert converted(classifier(grid=9), "mmpretrain")["backbone.pos_embed"].shape[1] == 9
     small, same = ELSAVolo(SMALL, img_size=112), ELSAVolo(SMALL, img_size=144)
     load_backbone(small, path)
     load_backbone(same, path)
@@ -214,7 +209,7 @@ def refused(change, checkpoint=None, to="mmpretrain"):
     state = checkpoint or classifier()
     change(state)
     with pytest.raises(UsageError) as caught:
-        tensors(state, to)
+        converted(state, to)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
@@ -259,7 +254,7 @@ def test_one_block_of_class_attention():
     assert "are missing, the first is post_network.1.norm1.weight" in refused(change)
     state = classifier()
     change(state)
-    assert tensors(state, "backbone")  # does not have it
+    assert converted(state, "backbone")  # does not have it
 
 
 def test_numbers_that_are_none():

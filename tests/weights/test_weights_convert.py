@@ -5,9 +5,11 @@ import torch
 from weights_models import (
     CLASSES,
     KINDS,
+    MM,
     TINY,
     classification,
     classifier_tensors,
+    converted,
     detector,
     original,
     published_sizes,
@@ -24,13 +26,8 @@ from elsa_core.variants import Arch
 from elsa_core.weights import convert, convert_file, read_checkpoint, recognise
 from elsa_core.weights.shapes import backbone_shapes
 
-MM = {"mask_rcnn": "mmdet", "cascade_mask_rcnn": "mmdet", "upernet": "mmseg"}
 every_kind = pytest.mark.parametrize("kind", KINDS)
 wrapped = pytest.mark.parametrize("wrapped", [False, True], ids=["plain", "module"])
-
-
-def tensors(checkpoint, to, **options):
-    return convert(recognise(checkpoint), to, **options).tensors
 
 
 def accounted(conversion, checkpoint):
@@ -48,13 +45,13 @@ def accounted(conversion, checkpoint):
 def test_round_trips_of_published_models_are_exact(kind, variant):
     arch = VARIANTS[variant]
     first = detector(kind, arch, published_sizes(kind))
-    there = tensors({"state_dict": first}, "detectron2")
+    there = converted({"state_dict": first}, "detectron2")
     assert not there.keys() & {n for n in first if not n.startswith("backbone.")}
-    back = tensors({"model": there}, MM[kind])
+    back = converted({"model": there}, MM[kind])
     assert list(back) == list(first) and same_tensors(back, first)
     old = with_bookkeeping(first, arch)
-    assert same_tensors(tensors({"model": there}, "original"), old)
-    assert same_tensors(tensors({"state_dict": old}, "detectron2"), there)
+    assert same_tensors(converted({"model": there}, "original"), old)
+    assert same_tensors(converted({"state_dict": old}, "detectron2"), there)
 
 
 @wrapped
@@ -88,18 +85,18 @@ def test_every_tensor_is_accounted_for(kind):
 @every_kind
 def test_element_types_are_kept(kind):
     half = {n: t.half() if t.is_floating_point() else t for n, t in detector(kind).items()}
-    there = tensors(half, "detectron2")
+    there = converted(half, "detectron2")
     assert {t.dtype for t in there.values()} == {t.dtype for t in half.values()}
-    assert same_tensors(tensors(there, MM[kind]), half)
+    assert same_tensors(converted(there, MM[kind]), half)
 
 
 def test_counters_of_batch_norm_are_optional():
     first = detector("cascade_mask_rcnn")
     frozen = {n: t for n, t in first.items() if not n.endswith("num_batches_tracked")}
     assert len(frozen) < len(first)
-    there = tensors(frozen, "detectron2")
+    there = converted(frozen, "detectron2")
     assert not [name for name in there if name.endswith("num_batches_tracked")]
-    assert same_tensors(tensors(there, "mmdet"), frozen)
+    assert same_tensors(converted(there, "mmdet"), frozen)
 
 
 @wrapped
@@ -137,14 +134,14 @@ def test_averaged_weights_that_are_not_there():
 
 def test_mmpretrain_and_back():
     first = classifier_tensors()
-    there = tensors(first, "mmpretrain")
+    there = converted(first, "mmpretrain")
     plain = {n: t for n, t in first.items() if not n.endswith("relative_id")}
     assert set(there) == {
         *(f"backbone.{n}" for n in plain if n.split(".")[0] not in ("norm", "head")),
         *("backbone.norm3.weight", "backbone.norm3.bias", "head.fc.weight", "head.fc.bias"),
     }
     assert torch.equal(there["backbone.norm3.bias"], first["norm.bias"])
-    assert same_tensors(tensors(there, "original"), first)
+    assert same_tensors(converted(there, "original"), first)
     backbone = {n.removeprefix("backbone."): t for n, t in there.items() if n[:4] != "head"}
     ELSASwin(TINY, out_indices=(3,)).load_state_dict(backbone, strict=True)
 
@@ -153,12 +150,12 @@ def test_mmpretrain_and_back():
 def test_backbone_of_a_whole_model(kind):
     first = detector(kind)
     wanted = {n.removeprefix("backbone."): t for n, t in first.items() if n[:9] == "backbone."}
-    assert same_tensors(tensors({"state_dict": first}, "backbone"), wanted)
-    assert same_tensors(tensors({"model": tensors(first, "detectron2")}, "backbone"), wanted)
-    assert same_tensors(tensors(wanted, "backbone"), wanted)
+    assert same_tensors(converted({"state_dict": first}, "backbone"), wanted)
+    assert same_tensors(converted({"model": converted(first, "detectron2")}, "backbone"), wanted)
+    assert same_tensors(converted(wanted, "backbone"), wanted)
     other = {**first, "bbox_head.retina_cls.weight": torch.ones(1)}
     other = {n: t for n, t in other.items() if n.startswith(("backbone.", "bbox_head."))}
-    assert same_tensors(tensors(other, "backbone"), wanted)
+    assert same_tensors(converted(other, "backbone"), wanted)
 
 
 FREE = dict(embed_dim=12, depths=(1, 2), num_heads=(1, 2), group_width=4, kernel_size=5)
@@ -184,7 +181,7 @@ def test_ghost_filters_with_both_parts():
     arch = {**dict(embed_dim=12, depths=(1, 1), num_heads=(1, 2), group_width=4), "lam": 1}
     state = ELSASwin(arch, out_indices=(0, 1)).state_dict()
     assert state["layers.0.blocks.0.attn.ghost_head"].dim() == 5
-    assert same_tensors(tensors(state, "backbone"), state)
+    assert same_tensors(converted(state, "backbone"), state)
 
 
 # --- stock Swin
@@ -193,7 +190,7 @@ def test_ghost_filters_with_both_parts():
 def test_swin_attention_of_the_last_stage():
     """ELSA-Swin's last stage with the converted tensors computes what Swin's formula says."""
     state = swin()
-    out = tensors(state, "backbone")
+    out = converted(state, "backbone")
     name = "layers.3.blocks.0.attn."
     model = ELSASwin(dict(embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 3, 4), group_width=8))
     layer = model.layers[3].blocks[0].attn
@@ -217,7 +214,7 @@ def test_swin_attention_of_the_last_stage():
 
 def test_swin_names_of_openmmlab():
     """The same numbers, with its order of the merged channels undone by nn.Unfold itself."""
-    public, theirs = tensors(swin(), "backbone"), tensors(swin(mm=True), "backbone")
+    public, theirs = converted(swin(), "backbone"), converted(swin(mm=True), "backbone")
     assert public.keys() == theirs.keys()
     x = torch.rand(1, 24, 6, 6, dtype=torch.float64)
     unfolded = torch.nn.functional.unfold(x, 2, stride=2).transpose(1, 2)
@@ -256,7 +253,7 @@ def test_swin_of_newer_timm():
         for i in [int(n.split(".")[1]) if n.startswith("layers.") else 0]
     }
     assert moved.keys() != swin().keys()
-    assert same_tensors(tensors(moved, "backbone"), tensors(swin(), "backbone"))
+    assert same_tensors(converted(moved, "backbone"), converted(swin(), "backbone"))
 
 
 # --- compiled, sharded and wrapped models
@@ -319,13 +316,13 @@ def test_anchors_of_several_sizes(sizes_per_level, ratios):
     first = detector("mask_rcnn", TINY, wanted)
     first["rpn_head.rpn_reg.bias"] = theirs.flatten()
     first["rpn_head.rpn_cls.bias"] = theirs.prod(1)
-    there = tensors(first, "detectron2", anchor_sizes=sizes_per_level)
+    there = converted(first, "detectron2", anchor_sizes=sizes_per_level)
     head = "proposal_generator.rpn_head."
     torch.testing.assert_close(there[head + "anchor_deltas.bias"].reshape(-1, 4), ours)
     torch.testing.assert_close(there[head + "objectness_logits.bias"], ours.prod(1))
-    assert same_tensors(tensors(there, "mmdet", anchor_sizes=sizes_per_level), first)
+    assert same_tensors(converted(there, "mmdet", anchor_sizes=sizes_per_level), first)
     if count != 3:
         with pytest.raises(UsageError, match="--anchor-sizes"):
-            tensors(first, "detectron2")
+            converted(first, "detectron2")
     with pytest.raises(UsageError, match="must divide"):
-        tensors(first, "detectron2", anchor_sizes=5)
+        converted(first, "detectron2", anchor_sizes=5)
