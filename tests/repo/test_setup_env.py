@@ -50,8 +50,10 @@ def test_requirements_are_those_that_are_named():
 @pytest.mark.parametrize("python", ["3.10", "3.11", "3.12", "3.13"])
 def test_every_python_gets_one_version_of_every_package(python):
     old, new = ["3.10"], ["3.11", "3.12", "3.13"]
-    only_some = dict.fromkeys(["exceptiongroup", "nvidia-curand", "tomli", "sal-detectron2"], old)
-    only_some |= dict.fromkeys(["narwhals", "nvidia-cuda-cccl"], new)
+    only_some = dict.fromkeys(
+        ["decorator", "exceptiongroup", "nvidia-curand", "tomli", "sal-detectron2"], old
+    )
+    only_some |= dict.fromkeys(["ipython-pygments-lexers", "narwhals", "nvidia-cuda-cccl"], new)
     for name in {pin.name for pin in PINS}:
         pins = [pin for pin in PINS if pin.name == name]
         suits = [p for p in pins if not p.marker or p.marker.evaluate({"python_version": python})]
