@@ -32,7 +32,7 @@ COMMANDS = {
     "export": Command(
         "elsa_tools.export.cli", "exports a model to ONNX, PyTorch or OpenVINO", ("numpy",)
     ),
-    "analyze": Command("elsa_tools.inspect.cli", "counts a model's parts and draws its attention"),
+    "analyze": Command("elsa_tools.inspect.cli", "shows a model's parts, attention and results"),
 }
 DETAILS = "\n".join(
     [

@@ -71,9 +71,16 @@ class LimitedCOCOeval(COCOeval):
             values = values[np.isclose(self.params.iouThrs, iou)]
         return _mean(values if category is None else values[..., category])
 
-    def recall(self, number: int, area: str = "all") -> float:
+    def recall(self, number: int, area: str = "all", category: int | None = None) -> float:
         """Return the average recall of the first ``number`` detections of an image, 0..1."""
-        return _mean(self.eval["recall"][..., self._area(area), self._limit(number)])
+        values = self.eval["recall"][..., self._area(area), self._limit(number)]
+        return _mean(values if category is None else values[..., category])
+
+    def curve(self, iou: float, category: int) -> np.ndarray | None:
+        """Return precision [R] at the recalls ``params.recThrs``, 0..1, or None without objects."""
+        at = np.isclose(self.params.iouThrs, iou)
+        values = self.eval["precision"][at, :, category, self._area("all"), self._limit(self.limit)]
+        return values[0] if values[0, 0] > -1 else None
 
     def __str__(self) -> str:
         """Return the lines that pycocotools prints."""

@@ -13,12 +13,14 @@ from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.files import replacing
 from elsa_tools.archs import NAMES
 from elsa_tools.arguments import command_parser
+from elsa_tools.results.cli import add_results
 
 DETAILS = """\
 examples:
   analyze.py parts --arch tiny --size 800 1344
   analyze.py parts configs/mmdet/digits/mask-rcnn_elsa-swin_fpn_digits.py
   analyze.py filters model_final.pth --image photo.jpg --pixel 120,80 300,200 --out filters.png
+  analyze.py results --annotations instances_val.json --results coco_instances_results.json
 
 exit status: 0 done, 1 a run that failed, 2 an error (one sentence on standard error), 130
 interrupted
@@ -40,11 +42,14 @@ def main(arguments: Sequence[str] | None = None, prog: str = "analyze.py") -> in
 
 def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Namespace:
     parser = command_parser(
-        prog, "Show the parts of a model, and what ELSA attends to in an image.", DETAILS
+        prog,
+        "Show the parts of a model, what ELSA attends to in an image, and results by class.",
+        DETAILS,
     )
     commands = parser.add_subparsers(dest="command", required=True)
     _add_parts(commands)
     _add_filters(commands)
+    add_results(commands)
     return parser.parse_args(arguments)
 
 
