@@ -106,6 +106,20 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.repeat(grey[..., None], 3, axis=2)
 
 
+def image_size(path: str) -> tuple[int, int]:
+    """Return width and height of an image as `read_image` returns it, without decoding it.
+
+    Raises:
+        UsageError: the file is no image of a known kind; the message does not name it.
+    """
+    try:
+        with open_image(path) as image:
+            turned = _orientation(image) in (5, 6, 7, 8)
+            return image.size[::-1] if turned else image.size
+    except Exception as error:  # as in `read_image`
+        raise UsageError(reason(error, path)) from error
+
+
 def image_problem(path: str) -> str | None:
     """Decode an image. Return its problem, or None."""
     try:

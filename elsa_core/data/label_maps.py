@@ -33,7 +33,7 @@ def pair_files(
             name, or an image in ``stems`` is missing.
     """
     found: dict[str, str] = {}
-    for name in _files(images, without=maps):
+    for name in files_in(images, without=maps):
         stem, ending = os.path.splitext(name)
         if ending.lower() not in ENDINGS or (images == maps and _is_map(name, map_ending)):
             continue
@@ -50,7 +50,7 @@ def pair_files(
     if maps is None:
         return [(os.path.join(images, name), None) for name in sorted(found.values())]
     labels = {
-        n[: -len(map_ending)]: n for n in _files(maps, without=images) if _is_map(n, map_ending)
+        n[: -len(map_ending)]: n for n in files_in(maps, without=images) if _is_map(n, map_ending)
     }
     if missing := sorted(set(found) - set(labels)):
         raise UsageError(
@@ -70,16 +70,17 @@ def _is_map(name: str, ending: str) -> bool:
     return name.lower().endswith(ending.lower())
 
 
-def _files(folder: str, without: str | None) -> Iterator[str]:
-    """Yield the files in a folder and its subfolders, relative to it, without those in the folder
-    ``without``."""
+def files_in(folder: str, without: str | None) -> Iterator[str]:
+    """Yield the files in a folder and its subfolders, relative to it, in no order.
+
+    Hidden files and the folder ``without`` are left out; links to a parent folder are not followed.
+    """
     other = os.path.abspath(without) if without and without != folder else None
     above: dict[str, tuple[str, ...]] = {os.path.abspath(folder): (os.path.realpath(folder),)}
     for place, folders, files in os.walk(folder, followlinks=True):
         chain = above.pop(os.path.abspath(place))
         visible = [os.path.join(place, name) for name in folders if not name.startswith(".")]
         real = {path: os.path.realpath(path) for path in visible if os.path.abspath(path) != other}
-        # Do not follow links to a parent folder.
         inside = {path: to for path, to in real.items() if to not in chain}
         above |= {os.path.abspath(path): (*chain, to) for path, to in inside.items()}
         folders[:] = map(os.path.basename, inside)
