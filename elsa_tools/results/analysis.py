@@ -14,18 +14,18 @@ Scores = Mapping[str, float | None]
 
 @dataclass(frozen=True)
 class Shape:
-    """An object, or the pixels of a class, in an image.
+    """An object or a detection in an image.
 
     Args:
         label: index of its class.
-        box: [x, y, width, height] in pixels; None for pixels of a class.
+        box: [x, y, width, height] in pixels.
         mask: COCO's compressed RLE, or None.
         score: of a detection, 0..1.
         wrong: an object that was missed, or a detection that matches no object of its class.
     """
 
     label: int
-    box: Sequence[float] | None
+    box: Sequence[float]
     mask: dict[str, Any] | None
     score: float | None = None
     wrong: bool = False
@@ -39,13 +39,14 @@ class ImageResult:
         file_name: relative to the folder of images.
         severity: larger is worse; 0 without a mistake.
         text: the mistakes in half a sentence.
-        shapes: returns what is there and what was found.
+        drawn: returns what is there and what was found: lists of shapes, or label maps [H, W] whose
+            last label stands for no class.
     """
 
     file_name: str
     severity: float
     text: str
-    shapes: Callable[[], tuple[list[Shape], list[Shape]]]
+    drawn: Callable[[], tuple[list[Shape], list[Shape]] | tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,7 @@ class Analysis:
 
     Args:
         task: "bbox", "segm" or "semantic".
+        annotations: file or folder that the results were compared with.
         summary: scores over all classes; the first one is the task's.
         by_class: in the order of the classes.
         by_iou: AP by IoU threshold ("0.50"); empty for label maps.
@@ -103,6 +105,7 @@ class Analysis:
     """
 
     task: str
+    annotations: str
     summary: Scores
     by_class: tuple[ClassResult, ...]
     by_iou: Scores
@@ -121,6 +124,7 @@ class Analysis:
         """Return the content of a JSON file; scores are in percent, null without objects."""
         return {
             "task": self.task,
+            "annotations": self.annotations,
             "summary": dict(self.summary),
             "by_class": [
                 {"class": one.name, "truths": one.truths, "found": one.found, **one.scores}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 
 from elsa_core.runtime.command_line import keep_inputs, show
 from elsa_core.runtime.errors import UsageError
@@ -12,8 +13,9 @@ from elsa_core.runtime.files import replacing
 from .analysis import Analysis
 
 DETAILS = """\
-A results file is Detectron2's coco_instances_results.json, or what MMDetection's metrics write with
-outfile_prefix: *.bbox.json or *.segm.json.
+Results are Detectron2's coco_instances_results.json, or what MMDetection's metrics write with
+outfile_prefix: *.bbox.json or *.segm.json. Of label maps they are Detectron2's
+sem_seg_predictions.json, or the folder that MMSegmentation's IoUMetric writes with output_dir.
 """
 
 
@@ -26,16 +28,25 @@ def add_results(commands: argparse._SubParsersAction) -> None:
         epilog=DETAILS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--annotations", required=True, metavar="FILE", help="COCO file")
-    parser.add_argument("--results", required=True, metavar="FILE", help="detections")
     parser.add_argument(
-        "--task",
-        choices=("auto", "bbox", "segm"),
-        default="auto",
-        help="auto: what the results have, boxes, masks or both (default: %(default)s)",
+        "--annotations", required=True, metavar="PATH", help="COCO file, or folder of label maps"
     )
     parser.add_argument(
-        "--classes", nargs="+", metavar="NAME", help="those to evaluate; default: all categories"
+        "--results", required=True, metavar="PATH", help="file, or folder of label maps"
+    )
+    parser.add_argument("--images", metavar="DIR", help="folder of the images")
+    parser.add_argument(
+        "--task",
+        choices=("auto", "bbox", "segm", "semantic"),
+        default="auto",
+        help="auto: what the results have: boxes, masks or both; semantic if --annotations is a "
+        "folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--classes",
+        nargs="+",
+        metavar="NAME",
+        help="those of the model; needed for label maps, default of a COCO file: all categories",
     )
     parser.add_argument(
         "--iou",
@@ -48,8 +59,19 @@ def add_results(commands: argparse._SubParsersAction) -> None:
         type=float,
         help="least score of a detection for the confusion matrix; default: that of the best F1",
     )
+    parser.add_argument(
+        "--reduce-zero-label",
+        action="store_true",
+        help="in the annotated label maps 0 is no class, and classes begin at 1",
+    )
+    parser.add_argument(
+        "--first-label",
+        type=int,
+        choices=(0, 1),
+        help="of the first class in predicted PNGs; default: 1 with --reduce-zero-label, else 0",
+    )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
-    parser.set_defaults(run=_results, packages=("numpy", "pycocotools", "tabulate"))
+    parser.set_defaults(run=_results, packages=("numpy", "PIL", "pycocotools", "tabulate", "tqdm"))
 
 
 def _results(options: argparse.Namespace) -> int:
@@ -68,6 +90,8 @@ def _results(options: argparse.Namespace) -> int:
 
 
 def _analyse(options: argparse.Namespace) -> list[Analysis]:
+    if os.path.isdir(options.annotations) or options.task == "semantic":
+        return [_label_maps(options)]
     from .detections import analyse_detections
     from .read import read_results, tasks_of
 
@@ -77,14 +101,26 @@ def _analyse(options: argparse.Namespace) -> list[Analysis]:
     tasks = tasks_of(entries) if options.task == "auto" else [options.task]
     if not tasks:
         raise UsageError(f"{options.results} has detections without a box and without a mask")
-    return [
-        analyse_detections(
-            options.annotations,
-            entries,
-            task,
-            classes=options.classes,
-            iou=options.iou,
-            score=options.score,
+    given = {"classes": options.classes, "iou": options.iou, "score": options.score}
+    return [analyse_detections(options.annotations, entries, task, **given) for task in tasks]
+
+
+def _label_maps(options: argparse.Namespace) -> Analysis:
+    from .label_maps import analyse_label_maps
+
+    if not os.path.isdir(options.annotations) or options.task not in ("auto", "semantic"):
+        raise UsageError(
+            f"task {options.task} does not go with --annotations {options.annotations}: semantic "
+            "is for a folder of label maps, the others are for a COCO file"
         )
-        for task in tasks
-    ]
+    if not options.classes:
+        raise UsageError("--classes must name the classes of label maps, in the order of labels")
+    return analyse_label_maps(
+        options.annotations,
+        options.results,
+        options.classes,
+        images=options.images,
+        reduce_zero_label=options.reduce_zero_label,
+        first_label=options.first_label,
+        progress=True,
+    )

@@ -83,6 +83,7 @@ def analyse_detections(
     )
     return Analysis(
         task=task,
+        annotations=annotations,
         summary=_summary(evaluation),
         by_class=tuple(_by_class(evaluation, names, matrix)),
         by_iou={f"{at:.2f}": _percent(evaluation.precision(iou=at)) for at in thresholds},
@@ -152,13 +153,13 @@ def _images(
             f"{len(match.confused)}; missed: {len(match.missed)}; detections of nothing: "
             f"{len(match.extra)}"
         )
-        shapes = partial(_shapes, evaluation, match)
-        result = ImageResult(image["file_name"], float(severity), text, shapes)
+        drawn = partial(_drawn, evaluation, match)
+        result = ImageResult(image["file_name"], float(severity), text, drawn)
         ranked.append((-severity, len(match.pairs), number, result))
     return [result for *_, result in sorted(ranked, key=lambda one: one[:3])]
 
 
-def _shapes(evaluation: LimitedCOCOeval, match: Match) -> tuple[list[Shape], list[Shape]]:
+def _drawn(evaluation: LimitedCOCOeval, match: Match) -> tuple[list[Shape], list[Shape]]:
     def shape(one: dict[str, Any], wrong: bool) -> Shape:
         mask = one["segmentation"] if evaluation.params.iouType == "segm" else None
         return Shape(one["category_id"] - 1, one["bbox"], mask, one.get("score"), wrong)

@@ -253,7 +253,7 @@ def test_mistakes_by_hand(tmp_path):
         ("2.jpg", 3),
         ("1.jpg", 1 + 0.75 + 0.8),
     ]
-    truths, drawn = analysis.images[1].shapes()
+    truths, drawn = analysis.images[1].drawn()
     assert [(one.label, one.wrong) for one in truths] == [(0, False), (2, False), (1, True)]
     assert [(one.label, one.score, one.wrong) for one in drawn] == [
         (0, 0.9, False),
