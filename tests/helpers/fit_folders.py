@@ -2,10 +2,14 @@
 
 import json
 import xml.etree.ElementTree as ET
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+from pycocotools.coco import COCO
+from skimage.measure import find_contours
 
 SIZE = (96, 64)
 CLASSES = ("square", "tall")
@@ -163,6 +167,34 @@ def label_maps(root, images="images", maps="masks"):
         image(root / images / name_of(n), n)
         label_map(root / maps / f"{Path(name_of(n)).stem}.png", n)
     write(root / "classes.txt", "\n".join(CLASSES) + "\n")
+
+
+def outline(mask):
+    """One polygon around all parts of a mask, on the edges of its pixels to within half of one."""
+    parts = [part[:, ::-1] - 0.5 for part in find_contours(np.pad(mask, 1), 0.5)]
+    start = parts[0][:1]
+    return np.concatenate([edge for part in parts for edge in (part, part[:1], start)]).ravel()
+
+
+def yolo_copy(source, root, polygons=True):
+    """A data set in the layout of the digits in YOLO's format, with links to the images."""
+    for part in ("training", "validation"):
+        with redirect_stdout(StringIO()):
+            found = COCO(str(source / f"annotations/instances_{part}.json"))
+        (root / "images").mkdir(parents=True, exist_ok=True)
+        (root / "images" / part).symlink_to((source / "images" / part).absolute())
+        for image in found.imgs.values():
+            lines, size = [], (image["width"], image["height"])
+            for one in found.imgToAnns[image["id"]]:
+                x, y, w, h = one["bbox"]
+                values = [x + w / 2, y + h / 2, w, h]
+                if polygons:
+                    values = outline(found.annToMask(one))
+                scaled = [f"{value / size[n % 2]:.6f}" for n, value in enumerate(values)]
+                lines.append(" ".join([str(one["category_id"] - 1), *scaled]))
+            write(root / "labels" / part / f"{Path(image['file_name']).stem}.txt", "\n".join(lines))
+    names = json.dumps([one["name"] for one in found.cats.values()])
+    write(root / "data.yaml", f"train: images/training\nval: images/validation\nnames: {names}\n")
 
 
 INSTANCES = {

@@ -62,7 +62,12 @@ def prepare(
         raise UsageError(f"task must be one of {', '.join(TASKS)}, got {shown(task)}")
     if not 0 < validation < 1:
         raise UsageError(f"validation must be a share between 0 and 1, got {validation:g}")
+    if out.resolve() == source.resolve():
+        raise UsageError(f"{out} must be another folder than that of the images")
     found, task = recognise(source, out, task)
+    if any(sample.path.is_absolute() for sample in found.samples):
+        for sample in found.samples:
+            sample.path = sample.path.absolute()
     unused = sum(sample.role == TEST for sample in found.samples)
     found.samples = [sample for sample in found.samples if sample.role != TEST]
     if not found.samples:

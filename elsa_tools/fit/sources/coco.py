@@ -4,7 +4,8 @@ Images are found by these rules, the first that has a file for every image of th
 
 1. ``file_name`` is relative to the JSON's folder, its folder ``images``, the folder above, or the
    folder ``images`` there;
-2. it is relative to a folder of the same part: ``images/train`` for ``instances_train.json``;
+2. it is relative to ``images/PART`` or ``PART`` beside that, for ``instances_PART.json``, or to a
+   folder of the same part: ``images/train`` for ``train.json``;
 3. its last part alone names a file, only once in the source: Label Studio writes
    ``../../label-studio/data/media/upload/1/ab-x.jpg`` or ``images\\x.jpg`` for ``images/ab-x.jpg``.
 """
@@ -60,8 +61,8 @@ def read(tree: Tree, files: dict[str, dict[str, Any]], task: str | None) -> Sour
     roles = {role_of(name): name for name in files}
     if len(roles) < len(files) or (None in roles and len(roles) > 1):
         raise UsageError(
-            f"{tree.root} has {len(files)} annotation files, which must be one, or one of each "
-            f"part with train, val or test in its path, got {few(files)}"
+            f"{tree.root} must have one annotation file, or one of each part with train, val or "
+            f"test in its path, got {few(files)}: name the one to use instead of the folder"
         )
     used = {name: files[name] for role, name in roles.items() if role != TEST}
     for content in used.values():
@@ -82,8 +83,7 @@ def read(tree: Tree, files: dict[str, dict[str, Any]], task: str | None) -> Sour
         source.classes += [one for one in names if one not in source.classes]
         source.samples += _samples(tree, name, role, content)
     listed = {sample.path for sample in source.samples}
-    spare = [name for name in tree.images if tree.path(name) not in listed]
-    if spare and TEST not in roles:
+    if spare := tree.spare({name for name in tree.images if tree.path(name) in listed}):
         source.warnings.append(
             f"{len(spare)} images in {tree.root} are in no annotation file and not used: "
             f"{few(spare)}"
@@ -150,8 +150,9 @@ def _locate(tree: Tree, file: str, role: str | None, names: list[str]) -> dict[s
     plain = {name: name.replace("\\", "/") for name in names}
     folder = posixpath.dirname(file)
     above = posixpath.dirname(folder)
+    subset = posixpath.basename(stem_of(file)).partition("_")[2]
     bases = [folder, f"{folder}/images", above, f"{above}/images"]
-    bases += _folders_of(tree, role)
+    bases += [f"{above}/images/{subset}", f"{above}/{subset}", *_folders_of(tree, role)]
     best: dict[str, str] = {}
     for base in dict.fromkeys(bases):
         paths = {n: posixpath.normpath(posixpath.join(base, p)) for n, p in plain.items()}

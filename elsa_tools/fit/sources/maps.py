@@ -36,9 +36,9 @@ def find(tree: Tree) -> dict[str, str]:
     """Return {image: label map} by relative paths.
 
     Raises:
-        UsageError: an image has several label maps, or a label map several images.
+        UsageError: an image has several label maps, or one of another format.
     """
-    maps = tree.by_stem(name for name in tree.images if name.lower().endswith(ENDINGS))
+    maps = tree.by_stem(tree.images)
     found: dict[str, str] = {}
     for image in tree.images:
         folder, file = posixpath.split(stem_of(image))
@@ -49,6 +49,10 @@ def find(tree: Tree) -> dict[str, str]:
         if len(several) > 1:
             raise UsageError(
                 f"{tree.path(image)} may have any of the label maps {few(several)}: keep one"
+            )
+        if several and not several[0].lower().endswith(ENDINGS):
+            raise UsageError(
+                f"label map {tree.path(several[0])} must be PNG, BMP or TIFF: others change values"
             )
         if several:
             found[image] = several[0]
@@ -67,8 +71,7 @@ def read(tree: Tree, pairs: dict[str, str]) -> Source:
         role = sets[stem] if sets else role_of(posixpath.dirname(image))
         path = tree.path(labels)
         source.samples.append(Sample(tree.path(image), role, map=path, source=str(path)))
-    used = {*pairs, *pairs.values()}
-    if not sets and (spare := [name for name in tree.images if name not in used]):
+    if not sets and (spare := tree.spare({*pairs, *pairs.values()})):
         source.warnings.append(
             f"{len(spare)} files in {tree.root} are images without label map or label maps without "
             f"image, and not used: {few(spare)}"

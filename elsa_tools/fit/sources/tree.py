@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import posixpath
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable
@@ -114,6 +115,12 @@ class Tree:
 
     def path(self, name: str) -> Path:
         return self.root / name
+
+    def spare(self, used: Collection[str]) -> list[str]:
+        """Return the images that are not used and lie beside images that are."""
+        folders = {posixpath.dirname(name) for name in used}
+        found = [name for name in self.images if posixpath.dirname(name) in folders]
+        return [name for name in found if name not in used]
 
     def by_stem(self, names: Iterable[str]) -> dict[str, list[str]]:
         """Return {name without its ending: names}."""

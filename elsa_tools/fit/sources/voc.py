@@ -92,7 +92,8 @@ def read(tree: Tree, files: dict[str, ElementTree.Element], task: str | None) ->
     source.layout += f", with boxes in {kind}"
     source.classes = sorted({a["category"] for one in source.samples for a in one.annotations})
     used = {sample.path for sample in source.samples}
-    if not sets and (spare := [one for one in tree.images if tree.path(one) not in used]):
+    spare = tree.spare({name for name in tree.images if tree.path(name) in used})
+    if spare and not sets:
         source.warnings.append(
             f"{len(spare)} images in {tree.root} have no XML and are not used: {few(spare)}"
         )

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import numpy as np
 import yaml
 
 from elsa_core.data.images import ENDINGS
@@ -233,14 +234,11 @@ def in_pixels(sample: Sample, width: int, height: int) -> None:
         values = one.pop("fractions", None)
         if values is None:
             continue
+        points = np.asarray(values).reshape(-1, 2)
         if len(values) == 4:
-            x, y, w, h = values
-            xs, ys = [x - w / 2, x + w / 2], [y - h / 2, y + h / 2]
-        else:
-            xs, ys = values[::2], values[1::2]
-        xs = [round(min(max(x, 0), 1) * width, 3) for x in xs]
-        ys = [round(min(max(y, 0), 1) * height, 3) for y in ys]
-        left, top = min(xs), min(ys)
-        one["bbox"] = [left, top, round(max(xs) - left, 3), round(max(ys) - top, 3)]
+            points = points[0] + points[1] * [[-0.5], [0.5]]
+        points = (points.clip(0, 1) * (width, height)).round(3)
+        low, high = points.min(axis=0), points.max(axis=0)
+        one["bbox"] = [*low.tolist(), *(high - low).round(3).tolist()]
         if len(values) > 4:
-            one["segmentation"] = [[v for point in zip(xs, ys, strict=True) for v in point]]
+            one["segmentation"] = [points.ravel().tolist()]
