@@ -32,6 +32,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 PARTS = 64
 """Most parts of the sums for the ghost filters."""
 _MOST_NUMBERS = 2**31 - 1
+_ALIGNED = 16
+"""Strides and addresses in bytes that are its multiples have code of their own in Triton."""
 
 
 class Blocks(NamedTuple):
@@ -253,9 +255,25 @@ def _is_served(value: Tensor, kernel_size: int) -> bool:
 
 
 def _packed(tensor: Tensor) -> Tensor:
-    """Return the map, or a copy if neighbouring channels do not follow each other."""
-    follow = tensor.shape[-1] == 1 or tensor.stride(-1) == 1
-    return tensor if follow else tensor.contiguous()
+    """Return the map, or a contiguous copy.
+
+    The copy is for channels that do not follow each other, and where an address or a stride is a
+    multiple of 16 other than a contiguous map's: Triton would compile code of its own for it, with
+    another order of sums.
+    """
+    _, height, width, channels = tensor.shape
+    usual = (height * width * channels, width * channels, channels)
+    axes = zip(tensor.shape[:3], _strides(tensor), usual, strict=True)
+    alike = all(size == 1 or _code(stride) == _code(other) for size, stride, other in axes)
+    follow = channels == 1 or tensor.stride(-1) == 1
+    if follow and alike and tensor.data_ptr() % _ALIGNED == 0:
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+def _code(stride: int) -> tuple[bool, bool]:
+    """Return what Triton compiles for this stride and not for all."""
+    return stride == 1, stride % _ALIGNED == 0
 
 
 def _strides(tensor: Tensor) -> list[int]:

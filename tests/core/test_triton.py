@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 pytestmark = pytest.mark.skipif(not find_spec("triton"), reason="needs Triton")
 TESTS = [Path(__file__).with_name(f"test_{name}.py") for name in ("cuda_operator", "backends")]
@@ -76,6 +77,33 @@ def test_kernels_compile_for_other_devices(name, dtype, target, record_property)
         record_property(kernel, taken._asdict())
         assert taken.shared <= 48 * 1024
         assert name not in MODELS or taken.spilled == 0, (kernel, taken)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("change", ["sliced", "sliced at 16", "by columns", "odd address"])
+def test_strides_and_addresses_change_no_code(change):
+    """Code of their own would have an order of its own in the sums for the ghost filters."""
+    from triton_targets import compiling_for
+
+    from elsa_core.triton import operator
+
+    def changed(tensor):
+        numbers = tensor.shape[-1]
+        if change == "by columns":
+            return tensor.transpose(1, 2).contiguous().transpose(1, 2)
+        if change == "odd address":
+            return torch.zeros(tensor.numel() + 1)[1:].view(tensor.shape)
+        before = {"sliced": 3, "sliced at 16": 16}[change]
+        return F.pad(tensor, (before, -numbers % before))[..., before : before + numbers]
+
+    def compiled(tensors):
+        with compiling_for("sm_90") as kernels:
+            operator.attention(*tensors, ghost, None, 3, 1)
+            operator.attention_backward(tensors[0], *tensors, ghost, None, 3, 1)
+        return {name: kernel.hash for name, kernel in kernels.items()}
+
+    maps, ghost = [torch.zeros(2, 3, 5, 64), torch.zeros(2, 3, 5, 18)], torch.zeros(64, 3, 3)
+    assert compiled([changed(tensor) for tensor in maps]) == compiled(maps)
 
 
 @pytest.mark.parametrize("dilation", [2, 50, 2**30 - 1])
