@@ -27,6 +27,9 @@ class StagedBackbone(nn.Module):
         ValueError: a value is out of range.
     """
 
+    # Beginnings of the names of parameters that are not the backbone's.
+    heads: tuple[str, ...] = ()
+
     def __init__(
         self,
         num_features: Sequence[int],
@@ -84,6 +87,33 @@ class StagedBackbone(nn.Module):
     def frozen_parts(self) -> Iterable[nn.Module | nn.Parameter]:
         """Return what ``frozen_stages`` freezes."""
         raise NotImplementedError
+
+    def layer_names(self) -> list[tuple[str, ...]]:
+        """Return the beginnings of the parameters' names of the patch embedding, and each block."""
+        raise NotImplementedError
+
+    def get_layer_depth(self, param_name: str, prefix: str = "") -> tuple[int, int]:
+        """Return the layer of a parameter, and the number of layers: blocks + 2.
+
+        Layer 0 is the patch embedding, with position embedding and class token. Blocks follow in
+        the order in which they compute; a stage's last one has what reduces its map. Everything
+        else is the last layer. `elsa_core.param_groups` makes learning rates of it, and so does
+        MMPretrain.
+
+        Args:
+            param_name: name of a parameter of this model or of one around it.
+            prefix: of this model's parameters; other names are those of the last layer.
+        """
+        layers = self.layer_names()
+        name, depth = param_name.removeprefix(prefix), len(layers)
+        if param_name.startswith(prefix):
+            found = (i for i, beginnings in enumerate(layers) if name.startswith(beginnings))
+            depth = next(found, depth)
+        return depth, len(layers) + 1
+
+    def no_weight_decay(self) -> set[str]:
+        """Return the names of the position embedding and the class token, where there are any."""
+        return {"pos_embed", "cls_token"} & self._parameters.keys()
 
     def train(self: _Self, mode: bool = True) -> _Self:
         super().train(mode)
@@ -223,6 +253,13 @@ class ELSASwin(StagedBackbone):
             out, x = stage(x)
             maps.append(out)
         return maps
+
+    def layer_names(self) -> list[tuple[str, ...]]:
+        names: list[tuple[str, ...]] = [("patch_embed.",)]
+        for stage, depth in enumerate(self.arch.depths[: len(self.layers)]):
+            names += [(f"layers.{stage}.blocks.{block}.",) for block in range(depth)]
+            names[-1] += (f"layers.{stage}.downsample.",)
+        return names
 
     def frozen_parts(self) -> Iterable[nn.Module | nn.Parameter]:
         yield from (self.patch_embed, self.pos_drop, *self.layers[: self.frozen_stages])

@@ -54,11 +54,10 @@ class _Training(nn.Module):
         return set()
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Return patterns that group parameters by layer, for layer-wise learning rates."""
+        """Return patterns for the layers of `StagedBackbone.get_layer_depth`."""
         blocks = [
             (r"^layers\.(\d+)\.blocks\.(\d+)", None),
             (r"^layers\.(\d+)\.downsample", MATCH_PREVIOUS_GROUP),
-            (r"^norm", MATCH_PREVIOUS_GROUP),
         ]
         return {"stem": r"^patch_embed", "blocks": r"^layers\.(\d+)" if coarse else blocks}
 

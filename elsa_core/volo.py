@@ -266,6 +266,15 @@ class ELSAVolo(StagedBackbone):
                     module.eval()
         return self
 
+    def layer_names(self) -> list[tuple[str, ...]]:
+        names: list[tuple[str, ...]] = [("patch_embed.", "pos_embed", "cls_token")]
+        for index, part in enumerate(self.network):
+            if isinstance(part, nn.Sequential):
+                names += [(f"network.{index}.{block}.",) for block in range(len(part))]
+            else:
+                names[-1] += (f"network.{index}.",)
+        return names
+
     def frozen_parts(self) -> Iterable[nn.Module | nn.Parameter]:
         yield self.patch_embed
         if self.frozen_stages:  # the second entry of `network` is no stage

@@ -115,6 +115,10 @@ class ELSAVoloTokens(ELSAVolo):
         self.norm = nn.LayerNorm(dim)
         self._init_linear(init_std)
 
+    def layer_names(self) -> list[tuple[str, ...]]:
+        blocks = range(len(self.post_network or ()))
+        return super().layer_names() + [(f"post_network.{block}.",) for block in blocks]
+
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         x = self._embed(x)
         rows, columns = x.shape[1] // 2, x.shape[2] // 2
@@ -152,6 +156,8 @@ class ELSAVoloClassifier(ELSAVoloTokens):
         ValueError: as `ELSAVolo`; for ``aux_head`` without ``class_token``, and ``mix_token``
             without ``aux_head``.
     """
+
+    heads = ("head.", "aux_head.")
 
     def __init__(
         self,

@@ -37,9 +37,7 @@ TRAINING_STATE = set(
 _WEIGHTS = ("state_dict", "model")
 _EMA = "state_dict_ema"
 # Parts that torch.compile, FSDP and activation checkpointing add to names.
-_WRAPPERS = re.compile(
-    r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+"
-)
+WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 # A tensor that every model has, after a prefix such as Lightning's "model.".
 _BACKBONE_KEY = re.compile(
     r"((?:.*?\.)??)(?:backbone\.)?(?:bottom_up\.)?patch_embed\.(?:proj|projection)\.weight"
@@ -153,7 +151,7 @@ def _recognise(tensors: dict[str, Tensor]) -> Source:
 def _without_prefix(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], str, list[str]]:
     """Return the model's tensors without the prefix of compiled, sharded and wrapped models, that
     prefix, and the names without it."""
-    tensors = {_WRAPPERS.sub(r"\1", name): value for name, value in tensors.items()}
+    tensors = {WRAPPERS.sub(r"\1", name): value for name, value in tensors.items()}
     prefixes = sorted({found[1] for name in tensors if (found := _BACKBONE_KEY.fullmatch(name))})
     if not prefixes or "" in prefixes:
         return tensors, "", []

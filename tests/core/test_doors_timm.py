@@ -9,7 +9,10 @@ from weights_models import TINY, classification, classifier_tensors, save
 
 timm = pytest.importorskip("timm", reason="timm is not installed")
 
+from timm.optim import create_optimizer_v2  # noqa: E402
+
 import elsa_core.timm  # noqa: E402  registers the models
+from elsa_core.param_groups import lr_factors  # noqa: E402
 from elsa_core.weights import convert_file  # noqa: E402
 
 
@@ -105,7 +108,14 @@ def test_head_layers_and_checkpointing():
     assert groups["layers.1.downsample.norm.weight"] == groups["layers.1.blocks.0.attn.ghost_head"]
     order = ["patch_embed.proj.weight", "layers.0.blocks.0.attn.ghost_head"]
     order += ["layers.3.blocks.1.attn.rb", "head.weight"]
-    assert [groups[name] for name in order] == [0, 1, 5, 6] and groups["norm.weight"] == 5
+    assert [groups[name] for name in order] == [0, 1, 5, 6] and groups["norm.weight"] == 6
+    features = create(features_only=True)
+    scales = {
+        parameter: group["lr_scale"]
+        for group in create_optimizer_v2(features, "adamw", layer_decay=0.5).param_groups
+        for parameter in group["params"]
+    }
+    assert scales == lr_factors(features, 0.5)
     grads = []
     for enable in (False, True):
         model.train().set_grad_checkpointing(enable)
