@@ -24,7 +24,7 @@ from .modeling.upernet import UPerNetHead, WholeImageSegmentor
 from .modeling.volo import ELSAVolo, build_elsa_volo_backbone, build_elsa_volo_fpn_backbone
 from .predictor import Predictor
 from .solver.lr_scheduler import build_lr_scheduler
-from .solver.optimizer import build_optimizer
+from .solver.optimizer import build_optimizer, clip_total_norm, parameter_groups
 
 __all__ = [
     "AtomicCheckpointer",
@@ -55,8 +55,10 @@ __all__ = [
     "build_lr_scheduler",
     "build_optimizer",
     "build_sem_seg_evaluator",
+    "clip_total_norm",
     "get_config_file",
     "load_config",
+    "parameter_groups",
     "register_cityscapes_datasets",
     "register_coco_datasets",
     "register_sem_seg_datasets",

@@ -14,6 +14,7 @@ from elsa_core.runtime.configs import find_config
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.finite import MAX_NONFINITE
 from elsa_core.variants import Arch, VoloArch
+from elsa_d2.solver.optimizer import UNDECAYED
 
 CUSTOM = "custom"
 # The nodes of MODEL that describe a backbone, and the class of its architectures.
@@ -32,10 +33,13 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
     # "AdamW", or "SGD": Detectron2's own optimizer, which ignores the two following keys.
     cfg.SOLVER.OPTIMIZER = "AdamW"
     cfg.SOLVER.BETAS = (0.9, 0.999)
-    # Parameters of the ELSA backbone whose name contains one of these are not decayed: norms, with
-    # those of ELSA-VOLO's stem, and its position embedding.
-    stem_norms = [f"patch_embed.conv.{index}." for index in (1, 4, 7)]
-    cfg.SOLVER.WEIGHT_DECAY_EXEMPT = ["norm", "pos_embed", *stem_norms]
+    # Parameters of the ELSA backbone whose name contains one of these are not decayed, besides
+    # ELSA-VOLO's position embedding.
+    cfg.SOLVER.WEIGHT_DECAY_EXEMPT = list(UNDECAYED)
+    # The learning rate of each layer of the ELSA backbone is that of the next one times this.
+    cfg.SOLVER.LAYER_DECAY = 1.0
+    # The learning rate of the whole ELSA backbone is multiplied by this.
+    cfg.SOLVER.BACKBONE_LR_FACTOR = 1.0
 
     # "float16", "bfloat16", or "": float16 on CUDA and bfloat16 elsewhere.
     cfg.SOLVER.AMP.DTYPE = ""

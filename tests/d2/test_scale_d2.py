@@ -25,6 +25,7 @@ from elsa_d2.data.sampler import ContinuedSampler, DataOrderHook
 from elsa_d2.engine.preflight import check_run
 from elsa_d2.engine.train_loop import AutocastTrainer
 from elsa_d2.solver.lr_scheduler import scale_lr
+from elsa_d2.solver.optimizer import clip_total_norm
 
 
 class Model(nn.Module):
@@ -43,10 +44,12 @@ class Model(nn.Module):
 BATCH = list(torch.randn(8, 3, generator=torch.Generator().manual_seed(1)))
 
 
-def step(parts, dtype=torch.float32, images=BATCH, wrap=lambda model: model):
-    """Gradients of a step and its logged losses."""
+def step(parts, dtype=torch.float32, images=BATCH, wrap=lambda model: model, max_norm=None):
+    """Gradients of a step and its logged metrics."""
     model = wrap(Model())
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    if max_norm:
+        clip_total_norm(optimizer, max_norm)
     trainer = AutocastTrainer(model, [images], optimizer, "cpu", dtype, parts)
     if dtype == torch.float16:  # at first, the usual scale is too large for losses like these
         trainer.grad_scaler = torch.amp.GradScaler("cpu", init_scale=128.0)
@@ -70,6 +73,20 @@ def test_parts_of_a_batch_in_mixed_precision(dtype, tolerance):
     for a, b in zip(whole, gradients, strict=True):
         assert (a - b).abs().max() <= tolerance * a.abs().max() and not torch.equal(a, b)
     assert logged["total_loss"] == pytest.approx(expected["total_loss"], rel=tolerance)
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+@pytest.mark.parametrize(
+    "dtype, tolerance", [(torch.float32, 1e-6), (torch.bfloat16, 3e-2), (torch.float16, 4e-3)]
+)
+def test_the_norm_of_a_whole_steps_gradients_is_clipped(parts, dtype, tolerance):
+    whole = nn.utils.parameters_to_vector(step(1)[0])
+    norm = whole.norm().item()
+    gradients, logged = step(parts, dtype, max_norm=norm / 2)
+    clipped = nn.utils.parameters_to_vector(gradients)
+    assert (clipped - whole / 2).norm() <= 2 * tolerance * norm
+    assert clipped.norm().item() == pytest.approx(norm / 2, rel=1e-5)
+    assert logged["grad_norm"] == pytest.approx(norm, rel=tolerance)
 
 
 def parts_in_two_processes(folder):
