@@ -11,6 +11,7 @@ from .configs import get_config_file
 from .evaluation import AugmentedValLoop
 from .loading import WeightsHook
 from .optim_wrapper import CPUAmpOptimWrapper
+from .optimizer_constructor import ELSAOptimWrapperConstructor
 from .schedule import WarmupCosineLR
 from .sizes import EqualSizesHook
 from .strategy import ELSAFSDPStrategy
@@ -21,6 +22,7 @@ __all__ = [
     "AugmentedValLoop",
     "CPUAmpOptimWrapper",
     "ELSAFSDPStrategy",
+    "ELSAOptimWrapperConstructor",
     "ELSASwin",
     "ELSAVolo",
     "ELSAVoloTokens",

@@ -18,6 +18,7 @@ from torch.utils.data import BatchSampler
 
 import elsa_core.weights
 from elsa_core.data.coco import first_problem, missing_files, read_json
+from elsa_core.param_groups import NAMES
 from elsa_core.runtime.errors import UsageError, one_line
 
 from .checkpoint import is_local
@@ -26,6 +27,7 @@ from .loading import model_of
 from .nested import datasets_in, walk
 
 BACKBONES = ("ELSASwin", "ELSAVolo", "ELSAVoloTokens")
+CONSTRUCTOR = "ELSAOptimWrapperConstructor"
 IMPORT_LINE = "custom_imports = dict(imports=['elsa_mm'])"
 # Parts with one output or label for each class of the data, unlike an RPN.
 _HEADS = re.compile(
@@ -39,7 +41,14 @@ _CLASS_FOLDERS = re.compile(r"number of subfolders \((\d+)\).*\((\d+)\)")
 
 def check_config(cfg: Config) -> None:
     """Raises UsageError if our backbone is not imported, cannot be built, or has other channels
-    than the next parts."""
+    than the next parts, and for settings that MMEngine's constructor of optimizers ignores."""
+    wrapper = cfg.get("optim_wrapper") or {}
+    ours = [name for name in NAMES if name in (wrapper.get("paramwise_cfg") or {})]
+    if ours and CONSTRUCTOR not in str(wrapper.get("constructor")):
+        raise UsageError(
+            f"optim_wrapper.paramwise_cfg.{ours[0]} needs optim_wrapper.constructor="
+            f"{CONSTRUCTOR!r}, got {wrapper.get('constructor')!r}"
+        )
     model = cfg.get("model") or {}
     backbones = [node for node in walk(model) if node.get("type") in BACKBONES]
     imports = (cfg.get("custom_imports") or {}).get("imports") or []

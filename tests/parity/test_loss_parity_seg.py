@@ -19,6 +19,7 @@ from mmengine.config import Config
 from mmengine.dataset import pseudo_collate
 from mmengine.registry import MODELS, init_default_scope
 from mmseg.models.losses import cross_entropy_loss
+from upernet_names import our_name
 from weights_models import TINY
 
 from elsa_d2 import SegmentorWithTTA, SemSegMapper, load_config
@@ -29,25 +30,6 @@ THEIRS = REPOSITORY / "configs/mmseg/_base_/models/upernet_elsa-swin.py"
 RATIOS = (0.75, 1.5)
 SCALE, CROP = (90, 54), (64, 64)
 ARCH, WIDTH = dataclasses.asdict(TINY), 32
-# MMSegmentation's names, and ours.
-NAMES = [
-    (r"decode_head\.psp_modules\.(\d)\.1\.", r"sem_seg_head.psp\1."),
-    (r"decode_head\.bottleneck\.", "sem_seg_head.psp_bottleneck."),
-    (r"decode_head\.lateral_convs\.(\d)\.", lambda m: f"sem_seg_head.lateral{int(m[1]) + 2}."),
-    (r"decode_head\.fpn_convs\.(\d)\.", lambda m: f"sem_seg_head.fpn_output{int(m[1]) + 2}."),
-    (r"decode_head\.fpn_bottleneck\.", "sem_seg_head.fpn_bottleneck."),
-    (r"decode_head\.conv_seg\.", "sem_seg_head.predictor."),
-    (r"auxiliary_head\.convs\.0\.", "sem_seg_head.aux_conv."),
-    (r"auxiliary_head\.conv_seg\.", "sem_seg_head.aux_predictor."),
-]
-
-
-def our_name(name):
-    for pattern, replacement in NAMES:
-        name = re.sub("^" + pattern, replacement, name)
-    return re.sub(
-        r"(sem_seg_head\..*\.)bn\.", r"\1norm.", re.sub(r"\.conv\.weight$", ".weight", name)
-    )
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ optim_wrapper = dict(
     type="AmpOptimWrapper",
     loss_scale="dynamic",
     optimizer=dict(type="AdamW", lr=1e-4, betas=(0.9, 0.999), weight_decay=0.05),
+    constructor="ELSAOptimWrapperConstructor",
     paramwise_cfg=dict(custom_keys={{_base_.undecayed}}),
 )
 param_scheduler = [

@@ -7,6 +7,7 @@ max_lr = 1.5e-3
 optim_wrapper = dict(
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=max_lr, betas=(0.9, 0.999), weight_decay=0.05),
+    constructor="ELSAOptimWrapperConstructor",
     paramwise_cfg=dict(custom_keys={{_base_.undecayed}}),
 )
 warmup_iters = 50

@@ -8,7 +8,11 @@ _base_ = [
     "imagenet_bs1024_adamw_swin.py"
 ]
 
-optim_wrapper = dict(type="AmpOptimWrapper", clip_grad=dict(max_norm=5.0))
+optim_wrapper = dict(
+    type="AmpOptimWrapper",
+    constructor="ELSAOptimWrapperConstructor",
+    clip_grad=dict(max_norm=5.0),
+)
 param_scheduler = [
     dict(type="WarmupCosineLR", T_max=300, eta_min=1e-5, warmup=20, warmup_lr=1e-6, by_epoch=True)
 ]

@@ -12,6 +12,7 @@ optim_wrapper = dict(
     _delete_=True,
     type="OptimWrapper",
     optimizer=dict(type="AdamW", lr=6e-5, betas=(0.9, 0.999), weight_decay=0.01),
+    constructor="ELSAOptimWrapperConstructor",
     paramwise_cfg=dict(custom_keys={{_base_.undecayed}}),
 )
 param_scheduler = [
