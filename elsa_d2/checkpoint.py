@@ -15,6 +15,7 @@ from detectron2.checkpoint import DetectionCheckpointer
 from torch import Tensor, nn
 
 from elsa_core.data.classes import other_classes
+from elsa_core.ema import AveragedWeights
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.files import replacing
 from elsa_core.runtime.finite import first_nonfinite
@@ -31,6 +32,7 @@ from elsa_core.weights import (
     read_ahead,
     read_checkpoint,
 )
+from elsa_core.weights.averages import BESIDE, has_both, note, trained
 from elsa_core.weights.resume import first_whole, noted, notes_on
 from elsa_core.weights.unpickle import Array
 
@@ -47,20 +49,26 @@ class AtomicCheckpointer(DetectionCheckpointer):
     parameter matches the model by name and shape, or less than a tenth of the weights of the
     backbone's attention.
 
+    A training that averages its weights saves the averaged ones as ``model``, and its own beside
+    them (`elsa_core.weights.averages`). It resumes from both; others load the averaged ones.
+
     ``save_dir`` is a folder of a local file system. `save` raises UsageError if it cannot be
     written, and for a model with NaN or infinite parameters.
 
     Attributes:
+        averaged: the averaged weights of the training, or None.
         classes: the class names of the model, which `save` writes where OpenMMLab's checkpoints
             have them.
         last: the checkpoint last saved, or resumed from; "" if none.
         passed: a sentence on each checkpoint that cannot be resumed from.
     """
 
+    averaged: AveragedWeights | None = None
     classes: Sequence[str] | None = None
     last = ""
     read = staticmethod(read_checkpoint)
     _file = ""
+    _resumes = False
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -89,8 +97,9 @@ class AtomicCheckpointer(DetectionCheckpointer):
 
     def resume_or_load(self, path: str, *, resume: bool = True) -> dict[str, Any]:
         last = self.get_checkpoint_file() if resume else ""
-        for note in notes_on(self.passed):
-            self.logger.warning(note)
+        for sentence in notes_on(self.passed):
+            self.logger.warning(sentence)
+        self._resumes = bool(last and self.checkpointables)
         loaded = self.load(last) if last else self.load(path, checkpointables=[])
         if last:
             self.last = last
@@ -153,6 +162,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         """As Detectron2's; raises UsageError for tensors with NaN or infinity, for names with
         control characters, and if nothing, or next to nothing, matches the model."""
+        self._choose_weights(checkpoint)
         check_names(checkpoint["model"], self._file)
         fit_positions(self.model, checkpoint["model"])
         wanted = self.model.state_dict()
@@ -171,13 +181,30 @@ class AtomicCheckpointer(DetectionCheckpointer):
             self.logger.info(f"{self._file} has {counts}")
         return incompatible
 
+    def _choose_weights(self, checkpoint: dict[str, Any]) -> None:
+        """Leaves the weights to load in ``model``, and restores the averaged ones."""
+        if has_both(checkpoint):
+            self.logger.info(note(self._file, averaged=not self._resumes))
+            if self._resumes:
+                if self.averaged is not None:
+                    self.averaged.load(checkpoint["model"], checkpoint[BESIDE])
+                checkpoint["model"] = trained(checkpoint)
+        elif self._resumes and self.averaged is not None:
+            self.logger.warning(
+                f"{self._file} has no averaged weights: the average begins with its weights"
+            )
+
     def save(self, name: str, **extra: Any) -> None:
         if path := self.write(name, **extra):
             self.tag_last_checkpoint(os.path.basename(path))
             self.last = path
 
-    def write(self, name: str, **extra: Any) -> str:
+    def write(self, name: str, *, averaged: bool | None = None, **extra: Any) -> str:
         """As `save`, for a file from which `--resume` does not continue.
+
+        Args:
+            averaged: the file has the averaged weights alone, or those of the optimizer alone;
+                None: both, if there are averaged ones.
 
         Returns its path, or "" if this process saves nothing.
         """
@@ -187,12 +214,19 @@ class AtomicCheckpointer(DetectionCheckpointer):
         if self.classes:
             states["meta"] = {"dataset_meta": {"classes": list(self.classes)}}
         path = os.path.join(self.save_dir, f"{name}.pth")
-        if spoilt := first_nonfinite(self.model):
+        models = [self.model, self.averaged.module] if self.averaged else [self.model]
+        if spoilt := next(filter(None, map(first_nonfinite, models)), ""):
             raise UsageError(f"{path} is not written: {spoilt} holds NaN or infinity")
         self.logger.info(f"Saving checkpoint to {path}")
         with replacing(path) as file:
-            torch.save({"model": self.model.state_dict(), **states, **extra}, file)
+            torch.save({**self._weights(averaged), **states, **extra}, file)
         return path
+
+    def _weights(self, averaged: bool | None) -> dict[str, Any]:
+        if self.averaged is None or averaged is False:
+            return {"model": self.model.state_dict()}
+        weights, rest = self.averaged.weights_and_rest(self.model)
+        return {"model": weights, BESIDE: rest} if averaged is None else {"model": weights}
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         with replacing(os.path.join(self.save_dir, "last_checkpoint")) as file:

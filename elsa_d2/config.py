@@ -10,6 +10,7 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import META_ARCH_REGISTRY, SemanticSegmentor
 
+from elsa_core.ema import DECAY, WARMUP
 from elsa_core.runtime.configs import find_config
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.finite import MAX_NONFINITE
@@ -54,6 +55,10 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
     # The batch size of BASE_LR and BASE_LR_END, which are scaled in proportion to IMS_PER_BATCH.
     # 0: they are not scaled.
     cfg.SOLVER.BASE_BATCH_SIZE = 0
+
+    # Moving averages of the weights (elsa_core.ema.AveragedWeights), evaluated beside the weights:
+    # their metrics begin with "ema/". Checkpoints have them as the model.
+    cfg.MODEL.EMA = CfgNode({"ENABLED": False, "DECAY": DECAY, "WARMUP": WARMUP})
 
     # Of MMDetRPN: the IoU from which the best anchors of a box are positive.
     cfg.MODEL.RPN.MIN_POS_IOU = 0.3

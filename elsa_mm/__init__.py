@@ -4,6 +4,7 @@ A config imports it with `custom_imports = dict(imports=['elsa_mm'])`.
 """
 
 from . import flops as _flops  # noqa: F401 (registers handles)
+from .averaged_weights import AveragedWeightsHook
 from .backbone import ELSASwin
 from .checkpoint import AtomicLocalBackend
 from .checkpoint_hook import StoppableCheckpointHook
@@ -20,6 +21,7 @@ from .volo import ELSAVolo, ELSAVoloTokens
 __all__ = [
     "AtomicLocalBackend",
     "AugmentedValLoop",
+    "AveragedWeightsHook",
     "CPUAmpOptimWrapper",
     "ELSAFSDPStrategy",
     "ELSAOptimWrapperConstructor",

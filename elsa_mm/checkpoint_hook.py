@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Real
 from typing import Any, NoReturn
 
 from mmengine.dist import get_world_size, is_main_process
@@ -15,6 +17,7 @@ from mmengine.runner import EpochBasedTrainLoop
 from mmengine.runner._flexible_runner import FlexibleRunner
 from torch.optim import Optimizer
 
+from elsa_core.ema import METRICS
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.files import replacing
 from elsa_core.runtime.finite import MAX_NONFINITE, FiniteWatch, first_nonfinite, not_finite, spoilt
@@ -29,7 +32,9 @@ from elsa_core.runtime.preemption import (
     resume_hint,
     shield_workers,
 )
+from elsa_core.weights.averages import BESIDE, trained
 
+from .averaged_weights import AveragedWeightsHook
 from .resume_order import continue_order, seed_iteration
 
 STOPPED = "stopped.pth"
@@ -72,6 +77,7 @@ class StoppableCheckpointHook(CheckpointHook):
         self.saved = 0  # iterations in the last checkpoint
         self.good: str | None = None  # path of the last checkpoint
         self.progress: dict[str, int] | None = None  # of the training, while it is saved
+        self.best = ""  # metric whose best checkpoint is being saved
 
     def before_train(self, runner: Any) -> None:
         super().before_train(runner)
@@ -149,8 +155,12 @@ class StoppableCheckpointHook(CheckpointHook):
         sampler = getattr(runner.val_dataloader, "sampler", None)
         if get_world_size() > 1 and not getattr(sampler, "round_up", False):
             return  # processes may have different numbers of batches
-        # EMAHook has put the averaged weights into the model.
-        if any(isinstance(hook, EMAHook) for hook in runner.hooks) and self.saved < runner.iter:
+        # MMEngine's EMAHook has put the averaged weights into the model.
+        swaps = any(
+            isinstance(hook, EMAHook) and not isinstance(hook, AveragedWeightsHook)
+            for hook in runner.hooks
+        )
+        if swaps and self.saved < runner.iter:
             return
         self._stop_if_told(runner, runner.iter, runner.epoch)
 
@@ -210,6 +220,7 @@ class StoppableCheckpointHook(CheckpointHook):
             self.keep_ckpt_ids = deque(kept, self.max_keep_ckpts)
             runner.message_hub.update_info("keep_ckpt_ids", kept)
         before, self.progress = self.progress, self.progress or _progress(meta)
+        best, self.best = self.best, ""
         with _ending_together(runner, path, self.good):
             self.last_ckpt = path
             runner.message_hub.update_info("last_ckpt", path)
@@ -229,12 +240,20 @@ class StoppableCheckpointHook(CheckpointHook):
                     file.write(path.encode())
                 self._remove(old)
         self.good, self.saved = path, self.progress["iter"]
-        self.progress = before
+        self.progress, self.best = before, best
 
     def before_save_checkpoint(self, runner: Any, checkpoint: dict) -> None:
-        """Corrects the progress: MMEngine's FlexibleRunner adds one after a validation, too."""
+        """Corrects the progress: MMEngine's FlexibleRunner adds one after a validation, too.
+
+        Leaves the weights alone that had the best result, where there are averaged ones.
+        """
         if self.progress is not None:
             checkpoint["meta"].update(self.progress)
+        averages = any(isinstance(hook, AveragedWeightsHook) for hook in runner.hooks)
+        if self.best and averages:
+            if not self.best.startswith(METRICS):
+                checkpoint["state_dict"] = trained(checkpoint)
+            del checkpoint[BESIDE]
 
     def _remove(self, steps: list[int]) -> None:
         for step in steps:
@@ -247,10 +266,22 @@ class StoppableCheckpointHook(CheckpointHook):
     def _save_best_checkpoint(self, runner: Any, metrics: dict) -> None:
         if self.watch.bad or not self.save_best:
             return
+        # Of "auto", the first metric: the averaged weights', if there are any.
+        metrics = dict(sorted(metrics.items(), key=lambda item: not item[0].startswith(METRICS)))
+        if "auto" in self.key_indicators:
+            self._init_rule(self.rules, [next(iter(metrics))])
+        finite = {name: value for name, value in metrics.items() if _is_finite(value)}
         self.progress = {"epoch": runner.epoch, "iter": runner.iter}
         with _ending_together(runner, "of the best result", self.good):
-            super()._save_best_checkpoint(runner, metrics)
-        self.progress = None
+            for name in self.key_indicators:
+                if name not in metrics:
+                    end = f"save_best must be among {', '.join(metrics)}, got {name}"
+                    _fail(runner, TrainingEnded(REFUSED, end + resume_hint(self.good)))
+                self.best = name
+                # MMEngine leaves out what is None.
+                one = {**dict.fromkeys(metrics), name: finite.get(name)}
+                super()._save_best_checkpoint(runner, one)
+        self.progress, self.best = None, ""
 
 
 @contextmanager
@@ -287,6 +318,10 @@ def _spoilt(runner: Any) -> str:
     """Name of the first parameter or buffer, averaged ones included, with NaN or infinity."""
     averaged = [hook.ema_model for hook in runner.hooks if hasattr(hook, "ema_model")]
     return next(filter(None, map(first_nonfinite, [runner.model, *averaged])), "")
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, Real) and math.isfinite(value)
 
 
 def _progress(meta: dict) -> dict[str, int]:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
-from mmengine.hooks import Hook
+from mmengine.hooks import EMAHook, Hook
 from mmengine.model import BaseTTAModel, is_model_wrapper
 from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import BaseLoop, Runner
@@ -28,13 +28,13 @@ from elsa_core.weights import (
     fit_positions,
     has_names_of,
 )
+from elsa_core.weights.averages import BESIDE, has_both, note, trained
 
 from .history import from_plain, to_plain
 
 OPENMMLAB = "openmmlab"
 # What MMEngine needs to resume a training.
 _PROGRESS, _STATE = ("epoch", "iter"), ("message_hub",)
-_AVERAGED = "ema_state_dict"
 
 
 @HOOKS.register_module()
@@ -47,7 +47,8 @@ class WeightsHook(Hook):
 
     Raises UsageError if nothing matches or less than a tenth of the weights of our backbone's
     attention, for NaN or infinity, for names with control characters, and if a training is resumed
-    from a checkpoint without its state.
+    from a checkpoint without its state. From a checkpoint with averaged weights beside those of the
+    optimizer, a training resumes from the latter, and everything else loads the averaged ones.
 
     Checkpoints of the training hold tensors and plain data only (`elsa_mm.history`).
     """
@@ -60,9 +61,13 @@ class WeightsHook(Hook):
         if any(isinstance(module, FSDP) for module in runner.model.modules()):
             model = unbuilt_model(runner.cfg.model)  # FSDP's parameters are flat
         resumes = bool(getattr(runner, "_resume", False))
-        if note := adopt(model, checkpoint, path, resumes=resumes):
-            runner.logger.info(note)
+        if words := adopt(model, checkpoint, path, resumes=resumes):
+            runner.logger.info(words)
+        if has_both(checkpoint):
+            runner.logger.info(note(f"the checkpoint {path}", averaged=not resumes))
         if resumes:
+            if has_both(checkpoint) and not any(isinstance(h, EMAHook) for h in runner.hooks):
+                checkpoint["state_dict"] = trained(checkpoint)
             check_progress(checkpoint, path)
             checkpoint["message_hub"] = from_plain(checkpoint["message_hub"])
         elif isinstance(loop := getattr(runner, "_train_loop", None), BaseLoop):
@@ -158,7 +163,7 @@ def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -
             f"its names begin with {', '.join(list(plain)[:2])}, the model's with {ours}"
         )
     converted = found.keys() - plain.keys()
-    if converted and resumes and _AVERAGED in content:
+    if converted and resumes and BESIDE in content:
         raise UsageError(
             f"the checkpoint {path} cannot be resumed from: its names are not the model's, "
             f"{min(converted)} for one, and it has averaged weights beside them"

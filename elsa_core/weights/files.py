@@ -16,7 +16,7 @@ from elsa_core.checkpoint import drop_unused_keys
 from elsa_core.runtime.errors import UsageError
 from elsa_core.volo import drop_unused_parts
 
-from . import write
+from . import averages, write
 from .convert import SEEDED_IN_MODEL, Conversion, convert
 from .fit import backbones_of, fit_positions
 from .names import D2_BACKBONES, RULES, UPERNET
@@ -89,6 +89,7 @@ def load_backbone(backbone: StagedBackbone, path: str | os.PathLike) -> Conversi
             nothing is loaded.
     """
     source = read_source(path)
+    _log_choice(path, source)
     _warn_of_heads(backbone, source)
     names = backbone.state_dict()
     with naming(path):
@@ -131,6 +132,7 @@ def checkpoint_for(
     checkpoint = read_checkpoint(path) if content is None else content
     with naming(path):
         source = recognise(checkpoint)
+    _log_choice(path, source)
     _warn_of_heads(backbone, source)
     if target := _whole_model(names, prefix, source, to):
         if target != source.family or source.kind == CLASSIFIER:
@@ -195,6 +197,11 @@ def _used(
     drop_unused_parts(backbone, tensors)
     fit_positions(backbone, tensors)
     return tensors
+
+
+def _log_choice(path: str | os.PathLike, source: Source) -> None:
+    if source.has_both:
+        logger.warning(averages.note(os.fspath(path), averaged=source.ema))
 
 
 def _warn_of_heads(backbone: StagedBackbone, source: Source) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 from elsa_core.layers import relative_position_id
 from elsa_core.runtime.errors import UsageError
 
+from .averages import BESIDE, has_both, trained
 from .names import CASCADE, D2_BACKBONES, MASK_RCNN, UPERNET, rename
 from .shapes import Backbone, arch_name, output_dims, read_backbone
 from .source import (
@@ -42,8 +43,6 @@ WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_w
 _BACKBONE_KEY = re.compile(
     r"((?:.*?\.)??)(?:backbone\.)?(?:bottom_up\.)?patch_embed\.(?:proj|projection)\.weight"
 )
-# Key of the trained weights with MMEngine's EMAHook, which saves the averaged ones as state_dict.
-_NOT_AVERAGED = "ema_state_dict"
 _LONGEST_NAME = 400
 # In RGB order, as in older Detectron2 checkpoints. The model has the same input in each framework.
 PIXELS = {"pixel_mean": (123.675, 116.28, 103.53), "pixel_std": (58.395, 57.12, 57.375)}
@@ -65,21 +64,23 @@ def recognise(checkpoint: Any, *, ema: bool | None = None) -> Source:
     if not checkpoint:
         raise UsageError("it holds an empty dict")
     weights, rest = _unwrap(checkpoint)
-    if isinstance(rest.get(_NOT_AVERAGED), Mapping):
+    if has_both(rest):
         averaged = ema is not False
-        if not averaged:  # without the step count of the EMAHook
-            state = rest.pop(_NOT_AVERAGED)
-            weights = {n: value for n, value in state.items() if str(n).startswith("module.")}
+        if not averaged:
+            weights = trained(rest)
+            del rest[BESIDE]
         source = _recognise(_tensors(weights))
-        source.ema = averaged
+        source.ema, source.has_both = averaged, True
         return _with_rest(source, rest)
     tensors = _tensors(weights)
     if isinstance(rest.get(_EMA), Mapping):
         source = _recognise(_tensors(rest[_EMA]))
         source.ema = arch_name(source.arch) == "base" if ema is None else ema
-        if source.ema:
-            return _with_rest(source, rest)
-    elif ema:
+        if not source.ema:
+            source = _recognise(tensors)
+        source.has_both = True
+        return _with_rest(source, rest)
+    if ema:
         raise UsageError(f"it holds no EMA weights ({_EMA})")
     return _with_rest(_recognise(tensors), rest)
 

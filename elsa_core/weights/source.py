@@ -27,6 +27,8 @@ class Source:
     ``tensors``: {name: (name in the file, tensor)}. Classifiers and backbones have the names of
     `ELSASwin` and `ELSAVoloClassifier`, all other models OpenMMLab's.
     ``dropped``: [(name in the file, reason)].
+    ``ema``: whether they are averaged weights.
+    ``has_both``: whether the file holds averaged weights and others.
     """
 
     family: str
@@ -37,6 +39,7 @@ class Source:
     meta: dict[str, Any] = field(default_factory=dict)
     training: dict[str, Any] = field(default_factory=dict)
     ema: bool = False
+    has_both: bool = False
 
     @property
     def arch(self) -> Arch | VoloArch:
@@ -59,7 +62,9 @@ class Source:
             SWIN: "stock Swin",
             VOLO: "stock VOLO",
         }
-        weights = ", EMA weights" if self.ema else ""
+        weights = (
+            ", EMA weights" if self.ema else ", the optimizer's weights" if self.has_both else ""
+        )
         name = arch_name(self.arch).replace("volo_d", "D")
         backbone = {
             SWIN: "Swin",

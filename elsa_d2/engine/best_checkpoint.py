@@ -10,6 +10,7 @@ from typing import Any
 from detectron2.engine import HookBase
 from detectron2.utils import comm
 
+from elsa_core.ema import METRICS
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.finite import FiniteWatch
 from elsa_core.runtime.preemption import FAILED, REFUSED, TrainingEnded, max_over_ranks, resume_hint
@@ -29,7 +30,8 @@ class BestCheckpointHook(HookBase):
 
     Args:
         checkpointer: saves the state.
-        metric: name in metrics.json, such as "sem_seg/mIoU"; higher is better.
+        metric: name in metrics.json, such as "sem_seg/mIoU"; higher is better. With "ema/" before
+            it, the file has the averaged weights, otherwise the optimizer's.
         period: iterations between evaluations; 0: only after the last one.
         watch: prevents saving at iterations whose losses or gradients are not finite.
 
@@ -85,6 +87,7 @@ class BestCheckpointHook(HookBase):
             logger.warning(f"{self.metric} {score} of iteration {iteration + 1} does not count")
         elif self.best is None or score > self.best:
             extra: dict[str, Any] = {"best": {"metric": self.metric, "score": score}}
+            extra["averaged"] = self.metric.startswith(METRICS)
             try:
                 path = self.checkpointer.write(NAME, iteration=iteration, **extra)
             except UsageError as error:

@@ -21,6 +21,7 @@ from detectron2.modeling import (
 )
 
 import elsa_core.weights
+from elsa_core.ema import METRICS, AveragedWeights
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.files import make_folder
 from elsa_core.weights.resume import refuse_if_none_is_whole
@@ -193,6 +194,10 @@ def _check_solver(cfg: CfgNode) -> None:
                     else ""
                 )
             )
+    try:
+        AveragedWeights(torch.nn.Identity(), cfg.MODEL.EMA.DECAY, cfg.MODEL.EMA.WARMUP)
+    except ValueError as error:
+        raise UsageError(f"MODEL.EMA is not valid: {error}") from error
     amp_dtype(cfg.SOLVER.AMP.DTYPE, torch.device(cfg.MODEL.DEVICE).type)
     try:
         build_lr_scheduler(cfg, build_optimizer(cfg, torch.nn.Linear(1, 1)))
@@ -216,6 +221,8 @@ def _check_evaluation(cfg: CfgNode) -> None:
             f"TEST.BEST_METRIC must be a metric of {', '.join(tasks)}, such as "
             f"{tasks[0]}/{'mIoU' if is_sem_seg(cfg) else 'AP'}, got {metric}"
         )
+    if metric.startswith(METRICS) and not cfg.MODEL.EMA.ENABLED:
+        raise UsageError(f"TEST.BEST_METRIC {metric} needs MODEL.EMA.ENABLED True, got False")
 
 
 def _check_weights(

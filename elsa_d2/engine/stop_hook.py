@@ -92,7 +92,10 @@ class StopHook(HookBase):
             )
         self.signals.listen()
         if comm.get_world_size() == 1:
-            self.trainer.model.register_forward_pre_hook(self._in_evaluation)
+            averaged = self.checkpointer.averaged
+            for model in (self.trainer.model, averaged and averaged.module):
+                if model is not None:
+                    model.register_forward_pre_hook(self._in_evaluation)
 
     def after_step(self) -> None:
         failure = self.periodic.failure if self.periodic else ""

@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 from torch import nn
 
+from elsa_core.ema import METRICS, AveragedWeights
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.finite import FiniteWatch
 from elsa_core.runtime.lock import TrainingLock
@@ -34,6 +35,7 @@ from elsa_d2.solver.lr_scheduler import build_lr_scheduler, scale_lr
 from elsa_d2.solver.optimizer import build_optimizer
 
 from .best_checkpoint import BestCheckpointHook
+from .ema import AveragedWeightsHook
 from .stop_hook import CarefulCheckpointer, FinalEvalHook, StopHook
 from .train_loop import AutocastTrainer, amp_dtype
 
@@ -63,6 +65,8 @@ class Trainer(DefaultTrainer):
         model = self.build_model(cfg)
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
+        ema = cfg.MODEL.EMA
+        averaged = AveragedWeights(model, ema.DECAY, ema.WARMUP) if ema.ENABLED else None
         device_type = torch.device(cfg.MODEL.DEVICE).type
         devices = [comm.get_local_rank()] if device_type == "cuda" else None
         model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
@@ -75,6 +79,7 @@ class Trainer(DefaultTrainer):
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = AtomicCheckpointer(model, cfg.OUTPUT_DIR, trainer=weakref.proxy(self))
         self.checkpointer.classes = training_classes(cfg)
+        self.checkpointer.averaged = averaged
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER
         self.cfg = cfg
@@ -111,7 +116,8 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[hooks.HookBase]:
         """DefaultTrainer's hooks, and those for preemption and the order of the data; if enabled,
-        also the best checkpoint's and an evaluation with TEST.AUG at the end."""
+        also those of the averaged weights and the best checkpoint, and an evaluation with TEST.AUG
+        at the end."""
         built = super().build_hooks()
         periodic = None
         for place, hook in enumerate(built):
@@ -128,17 +134,31 @@ class Trainer(DefaultTrainer):
             best = BestCheckpointHook(self.checkpointer, metric, period, self.watch)
             built.insert(evaluation + 1, best)
         built.insert(evaluation, StopHook(self.checkpointer, periodic, self.watch))
+        if self.checkpointer.averaged is not None:
+            built.insert(0, AveragedWeightsHook(self.checkpointer, self.optimizer))
         if order := continue_order(torch_loader(self.data_loader), self.cfg.SOLVER.IMS_PER_BATCH):
             built.insert(0, order)
         if self.cfg.TEST.AUG.ENABLED:
             # Before the writer of metrics, which is last.
-            evaluate = hooks.EvalHook(0, lambda: self.test_with_tta(self.cfg, self.model))
+            evaluate = hooks.EvalHook(0, lambda: self._evaluate_all(self.test_with_tta))
             built.insert(-1 if comm.is_main_process() else len(built), evaluate)
         return built
 
     def _evaluate(self) -> dict[str, Any]:
-        self._last_eval_results = self.test(self.cfg, self.model)
+        self._last_eval_results = self._evaluate_all(self.test)
         return self._last_eval_results
+
+    def _evaluate_all(self, test: Callable[..., dict[str, Any]]) -> dict[str, Any]:
+        """Evaluates the model and, if there are any, the averaged weights."""
+        results = test(self.cfg, self.model)
+        if (averaged := self.checkpointer.averaged) is not None:
+            logger.info("Evaluation of the averaged weights")
+            cfg = self.cfg.clone()
+            cfg.defrost()
+            cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, METRICS)  # the files of its results
+            found = test(cfg, averaged.module)
+            results.update({f"{METRICS}{task}": values for task, values in found.items()})
+        return results
 
     @classmethod
     def check_task(cls, cfg: CfgNode) -> None:

@@ -201,7 +201,8 @@ def test_resuming_without_a_checkpoint_says_so(digits, tmp_path, tool, capsys):
 def test_two_processes_train_and_evaluate(digits, tmp_path, family):
     flags = ["--num-gpus", "2", "--dist-url", "auto"]
     flags += ["--config-file", VOLO_CONFIG] * (family == "ELSA_VOLO")  # the last one counts
-    changes = {"OUTPUT_DIR": "out", "SOLVER__MAX_ITER": 2, "TEST__BEST_METRIC": "bbox/AP"}
+    changes = {"OUTPUT_DIR": "out", "SOLVER__MAX_ITER": 2, "TEST__BEST_METRIC": "ema/bbox/AP"}
+    changes["MODEL__EMA__ENABLED"] = True
     # Without the last output: parameters that get no gradients would end the second iteration.
     changes |= {f"MODEL__{family}__OUT_FEATURES": ["res2", "res3", "res4"]}
     changes |= {"MODEL__FPN__IN_FEATURES": ["res2", "res3", "res4"]}
@@ -216,7 +217,7 @@ def test_two_processes_train_and_evaluate(digits, tmp_path, family):
         # 8 validation images, half for each.
         assert "Start inference on 4 batches" in log
     metrics = read_metrics(output)[-1]
-    assert 0 <= metrics["bbox/AP"] <= 100
+    assert 0 <= metrics["bbox/AP"] <= 100 and 0 <= metrics["ema/bbox/AP"] <= 100
     assert (output / "model_best.pth").exists()
     predictions = json.loads((output / "inference/coco_instances_results.json").read_text())
     assert {prediction["image_id"] for prediction in predictions} == set(range(1, 9))
