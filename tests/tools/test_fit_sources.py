@@ -5,9 +5,12 @@ from pathlib import Path
 import fit_folders
 import numpy as np
 import pytest
+from fit_folders import write
+from PIL import Image
 from pycocotools.coco import COCO
 
 from elsa_core.data.images import read_image
+from elsa_core.data.label_maps import pair_files, read_labels
 from elsa_tools.fit.dataset import BOXES, INSTANCES, SEMANTIC
 from elsa_tools.fit.sources import prepare
 
@@ -57,3 +60,208 @@ def test_objects_are_those_of_the_source(tmp_path, layout):
     assert {**train, **val} == {n: fit_folders.objects(n) for n in range(8)}
     assert (set(val) == set(fit_folders.VAL)) == (layout in GIVEN)
     assert not made.warnings
+
+
+@pytest.mark.parametrize("layout", ["yolo_boxes", "voc"])
+def test_boxes_are_those_of_supervision(tmp_path, layout):
+    """Its masks are not compared: it draws polygons with their right and lower edge."""
+    sv = pytest.importorskip("supervision")
+    root = tmp_path / "data"
+    fit_folders.LAYOUTS[layout](root)
+    if layout == "voc":
+        folders = [(root / "JPEGImages", root / "Annotations")]
+        theirs = [sv.DetectionDataset.from_pascal_voc(*map(str, one)) for one in folders]
+    else:
+        folders = [(root / f"images/{part}", root / f"labels/{part}") for part in ("train", "val")]
+        file = str(root / "data.yaml")
+        theirs = [sv.DetectionDataset.from_yolo(*map(str, one), file) for one in folders]
+    expected = {}
+    for path, _, found in (one for part in theirs for one in part):
+        boxes = found.xyxy.reshape(-1, 4).tolist()
+        expected[number_of(path)] = [(x, y, right - x, down - y) for x, y, right, down in boxes]
+    made = prepare(root, tmp_path / "out")
+    ours = objects_of(made.train, False) | objects_of(made.val, False)
+    assert ours.keys() == expected.keys()
+    for number, objects in ours.items():
+        assert np.allclose([one[1:] for one in objects], expected[number], atol=1e-3)
+
+
+def listed(root):
+    """Parts as lists of images, relative to the list and to the data set, as in CVAT's export."""
+    fit_folders.yolo(root)
+    names = [f"images/train/{fit_folders.name_of(n)}" for n in fit_folders.TRAIN]
+    write(root / "train.txt", "\n".join([*(f"./{n}" for n in names[:3]), f"data/{names[3]}"]))
+    write(root / "more.txt", "\n".join(names[4:]))
+    yaml = "train: [train.txt, more.txt]\nval: images/val\nnames: [square, tall]\nnc: 2\n"
+    write(root / "data.yaml", yaml)
+
+
+def moved(root):
+    """Roboflow's paths, which leave the folder, and its folders in another order."""
+    fit_folders.yolo(root)
+    for part in ("train", "val"):
+        for kind in ("images", "labels"):
+            (root / part).mkdir(exist_ok=True)
+            (root / kind / part).rename(root / part / kind)
+    write(root / "data.yaml", "train: ../train/images\nval: ../val/images\nnames: [square, tall]")
+
+
+def beside(root):
+    """Labels beside the images, the names of the classes in a text."""
+    fit_folders.yolo(root)
+    (root / "data.yaml").unlink()
+    for file in [*root.glob("images/*/*"), *root.glob("labels/*/*")]:
+        (root / file.parent.name).mkdir(exist_ok=True)
+        file.rename(root / file.parent.name / file.name)
+    write(root / "classes.txt", "square\ntall\n")
+
+
+def pose(root):
+    """Keypoints after the boxes, which are left out."""
+    fit_folders.yolo_boxes(root)
+    for file in root.glob("labels/*/*"):
+        lines = file.read_text().splitlines()
+        write(file, "".join(f"{line} .5 .5 2 .4 .4 2\n" for line in lines))
+    write(root / "data.yaml", (root / "data.yaml").read_text() + "kpt_shape: [2, 3]\n")
+
+
+def odd_lines(root):
+    """Blank lines, other spaces, a byte order mark, a class as a float."""
+    fit_folders.yolo(root)
+    for file in root.glob("labels/*/*"):
+        lines = [line.replace(" ", ".0\t", 1) for line in file.read_text().splitlines()]
+        file.write_text("\n\r\n".join(lines) + "\n\n", encoding="utf-8-sig")
+
+
+@pytest.mark.parametrize("write_variant", [listed, moved, beside, pose, odd_lines])
+def test_yolo_is_read_in_all_its_forms(tmp_path, write_variant):
+    write_variant(tmp_path / "data")
+    made = prepare(tmp_path / "data", tmp_path / "out")
+    assert made.task == (BOXES if write_variant is pose else INSTANCES)
+    train, val = (objects_of(part, made.task == INSTANCES) for part in (made.train, made.val))
+    assert {**train, **val} == {n: fit_folders.objects(n) for n in range(8)}
+    assert set(val) == set(fit_folders.VAL)
+
+
+def test_classes_are_texts_whatever_yaml_makes_of_them(tmp_path):
+    fit_folders.yolo(tmp_path / "data")
+    yaml = "train: images/train\nval: images/val\nnames: [no, 007]\n"
+    write(tmp_path / "data/data.yaml", yaml)
+    assert prepare(tmp_path / "data", tmp_path / "out").classes == ("no", "007")
+
+
+def test_boxes_where_some_have_no_mask(tmp_path):
+    fit_folders.yolo(tmp_path / "data", mixed=True)
+    made = prepare(tmp_path / "data", tmp_path / "out")
+    assert made.task == BOXES
+    assert objects_of(made.train, False)[1] == fit_folders.objects(1)
+    assert prepare(tmp_path / "data", tmp_path / "out", BOXES) == made
+
+
+@pytest.mark.parametrize("layout", ["yolo", "roboflow"])
+def test_boxes_and_label_maps_of_masks(tmp_path, layout):
+    fit_folders.LAYOUTS[layout](tmp_path / "data")
+    made = prepare(tmp_path / "data", tmp_path / "boxes", BOXES)
+    assert made.task == BOXES and objects_of(made.train, False)[2] == fit_folders.objects(2)
+    made = prepare(tmp_path / "data", tmp_path / "maps", SEMANTIC)
+    assert (made.task, made.classes) == (SEMANTIC, ("background", *fit_folders.CLASSES))
+    assert labels_of(made) == {n: expected_map(n) for n in range(8)}
+
+
+def labels_of(made):
+    """{number of an image: label map as lists}, as both frameworks pair and read the files."""
+    found = {}
+    for part in (made.train, made.val):
+        pairs = pair_files(str(part.images), str(part.maps))
+        assert len(pairs) == part.count
+        for image, labels in pairs:
+            size = read_image(image).shape[:2]
+            read = read_labels(labels, labels, len(made.classes), made.reduce_zero_label, size=size)
+            found[number_of(image)] = read.tolist()
+    return found
+
+
+def expected_map(number, background=0):
+    values = np.full(fit_folders.SIZE[::-1], background)
+    for label, x, y, w, h in fit_folders.objects(number):
+        values[y : y + h, x : x + w] = label + 1
+    return values.tolist()
+
+
+def roboflow_masks(root):
+    for part, numbers in (("train", fit_folders.TRAIN), ("valid", fit_folders.VAL)):
+        for n in numbers:
+            fit_folders.image(root / part / fit_folders.name_of(n), n)
+            fit_folders.label_map(root / part / f"{Path(fit_folders.name_of(n)).stem}_mask.png", n)
+        write(root / part / "_classes.csv", "Pixel Value, Class\n0, background\n1, square\n2, tall")
+
+
+def parts_of_maps(root):
+    for part, numbers in (("train", fit_folders.TRAIN), ("val", fit_folders.VAL)):
+        for n in numbers:
+            fit_folders.image(root / "img_dir" / part / fit_folders.name_of(n), n)
+            name = f"{Path(fit_folders.name_of(n)).stem}.png"
+            fit_folders.label_map(root / "ann_dir" / part / name, n)
+    write(root / "data.yaml", "names:\n  0: background\n  1: square\n  2: tall\n")
+
+
+def voc_masks(root):
+    """Palettes, as VOC has them, beside boxes."""
+    fit_folders.voc(root)
+    for n in range(8):
+        path = root / "SegmentationClass" / f"{Path(fit_folders.name_of(n)).stem}.png"
+        fit_folders.label_map(path, n)
+        with Image.open(path) as labels:
+            labels.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0])
+            labels.save(path)
+    (root / "ImageSets/Main").rename(root / "ImageSets/Segmentation")
+    write(root / "labels.txt", "square\ntall")
+
+
+@pytest.mark.parametrize(
+    "write_maps", [fit_folders.label_maps, roboflow_masks, parts_of_maps, voc_masks]
+)
+def test_label_maps_are_those_of_the_source(tmp_path, write_maps):
+    write_maps(tmp_path / "data")
+    task = SEMANTIC if write_maps is voc_masks else None
+    made = prepare(tmp_path / "data", tmp_path / "out", task)
+    assert (made.task, made.classes) == (SEMANTIC, ("background", *fit_folders.CLASSES))
+    assert labels_of(made) == {n: expected_map(n) for n in range(8)}
+    assert all(one.is_symlink() for one in made.train.images.iterdir())
+    if write_maps is not fit_folders.label_maps:
+        assert {number_of(one) for one in made.val.images.iterdir()} == set(fit_folders.VAL)
+
+
+@pytest.mark.parametrize(
+    ("names", "values", "classes", "reduced"),
+    [
+        ("", {}, ("background", "class_1", "class_2"), False),
+        ("void\nsquare\ntall", {}, ("void", "square", "tall"), False),
+        ("void\nsquare\ntall\nfar", {}, ("void", "square", "tall", "far"), False),
+        ("", {0: 255}, ("class_1", "class_2"), True),
+        ("square\ntall", {0: 255}, ("square", "tall"), True),
+        ("void\nsquare\ntall", {0: 255}, ("void", "square", "tall"), False),
+        ("", {1: 255, 2: 255}, ("background", "class_1"), False),
+        ("cell", {1: 255, 2: 255}, ("background", "cell"), False),
+    ],
+)
+def test_values_and_names_of_label_maps(tmp_path, names, values, classes, reduced):
+    root = tmp_path / "data"
+    fit_folders.label_maps(root)
+    (root / "classes.txt").write_text(names)
+    for path in root.glob("masks/*"):
+        with Image.open(path) as labels:
+            found = np.array(labels)
+        Image.fromarray(np.vectorize(lambda one: values.get(one, one))(found).astype("uint8")).save(
+            path
+        )
+    made = prepare(root, tmp_path / "out")
+    assert (made.classes, made.reduce_zero_label) == (classes, reduced)
+    # As a model sees them: the values of the files, without the background where it is no class.
+    for number, labels in labels_of(made).items():
+        expected = np.array(expected_map(number))
+        if 0 in values:
+            expected = np.where(expected == 0, 255, expected - reduced)
+        elif values:
+            expected = (expected > 0).astype(int)
+        assert labels == expected.tolist()

@@ -8,6 +8,8 @@ Images are found by these rules, the first that has a file for every image of th
    folder of the same part: ``images/train`` for ``train.json``;
 3. its last part alone names a file, only once in the source: Label Studio writes
    ``../../label-studio/data/media/upload/1/ab-x.jpg`` or ``images\\x.jpg`` for ``images/ab-x.jpg``.
+
+Numbers that are written as text, as in Roboflow's boxes of polygons, are read as numbers.
 """
 
 from __future__ import annotations
@@ -67,6 +69,8 @@ def read(tree: Tree, files: dict[str, dict[str, Any]], task: str | None) -> Sour
     used = {name: files[name] for role, name in roles.items() if role != TEST}
     for content in used.values():
         content["categories"] = _without_groups(content)
+        for one in content["annotations"]:
+            one |= {key: _numbers(one[key]) for key in ("bbox", "area") if key in one}
     masks = _wants_masks(used.values(), task)
     source = Source(_sentence(tree, roles), [], [])
     for role, name in sorted(roles.items(), key=lambda one: one[0] != TRAIN):
@@ -89,6 +93,16 @@ def read(tree: Tree, files: dict[str, dict[str, Any]], task: str | None) -> Sour
             f"{few(spare)}"
         )
     return source
+
+
+def _numbers(value: Any) -> Any:
+    """Return a value in which texts that are numbers are numbers."""
+    if isinstance(value, list):
+        return [_numbers(one) for one in value]
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
 
 
 def _without_groups(content: dict[str, Any]) -> list[dict[str, Any]]:

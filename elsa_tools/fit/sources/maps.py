@@ -114,12 +114,14 @@ def classify(source: Source, values: list[set[int]]) -> bool:
         UsageError: a value has no name.
     """
     found = set().union(*values)
-    binary = found <= {0, IGNORE} and IGNORE in found
+    binary = found == {0, IGNORE}
     if binary:
         values = [{one and 1 for one in mine} for mine in values]
     found = set().union(*values) - {IGNORE}
     if not found:
-        raise UsageError(f"the label maps of {source.samples[0].map}, ... hold no class: all 255")
+        raise UsageError(
+            f"{source.samples[0].map} and all other label maps hold 255 alone, no class"
+        )
     last, given = max(found), source.classes
     if wrong := [one for one in found if not 0 <= one < IGNORE]:
         number = next(n for n, mine in enumerate(values) if wrong[0] in mine)

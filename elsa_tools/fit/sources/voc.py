@@ -2,8 +2,8 @@
 
 - The image of ``Annotations/SUB/x.xml`` is the image ``x`` beside it or in ``JPEGImages/SUB`` or
   ``images/SUB``; else the file that ``<filename>`` names there. Images without an XML are not used.
-- ``ImageSets/Main/train.txt`` and ``val.txt`` name the parts; without them, folders named train,
-  valid and test do.
+- ``ImageSets/Main/train.txt``, ``val.txt`` and ``test.txt`` name the parts, or ``trainval.txt``
+  where there is no ``train.txt``; without lists, folders named train, valid and test do.
 - VOC counts pixels from 1, and xmax and ymax are the last pixels inside: a box from 1 to the width
   covers the image. So 1 is subtracted from xmin and ymin alone, as in Detectron2's reader.
   (MMDetection's also subtracts it from the others: its boxes are a pixel narrower.) Where a
@@ -88,11 +88,17 @@ def read(tree: Tree, files: dict[str, ElementTree.Element], task: str | None) ->
         x, y, right, bottom = box
         x, y = (x, y) if edges else (x - 1, y - 1)
         box[:] = [x, y, right - x, bottom - y]
-    kind = "edges in pixels from 0" if edges else "pixels from 1, the last one inside"
-    source.layout += f", with boxes in {kind}"
+    kind = "edges from 0" if edges else "pixels from 1, the last one inside"
+    source.layout += f", whose boxes give {kind}"
     source.classes = sorted({a["category"] for one in source.samples for a in one.annotations})
     used = {sample.path for sample in source.samples}
     spare = tree.spare({name for name in tree.images if tree.path(name) in used})
+    stems = {posixpath.basename(stem_of(name)) for name in files}
+    if lost := [stem for stem in sets if stem not in stems]:
+        source.warnings.append(
+            f"{len(lost)} images that ImageSets/Main lists in {tree.root} have no XML and are not "
+            f"used: {few(lost)}"
+        )
     if spare and not sets:
         source.warnings.append(
             f"{len(spare)} images in {tree.root} have no XML and are not used: {few(spare)}"
@@ -103,12 +109,16 @@ def read(tree: Tree, files: dict[str, ElementTree.Element], task: str | None) ->
 def image_sets(tree: Tree, kind: str) -> dict[str, str | None]:
     """Return {stem: role} of the lists in ImageSets/KIND; {} without lists."""
     found: dict[str, str | None] = {}
-    for role, file in ((None, "trainval"), (TRAIN, "train"), (VAL, "val"), (TEST, "test")):
+    for role, file in ((TRAIN, "train"), (VAL, "val"), (TEST, "test"), (None, "trainval")):
+        if role is None and TRAIN in found.values():
+            continue
         for name in tree.ending(f"imagesets/{kind}/{file}.txt".lower()):
             stems = read_text(tree.path(name)).split()
-            if role in (TRAIN, VAL) and (both := [s for s in stems if found.get(s) == TRAIN]):
-                raise UsageError(f"{tree.path(name)} lists {both[0]}, which is in train.txt, too")
-            found |= dict.fromkeys(stems, role)
+            both = [stem for stem in stems if role == VAL and found.get(stem) == TRAIN]
+            if both:
+                raise UsageError(f"{tree.path(name)} lists {both[0]}, which train.txt lists, too")
+            for stem in stems:
+                found.setdefault(stem, role)
     return found
 
 
