@@ -209,6 +209,7 @@ class BuildPy(build_py):
 
     SHIPPED = {
         "configs/detectron2": "elsa_d2/configs",
+        "tools/lazyconfig_train_net.py": "elsa_d2/tools/lazyconfig_train_net.py",
         "tools/train_net.py": "elsa_d2/tools/train_net.py",
         "configs/mmdet": "elsa_mm/.mim/configs/mmdet",
         "configs/mmpretrain": "elsa_mm/.mim/configs/mmpretrain",

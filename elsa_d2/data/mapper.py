@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import pycocotools.mask
@@ -122,24 +123,37 @@ def _has_area(annotation: dict[str, Any], size: tuple[int, int]) -> bool:
 
 
 def training_dicts(cfg: CfgNode) -> list[dict[str, Any]]:
-    """Returns the records of DATASETS.TRAIN that are trained.
-
-    Drops images with an edge under DATALOADER.MIN_IMAGE_SIZE pixels, and those without objects
-    unless DATALOADER.FILTER_EMPTY_ANNOTATIONS is False. Raises UsageError if none is left.
-    """
-    keypoints = cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE if cfg.MODEL.KEYPOINT_ON else 0
-    entries = get_detection_dataset_dicts(
+    """Returns the records of DATASETS.TRAIN that are trained, see `detection_dicts`."""
+    return detection_dicts(
         cfg.DATASETS.TRAIN,
+        cfg.DATALOADER.MIN_IMAGE_SIZE,
         filter_empty=cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
-        min_keypoints=keypoints,
+        min_keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.MIN_KEYPOINTS_PER_IMAGE * cfg.MODEL.KEYPOINT_ON,
         proposal_files=cfg.DATASETS.PROPOSAL_FILES_TRAIN if cfg.MODEL.LOAD_PROPOSALS else None,
     )
-    least = cfg.DATALOADER.MIN_IMAGE_SIZE
-    kept = [entry for entry in entries if min(entry["height"], entry["width"]) >= least]
+
+
+def detection_dicts(
+    names: str | Sequence[str], min_image_size: int = 0, **options: Any
+) -> list[dict[str, Any]]:
+    """Detectron2's `get_detection_dataset_dicts` without small images.
+
+    Args:
+        names: names of data sets.
+        min_image_size: images with an edge under this many pixels are dropped.
+        options: of `get_detection_dataset_dicts`, which drops images without objects by default.
+
+    Raises UsageError if no image is left.
+    """
+    entries = get_detection_dataset_dicts(names, **options)
+    kept = [entry for entry in entries if min(entry["height"], entry["width"]) >= min_image_size]
     if len(kept) < len(entries):
-        logger.info(f"Left out {len(entries) - len(kept)} images with an edge under {least} pixels")
+        logger.info(
+            f"Left out {len(entries) - len(kept)} images with an edge under {min_image_size} pixels"
+        )
     if not kept:
         raise UsageError(
-            f"no training image has both edges of at least DATALOADER.MIN_IMAGE_SIZE {least} pixels"
+            "no training image has both edges of at least DATALOADER.MIN_IMAGE_SIZE "
+            f"{min_image_size} pixels"
         )
     return kept

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from urllib.parse import urlparse
 
 import torch
@@ -61,9 +61,21 @@ HEADS: dict[type, tuple[str, ...]] = {
 }
 
 
+def check_parts(cfg: CfgNode, eval_only: bool) -> torch.nn.Module | None:
+    """Checks the model and, for a training, the solver.
+
+    Returns the model on the meta device; None for a backbone that is not ours.
+    """
+    model = _check_model(cfg)
+    if not eval_only:
+        _check_solver(cfg)
+    return model
+
+
 def check_run(
     cfg: CfgNode,
     *,
+    parts: Callable[[CfgNode, bool], torch.nn.Module | None] = check_parts,
     eval_only: bool = False,
     resume: bool = False,
     processes: int = 1,
@@ -74,15 +86,16 @@ def check_run(
     Registers the data sets of the config and makes OUTPUT_DIR.
 
     Args:
+        parts: `check_parts`, or the same for models that are built otherwise.
         eval_only: the run evaluates weights instead of training them.
         resume: the run continues from the last checkpoint in OUTPUT_DIR, if there is one.
         processes: number of processes on this machine.
         machines: number of machines.
     """
     _check_processes(cfg, processes, machines)
-    model = _check_model(cfg)
+    model = parts(cfg, eval_only)
     if not eval_only:
-        _check_solver(cfg)
+        _check_steps(cfg)
     _check_evaluation(cfg)
     stored = _check_weights(cfg, eval_only, resume, model)
     resize_class(cfg)
@@ -195,16 +208,19 @@ def _check_solver(cfg: CfgNode) -> None:
                 )
             )
     try:
-        AveragedWeights(torch.nn.Identity(), cfg.MODEL.EMA.DECAY, cfg.MODEL.EMA.WARMUP)
-    except ValueError as error:
-        raise UsageError(f"MODEL.EMA is not valid: {error}") from error
-    amp_dtype(cfg.SOLVER.AMP.DTYPE, torch.device(cfg.MODEL.DEVICE).type)
-    try:
         build_lr_scheduler(cfg, build_optimizer(cfg, torch.nn.Linear(1, 1)))
     except UsageError:
         raise
     except Exception as error:
         raise UsageError(f"SOLVER is not valid: {one_line(error)}") from error
+
+
+def _check_steps(cfg: CfgNode) -> None:
+    try:
+        AveragedWeights(torch.nn.Identity(), cfg.MODEL.EMA.DECAY, cfg.MODEL.EMA.WARMUP)
+    except ValueError as error:
+        raise UsageError(f"MODEL.EMA is not valid: {error}") from error
+    amp_dtype(cfg.SOLVER.AMP.DTYPE, torch.device(cfg.MODEL.DEVICE).type)
 
 
 def _check_evaluation(cfg: CfgNode) -> None:

@@ -6,7 +6,7 @@ import errno
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -36,6 +36,7 @@ from elsa_d2.solver.optimizer import build_optimizer
 
 from .best_checkpoint import BestCheckpointHook
 from .ema import AveragedWeightsHook
+from .preflight import check_parts
 from .stop_hook import CarefulCheckpointer, FinalEvalHook, StopHook
 from .train_loop import AutocastTrainer, amp_dtype
 
@@ -55,6 +56,9 @@ class Trainer(DefaultTrainer):
 
     for_sem_seg = False
     mapper: Any = DetectionMapper
+    # Of DistributedDataParallel.
+    ddp: Mapping[str, Any] = {"broadcast_buffers": False}
+    check_parts = staticmethod(check_parts)
 
     def __init__(self, cfg: CfgNode) -> None:
         self.check_task(cfg)
@@ -69,7 +73,7 @@ class Trainer(DefaultTrainer):
         averaged = AveragedWeights(model, ema.DECAY, ema.WARMUP) if ema.ENABLED else None
         device_type = torch.device(cfg.MODEL.DEVICE).type
         devices = [comm.get_local_rank()] if device_type == "cuda" else None
-        model = create_ddp_model(model, broadcast_buffers=False, device_ids=devices)
+        model = create_ddp_model(model, device_ids=devices, **self.ddp)
         amp, parts = cfg.SOLVER.AMP, cfg.SOLVER.ACCUMULATE_STEPS
         dtype = amp_dtype(amp.DTYPE, device_type) if amp.ENABLED else torch.float32
         self.watch = FiniteWatch(cfg.SOLVER.MAX_NONFINITE, "SOLVER.MAX_NONFINITE")
@@ -159,6 +163,11 @@ class Trainer(DefaultTrainer):
             found = test(cfg, averaged.module)
             results.update({f"{METRICS}{task}": values for task, values in found.items()})
         return results
+
+    @classmethod
+    def describe(cls, cfg: CfgNode) -> Any:
+        """Returns what config.yaml records of a run."""
+        return cfg
 
     @classmethod
     def check_task(cls, cfg: CfgNode) -> None:

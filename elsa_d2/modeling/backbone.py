@@ -77,6 +77,15 @@ class ELSASwin(NamedMaps, elsa_core.ELSASwin):  # type: ignore[misc]
         self._name_outputs(names, [2 ** (stage + 2) for stage in stages])
 
 
+class MMDetFPN(FPN):
+    """FPN (arXiv 1612.03144) initialized by Xavier's rule, as in MMDetection."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        for layer in [*self.lateral_convs, *self.output_convs]:
+            nn.init.xavier_uniform_(layer.weight)
+
+
 @BACKBONE_REGISTRY.register()
 def build_elsa_swin_backbone(cfg: CfgNode, input_shape: ShapeSpec) -> ELSASwin:
     """Builds the backbone that MODEL.ELSA_SWIN describes."""
@@ -109,7 +118,7 @@ def feature_pyramid(cfg: CfgNode, bottom_up: Backbone, node: str) -> FPN:
         )
     top_block = LastLevelMaxPool()
     top_block.in_feature = wanted[-1].replace("res", "p")
-    pyramid = FPN(
+    return MMDetFPN(
         bottom_up=bottom_up,
         in_features=wanted,
         out_channels=cfg.MODEL.FPN.OUT_CHANNELS,
@@ -117,6 +126,3 @@ def feature_pyramid(cfg: CfgNode, bottom_up: Backbone, node: str) -> FPN:
         top_block=top_block,
         fuse_type=cfg.MODEL.FPN.FUSE_TYPE,
     )
-    for layer in [*pyramid.lateral_convs, *pyramid.output_convs]:
-        nn.init.xavier_uniform_(layer.weight)  # as in MMDetection
-    return pyramid

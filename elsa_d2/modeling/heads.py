@@ -6,7 +6,7 @@ from itertools import takewhile
 from typing import Any
 
 import torch
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, configurable
 from detectron2.layers import ROIAlign, ShapeSpec
 from detectron2.modeling.poolers import ROIPooler
 from detectron2.modeling.roi_heads import (
@@ -49,6 +49,14 @@ class Float32ROIAlign(ROIAlign):
             )
             return pooled.to(input.dtype)
         return super().forward(features, rois).to(input.dtype)
+
+
+class Float32ROIPooler(ROIPooler):
+    """ROIPooler with `Float32ROIAlign`; takes the same arguments."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.level_poolers = nn.ModuleList(map(_in_float32, self.level_poolers))
 
 
 class Float32Pooling:
@@ -109,20 +117,16 @@ class MMDetROIHeads(Float32Pooling, StandardROIHeads):
 class MMDetBoxHead(FastRCNNConvFCHead):
     """FastRCNNConvFCHead with the linear layers of `elsa_core`, initialized by Xavier's rule.
 
-    NORM "SyncBN" is `norm.SyncBatchNorm`, which works on CPUs and without boxes.
+    ``conv_norm`` "SyncBN" is `norm.SyncBatchNorm`, which works on CPUs and without boxes.
     """
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    @configurable
+    def __init__(self, *args: Any, conv_norm: Any = "", **options: Any) -> None:
+        super().__init__(*args, conv_norm=resolve_norm(conv_norm), **options)
         for index, layer in enumerate(self.fcs):
             nn.init.xavier_uniform_(layer.weight)
             self.fcs[index] = fast_linear(layer)
             setattr(self, f"fc{index + 1}", self.fcs[index])
-
-    @classmethod
-    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec) -> dict[str, Any]:
-        norm = resolve_norm(cfg.MODEL.ROI_BOX_HEAD.NORM)
-        return {**super().from_config(cfg, input_shape), "conv_norm": norm}
 
 
 @ROI_MASK_HEAD_REGISTRY.register()

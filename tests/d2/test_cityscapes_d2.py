@@ -19,7 +19,7 @@ from PIL import Image
 pytest.importorskip("detectron2")
 
 from conftest import load_tool
-from d2_tiny import NARROW, REPOSITORY, read_metrics, train_and_resume
+from d2_tiny import NARROW, REPOSITORY, read_metrics, run_in_process, train_and_resume
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import cityscapes as reader
 from detectron2.data.datasets.builtin import register_all_cityscapes
@@ -146,7 +146,7 @@ def test_evaluation_alone_and_at_several_scales(cityscapes, tmp_path, tool):
     assert tool.main([*file, *keys]) == 0
     metrics = read_metrics(tmp_path / "out")[-1]
     keys += ["MODEL.WEIGHTS", str(tmp_path / "out/model_final.pth")]
-    results = tool.run(tool.parse_arguments([*file, "--eval-only", *keys]))
+    results = run_in_process(tool, [*file, "--eval-only", *keys])
     assert set(results) == {"sem_seg", "sem_seg_TTA"}
     for task, values in results.items():
         assert set(values) == set(SCORES)

@@ -24,7 +24,7 @@ from d2_sem_seg_tiny import (
     overrides,
     overwrite,
 )
-from d2_tiny import NARROW, read_metrics, train_and_resume
+from d2_tiny import NARROW, read_metrics, run_in_process, train_and_resume
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin import register_all_ade20k
 from detectron2.modeling import build_model
@@ -106,7 +106,7 @@ def test_evaluation_alone_and_at_several_scales(digits, tmp_path, tool):
     def evaluated(*changes, checkpoint="model_final"):
         weights = ["MODEL.WEIGHTS", str(output / f"{checkpoint}.pth")]
         arguments = ["--config-file", DIGITS, "--eval-only", *keys, *weights, *changes]
-        return tool.run(tool.parse_arguments(arguments))
+        return run_in_process(tool, arguments)
 
     results = evaluated()
     assert set(results) == {"sem_seg", "sem_seg_TTA"}

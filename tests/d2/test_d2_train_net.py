@@ -13,7 +13,16 @@ import torch
 pytest.importorskip("detectron2")
 
 from conftest import load_tool
-from d2_tiny import CONFIG, TOOL, VOLO_CONFIG, arguments_of, datasets, overrides, read_metrics
+from d2_tiny import (
+    CONFIG,
+    TOOL,
+    VOLO_CONFIG,
+    arguments_of,
+    datasets,
+    overrides,
+    read_metrics,
+    run_in_process,
+)
 from killing import PATIENCE, fork
 from killing_d2 import run_tool
 
@@ -81,7 +90,7 @@ def test_evaluation_alone_gives_the_same_numbers(trained, digits, tool, tmp_path
         DATASETS__REGISTER_COCO=data,
         DATASETS__TEST=[data[-1][0]],
     )
-    results = tool.run(tool.parse_arguments([*flags, *keys]))
+    results = run_in_process(tool, [*flags, *keys])
     metrics = read_metrics(output)[-1]
     for task in ("bbox", "segm"):
         for name, value in results[task].items():  # of each class, too
@@ -167,7 +176,7 @@ def test_test_time_augmentation(trained, digits, tool, tmp_path):
         TEST__AUG__MIN_SIZES=[96],
         TEST__AUG__FLIP=False,
     )
-    results = tool.run(tool.parse_arguments(["--eval-only", "--config-file", CONFIG, *keys]))
+    results = run_in_process(tool, ["--eval-only", "--config-file", CONFIG, *keys])
     assert set(results) == {"bbox", "segm", "bbox_TTA", "segm_TTA"}
     # At the test size and without mirroring, the augmented model is the plain one.
     for task in ("bbox", "segm"):

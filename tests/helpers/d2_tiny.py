@@ -79,6 +79,12 @@ def read_metrics(output: Path) -> list[dict]:
     return [json.loads(line) for line in (output / "metrics.json").read_text().splitlines()]
 
 
+def run_in_process(tool, arguments: list[str]) -> dict | None:
+    """Runs a tool without its checks; returns the metrics of an evaluation."""
+    command = tool.command()
+    return command.run(command.parse_arguments(arguments))
+
+
 def train_and_resume(tool, monkeypatch, output: Path, *arguments: str) -> list[dict]:
     """Trains for an iteration, which writes checkpoints, and for another one after --resume.
 

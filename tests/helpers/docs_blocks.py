@@ -169,6 +169,10 @@ def shorten(tool, arguments):
         return _shorten_openmmlab(arguments)
     if tool == "train_net":
         arguments = [*arguments, *_detectron2_options(arguments)]
+    elif tool == "lazyconfig_train_net":
+        last = 2 if "--resume" in arguments else 1
+        arguments = [*arguments, f"train.max_iter={last}", "dataloader.train.total_batch_size=2"]
+        arguments.append("model.roi_heads.box_predictor.test_topk_per_image=10")
     elif tool == "make_digits":
         arguments = [*arguments, "--train", "8", "--val", "4", "--size", "96"]
     return arguments, lambda: None

@@ -27,6 +27,7 @@ SHIPPED = {
     "configs/mmseg": "elsa_mm/.mim/configs/mmseg",
 }
 SHIPPED_FILES = {
+    "elsa_d2/tools/lazyconfig_train_net.py",
     "elsa_d2/tools/train_net.py",
     *(f"elsa_mm/.mim/{name}" for name in ("tools/train.py", "tools/test.py")),
     *(f"elsa_mm/.mim/{name}" for name in ("model-index.yml", "MODEL_ZOO.md")),

@@ -3,7 +3,12 @@
 import pytest
 from docs_blocks import REPOSITORY, show_help
 
-NEEDS = {"train_net": "detectron2", "train": "mmengine", "test": "mmengine"}
+NEEDS = {
+    "train_net": "detectron2",
+    "lazyconfig_train_net": "detectron2",
+    "train": "mmengine",
+    "test": "mmengine",
+}
 TOOLS = sorted(path.stem for path in (REPOSITORY / "tools").glob("*.py"))
 
 

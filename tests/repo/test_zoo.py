@@ -209,7 +209,7 @@ def test_commands_of_the_page_are_understood(tmp_path, monkeypatch):
     models = {model.config: model for model in read_models(ROOT)}
     by_detectron2 = {model.detectron2_config: model for model in models.values()}
     assert len(commands) == 4 * (14 + 4) + 2 * (3 + 5)
-    options = load_tool("train_net")
+    options = load_tool("train_net").command()
     for line in commands:
         words = shlex.split(line)
         place = next(i for i, word in enumerate(words) if word.startswith("tools/"))

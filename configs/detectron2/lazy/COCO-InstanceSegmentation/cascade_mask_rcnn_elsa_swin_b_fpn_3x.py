@@ -1,0 +1,9 @@
+# No detector with ELSA-Swin-B is published: the rate of drop path is ELSA-Swin-S's, a decision.
+from ..common.data.coco import dataloader
+from ..common.models.cascade_mask_rcnn_elsa_swin_fpn import model
+from ..common.optim import optimizer
+from ..common.schedule import lr_multiplier_3x as lr_multiplier
+from ..common.train import train
+
+model.backbone.bottom_up.update(arch="base", drop_path_rate=0.75)
+train.max_iter = 36 * 7330
