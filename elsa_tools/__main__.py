@@ -33,6 +33,7 @@ COMMANDS = {
         "elsa_tools.export.cli", "exports a model to ONNX, PyTorch or OpenVINO", ("numpy",)
     ),
     "analyze": Command("elsa_tools.inspect.cli", "shows a model's parts, attention and results"),
+    "fit": Command("elsa_tools.fit.cli", "trains a model on a folder of annotated images"),
 }
 DETAILS = "\n".join(
     [

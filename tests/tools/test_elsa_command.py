@@ -23,6 +23,7 @@ REFUSED = {
         "elsa export: --out must end in .onnx, .pt2, .xml, got x",
     ),
     "analyze": (["parts"], "elsa analyze: either CONFIG or --arch is needed, got neither"),
+    "fit": (["no/such"], "elsa fit: no/such does not exist"),
 }
 
 
@@ -54,7 +55,7 @@ def test_each_command_speaks_for_itself(name, capsys, tmp_path, monkeypatch):
 def test_an_unknown_command_is_one_sentence(arguments, capsys):
     assert main(arguments) == 2
     name = arguments[0]
-    known = "doctor, convert, demo, data, export, analyze"
+    known = "doctor, convert, demo, data, export, analyze, fit"
     assert capsys.readouterr().err == f"elsa: {name!r} is none of the commands {known}\n"
 
 

@@ -1,0 +1,261 @@
+"""The steps of ``elsa fit``: prepare, measure, choose, train, evaluate, report.
+
+Each finished step is recorded in fit.json and not repeated.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from elsa_core.data.coco import read_json
+from elsa_core.runtime.command_line import show
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.files import replacing
+from elsa_core.runtime.lock import TrainingLock
+
+from . import process
+from .choose import PROBE_ITERATIONS, Choice, Timing, Wish, choose
+from .dataset import DataSet, Part
+from .facts import Facts, Machine, machine, measure
+from .frameworks import Framework, choose_framework
+from .plan import Plan
+from .progress import Progress
+from .sources import prepare
+from .state import State, fingerprint
+
+# Images that a probe evaluates.
+PROBE_IMAGES = 12
+
+
+@dataclass(frozen=True)
+class Request:
+    """The arguments of the command."""
+
+    data: Path
+    out: Path
+    framework: str | None = None
+    model: str | None = None
+    task: str | None = None
+    weights: Path | None = None
+    epochs: int | None = None
+    minutes: float | None = None
+    batch: int | None = None
+    validation: float = 0.2
+    device: str | None = None
+    workers: int | None = None
+    seed: int = 0
+
+    def recorded(self) -> dict[str, Any]:
+        """By option, for fit.json."""
+        values = {key: value for key, value in vars(self).items() if key != "out"}
+        for name in ("data", "weights"):
+            values[name] = values[name] and os.path.abspath(values[name])
+        return values
+
+
+class Fit:
+    """A run in a folder."""
+
+    def __init__(self, request: Request) -> None:
+        self.begin = time.monotonic()
+        self.request, self.out = request, request.out.absolute()
+        self.data, self.probe = self.out / "data", self.out / "probe"
+        self.work, self.results = self.out / "training", self.out / "results"
+        self.log = self.out / "log.txt"
+
+    def __call__(self, dry_run: bool = False) -> None:
+        """Do the steps that are left.
+
+        Args:
+            dry_run: end after the config is written.
+        """
+        _check_places(self.request.data, self.out)
+        state = State(self.out, self.request.recorded(), fingerprint(self.request.data))
+        with TrainingLock(self.out):
+            self.state = state
+            self._steps(dry_run)
+
+    def _steps(self, dry_run: bool) -> None:
+        data = self._prepared()
+        framework = choose_framework(self.request.framework, data.task)
+        here = machine(self.request.device)
+        plan = self._plan(framework, data, measure(data), here)
+        config = self.out / f"config{framework.ending}"
+        self._write_config(config, framework.config_text(plan))
+        for rule in plan.choice.rules:
+            show(f"{rule.what}: {rule.value} ({rule.why})")
+        if dry_run:
+            show(f"{config} is written; without --dry-run, the same command trains it")
+            return
+        self._train(framework, plan, config)
+        best = self._best(framework)
+        self._evaluate(framework, plan, config, best)
+
+    @contextmanager
+    def _step(self, name: str) -> Iterator[None]:
+        """Add the time of a step to the record, also if it is interrupted."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            self.state.add(name, time.monotonic() - begin)
+
+    def _prepared(self) -> DataSet:
+        if (known := self.state.dataset) is not None:
+            return known
+        request = self.request
+        with self._step("prepare"):
+            data = prepare(request.data, self.data, request.task, request.validation, True)
+        show(f"{data.layout}\n{data.split}")
+        for warning in data.warnings:
+            show(f"warning: {warning}")
+        self.state.dataset = data
+        return data
+
+    def _plan(self, framework: Framework, data: DataSet, facts: Facts, here: Machine) -> Plan:
+        request = self.request
+        model = request.model or ("t" if request.weights and here.device == "cuda" else "small")
+        wish = Wish(
+            data.task,
+            model,
+            request.weights is not None,
+            request.epochs,
+            request.minutes,
+            request.batch,
+            request.workers,
+        )
+        # Fixed by the first run: free memory differs between runs.
+        memory = self.state.content.setdefault("memory", here.memory)
+        here = replace(here, memory=memory)
+
+        def plan(choice: Choice, part: DataSet, work: Path) -> Plan:
+            weights = request.weights and request.weights.absolute()
+            return Plan(
+                framework.name, part, choice, model, weights, request.seed, here.device, work
+            )
+
+        if request.minutes is not None and self.state.timing is None:
+            choice = choose(facts, here, wish)
+            self._probe(framework, plan(choice, self._few(data), self.probe / "training"))
+        choice = choose(facts, here, wish, self.state.timing)
+        return plan(choice, data, self.work)
+
+    def _few(self, data: DataSet) -> DataSet:
+        """Return the data set with a few validation images."""
+        shutil.rmtree(self.probe, ignore_errors=True)
+        self.probe.mkdir()
+        return replace(data, val=_part_of(data.val, PROBE_IMAGES, self.probe))
+
+    def _probe(self, framework: Framework, plan: Plan) -> None:
+        config = self.probe / f"config{framework.ending}"
+        with replacing(config) as file:
+            file.write(framework.config_text(plan).encode())
+        show("measuring the speed of the training")
+        begin = time.monotonic()
+        log = self.probe / "log.txt"
+        process.run(framework.train(config, False), log, "the probe", _nothing)
+        seconds = time.monotonic() - begin
+        rows = [row for row in framework.history(plan.work) if "time" in row and "loss" in row]
+        image = framework.image_seconds(plan.work, log.read_text(errors="replace"))
+        if not rows or image is None:
+            raise UsageError(f"the probe has not logged its speed: see {log}")
+        iteration = rows[-1]["time"]
+        startup = max(0, seconds - PROBE_ITERATIONS * iteration - plan.data.val.count * image)
+        spent = time.monotonic() - self.begin
+        self.state.timing = Timing(startup, iteration, image, spent)
+        shutil.rmtree(self.probe)
+
+    def _write_config(self, config: Path, text: str) -> None:
+        if not config.exists():
+            with replacing(config) as file:
+                file.write(text.encode())
+        elif config.read_text(encoding="utf-8") != text:
+            raise UsageError(
+                f"{config} is not what elsa fit has written: train it with the framework's own "
+                "command, or name another --out"
+            )
+
+    def _train(self, framework: Framework, plan: Plan, config: Path) -> None:
+        if self.state.content.get("trained"):
+            return
+        resume = (self.work / "last_checkpoint").is_file()
+        _wait_for(self.work)
+        with Progress(framework, self.work, plan.choice.iterations, framework.title) as watch:
+            with self._step("train"):
+                command = framework.train(config, resume)
+                process.run(command, self.log, "the training", watch)
+        self.state.put("trained", True)
+
+    def _best(self, framework: Framework) -> Path:
+        best = framework.best_checkpoint(self.work)
+        if best is None:
+            raise UsageError(f"the training has left no best checkpoint: see {self.log}")
+        link = self.out / "best.pth"
+        if not link.is_symlink():
+            link.symlink_to(best.relative_to(self.out))
+        return link
+
+    def _evaluate(self, framework: Framework, plan: Plan, config: Path, best: Path) -> None:
+        if self.state.content.get("evaluated"):
+            return
+        shutil.rmtree(self.results, ignore_errors=True)
+        with self._step("evaluate"):
+            command = framework.evaluate(config, best, self.results, plan.data.task)
+            process.run(command, self.log, "the evaluation", _nothing)
+        self.state.put("evaluated", True)
+
+
+def _check_places(data: Path, out: Path) -> None:
+    if not data.exists():
+        raise UsageError(f"{data} does not exist")
+    inside, outside = Path(os.path.realpath(out)), Path(os.path.realpath(data))
+    if inside == outside or outside in inside.parents:
+        raise UsageError(f"--out must be outside of the data, got {out}")
+
+
+def _part_of(part: Part, count: int, out: Path) -> Part:
+    """Return the first images of a part, as a part whose files are in ``out``."""
+    if part.annotations is not None:
+        coco = read_json(str(part.annotations))
+        images = coco["images"][:count]
+        ids = {image["id"] for image in images}
+        kept = [one for one in coco["annotations"] if one["image_id"] in ids]
+        path = out / "val.json"
+        with replacing(path) as file:
+            file.write(json.dumps({**coco, "images": images, "annotations": kept}).encode())
+        return Part(part.images, path, None, len(images))
+    assert part.maps is not None
+    maps = sorted(path for path in part.maps.rglob("*") if path.is_file())[:count]
+    stems = {path.relative_to(part.maps).with_suffix("") for path in maps}
+    images = [path for path in part.images.rglob("*") if path.is_file()]
+    images = [one for one in images if one.relative_to(part.images).with_suffix("") in stems]
+    for source, name, paths in ((part.images, "images", images), (part.maps, "maps", maps)):
+        for path in paths:
+            link = out / name / path.relative_to(source)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path)
+    return Part(out / "images", None, out / "maps", len(maps))
+
+
+def _wait_for(work: Path) -> None:
+    """Wait until a training whose ``elsa fit`` was killed has saved its state and ended."""
+    for attempt in range(process.PATIENCE):
+        try:
+            with TrainingLock(work):
+                return
+        except UsageError:
+            if attempt + 1 == process.PATIENCE:
+                raise
+            time.sleep(1)
+
+
+def _nothing() -> None:
+    pass
