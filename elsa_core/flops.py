@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, unset_fake_temporarily
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import operator as _registers_the_operator  # noqa: F401
@@ -95,9 +97,25 @@ class _RefuseUnknown(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+class _KnownShapes(TorchFunctionMode):
+    """Computes shapes that are tensors, by whose values deformable attention splits its maps."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch._shape_as_tensor:
+            with unset_fake_temporarily():
+                return torch.tensor(args[0].shape)
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if tensors and not any(isinstance(t, FakeTensor) or t.is_floating_point() for t in tensors):
+            with unset_fake_temporarily():
+                return func(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
 @contextmanager
 def _counting() -> Iterator[FlopCounterMode]:
     counter = FlopCounterMode(display=False, custom_mapping=_FORMULAS)
     # Models may hold real tensors, too.
-    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad(), counter, _RefuseUnknown():
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with fake, torch.no_grad(), counter, _RefuseUnknown(), _KnownShapes():
         yield counter

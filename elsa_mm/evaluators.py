@@ -27,7 +27,7 @@ def detection_limit(model: dict[str, Any]) -> int | None:
     """The most objects per image that a detector's config allows; None if it does not say."""
     for settings in (model.get("tta_cfg"), model.get("test_cfg")):
         for node in ((settings or {}).get("rcnn"), settings):
-            limit = (node or {}).get("max_per_img")
-            if isinstance(limit, int):
-                return limit
+            for name in ("max_per_img", "max_per_image"):  # the latter is Mask2Former's
+                if isinstance(limit := (node or {}).get(name), int):
+                    return limit
     return None

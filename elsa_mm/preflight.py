@@ -32,7 +32,7 @@ IMPORT_LINE = "custom_imports = dict(imports=['elsa_mm'])"
 # Parts with one output or label for each class of the data, unlike an RPN.
 _HEADS = re.compile(
     r"(module\.)*(data_preprocessor|head)|"
-    r"(.+\.)?(bbox_head|mask_head|decode_head|auxiliary_head)(\.\d+)?"
+    r"(.+\.)?(bbox|mask|decode|auxiliary|panoptic|panoptic_fusion)_head(\.\d+)?"
 )
 # MMEngine's and MMPretrain's messages on data sets without images or with other classes.
 _NO_IMAGES = ("need at least one array to concatenate", "Found 0 files in subfolders of")
@@ -125,7 +125,7 @@ def _parts_fed_by_backbone(model: dict) -> list[str]:
     """The parts that take the backbone's maps, or something with their channels."""
     neck = model.get("neck")
     if not neck:
-        return ["decode_head", "auxiliary_head", "head"]
+        return ["decode_head", "auxiliary_head", "panoptic_head", "head"]
     pooled = isinstance(neck, dict) and str(neck.get("type")).endswith("GlobalAveragePooling")
     return ["head"] if pooled else ["neck"]
 
@@ -335,7 +335,13 @@ def _folders(dataset: dict) -> dict[str, str]:
     prefix = dataset.get("data_prefix") or {}
     if not prefix and str(dataset.get("type")).endswith("ImageNet"):
         return {"split": dataset.get("split") or ""}
-    return {"data_prefix": prefix} if isinstance(prefix, str) else prefix
+    if isinstance(prefix, str):
+        return {"data_prefix": prefix}
+    # MMDetection's Mask2Former for instances inherits the panoptic data's, which nothing reads.
+    steps = list(walk(dataset.get("pipeline") or []))
+    if any("with_seg" in step or "Panoptic" in str(step.get("type")) for step in steps):
+        return prefix
+    return {name: folder for name, folder in prefix.items() if name != "seg"}
 
 
 def _check_annotations(

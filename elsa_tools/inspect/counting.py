@@ -121,8 +121,16 @@ def openmmlab_subject(name: str, module: Any, scope: str) -> Subject:
     elif hasattr(module, "roi_head"):
         size, run = DETECTION, lambda x: _run_two_stages(module, x)
     else:
-        size, run = DETECTION, module
+        size, run = DETECTION, lambda x: module(x, [_sample(x)])
     return Subject(name, module, run, size)
+
+
+def _sample(image: Tensor) -> Any:
+    """MMDetection's record of an image [1, 3, H, W] without padding."""
+    from mmdet.structures import DetDataSample
+
+    size = tuple(image.shape[-2:])
+    return DetDataSample(metainfo=dict(batch_input_shape=size, img_shape=size))
 
 
 def _run_two_stages(model: Any, image: Tensor) -> None:

@@ -1,6 +1,7 @@
 """Configs of MMDetection and MMSegmentation, shrunk to seconds by --cfg-options."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -17,7 +18,9 @@ VOLO_ARCH |= dict(kernel_size=3)
 # The architecture of each backbone, and the channels of its four maps.
 BACKBONES = {"ELSASwin": (ARCH, [16, 32, 64, 128]), "ELSAVolo": (VOLO_ARCH, [8, 16, 24, 24])}
 WIDTHS = ("in_channels", "out_channels", "feat_channels", "channels", "fc_out_channels")
-WIDTHS += ("conv_out_channels",)
+WIDTHS += ("conv_out_channels", "embed_dims", "feedforward_channels")
+# Other settings of transformers: the number of layers and queries, and what must divide a width.
+FEW = {"num_layers": 2, "num_queries": 10, "num_feats": 8, "num_groups": 4}
 
 
 def narrow(model, prefix="model"):
@@ -33,9 +36,13 @@ def _widths(node, prefix, features):
     for key, value in node.items() if isinstance(node, dict) else enumerate(node):
         name = f"{prefix}.{key}"
         if key in WIDTHS and isinstance(value, (list, tuple)):  # of the backbone's maps
-            values[name] = str(features[: len(value)])
+            # The last ones, where a neck leaves out the first.
+            first = 1 if len(value) == 3 else 0
+            values[name] = str(features[first : first + len(value)])
         elif key in WIDTHS and isinstance(value, int):  # 384: stage 3, for the auxiliary head
             values[name] = features[2] if value == 384 else 16
+        elif key in FEW:
+            values[name] = FEW[key]
         elif isinstance(value, (dict, list)):
             values |= _widths(value, name, features)
     return values
@@ -85,3 +92,34 @@ def scalars(folder="runs"):
     """What all runs in a folder have logged."""
     logs = sorted(Path(folder).glob("*/vis_data/2*.json"))
     return [json.loads(line) for log in logs for line in log.read_text().splitlines()]
+
+
+def train_and_resume(path, length="max_iters", **values):
+    """Trains one iteration without an evaluation, then resumes for another one with it; returns
+    the metrics."""
+    run("train", path, "--work-dir", "runs", **values | {f"train_cfg.{length}": 1})
+    assert last_state()["meta"]["iter"] == 1
+    assert not list(Path("runs").glob("*/2*.json"))  # no evaluation yet
+    run("train", path, "--work-dir", "runs", "--resume", **values | {f"train_cfg.{length}": 2})
+    state = last_state()
+    assert state["meta"]["iter"] == 2
+    assert {int(one["step"]) for one in state["optimizer"]["state"].values()} == {2}
+    lines = scalars()
+    losses = [line["loss"] for line in lines if "loss" in line]
+    assert len(losses) == 2 and all(map(math.isfinite, losses))
+    return lines[-1]
+
+
+def as_coco(digits, root):
+    """Lays the digits out as COCO 2017: its folders, files and 80 classes, of which the data shows
+    10."""
+    from mmdet.datasets import CocoDataset
+
+    (root / "annotations").mkdir()
+    names = CocoDataset.METAINFO["classes"]
+    for part, name in (("training", "train2017"), ("validation", "val2017")):
+        (root / name).symlink_to(digits / "images" / part)
+        content = json.loads((digits / f"annotations/instances_{part}.json").read_text())
+        content["categories"] = [{"id": id, "name": name} for id, name in enumerate(names, 1)]
+        (root / f"annotations/instances_{name}.json").write_text(json.dumps(content))
+    return root

@@ -7,16 +7,14 @@ train in docs/cityscapes.md, whose commands are a test.
 """
 
 import json
-import math
 from pathlib import Path
 
 import pytest
-from mm_tiny import last_path, last_state, loaders, narrow, run, scalars
+from mm_tiny import as_coco, last_path, loaders, narrow, run, train_and_resume
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
 
-from mmdet.datasets import CocoDataset
 from mmengine.config import Config
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
@@ -26,23 +24,13 @@ SCORES = [f"cityscapes/{name}" for name in ("IoU", "iIoU", "IoU_sup", "iIoU_sup"
 
 @pytest.fixture(scope="module")
 def coco(digits, tmp_path_factory):
-    """The digits as COCO 2017: its folders, files and 80 classes, of which the data shows 10."""
-    root = tmp_path_factory.mktemp("coco")
-    (root / "annotations").mkdir()
-    names = CocoDataset.METAINFO["classes"]
-    for part, name in (("training", "train2017"), ("validation", "val2017")):
-        (root / name).symlink_to(digits / "images" / part)
-        content = json.loads((digits / f"annotations/instances_{part}.json").read_text())
-        content["categories"] = [{"id": id, "name": name} for id, name in enumerate(names, 1)]
-        (root / f"annotations/instances_{name}.json").write_text(json.dumps(content))
-    return root
+    return as_coco(digits, tmp_path_factory.mktemp("coco"))
 
 
 def segmentor(root, size, **settings):
-    """--cfg-options for one iteration on crops [H, W], an evaluation after two."""
+    """--cfg-options for crops [H, W] and an evaluation after two iterations."""
     height, width = size
     values = loaders(dataset__data_root=root, **settings) | {
-        "train_cfg.max_iters": 1,
         "train_cfg.val_interval": 2,
         "train_dataloader.dataset.pipeline.3.crop_size": f"({height},{width})",
         "model.data_preprocessor.size": f"({height},{width})",
@@ -70,10 +58,9 @@ def cityscapes_semantic(root):
 
 
 def detector(scale):
-    """--cfg-options for one epoch, an evaluation after two, fewer boxes, and results from a model
-    that has learnt nothing."""
+    """--cfg-options for an evaluation after two epochs, fewer boxes, and results from a model that
+    has learnt nothing."""
     return {
-        "train_cfg.max_epochs": 1,
         "train_cfg.val_begin": 2,
         "model.train_cfg.rpn_proposal.max_per_img": 50,
         "model.test_cfg.rpn.max_per_img": 20,
@@ -171,21 +158,10 @@ def test_short_training_evaluates_saves_and_resumes(model, request, tmp_path):
     name, data, options, metrics = RUNS[model]
     path = CONFIGS / name
     values = options(request.getfixturevalue(data)) | narrow(Config.fromfile(path).model)
-    run("train", path, "--work-dir", "runs", **values)
-    assert last_state()["meta"]["iter"] == 1
-    assert not list(Path("runs").glob("*/2*.json"))  # no evaluation yet
-
-    values["train_cfg.max_epochs" if "rcnn" in model else "train_cfg.max_iters"] = 2
-    run("train", path, "--work-dir", "runs", "--resume", **values)
-    state = last_state()
-    assert state["meta"]["iter"] == 2
-    assert {int(one["step"]) for one in state["optimizer"]["state"].values()} == {2}
-    lines = scalars()
-    losses = [line["loss"] for line in lines if "loss" in line]
-    assert len(losses) == 2 and all(map(math.isfinite, losses))
-    assert set(metrics) <= set(lines[-1])
+    last = train_and_resume(path, "max_epochs" if "rcnn" in model else "max_iters", **values)
+    assert set(metrics) <= set(last)
     if model == "mask-rcnn of Cityscapes":
-        assert 0 <= lines[-1]["cityscapes/mAP"] <= lines[-1]["cityscapes/AP@50"] <= 1
+        assert 0 <= last["cityscapes/mAP"] <= last["cityscapes/AP@50"] <= 1
     if model == "upernet of Cityscapes":
         run("test", path, last_path(), "--work-dir", "test", **values)
         (scores,) = (json.loads(file.read_text()) for file in Path("test").glob("*/2*.json"))

@@ -28,7 +28,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Model:
-    """A row of the zoo: one model, as a config of OpenMMLab and, classifiers apart, of Detectron2.
+    """A row of the zoo: one model, as a config of OpenMMLab and, where it has the head, of
+    Detectron2.
 
     ``gpus``: what it is trained on. ``figures`` is empty where nobody has published or measured
     any.

@@ -33,15 +33,16 @@ INTRODUCTION = """\
 
 <!-- Made by `make zoo` from model-index.yml, its metafiles and the models themselves. -->
 
-Each row is one model: a config of OpenMMLab and, except for classifiers, one of Detectron2 with the
-same parameters.
+Each row is one model: a config of OpenMMLab and, except for classifiers and heads that Detectron2
+does not have, one of Detectron2 with the same parameters.
 
 - Every figure has an origin and the number of its source: *published by the authors* (not measured
   here), *converted* (their weights, converted and evaluated here) or *trained here*.
 - Parameters and operations are counted from the models that the configs build. An operation is a
   multiply-add ("FLOPs" in papers), for one image, which is
   {sizes};
-  detectors have {proposals} proposals and {detections} masks.
+  detectors have {proposals} proposals and {detections} masks. The sampling of deformable attention
+  (Mask2Former, DINO) does not count.
 - Peak memory and speed have a column if they were measured.
 - ELSA-VOLO is a [reconstruction](docs/elsa_volo.md): its authors have published no code, config or
   checkpoint, and no model of these rows has been trained here, so that they have no figures. Data,
@@ -55,6 +56,11 @@ counting gives. The authors have published no weights with these figures.
 NO_FIGURES = """\
 The authors publish no figures for {dataset}, and none have been measured here. These configs are
 the frameworks' own recipes with ELSA-Swin and its optimizer.
+"""
+NEW_HEADS = """\
+Of {methods} with this backbone nobody has published figures,
+and none have been measured here: the configs are the toolbox's own recipes for Swin, with ELSA-Swin
+in its place.
 """
 COMMANDS = """\
 ## Commands
@@ -83,6 +89,10 @@ def make_page(root: Path) -> str:
     for dataset in SIZES:
         rows = [model for model in models if model.dataset == dataset]
         notes = [] if any(row.figures for row in rows) else [NO_FIGURES.format(dataset=dataset)]
+        known = {row.method for row in rows if row.figures}
+        methods = dict.fromkeys(r.method for r in rows if r.method not in known and not r.is_volo)
+        if known and methods:
+            notes.append(NEW_HEADS.format(methods=_listed(list(methods))))
         if any(row.is_volo and row.framework == "mmpretrain" for row in rows):
             notes.append(VOLO_FIGURES)
         table = _model_table(rows, measure, sources)
@@ -92,6 +102,10 @@ def make_page(root: Path) -> str:
     sections.append(COMMANDS)
     sections += [_commands(model) for model in models]
     return "\n".join(sections)
+
+
+def _listed(names: list[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if names[1:] else names)
 
 
 def _pixels(size: tuple[int, int]) -> str:
