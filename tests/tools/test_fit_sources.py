@@ -1,5 +1,6 @@
 """Folders in the usual layouts become the data set that was written into them."""
 
+import json
 from pathlib import Path
 
 import fit_folders
@@ -265,3 +266,41 @@ def test_values_and_names_of_label_maps(tmp_path, names, values, classes, reduce
         elif values:
             expected = (expected > 0).astype(int)
         assert labels == expected.tolist()
+
+
+def test_lines_that_repeat_or_leave_the_image(tmp_path):
+    fit_folders.yolo(tmp_path / "data")
+    lines = "0 0.1 0.5 0.208 0.5\n0  0.1 0.5 0.208 0.5\n1 0.9 0.9 1.005 0.9 1.005 1 0.9 1\n"
+    write(tmp_path / "data/labels/train/a.txt", lines)
+    made = prepare(tmp_path / "data", tmp_path / "out")
+    assert made.warnings[0].startswith("1 label files have a line twice, which counts once: ")
+    right, down = fit_folders.SIZE
+    expected = [(0, 0, down / 4, 0.204 * right, down / 2), (1, 0.9 * right, 57.6, 9.6, 6.4)]
+    assert np.allclose(objects_of(made.train, False)[0], expected, atol=0.01)
+
+
+def test_numbers_in_texts(tmp_path):
+    """As Roboflow writes the boxes of polygons."""
+    fit_folders.roboflow(tmp_path / "data")
+    for file in (tmp_path / "data").glob("*/*.json"):
+        content = json.loads(file.read_text())
+        for one in content["annotations"]:
+            one["bbox"][2:] = [f"{value:.4f}" for value in one["bbox"][2:]]
+        write(file, content)
+    made = prepare(tmp_path / "data", tmp_path / "out")
+    assert objects_of(made.train, True)[3] == fit_folders.objects(3)
+
+
+def test_small_objects_are_drawn_on_large_ones(tmp_path):
+    fit_folders.yolo(tmp_path / "data")
+    large, small = (
+        "0.25 0.25 0.75 0.25 0.75 0.75 0.25 0.75",
+        "0.5 0.5 0.625 0.5 0.625 0.625 0.5 0.625",
+    )
+    for name, lines in (("a", (large, small)), ("b", (small, large))):
+        labels = [0, 1] if name == "a" else [1, 0]
+        text = "\n".join(f"{label} {line}" for label, line in zip(labels, lines, strict=True))
+        write(tmp_path / f"data/labels/train/{name}.txt", text)
+    found = labels_of(prepare(tmp_path / "data", tmp_path / "out", SEMANTIC))
+    assert found[0] == found[1]
+    assert np.bincount(np.ravel(found[0])).tolist() == [96 * 64 * 3 // 4, 48 * 32 - 12 * 8, 12 * 8]
