@@ -79,6 +79,10 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
     # A metric, such as "sem_seg/mIoU" or "bbox/AP": model_best.pth is the checkpoint of the
     # evaluation with its highest value. "": none is kept.
     cfg.TEST.BEST_METRIC = ""
+    # The training ends after this many evaluations in a row in which BEST_METRIC has not risen
+    # above its highest value by more than MIN_DELTA (elsa_core.runtime.patience). 0: never.
+    cfg.TEST.PATIENCE = 0
+    cfg.TEST.MIN_DELTA = 0.0
 
     # Data sets in COCO's format to register: [name, annotation file, image folder] each.
     cfg.DATASETS.REGISTER_COCO = []

@@ -9,6 +9,7 @@ from .backbone import ELSASwin
 from .checkpoint import AtomicLocalBackend
 from .checkpoint_hook import StoppableCheckpointHook
 from .configs import get_config_file
+from .early_stop import PatienceHook
 from .evaluation import AugmentedValLoop
 from .loading import WeightsHook
 from .optim_wrapper import CPUAmpOptimWrapper
@@ -29,6 +30,7 @@ __all__ = [
     "ELSAVolo",
     "ELSAVoloTokens",
     "EqualSizesHook",
+    "PatienceHook",
     "StoppableCheckpointHook",
     "WarmupCosineLR",
     "WeightsHook",

@@ -169,6 +169,11 @@ class StoppableCheckpointHook(CheckpointHook):
         self._stop_if_told(runner, runner.iter, runner.epoch)
 
     def after_train(self, runner: Any) -> None:
+        if runner.train_loop.stop_training and self.save_last and self.saved < runner.iter:
+            # Ended early, by PatienceHook or EarlyStoppingHook.
+            step = runner.epoch if self.by_epoch else runner.iter
+            meta = dict(epoch=runner.epoch, iter=runner.iter)
+            self._save_checkpoint_with_step(runner, step, meta)
         self.stop_listening()
         super().after_train(runner)
         if self.lock is not None:

@@ -24,6 +24,7 @@ import elsa_core.weights
 from elsa_core.ema import METRICS, AveragedWeights
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.files import make_folder
+from elsa_core.runtime.patience import Patience
 from elsa_core.weights.resume import refuse_if_none_is_whole
 from elsa_d2.checkpoint import AtomicCheckpointer, check_checkpoint
 from elsa_d2.config import is_sem_seg
@@ -236,6 +237,12 @@ def _check_evaluation(cfg: CfgNode) -> None:
         raise UsageError(
             f"TEST.BEST_METRIC must be a metric of {', '.join(tasks)}, such as "
             f"{tasks[0]}/{'mIoU' if is_sem_seg(cfg) else 'AP'}, got {metric}"
+        )
+    Patience(cfg.OUTPUT_DIR, metric, cfg.TEST.PATIENCE, cfg.TEST.MIN_DELTA)
+    if cfg.TEST.PATIENCE and not (metric and cfg.TEST.EVAL_PERIOD > 0):
+        raise UsageError(
+            f"TEST.PATIENCE {cfg.TEST.PATIENCE} needs TEST.BEST_METRIC and TEST.EVAL_PERIOD, got "
+            f"{metric!r} and {cfg.TEST.EVAL_PERIOD}"
         )
     if metric.startswith(METRICS) and not cfg.MODEL.EMA.ENABLED:
         raise UsageError(f"TEST.BEST_METRIC {metric} needs MODEL.EMA.ENABLED True, got False")

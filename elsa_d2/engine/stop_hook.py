@@ -52,10 +52,18 @@ class CarefulCheckpointer(hooks.PeriodicCheckpointer):
 
 
 class FinalEvalHook(hooks.EvalHook):
-    """EvalHook without the evaluation after a training that failed in its last iteration."""
+    """EvalHook without the evaluation after a training that failed in its last iteration, or that
+    ended early, after an evaluation."""
+
+    evaluated = -1
+
+    def _do_eval(self) -> None:
+        super()._do_eval()
+        self.evaluated = self.trainer.iter + 1
 
     def after_train(self) -> None:
-        self._eval_after_train &= self.trainer.iter >= self.trainer.max_iter
+        finished = self.trainer.iter >= self.trainer.max_iter
+        self._eval_after_train &= finished and self.evaluated != self.trainer.iter
         super().after_train()
 
 

@@ -21,6 +21,7 @@ from elsa_core.ema import METRICS, AveragedWeights
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.finite import FiniteWatch
 from elsa_core.runtime.lock import TrainingLock
+from elsa_core.runtime.patience import Patience
 from elsa_core.runtime.preemption import FAILED, TrainingEnded, shield_workers
 from elsa_d2.checkpoint import AtomicCheckpointer
 from elsa_d2.config import is_sem_seg
@@ -35,6 +36,7 @@ from elsa_d2.solver.lr_scheduler import build_lr_scheduler, scale_lr
 from elsa_d2.solver.optimizer import build_optimizer
 
 from .best_checkpoint import BestCheckpointHook
+from .early_stop import EndsEarly, PatienceHook
 from .ema import AveragedWeightsHook
 from .preflight import check_parts
 from .stop_hook import CarefulCheckpointer, FinalEvalHook, StopHook
@@ -43,7 +45,7 @@ from .train_loop import AutocastTrainer, amp_dtype
 logger = logging.getLogger(__name__)
 
 
-class Trainer(DefaultTrainer):
+class Trainer(DefaultTrainer, EndsEarly):
     """DefaultTrainer of detectors with AdamW, COCO evaluation and atomic checkpoints.
 
     `SemSegTrainer` trains a `SemanticSegmentor`.
@@ -120,8 +122,8 @@ class Trainer(DefaultTrainer):
 
     def build_hooks(self) -> list[hooks.HookBase]:
         """DefaultTrainer's hooks, and those for preemption and the order of the data; if enabled,
-        also those of the averaged weights and the best checkpoint, and an evaluation with TEST.AUG
-        at the end."""
+        also those of averaged weights, best checkpoint and early stop, and an evaluation with
+        TEST.AUG at the end."""
         built = super().build_hooks()
         periodic = None
         for place, hook in enumerate(built):
@@ -133,10 +135,15 @@ class Trainer(DefaultTrainer):
                 built[place] = FinalEvalHook(self.cfg.TEST.EVAL_PERIOD, self._evaluate)
         evaluations = (i for i, hook in enumerate(built) if isinstance(hook, hooks.EvalHook))
         evaluation = next(evaluations, len(built))
-        metric, period = self.cfg.TEST.BEST_METRIC, self.cfg.TEST.EVAL_PERIOD
+        test = self.cfg.TEST
+        metric, period = test.BEST_METRIC, test.EVAL_PERIOD
         if metric and self.cfg.DATASETS.TEST:
             best = BestCheckpointHook(self.checkpointer, metric, period, self.watch)
             built.insert(evaluation + 1, best)
+            if test.PATIENCE:
+                rule = Patience(self.cfg.OUTPUT_DIR, metric, test.PATIENCE, test.MIN_DELTA)
+                ending = PatienceHook(rule, self.checkpointer, period, self.watch)
+                built.insert(evaluation + 2, ending)
         built.insert(evaluation, StopHook(self.checkpointer, periodic, self.watch))
         if self.checkpointer.averaged is not None:
             built.insert(0, AveragedWeightsHook(self.checkpointer, self.optimizer))
