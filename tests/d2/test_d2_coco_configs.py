@@ -1,9 +1,7 @@
 """The published COCO configs: names, numbers, sizes, equality with MMDetection's; they run."""
 
-import json
 import math
 import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +10,7 @@ import yaml
 pytest.importorskip("detectron2")
 
 from conftest import load_tool
-from d2_tiny import NARROW, REPOSITORY, datasets, train_and_resume
+from d2_tiny import NARROW, REPOSITORY, few_images, train_and_resume
 from detectron2.modeling import META_ARCH_REGISTRY
 
 from elsa_d2 import ClassSpecificCascadeROIHeads, MMDetROIHeads, load_config
@@ -107,15 +105,7 @@ def tool():
 
 @pytest.fixture(scope="module")
 def few(digits, tmp_path_factory):
-    """The digits' data sets, of the validation's the first two images."""
-    training, (name, file, images) = datasets(digits)
-    content = json.loads(Path(file).read_text())
-    content["images"] = content["images"][:2]
-    kept = {image["id"] for image in content["images"]}
-    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
-    file = tmp_path_factory.mktemp("few") / "instances_validation.json"
-    file.write_text(json.dumps(content))
-    return [training, [name, str(file), images]]
+    return few_images(digits, tmp_path_factory.mktemp("few"), 2)
 
 
 def shrunk(data, output, **changes):

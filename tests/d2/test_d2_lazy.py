@@ -1,6 +1,7 @@
 """The LazyConfigs: as the YAML configs in every part; they train, evaluate, save and resume."""
 
 import functools
+import math
 import re
 import types
 
@@ -15,6 +16,7 @@ from d2_tiny import (
     REPOSITORY,
     TINY,
     datasets,
+    few_images,
     overrides,
     read_metrics,
     run_in_process,
@@ -284,3 +286,48 @@ def test_refusals(digits, tmp_path, tool, capfd, monkeypatch, arguments, message
     last = capfd.readouterr().err.splitlines()[-1]
     assert last.startswith("lazyconfig_train_net: ") and message in last
     assert not (tmp_path / "out").exists()
+
+
+NARROW = {
+    "mask_rcnn_elsa_swin_t_fpn_1x": [],
+    "cascade_mask_rcnn_elsa_swin_b_fpn_3x": [
+        "model.backbone.out_channels=16",
+        "model.backbone.bottom_up.arch={embed_dim:16,depths:[1,1,1,1],num_heads:[1,2,4,8],group_width:8}",
+        *(f"model.roi_heads.box_heads.{i}.fc_dims=[16]" for i in range(3)),
+        *(f"model.roi_heads.box_heads.{i}.conv_dims=[16,16,16,16]" for i in range(3)),
+        "dataloader.train.mapper.augmentations.1.tfm_or_aug.augs.0.short_edge_length=[64]",
+        "dataloader.train.mapper.augmentations.1.tfm_or_aug.augs.1.crop_size=[40,60]",
+        "dataloader.train.mapper.augmentations.2.short_edge_length=[64,96]",
+        "dataloader.test.mapper.augmentations.0.short_edge_length=64",
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("leaf", NARROW)
+def test_a_leaf_trains_saves_and_evaluates(digits, tmp_path, tool, clean_catalog, leaf):
+    """The first one at its full size, of model and images."""
+    data = few_images(digits, tmp_path, 1)
+    data = str([[f"few_{name}", *place] for name, *place in data]).replace(" ", "")
+    arguments = [
+        "--config-file",
+        str(FOLDER / f"COCO-InstanceSegmentation/{leaf}.py"),
+        *NARROW[leaf],
+    ]
+    arguments += [f"dataloader.register_coco={data}", "dataloader.train.num_workers=0"]
+    arguments += [
+        "dataloader.train.dataset.names=few_digits_training",
+        "dataloader.test.num_workers=0",
+    ]
+    arguments += [
+        "dataloader.test.dataset.names=few_digits_validation",
+        "model.roi_heads.num_classes=10",
+    ]
+    arguments += ["dataloader.train.total_batch_size=1", "train.max_iter=1", "train.log_period=1"]
+    assert tool.main([*arguments, f"train.output_dir={tmp_path}", "train.seed=0"]) == 0
+    training, evaluation = read_metrics(tmp_path)
+    assert math.isfinite(training["total_loss"]) and 0 <= evaluation["segm/AP"] <= 100
+    assert len([name for name in training if name.startswith("loss_")]) == (
+        11 if leaf.startswith("cascade") else 5
+    )
+    assert (tmp_path / "model_final.pth").exists()

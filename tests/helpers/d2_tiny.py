@@ -70,6 +70,18 @@ def datasets(data: Path) -> list[list[str]]:
     ]
 
 
+def few_images(data: Path, folder: Path, number: int) -> list[list[str]]:
+    """The digits' data sets, of the validation's the first images."""
+    training, (name, file, images) = datasets(data)
+    content = json.loads(Path(file).read_text())
+    content["images"] = content["images"][:number]
+    kept = {image["id"] for image in content["images"]}
+    content["annotations"] = [a for a in content["annotations"] if a["image_id"] in kept]
+    file = folder / "instances_validation.json"
+    file.write_text(json.dumps(content))
+    return [training, [name, str(file), images]]
+
+
 def arguments_of(data: Path, *flags: str, **changes) -> list[str]:
     """Arguments of tools/train_net.py."""
     return ["--config-file", CONFIG, *flags, *overrides(data, **changes)]
