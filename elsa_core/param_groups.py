@@ -54,7 +54,7 @@ def lr_factors(
         return factors
     wanted = f"{names[0]} {layer_decay} and {names[1]} {backbone_lr_factor} need"
     if not factors:
-        raise UsageError(f"{wanted} an ELSA backbone, the model {type(model).__name__} has none")
+        raise UsageError(f"{wanted} an ELSA backbone, the model has none")
     if any(name.endswith(_FLAT) for name, _ in model.named_parameters()):
         raise UsageError(f"{wanted} FSDP's use_orig_params, got flat parameters without names")
     return factors
@@ -102,6 +102,37 @@ def describe(model: nn.Module, layer_decay: float, backbone_lr_factor: float) ->
         f"{NAMES[0]} {layer_decay} and {NAMES[1]} {backbone_lr_factor} multiply the learning rates "
         f"of the backbone by {min(factors):.4g} (patch embedding) to {max(factors):.4g} (output)"
     )
+
+
+def check_resumed(saved: Sequence[dict[str, Any]], groups: Sequence[dict[str, Any]]) -> None:
+    """Raise UsageError unless the groups of a checkpoint's optimizer are those of an optimizer.
+
+    Their sizes must be equal, and their learning rates in proportion to each other: optimizer and
+    schedule would take the checkpoint's, and silently ignore what a config says now.
+    """
+    before, now = _proportions(saved), _proportions(groups)
+    if before == now:
+        return
+    difference = f"{len(before)} parameter groups, the config {len(now)}"
+    if len(before) == len(now):
+        index = next(i for i, (old, new) in enumerate(zip(before, now, strict=True)) if old != new)
+        (size, rate), (new_size, new_rate) = before[index], now[index]
+        difference = (
+            f"{size} tensors in parameter group {index} at {rate:.4g} times the highest rate, the "
+            f"config {new_size} at {new_rate:.4g}"
+        )
+    raise UsageError(
+        "a training resumes with the frozen parts and the proportions of the learning rates that "
+        f"it began with: the checkpoint has {difference}"
+    )
+
+
+def _proportions(groups: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
+    """The parameters of each group, and its learning rate, relative to the highest."""
+    rates = [float(group.get("initial_lr", group["lr"])) for group in groups]
+    highest = max(rates, default=0.0) or 1.0
+    sizes = [len(group["params"]) for group in groups]
+    return [(size, round(rate / highest, 9)) for size, rate in zip(sizes, rates, strict=True)]
 
 
 def check_max_norm(name: str, value: Any) -> None:

@@ -14,8 +14,10 @@ from mmengine.registry import HOOKS, MODELS
 from mmengine.runner import BaseLoop, Runner
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
+from torch.optim import Optimizer
 
 from elsa_core.data.classes import other_classes
+from elsa_core.param_groups import check_resumed
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.nonfinite import check_finite
 from elsa_core.weights import (
@@ -69,6 +71,7 @@ class WeightsHook(Hook):
             if has_both(checkpoint) and not any(isinstance(h, EMAHook) for h in runner.hooks):
                 checkpoint["state_dict"] = trained(checkpoint)
             check_progress(checkpoint, path)
+            check_groups(runner, checkpoint)
             checkpoint["message_hub"] = from_plain(checkpoint["message_hub"])
         elif isinstance(loop := getattr(runner, "_train_loop", None), BaseLoop):
             names = (getattr(loop.dataloader.dataset, "metainfo", None) or {}).get("classes")
@@ -188,6 +191,15 @@ def _anchor_sizes(model: nn.Module) -> int | None:
     generator = getattr(getattr(model, "rpn_head", None), "prior_generator", None)
     scales = getattr(generator, "scales", None)
     return None if scales is None else len(scales)
+
+
+def check_groups(runner: Any, checkpoint: Mapping) -> None:
+    """Raises UsageError if a checkpoint's optimizer has other groups than the runner's."""
+    optimizer = getattr(getattr(runner, "optim_wrapper", None), "optimizer", None)
+    saved = checkpoint.get("optimizer")
+    groups = saved.get("param_groups") if isinstance(saved, Mapping) else None
+    if isinstance(optimizer, Optimizer) and groups:
+        check_resumed(groups, optimizer.param_groups)
 
 
 def check_progress(content: Mapping, path: str) -> None:

@@ -69,7 +69,7 @@ def check_parts(cfg: CfgNode, eval_only: bool) -> torch.nn.Module | None:
     """
     model = _check_model(cfg)
     if not eval_only:
-        _check_solver(cfg)
+        _check_solver(cfg, model)
     return model
 
 
@@ -194,7 +194,7 @@ def _check_features(cfg: CfgNode, available: list[str]) -> None:
             )
 
 
-def _check_solver(cfg: CfgNode) -> None:
+def _check_solver(cfg: CfgNode, model: torch.nn.Module | None) -> None:
     head = cfg.MODEL.SEM_SEG_HEAD
     if is_sem_seg(cfg) and head.NAME == "UPerNetHead" and "BN" in head.NORM:
         images = cfg.SOLVER.IMS_PER_BATCH // cfg.SOLVER.ACCUMULATE_STEPS
@@ -209,7 +209,7 @@ def _check_solver(cfg: CfgNode) -> None:
                 )
             )
     try:
-        build_lr_scheduler(cfg, build_optimizer(cfg, torch.nn.Linear(1, 1)))
+        build_lr_scheduler(cfg, build_optimizer(cfg, model or torch.nn.Linear(1, 1)))
     except UsageError:
         raise
     except Exception as error:

@@ -13,6 +13,7 @@ from detectron2.engine import SimpleTrainer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from elsa_core.param_groups import check_resumed
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.finite import FiniteWatch, not_finite
 from elsa_core.runtime.preemption import max_over_ranks
@@ -86,6 +87,7 @@ class AutocastTrainer(SimpleTrainer):
         return {**super().state_dict(), "grad_scaler": self.grad_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_resumed(state_dict["optimizer"]["param_groups"], self.optimizer.param_groups)
         super().load_state_dict(state_dict)
         # Empty or absent where the checkpoint comes from a CPU or from full precision.
         if scaler := state_dict.get("grad_scaler"):

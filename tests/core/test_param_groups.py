@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from elsa_core import ELSASwin, ELSAVolo, ELSAVoloClassifier, ELSAVoloTokens
-from elsa_core.param_groups import apply_rule, describe, lr_factors
+from elsa_core.param_groups import apply_rule, check_resumed, describe, lr_factors
 from elsa_core.runtime.errors import UsageError
 
 SWIN = dict(embed_dim=8, depths=[1, 2, 1, 2], num_heads=[1, 1, 2, 2], group_width=4, kernel_size=3)
@@ -142,8 +142,25 @@ def test_bad_backbone_factor(factor):
 
 def test_models_that_the_rule_does_not_fit():
     assert lr_factors(nn.Linear(1, 1)) == {}
-    with pytest.raises(UsageError, match=r"^layer_decay 0.9 and .* ELSA backbone, the model Lin"):
+    with pytest.raises(UsageError, match=r"^layer_decay 0.9 and .* ELSA backbone, the model has"):
         lr_factors(nn.Linear(1, 1), 0.9)
     with pytest.raises(UsageError, match="backbone_lr_factor 0.5 need FSDP's use_orig_params, got"):
         lr_factors(Flat(), 1.0, 0.5)
     assert lr_factors(make(ELSASwin), 1.0, 0.0)  # as if frozen, but for statistics
+
+
+def test_a_training_resumes_with_its_own_groups():
+    def groups(*rates, sizes=(1, 2)):
+        pairs = zip(rates, sizes, strict=True)
+        return [{"lr": 0.0, "initial_lr": rate, "params": [0] * size} for rate, size in pairs]
+
+    saved = groups(0.1, 0.05)
+    check_resumed(saved, saved)
+    check_resumed(saved, groups(0.3, 0.15))  # of another batch size
+    check_resumed([], [])
+    with pytest.raises(UsageError, match="the checkpoint has 2 parameter groups, the config 3$"):
+        check_resumed(saved, groups(0.1, 0.05, 0.025, sizes=(1, 1, 1)))
+    with pytest.raises(UsageError, match="2 tensors in parameter group 1 at 0.5 times the"):
+        check_resumed(saved, groups(0.1, 0.04))
+    with pytest.raises(UsageError, match="1 tensors in .* group 0 at 1 .* the config 2 at 1$"):
+        check_resumed(saved, groups(0.1, 0.05, sizes=(2, 1)))
