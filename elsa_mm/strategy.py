@@ -57,6 +57,16 @@ class ELSAFSDPStrategy(FSDPStrategy):
             self.model_wrapper["device_id"] = torch.device("cpu")
         return super()._wrap_model(model)
 
+    def build_optim_wrapper(self, optim_wrapper: Any, model: nn.Module | None = None) -> Any:
+        wrapper = super().build_optim_wrapper(optim_wrapper, model)
+        if getattr(wrapper, "grad_name", None) == "grad_norm":
+            wrapper.clip_func = self._clip_total_norm
+        return wrapper
+
+    def _clip_total_norm(self, params: list, max_norm: float, norm_type: float = 2.0) -> Any:
+        """Clips the norm of the gradients of all processes; PyTorch's would be that of each."""
+        return self.model.clip_grad_norm_(max_norm, norm_type)
+
     def optim_state_dict(self) -> dict:
         state = super().optim_state_dict()
         return {**state, _BASE: self.optim_wrapper.base_param_settings}

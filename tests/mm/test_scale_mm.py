@@ -9,7 +9,7 @@ import killing_mm
 import pytest
 import torch
 from killing import ITERATION, fork, free_port, read_losses, statuses_of, two_ranks
-from mm_tiny import REPOSITORY
+from mm_tiny import REPOSITORY, scalars
 from mmengine.config import Config
 from mmengine.optim import OptimWrapper
 from torch import nn
@@ -78,6 +78,16 @@ def train_in_two(folder, environments, *arguments, config="", bases=()):
 
 
 SHORT = "train_cfg = dict(max_iters={}, val_interval=100)\n"
+CLIPPED = (
+    "optim_wrapper = dict(clip_grad=dict(max_norm=0.5), paramwise_cfg=dict(layer_decay=0.8))\n"
+)
+
+
+def norms(place):
+    """Of the gradients of all layers in each iteration."""
+    found = [line["grad_norm"] for line in scalars(place / "out") if "grad_norm" in line]
+    assert len(found) == 4 and min(found) > 0.5
+    return found
 
 
 MISSING = find_spec("deepspeed") is None
@@ -98,7 +108,7 @@ def test_strategies_train_as_two_plain_processes_do(folder, name):
             place,
             two_ranks(),
             *("--launcher", "pytorch", *flags),
-            config=SHORT.format(iterations),
+            config=SHORT.format(iterations) + CLIPPED,
             bases=bases,
         )
 
@@ -110,7 +120,10 @@ def test_strategies_train_as_two_plain_processes_do(folder, name):
     assert [number for number, _ in losses] == [1, 1, 2, 2, 3, 3, 4, 4]
     for (_, a), (_, b) in zip(expected, losses, strict=True):
         assert b == pytest.approx(a, rel=1e-4)
-    if name == "fsdp":  # the file is that of any training
+    if name == "fsdp":
+        for first, second in zip(*(norms(place) for place in (plain, sharded)), strict=True):
+            assert second == pytest.approx(first, rel=1e-3)
+        # The file is that of any training.
         first, second = (
             torch.load(find_last_checkpoint(place / "out"), weights_only=False)["state_dict"]
             for place in (plain, sharded)
