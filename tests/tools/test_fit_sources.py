@@ -107,6 +107,13 @@ def moved(root):
     write(root / "data.yaml", "train: ../train/images\nval: ../val/images\nnames: [square, tall]")
 
 
+def of_another_machine(root):
+    fit_folders.yolo(root)
+    lines = ["path: /content/data", "train: /content/data/images/train"]
+    lines += [r"val: C:\data\images\val", "names: [square, tall]"]
+    write(root / "data.yaml", "\n".join(lines))
+
+
 def beside(root):
     """Labels beside the images, the names of the classes in a text."""
     fit_folders.yolo(root)
@@ -134,7 +141,9 @@ def odd_lines(root):
         file.write_text("\n\r\n".join(lines) + "\n\n", encoding="utf-8-sig")
 
 
-@pytest.mark.parametrize("write_variant", [listed, moved, beside, pose, odd_lines])
+@pytest.mark.parametrize(
+    "write_variant", [listed, moved, of_another_machine, beside, pose, odd_lines]
+)
 def test_yolo_is_read_in_all_its_forms(tmp_path, write_variant):
     write_variant(tmp_path / "data")
     made = prepare(tmp_path / "data", tmp_path / "out")

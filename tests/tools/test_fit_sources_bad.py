@@ -171,6 +171,7 @@ CASES = {
     "two maps": (
         MAPS, lambda root: label_map(root / "labels/c.png"), "c.jpg may have any of the label maps"
     ),
+    "one name twice": (MAPS, lambda root: image(root / "images/c.png"), "of one name, but .*c.jpg"),
     "maps of 255": (
         MAPS,
         lambda root: [Image.fromarray(np.full(SIZE[::-1], 255, np.uint8)).save(one)

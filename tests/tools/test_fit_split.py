@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from dataclasses import replace
+from unittest.mock import ANY
 
 import fit_folders
 import numpy as np
@@ -124,6 +126,9 @@ def test_the_same_bytes_again_and_the_source_as_it_was(tmp_path, layout):
     prepare(root, root / "out")
     prepare(root, root / "out")
     assert contents(root / "out") == first
+    # Nor is a run.
+    write(root / "out/fit.json", {})
+    assert prepare(root, tmp_path / "two") == replace(made, train=ANY, val=ANY)
 
 
 def test_links_of_another_split_are_removed(tmp_path):

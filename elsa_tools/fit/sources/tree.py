@@ -17,6 +17,7 @@ from elsa_core.data.label_maps import files_in
 from elsa_core.runtime.errors import UsageError
 
 TRAIN, VAL, TEST = "train", "val", "test"
+RUN = "fit.json"  # lies in the folder of a run of `elsa fit`
 # Names of folders, in lower case.
 IMAGES = ("images", "image", "imgs", "img", "img_dir", "jpegimages")
 _ROLES = {
@@ -72,7 +73,9 @@ class Source:
 
 
 class Tree:
-    """The files in a folder and its subfolders, listed once; hidden files are ignored.
+    """The files in a folder and its subfolders, listed once.
+
+    Hidden files are ignored, and so are folders that a run of ``elsa fit`` has written.
 
     Args:
         root: folder.
@@ -85,6 +88,8 @@ class Tree:
         self.root = root
         without = None if out is None else str(out)
         found = sorted(path.replace(os.sep, "/") for path in files_in(str(root), without))
+        runs = {posixpath.dirname(name) for name in found if posixpath.basename(name) == RUN}
+        found = [name for name in found if not runs & set(map(str, PurePosixPath(name).parents))]
         self.files = dict.fromkeys(found)  # in order, and found at once
         self.images = [name for name in self.files if PurePosixPath(name).suffix.lower() in ENDINGS]
         self.folders = {str(one) for name in found for one in PurePosixPath(name).parents}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from elsa_core.runtime.files import make_folder, replacing
 from elsa_tools.data.annotations import validate
 
 from ..dataset import BOXES, INSTANCES, Part
-from .tree import Sample, Source
+from .tree import Sample, Source, few
 
 # Rules whose warnings say nothing about a file that we have written, or only of one part.
 SILENT = ("no-masks", "no-iscrowd", "no-area", "unused-category")
@@ -101,6 +102,12 @@ def link_maps(
     """
     folder = folder_of(samples)
     names = {sample.path.relative_to(folder): sample for sample in samples}
+    stems = Counter(name.with_suffix("") for name in names)
+    if twice := [name for name in names if stems[name.with_suffix("")] > 1]:
+        raise UsageError(
+            f"{folder} has images of one name, but label maps are found by it: "
+            f"{few(map(str, twice))}"
+        )
     wanted = {out / "images" / name for name in names}
     wanted |= {out / "maps" / name.with_suffix(".png") for name in names}
     for path in [*(out / "images").rglob("*"), *(out / "maps").rglob("*")]:

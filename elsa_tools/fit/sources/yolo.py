@@ -2,8 +2,9 @@
 
 - ``data.yaml`` names the classes and the parts; ``classes.txt`` or ``obj.names`` names the classes
   where there is none.
-- ``path`` is relative to the YAML's folder, which also stands for a path that does not exist;
-  ``../train/images`` stands for ``train/images`` where only that exists (Roboflow).
+- ``path`` is relative to the YAML's folder, which also stands for a path that does not exist.
+- ``../train/images`` stands for ``train/images`` where only that exists (Roboflow), and a path of
+  another machine, ``/content/NAME/train/images``, for the longest end of 2 parts or more that does.
 - The labels of ``.../images/SUB/x.jpg`` are in ``.../labels/SUB/x.txt``, or else beside the image.
   An image without labels, or with an empty file, is background.
 - A line has a class and x and y of the centre, width and height, or a class and the corners of a
@@ -94,7 +95,7 @@ def read(tree: Tree, found: list[Found], task: str | None) -> Source:
     repeated = []
     for role, image in images:
         places = [Path(place) for place in labels_of(image.as_posix())]
-        labels = next(filter(Path.is_file, places), None)
+        labels = next(filter(os.path.isfile, places), None)
         sample = Sample(image, role, source=str(labels or places[0]))
         if labels and role != TEST:
             lines = [" ".join(line.split()) for line in read_text(labels).splitlines()]
@@ -157,7 +158,7 @@ def _keypoints(content: dict[str, Any], path: Path) -> int:
 def _parts(content: dict[str, Any], path: Path) -> list[tuple[str | None, Path]]:
     """Return (role, image) of the parts that a YAML names."""
     base = path.parent
-    if isinstance(wanted := content.get("path"), str) and (base / wanted).is_dir():
+    if isinstance(wanted := content.get("path"), str) and os.path.isdir(base / wanted):
         base = base / wanted
     images: dict[str, list[Path]] = {}
     for role in (TRAIN, VAL, TEST):
@@ -177,16 +178,14 @@ def _parts(content: dict[str, Any], path: Path) -> list[tuple[str | None, Path]]
 
 def _images(entry: str, base: Path, role: str, path: Path) -> list[Path]:
     """Return the images that an entry of a YAML stands for: a folder, a list or one image."""
-    place = base / entry
-    if not place.exists() and entry.startswith("../"):
-        place = base / entry[3:]
-    if place.is_dir():
+    place = _place(entry.replace("\\", "/"), base)
+    if os.path.isdir(place):
         tree = Tree(place)
         found = [tree.path(name) for name in tree.images]
-    elif place.is_file() and place.suffix.lower() == ".txt":
+    elif os.path.isfile(place) and place.suffix.lower() == ".txt":
         lines = filter(None, map(str.strip, read_text(place).splitlines()))
         found = [_listed(line, base, place) for line in lines]
-    elif place.is_file() and place.suffix.lower() in ENDINGS:
+    elif os.path.isfile(place) and place.suffix.lower() in ENDINGS:
         found = [place]
     elif role == TEST:
         found = []  # not used
@@ -197,11 +196,22 @@ def _images(entry: str, base: Path, role: str, path: Path) -> list[Path]:
     return [Path(os.path.normpath(image)) for image in found]
 
 
+def _place(entry: str, base: Path) -> Path:
+    """Return the path that an entry stands for; see the rules of this module."""
+    tried = [base / entry]
+    if entry.startswith("../"):
+        tried.append(base / entry[3:])
+    elif entry.startswith("/") or entry[1:2] == ":":
+        parts = PurePosixPath(entry).parts
+        tried += [base.joinpath(*parts[place:]) for place in range(1, len(parts) - 1)]
+    return next(filter(os.path.exists, tried), tried[0])
+
+
 def _listed(line: str, base: Path, file: Path) -> Path:
     """Return the image of a line, relative to the list or to the data set (CVAT: after "data/")."""
     line = line.replace("\\", "/")
     tried = [file.parent / line, base / line, base / line.removeprefix("data/")]
-    found = next((one for one in tried if one.is_file()), None)
+    found = next(filter(os.path.isfile, tried), None)
     if found is None:
         raise UsageError(f"{file} lists {line}, but {tried[0]} is not there")
     return found
