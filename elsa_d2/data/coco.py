@@ -22,6 +22,7 @@ from elsa_core.runtime.errors import UsageError
 
 from .classes import class_names
 from .coco_json import load_coco_json
+from .keypoints import set_keypoint_names, wrong_keypoints
 from .registration import check_num_classes, entries, is_registered
 
 logger = logging.getLogger(__name__)
@@ -81,6 +82,8 @@ def register_coco_datasets(cfg: CfgNode, classes: Sequence[str] | None = None) -
             MetadataCatalog.remove(name)
         DatasetCatalog.register(name, part)
         MetadataCatalog.get(name).set(evaluator_type="coco", **description)
+        if cfg.MODEL.KEYPOINT_ON:
+            set_keypoint_names(name, _read_json(name, json_file))
 
 
 def check_dataset(
@@ -90,6 +93,7 @@ def check_dataset(
     masks: bool | None = False,
     classes: Sequence[str] | None = None,
     node: str = "ROI_HEADS",
+    keypoints: int = 0,
 ) -> None:
     """Raises UsageError unless a data set is registered, complete and valid.
 
@@ -102,6 +106,7 @@ def check_dataset(
         masks: whether each annotation must have a mask; None: if any has one.
         classes: class names of the run by label; None: those of the data set.
         node: the node of MODEL that has the number of classes.
+        keypoints: number of keypoints of each annotation that has any; 0: not checked.
     """
     if name not in DatasetCatalog:
         raise UsageError(
@@ -113,6 +118,8 @@ def check_dataset(
     json_file, image_root = metadata.json_file, metadata.image_root
     coco = _read_json(name, json_file)
     _check_annotations(name, json_file, coco, annotated, masks)
+    if keypoints and (problem := wrong_keypoints(coco, keypoints)):
+        raise UsageError(f"annotation file {json_file} of data set {name!r}: {problem}")
     if not isinstance(DatasetCatalog[name], CocoPart):
         _check_for_detectron2(name, json_file, coco)
     if num_classes is not None:

@@ -26,6 +26,7 @@ from detectron2.structures import BoxMode
 from elsa_core.runtime.errors import DamagedFileError, UsageError, one_line
 
 from .augmentation import configure_augmentation
+from .keypoints import fill_keypoints
 from .safe_loading import read_image, read_map, to_tensor
 
 logger = logging.getLogger(__name__)
@@ -76,6 +77,8 @@ class DetectionMapper(DatasetMapper):
         self, dataset_dict: dict[str, Any], transforms: TransformList, image_shape: tuple[int, int]
     ) -> None:
         name = dataset_dict["file_name"]
+        if self.use_keypoint:
+            fill_keypoints(dataset_dict["annotations"], 3 * len(self.keypoint_hflip_indices))
         try:
             self._transform(dataset_dict, transforms, image_shape)
         except (AssertionError, KeyError, TypeError, ValueError) as error:

@@ -44,6 +44,7 @@ from elsa_d2.data.classes import (
     usable,
 )
 from elsa_d2.data.coco import CocoPart, check_dataset, register_coco_datasets
+from elsa_d2.data.keypoints import check_keypoints
 from elsa_d2.data.proposal_files import check_proposals
 from elsa_d2.data.sem_seg import check_sem_seg_dataset, register_sem_seg_datasets
 from elsa_d2.modeling import backbone, volo
@@ -290,6 +291,8 @@ def _check_data(cfg: CfgNode, eval_only: bool, machines: int, stored: Sequence[s
     trained = training_classes(cfg)
     classes = stored if eval_only and stored else trained
     for name in dict.fromkeys([*train, *cfg.DATASETS.TEST]):
+        if cfg.MODEL.KEYPOINT_ON and name in DatasetCatalog:
+            check_keypoints(cfg, name)
         check_dataset(
             name,
             num_classes=number_of_classes(cfg) if counted else None,
@@ -297,12 +300,8 @@ def _check_data(cfg: CfgNode, eval_only: bool, machines: int, stored: Sequence[s
             masks=cfg.MODEL.MASK_ON,
             classes=classes,
             node=classes_node(cfg),
+            keypoints=cfg.MODEL.ROI_KEYPOINT_HEAD.NUM_KEYPOINTS * cfg.MODEL.KEYPOINT_ON,
         )
-        if cfg.MODEL.KEYPOINT_ON and not MetadataCatalog.get(name).get("keypoint_names"):
-            raise UsageError(
-                f"MODEL.KEYPOINT_ON needs keypoint_names and keypoint_flip_map in the metadata of "
-                f"data set {name!r}: set them, or MODEL.KEYPOINT_ON False"
-            )
         if is_cityscapes(name):
             check_cityscapes_dataset(
                 cfg, name, is_sem_seg(cfg), name in cfg.DATASETS.TEST, machines

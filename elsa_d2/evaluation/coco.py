@@ -22,6 +22,7 @@ from pycocotools.coco import COCO
 from elsa_core.data.coco import load_coco
 from elsa_core.data.coco_eval import LEAST_LIMIT, evaluate_detections, limit_warning, unseen_warning
 from elsa_core.runtime.errors import UsageError
+from elsa_d2.data.keypoints import fill_keypoints
 
 from .files import PREFIX
 
@@ -31,7 +32,7 @@ class COCOEvaluator(Detectron2Evaluator):
 
     All six count up to ``limit`` detections of an image, at least 100. The ground truth is
     that of `elsa_core.data.coco.normalised`. A model that detects nothing has AP 0. Detectron2's
-    own code evaluates keypoints and proposals.
+    own code evaluates keypoints and proposals; an object without ``keypoints`` has none that count.
 
     Args:
         dataset_name: a data set whose metadata name a COCO file, ``json_file``; another data set is
@@ -78,6 +79,8 @@ class COCOEvaluator(Detectron2Evaluator):
             self._coco = load_coco(local, masks="segm" in tasks, name=file)
         except UsageError as error:
             raise UsageError(f"annotation file of data set {dataset_name!r}: {error}") from error
+        if "keypoints" in tasks and (names := self._metadata.get("keypoint_names")):
+            fill_keypoints(self._coco.get("annotations") or [], 3 * len(names))
         self._coco_api = COCO()
         self._coco_api.dataset = self._coco
         with contextlib.redirect_stdout(io.StringIO()):
@@ -108,6 +111,8 @@ class COCOEvaluator(Detectron2Evaluator):
         detections = list(itertools.chain(*(one["instances"] for one in predictions)))
         if "keypoints" in self._tasks and detections:
             self._eval_keypoints(predictions, img_ids)
+        elif "keypoints" in self._tasks and self._do_evaluation:
+            self._results["keypoints"] = dict.fromkeys(("AP", "AP50", "AP75", "APm", "APl"), 0.0)
         self._save(detections)
         if not self._do_evaluation:
             self._logger.info("Annotations are not available for evaluation.")
@@ -131,11 +136,13 @@ class COCOEvaluator(Detectron2Evaluator):
     def _eval_keypoints(
         self, predictions: list[dict[str, Any]], img_ids: Collection[Any] | None
     ) -> None:
+        """As Detectron2, with up to 20 detections of an image, COCO's own limit for keypoints."""
         tasks, self._tasks = self._tasks, ("keypoints",)
+        limits, self._max_dets_per_image = self._max_dets_per_image, [1, 10, LEAST_LIMIT]
         try:
             super()._eval_predictions(copy.deepcopy(predictions), img_ids)
         finally:
-            self._tasks = tasks
+            self._tasks, self._max_dets_per_image = tasks, limits
 
     def _save(self, detections: list[dict[str, Any]]) -> None:
         """Writes COCO's results, with the category ids of the data set."""

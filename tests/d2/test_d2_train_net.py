@@ -304,7 +304,7 @@ REFUSALS = {
     "keypoints without names": (
         [],
         {"MODEL__KEYPOINT_ON": True},
-        "MODEL.KEYPOINT_ON needs keypoint_names and keypoint_flip_map in the metadata of data set",
+        "MODEL.KEYPOINT_ON needs the names of the keypoints of data set 'digits_training': key",
     ),
     "proposals without a file": (
         [],
