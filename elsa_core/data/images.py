@@ -15,7 +15,7 @@ Training, evaluation and prediction in both frameworks follow these rules:
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -87,10 +87,15 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def _is_deep(image: Image.Image) -> bool:
+    """Whether values have 16 bits, which Pillow keeps for grey images alone."""
+    return image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+
+
 def _pixels(image: Image.Image) -> np.ndarray:
     if image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # without Pillow's warning
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+    if _is_deep(image):
         grey = (np.asarray(image) >> 8).astype(np.uint8)
     elif image.mode == "F":
         values = np.asarray(image)
@@ -106,16 +111,25 @@ def _pixels(image: Image.Image) -> np.ndarray:
     return np.repeat(grey[..., None], 3, axis=2)
 
 
-def image_size(path: str) -> tuple[int, int]:
-    """Return width and height of an image as `read_image` returns it, without decoding it.
+class Header(NamedTuple):
+    """Size of an image as `read_image` returns it, and whether it drops the lower 8 of 16 bits."""
+
+    width: int
+    height: int
+    is_deep: bool
+
+
+def image_header(path: str) -> Header:
+    """Return the header of an image, without decoding it.
 
     Raises:
         UsageError: the file is no image of a known kind; the message does not name it.
     """
     try:
         with open_image(path) as image:
+            width, height = image.size
             turned = _orientation(image) in (5, 6, 7, 8)
-            return image.size[::-1] if turned else image.size
+            return Header(*((height, width) if turned else (width, height)), _is_deep(image))
     except Exception as error:  # as in `read_image`
         raise UsageError(reason(error, path)) from error
 

@@ -12,7 +12,7 @@ from digit_files import contents
 from fit_folders import write
 from PIL import Image
 
-from elsa_core.data.images import image_size, read_image
+from elsa_core.data.images import image_header, read_image
 from elsa_core.runtime.errors import UsageError
 from elsa_tools.fit.sources import prepare
 from elsa_tools.fit.sources.split import Entry, choose
@@ -220,7 +220,7 @@ def test_yolo_counts_in_the_image_as_the_loaders_turn_it(tmp_path, orientation):
     exif[0x0112] = orientation
     Image.fromarray(np.ascontiguousarray(np.rot90(shown, turns))).save(path, exif=exif)
     assert (read_image(str(path)) == shown).all()
-    assert image_size(str(path)) == (60, 40)
+    assert image_header(str(path)) == (60, 40, False)
     write(tmp_path / "data/labels/train/c.txt", f"0 {42 / 60} 0.25 0.4 0.25")
     made = json.loads(prepare(tmp_path / "data", tmp_path / "out").train.annotations.read_text())
     (image,) = [one for one in made["images"] if one["file_name"] == "c.png"]
@@ -278,3 +278,11 @@ def test_what_is_not_annotated_is_named(tmp_path):
     for layout, text in words.items():
         (warning,) = prepare(root / layout, tmp_path / "out").warnings
         assert text in warning and "new.jpg" in warning
+
+
+def test_values_of_16_bits_are_named(tmp_path):
+    fit_folders.cvat(tmp_path / "data")
+    file = tmp_path / "data/images/default/b.jpg"
+    Image.fromarray(np.zeros(fit_folders.SIZE[::-1], np.uint16)).save(file, format="PNG")
+    (warning,) = prepare(tmp_path / "data", tmp_path / "out").warnings
+    assert warning == f"1 images have 16 bits, of which the upper 8 are used: {file}"

@@ -17,7 +17,7 @@ from elsa_core.runtime.errors import UsageError
 
 from ..dataset import BOXES, INSTANCES, SEMANTIC, TASKS, DataSet
 from . import coco, maps, voc, yolo
-from .opening import contents, each, size_of, values_of
+from .opening import contents, each, header_of, values_of
 from .split import Entry, choose
 from .tree import TEST, TRAIN, VAL, Sample, Source, Tree, few, has_mask
 from .writing import (
@@ -72,11 +72,15 @@ def prepare(
     found.samples = [sample for sample in found.samples if sample.role != TEST]
     if not found.samples:
         raise UsageError(f"{source} has no images for training")
-    for sample, size in zip(
-        found.samples, each(size_of, found.samples, "opening images", progress), strict=True
-    ):
-        sample.size = size
-        yolo.in_pixels(sample, *size)
+    headers = each(header_of, found.samples, "opening images", progress)
+    for sample, header in zip(found.samples, headers, strict=True):
+        sample.size = header.width, header.height
+        yolo.in_pixels(sample, *sample.size)
+    if deep := [one for one, header in zip(found.samples, headers, strict=True) if header.is_deep]:
+        found.warnings.append(
+            f"{len(deep)} images have 16 bits, of which the upper 8 are used: "
+            f"{few(str(one.path) for one in deep)}"
+        )
     labels = None
     if found.samples[0].map:
         values = each(values_of, found.samples, "opening label maps", progress)

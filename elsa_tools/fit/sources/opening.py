@@ -12,7 +12,7 @@ from typing import TypeVar
 import numpy as np
 from tqdm import tqdm
 
-from elsa_core.data.images import cut_off, image_size, size_problem
+from elsa_core.data.images import Header, cut_off, image_header, size_problem
 from elsa_core.data.label_maps import read_map
 from elsa_core.runtime.errors import UsageError
 
@@ -31,8 +31,8 @@ def each(
         return list(shown)
 
 
-def size_of(sample: Sample) -> tuple[int, int]:
-    """Return width and height of an image as the loaders of both frameworks return it.
+def header_of(sample: Sample) -> Header:
+    """Return the header of an image, with the size that the loaders of both frameworks return.
 
     Reads the header and both ends of the file; a file of another kind than JPEG and PNG is decoded.
 
@@ -43,12 +43,12 @@ def size_of(sample: Sample) -> tuple[int, int]:
     if problem := cut_off(path):
         raise UsageError(f"image {path} cannot be read: {problem}")
     try:
-        size = image_size(path)
+        header = image_header(path)
     except UsageError as error:
         raise UsageError(f"image {path} cannot be read: {error}") from error
-    if sample.size not in (None, size):
+    if sample.size not in (None, header[:2]):
         raise UsageError(f"image {path} {size_problem(path, *sample.size)} ({sample.source})")
-    return size
+    return header
 
 
 def contents(samples: Sequence[Sample], progress: bool) -> list[str]:
