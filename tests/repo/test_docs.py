@@ -44,6 +44,7 @@ FOREIGN = set(
     --logdir --version --check --help --ipc --shm-size
     --inplace
     --tasks --num-inputs --source --output-dir --input
+    --rm --build-arg --gpus --entrypoint
     """.split()
 )
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
