@@ -61,13 +61,25 @@ class NamedCOCO(CheckedCOCO):
             )
 
 
-class CocoDataset(mmdet.datasets.CocoDataset):
+class _Named:
+    """What both data sets share; ``run_lengths`` counts objects whose masks are no polygons."""
+
+    COCOAPI = NamedCOCO
+    run_lengths = 0
+
+    def load_data_list(self) -> list[dict[str, Any]]:
+        images = super().load_data_list()  # type: ignore[misc]
+        self.run_lengths = sum(
+            isinstance(one.get("mask"), dict) and not one["ignore_flag"]
+            for image in images
+            for one in image["instances"]
+        )
+        return images
+
+
+class CocoDataset(_Named, mmdet.datasets.CocoDataset):
     """CocoDataset whose label i is the category with the name of class i of the metainfo."""
 
-    COCOAPI = NamedCOCO
 
-
-class CityscapesDataset(mmdet.datasets.CityscapesDataset):
+class CityscapesDataset(_Named, mmdet.datasets.CityscapesDataset):
     """CityscapesDataset with the same rule."""
-
-    COCOAPI = NamedCOCO

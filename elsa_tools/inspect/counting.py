@@ -115,7 +115,9 @@ def _from_openmmlab(path: str) -> Subject:
 def openmmlab_subject(name: str, module: Any, scope: str) -> Subject:
     """Wraps a model of the toolbox ``scope``: "mmdet", "mmseg" or "mmpretrain"."""
     if hasattr(module, "decode_head"):
-        size, run = SEGMENTATION, lambda x: module.decode_head(module.extract_feat(x))
+        head = module.decode_head
+        more = [None] if hasattr(head, "pixel_decoder") else []  # Mask2Former's unused samples
+        size, run = SEGMENTATION, lambda x: head(module.extract_feat(x), *more)
     elif scope == "mmpretrain":
         size, run = CLASSIFICATION, module
     elif hasattr(module, "roi_head"):

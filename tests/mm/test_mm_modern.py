@@ -4,12 +4,14 @@ Each trains an iteration at its full width; narrow ones are evaluated, saved and
 are digits under the names and in the layout of COCO, and images are small.
 """
 
+import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from mm_tiny import as_coco, loaders, narrow, train_and_resume
+from mm_tiny import as_arguments, as_coco, loaders, narrow, train_and_resume
 
 pytest.importorskip("mmdet")
 pytest.importorskip("mmseg")
@@ -61,6 +63,35 @@ def dino(root, side=224):
     return values | annotations(root)
 
 
+def rtmdet(root):
+    values = loaders(dataset__data_root=root, dataset__indices=2) | {
+        "train_cfg.val_interval": 2,
+        "train_dataloader.batch_size": 2,
+        # The digits' masks are no polygons.
+        "train_dataloader.dataset.pipeline.1.poly2mask": True,
+        "custom_hooks.1.switch_pipeline.1.poly2mask": True,
+    }
+    for place, name in ((2, "img_scale"), (3, "scale"), (4, "crop_size"), (7, "size")):
+        values[f"train_dataloader.dataset.pipeline.{place}.{name}"] = "(96,96)"
+    values["train_dataloader.dataset.pipeline.8.img_scale"] = "(96,96)"
+    values["train_dataloader.dataset.pipeline.3.ratio_range"] = "(1.0,1.0)"
+    for part in ("val", "test"):
+        values[f"{part}_dataloader.dataset.pipeline.1.scale"] = "(96,96)"
+        values[f"{part}_dataloader.dataset.pipeline.2.size"] = "(96,96)"
+    return values | annotations(root) | {"model.test_cfg.score_thr": 0.0}
+
+
+def ade20k(root):
+    return loaders(dataset__data_root=root, dataset__indices=2) | {
+        "train_cfg.val_interval": 2,
+        "train_dataloader.dataset.pipeline.2.scales": "[64,96]",
+        "train_dataloader.dataset.pipeline.3.crop_size": "(64,64)",
+        "model.data_preprocessor.size": "(64,64)",
+        "model.decode_head.train_cfg.num_points": 128,
+        **{f"{part}_dataloader.dataset.pipeline.1.scale": "(96,64)" for part in ("val", "test")},
+    }
+
+
 def annotations(root):
     file = f"{root}/annotations/instances_val2017.json"
     return {f"{part}_evaluator.ann_file": file for part in ("val", "test")}
@@ -84,8 +115,23 @@ RECIPES = {
         lambda root: dino(root, 160),
         COCO[:1],
     ),
+    "mmdet/elsa_swin/rtmdet-ins_l_elsa-swin-t-p4-w7_4xb32-100e_coco": (
+        "rtmdet/rtmdet-ins_l_8xb32-300e_coco",
+        "rtmdet/rtmdet_l_swin_b_4xb32-100e_coco",
+        rtmdet,
+        COCO,
+    ),
+    "mmseg/elsa_swin/elsa-swin-tiny-patch4-window7-in1k-pre_mask2former_8xb2-160k_ade20k-512x512": (
+        *2 * ["mask2former/mask2former_swin-t_8xb2-160k_ade20k-512x512"],
+        ade20k,
+        ["mIoU", "aAcc"],
+    ),
 }
 each = pytest.mark.parametrize("name", RECIPES, ids=lambda name: name.split("/")[-1])
+
+
+def data_of(name, request):
+    return request.getfixturevalue("digits" if "ade20k" in name else "coco")
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +154,24 @@ def plain(node):
     names, where files are written, and names of parameters."""
     if isinstance(node, dict):
         ignored = ("_scope_", "backbone", "custom_keys", "checkpoint", "sizes", "weights")
+        ignored += ("constructor",)
         return {key: plain(value) for key, value in node.items() if key not in ignored}
     if isinstance(node, (list, tuple)):
         return [plain(child) for child in node]
     return BY_NAME.get(node, node)
+
+
+def rather_as_rtmdet_with_swin(other, swin):
+    """MMDetection has RTMDet with Swin, without masks: its colours, norms, rate and length."""
+    for section in ("optim_wrapper", "param_scheduler", "train_cfg"):
+        other[section] = swin[section]
+    other["model"]["data_preprocessor"] = swin["model"]["data_preprocessor"]
+    for part in ("neck", "bbox_head"):
+        other["model"][part]["norm_cfg"] = swin["model"][part]["norm_cfg"]
+    other["custom_hooks"][1]["switch_epoch"] = swin["custom_hooks"][1]["switch_epoch"]
+    # Its tests take 5 images at a time, and its --auto-scale-lr another batch than it is for.
+    other["val_dataloader"]["batch_size"] = other["test_dataloader"]["batch_size"] = 1
+    other["auto_scale_lr"]["base_batch_size"] = 4 * 32
 
 
 @each
@@ -122,16 +182,19 @@ def test_recipe_is_stock_swins(name):
     if "neck" in own["model"]:  # ResNet-50 and Swin-L have other channels
         maps = range(4)[-len(cfg.model.neck.in_channels) :]
         other["model"]["neck"]["in_channels"] = [96 * 2**stage for stage in maps]
+    if "rtmdet" in name:
+        rather_as_rtmdet_with_swin(other, stock(name, 1).to_dict())
     for section in other.keys() & SECTIONS:
         assert plain(own[section]) == plain(other[section]), section
-    for part in ("train", "val", "test"):
-        assert cfg[f"{part}_dataloader"].dataset.type == "elsa_mm.coco.CocoDataset"
-    assert cfg.val_evaluator.type == cfg.test_evaluator.type == "elsa_mm.coco_metric.CocoMetric"
+    if cfg.default_scope == "mmdet":
+        for part in ("train", "val", "test"):
+            assert cfg[f"{part}_dataloader"].dataset.type == "elsa_mm.coco.CocoDataset"
+        assert cfg.val_evaluator.type == cfg.test_evaluator.type == "elsa_mm.coco_metric.CocoMetric"
 
 
 def kinds(cfg):
-    """{kind of parameter: its (rate, decay)}; a kind is norms, positions or the rest, of the
-    backbone or of other parts."""
+    """{kind of parameter: its (rate, decay)}; a kind is norms, positions, biases or the rest, of
+    the backbone or of other parts."""
     device = "meta"
     if cfg.model.backbone.type != "ELSASwin":  # stock Swin, which cannot be built without memory
         cfg.model.backbone |= dict(embed_dims=24, num_heads=[1, 2, 4, 8])
@@ -144,7 +207,8 @@ def kinds(cfg):
     positions = ("relative_position_bias_table", ".attn.rb", "query_", "level_embed")
     found = {}
     for name, parameter in model.named_parameters():
-        kind = "norm" if id(parameter) in norms else "rest"
+        kind = "bias" if name.endswith(".bias") else "rest"
+        kind = "norm" if id(parameter) in norms else kind
         if any(word in name for word in positions):
             kind = "position"
         part = "backbone" if name.startswith("backbone.") else "other"
@@ -157,7 +221,7 @@ def test_rates_and_decay_are_stock_swins_for_each_kind_of_parameter(name):
     found = kinds(ours(name))
     assert all(len(values) == 1 for values in found.values())
     assert found == kinds(stock(name, 1))
-    assert len(found) == 6
+    assert len(found) >= 7
     if "mask2former" in name:
         assert found["backbone", "rest"] == {(1e-5, 0.05)}
         assert found["backbone", "norm"] == found["backbone", "position"] == {(1e-5, 0.0)}
@@ -165,15 +229,16 @@ def test_rates_and_decay_are_stock_swins_for_each_kind_of_parameter(name):
 
 @pytest.mark.slow
 @each
-def test_full_width_trains_all_parameters(name, coco):
+def test_full_width_trains_all_parameters(name, request):
     """On a small image: of its size nothing depends but time and memory."""
     cfg = ours(name)
-    for key, value in RECIPES[name][2](coco).items():
-        if not key.startswith("model.") or "batch_augments" in key:
+    for key, value in RECIPES[name][2](data_of(name, request)).items():
+        if not key.startswith("model.") or "preprocessor" in key:
             cfg.merge_from_dict({key: DictAction._parse_iterable(str(value))})
     with DefaultScope.overwrite_default_scope(cfg.default_scope):
         model = MODELS.build(cfg.model)
         dataset = DATASETS.build(cfg.train_dataloader.dataset)
+    np.random.seed(0)
     model.init_weights()
     wrapper = build_optim_wrapper(model, cfg.optim_wrapper)
     losses = model.train_step(pseudo_collate([dataset[0]]), wrapper)
@@ -189,9 +254,47 @@ def optimized(parameter, wrapper):
 @pytest.mark.slow
 @pytest.mark.usefixtures("workplace")
 @each
-def test_short_training_evaluates_saves_and_resumes(name, coco):
+def test_short_training_evaluates_saves_and_resumes(name, request):
     options, metrics = RECIPES[name][2:]
     path = CONFIGS / f"{name}.py"
-    values = options(coco) | narrow(Config.fromfile(path).model)
-    length = "max_epochs" if "12e" in name else "max_iters"
+    values = options(data_of(name, request)) | narrow(Config.fromfile(path).model)
+    length = "max_iters" if "k_" in name or "lsj" in name else "max_epochs"
     assert set(metrics) <= set(train_and_resume(path, length, **values))
+
+
+@pytest.mark.parametrize(
+    "name, values, sentence",
+    [
+        (
+            "mask2former",
+            {"model.panoptic_head.in_channels": "[96,192,384,1024]"},
+            "model.panoptic_head.in_channels must be the backbone's [96, 192, 384, 768], "
+            "got [96, 192, 384, 1024]",
+        ),
+        (
+            "mask2former",
+            {"model.panoptic_head.num_things_classes": 79},
+            "model.panoptic_head.num_classes must be the 80 classes of the train data, got 79",
+        ),
+        (
+            "rtmdet",
+            {"train_dataloader.dataset.pipeline.1.poly2mask": False},
+            "LoadAnnotations needs poly2mask=True in all training pipelines, also those of hooks: "
+            "with False, it ignores the {objects} objects of the train data whose masks are run "
+            "lengths",
+        ),
+    ],
+)
+def test_refusals(refusal, coco, name, values, sentence):
+    (name,) = (one for one in RECIPES if name in one and one.startswith("mmdet"))
+    path = CONFIGS / f"{name}.py"
+    options = RECIPES[name][2](coco) | {"train_dataloader.dataset.indices": 16}
+    options |= {k: v for k, v in narrow(Config.fromfile(path).model).items() if k not in values}
+    if "in_channels" in sentence:
+        options = {}
+    objects = len(
+        json.loads((coco / "annotations/instances_train2017.json").read_text())["annotations"]
+    )
+    assert refusal("train", path, *as_arguments(options | values)) == sentence.format(
+        objects=objects
+    )

@@ -9,6 +9,7 @@ model = dict(
     ),
     neck=dict(in_channels=[192, 384, 768]),
 )
+optim_wrapper = dict(constructor="ELSAOptimWrapperConstructor")
 default_hooks = {{_base_.hooks}}
 
 by_name = "elsa_mm.coco.CocoDataset"

@@ -11,7 +11,10 @@ model = dict(
     backbone=dict(_delete_=True, type="ELSASwin", arch="tiny", drop_path_rate=0.3),
     panoptic_head=dict(in_channels=[96, 192, 384, 768]),
 )
-optim_wrapper = dict(paramwise_cfg=dict(custom_keys={{_base_.slow_backbone}}))
+optim_wrapper = dict(
+    constructor="ELSAOptimWrapperConstructor",
+    paramwise_cfg=dict(custom_keys={{_base_.slow_backbone}}),
+)
 default_hooks = {{_base_.hooks}}
 
 by_name = "elsa_mm.coco.CocoDataset"

@@ -1,0 +1,3 @@
+_base_ = ["../_base_/recipes/mask2former_ade20k.py"]
+
+model = dict(backbone=dict(arch="tiny", drop_path_rate=0.3))
