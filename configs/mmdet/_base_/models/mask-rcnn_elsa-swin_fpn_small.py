@@ -1,22 +1,11 @@
 # A Mask R-CNN small enough to be trained on a CPU within minutes, for objects of 30 to 95 pixels
 # that are higher than wide.
-_base_ = ["mask-rcnn_elsa-swin_fpn.py"]
+_base_ = ["mask-rcnn_elsa-swin_fpn.py", "../small_backbone.py"]
 
 channels = 64
 
 model = dict(
-    backbone=dict(
-        arch=dict(
-            _delete_=True,
-            embed_dim=32,
-            depths=[1, 1, 2, 1],
-            num_heads=[1, 2, 4, 8],
-            group_width=8,
-            window_size=5,
-        ),
-        drop_path_rate=0.0,
-        init_std=0.1,
-    ),
+    backbone={{_base_.small_backbone}},
     neck=dict(
         in_channels=[32, 64, 128, 256],
         out_channels=channels,

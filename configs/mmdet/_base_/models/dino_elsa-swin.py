@@ -1,0 +1,3 @@
+# The model of the recipe alone, for other data: bases of a config must have different keys.
+custom_imports = dict(imports=["elsa_mm"])
+model = __import__("mmengine").Config.fromfile("{{ fileDirname }}/../recipes/dino.py").model

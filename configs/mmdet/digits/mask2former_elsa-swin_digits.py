@@ -1,0 +1,14 @@
+_base_ = [
+    "../_base_/models/mask2former_elsa-swin_small.py",
+    "../_base_/datasets/digits_instance.py",
+    "../_base_/schedules/own_data.py",
+    "../_base_/iteration_runtime.py",
+]
+
+classes = dict(num_things_classes=10, num_stuff_classes=0)
+model = dict(
+    data_preprocessor=dict(batch_augments=None),
+    panoptic_head=dict(**classes, loss_cls=dict(class_weight=[1.0] * 10 + [0.1])),
+    panoptic_fusion_head=classes,
+)
+randomness = dict(seed=0)
