@@ -14,6 +14,7 @@ from elsa_core.ema import DECAY, WARMUP
 from elsa_core.runtime.configs import find_config
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.finite import MAX_NONFINITE
+from elsa_core.runtime.trackers import PROJECT
 from elsa_core.variants import Arch, VoloArch
 from elsa_d2.solver.optimizer import UNDECAYED
 
@@ -83,6 +84,10 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
     # above its highest value by more than MIN_DELTA (elsa_core.runtime.patience). 0: never.
     cfg.TEST.PATIENCE = 0
     cfg.TEST.MIN_DELTA = 0.0
+
+    # Where the scalars of metrics.json go besides: "tensorboard", "wandb", "mlflow"
+    # (elsa_core.runtime.trackers), and the project there.
+    cfg.LOG = CfgNode({"WRITERS": ["tensorboard"], "PROJECT": PROJECT})
 
     # Data sets in COCO's format to register: [name, annotation file, image folder] each.
     cfg.DATASETS.REGISTER_COCO = []

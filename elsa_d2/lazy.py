@@ -40,6 +40,10 @@ KEYS = {
     "SOLVER.AMP.DTYPE": "train.amp.dtype",
     "TEST.EVAL_PERIOD": "train.eval_period",
     "TEST.BEST_METRIC": "train.best_metric",
+    "TEST.PATIENCE": "train.patience",
+    "TEST.MIN_DELTA": "train.min_delta",
+    "LOG.WRITERS": "train.writers",
+    "LOG.PROJECT": "train.project",
 }
 # What else a trainer takes from `train`.
 OTHERS = (

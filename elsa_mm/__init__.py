@@ -17,6 +17,7 @@ from .optimizer_constructor import ELSAOptimWrapperConstructor
 from .schedule import WarmupCosineLR
 from .sizes import EqualSizesHook
 from .strategy import ELSAFSDPStrategy
+from .trackers import MLflowTracker, WandbTracker
 from .volo import ELSAVolo, ELSAVoloTokens
 
 __all__ = [
@@ -30,8 +31,10 @@ __all__ = [
     "ELSAVolo",
     "ELSAVoloTokens",
     "EqualSizesHook",
+    "MLflowTracker",
     "PatienceHook",
     "StoppableCheckpointHook",
+    "WandbTracker",
     "WarmupCosineLR",
     "WeightsHook",
     "get_config_file",

@@ -30,6 +30,7 @@ from .cpu import agree, join_processes, use_cpu_where_needed
 from .evaluators import use_coco_metric
 from .loading import check_weights, model_of
 from .safe_loading import SAFE_RUNNERS, SafeLoading
+from .trackers import check_backends, start_trackers
 
 EXIT_STATUS = (
     "exit status: 0 success, 1 failure, 2 wrong use or a damaged file (one sentence on standard "
@@ -139,6 +140,7 @@ def _train(options: argparse.Namespace) -> None:
         _enable_amp(cfg)
     if options.auto_scale_lr:
         _enable_auto_scale_lr(cfg)
+    check_backends(cfg.get("visualizer"))
     parts = ["train", "val"] if cfg.get("val_dataloader") else ["train"]
     notes = classes.settle(cfg, parts)
     join_processes(cfg)
@@ -156,6 +158,7 @@ def _train(options: argparse.Namespace) -> None:
         resumed = (cfg.get("load_from") or "") if cfg.get("resume") else ""
         classes.check(runner, parts, class_names(content)[0] if resumed else None, resumed)
         del content
+        start_trackers(runner)
         try:
             runner.train()
         finally:

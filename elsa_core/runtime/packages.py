@@ -17,6 +17,7 @@ DISTRIBUTIONS = {
     "cv2": "opencv-python-headless",  # the builds of OpenCV with windows need libGL
     "ftfy": "ftfy",  # MMSegmentation imports ftfy and regex but does not require them
     "matplotlib": "matplotlib",
+    "mlflow": "mlflow",
     "nncf": "nncf",
     "numpy": "numpy",
     "onnx": "onnx",
@@ -32,7 +33,9 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "supervision": "supervision",
     "tabulate": "tabulate",
+    "tensorboard": "tensorboard",
     "tqdm": "tqdm",
+    "wandb": "wandb",
 }
 
 

@@ -25,6 +25,7 @@ from elsa_core.ema import METRICS, AveragedWeights
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.files import make_folder
 from elsa_core.runtime.patience import Patience
+from elsa_core.runtime.trackers import check_trackers
 from elsa_core.weights.resume import refuse_if_none_is_whole
 from elsa_d2.checkpoint import AtomicCheckpointer, check_checkpoint
 from elsa_d2.config import is_sem_seg
@@ -52,6 +53,7 @@ from elsa_d2.solver.lr_scheduler import build_lr_scheduler
 from elsa_d2.solver.optimizer import build_optimizer
 
 from .train_loop import amp_dtype
+from .writers import TENSORBOARD
 
 # The heads of Detectron2's models whose IN_FEATURES name the backbone's; a subclass goes first.
 HEADS: dict[type, tuple[str, ...]] = {
@@ -223,6 +225,7 @@ def _check_steps(cfg: CfgNode) -> None:
     except ValueError as error:
         raise UsageError(f"MODEL.EMA is not valid: {error}") from error
     amp_dtype(cfg.SOLVER.AMP.DTYPE, torch.device(cfg.MODEL.DEVICE).type)
+    check_trackers(cfg.LOG.WRITERS, "LOG.WRITERS", [TENSORBOARD])
 
 
 def _check_evaluation(cfg: CfgNode) -> None:

@@ -15,6 +15,7 @@ from detectron2.data import build_detection_test_loader, build_detection_train_l
 from detectron2.engine import DefaultTrainer, TrainerBase, create_ddp_model, hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from torch import nn
 
 from elsa_core.ema import METRICS, AveragedWeights
@@ -41,6 +42,7 @@ from .ema import AveragedWeightsHook
 from .preflight import check_parts
 from .stop_hook import CarefulCheckpointer, FinalEvalHook, StopHook
 from .train_loop import AutocastTrainer, amp_dtype
+from .writers import TrackersHook, build_writers
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +126,7 @@ class Trainer(DefaultTrainer, EndsEarly):
         """DefaultTrainer's hooks, and those for preemption and the order of the data; if enabled,
         also those of averaged weights, best checkpoint and early stop, and an evaluation with
         TEST.AUG at the end."""
+        self.writers: list[EventWriter] = []
         built = super().build_hooks()
         periodic = None
         for place, hook in enumerate(built):
@@ -149,11 +152,16 @@ class Trainer(DefaultTrainer, EndsEarly):
             built.insert(0, AveragedWeightsHook(self.checkpointer, self.optimizer))
         if order := continue_order(torch_loader(self.data_loader), self.cfg.SOLVER.IMS_PER_BATCH):
             built.insert(0, order)
+        built.insert(0, TrackersHook(self.writers))
         if self.cfg.TEST.AUG.ENABLED:
             # Before the writer of metrics, which is last.
             evaluate = hooks.EvalHook(0, lambda: self._evaluate_all(self.test_with_tta))
             built.insert(-1 if comm.is_main_process() else len(built), evaluate)
         return built
+
+    def build_writers(self) -> list[EventWriter]:
+        self.writers = build_writers(self.cfg, self.max_iter)
+        return self.writers
 
     def _evaluate(self) -> dict[str, Any]:
         self._last_eval_results = self._evaluate_all(self.test)

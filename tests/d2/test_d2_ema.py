@@ -139,6 +139,10 @@ def test_the_best_of_the_optimizers_weights(tmp_path):
             dict(MODEL__EMA__ENABLED=False),
             "TEST.BEST_METRIC ema/bbox/AP needs MODEL.EMA.ENABLED True, got False",
         ),
+        (
+            dict(LOG__WRITERS=["all"]),
+            "LOG.WRITERS must be of tensorboard, wandb, mlflow, got 'all'",
+        ),
         (dict(TEST__PATIENCE=-1), "patience must be an integer of at least 0, got -1"),
         (
             dict(TEST__PATIENCE=2, TEST__EVAL_PERIOD=0),

@@ -5,6 +5,7 @@ The keys of Detectron2's own common/train.py, and ours.
 
 from elsa_core.ema import DECAY, WARMUP
 from elsa_core.runtime.finite import MAX_NONFINITE
+from elsa_core.runtime.trackers import PROJECT
 
 train = dict(
     output_dir="output",
@@ -27,4 +28,11 @@ train = dict(
     ema=dict(enabled=False, decay=DECAY, warmup=WARMUP),
     # A metric, such as "segm/AP" or "ema/segm/AP": its best checkpoint is kept as model_best.pth.
     best_metric="",
+    # The training ends after this many evaluations in a row without a metric that is higher by more
+    # than min_delta; 0: never.
+    patience=0,
+    min_delta=0.0,
+    # Where the scalars go besides: "tensorboard", "wandb", "mlflow"; and the project there.
+    writers=["tensorboard"],
+    project=PROJECT,
 )
