@@ -1,5 +1,8 @@
 """Parameter groups by MMEngine's settings; tests/parity has them beside Detectron2's."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 from mm_tiny import ARCH
 
@@ -12,6 +15,7 @@ from torch import nn
 
 from elsa_core.runtime.errors import UsageError
 from elsa_mm import ELSAOptimWrapperConstructor, ELSASwin
+from elsa_mm.loading import check_groups
 from elsa_mm.preflight import check_config
 
 
@@ -92,6 +96,21 @@ def test_registered_for_every_toolbox():
 def test_bad_settings_are_one_sentence(settings, sentence):
     with pytest.raises(UsageError, match=sentence):
         rates(Model(), **settings)
+
+
+def test_a_training_resumes_with_its_own_rates():
+    def optimizer(decay):
+        model = Model()
+        settings = dict(constructor="ELSAOptimWrapperConstructor", optimizer=dict(type="SGD", lr=1))
+        return build_optim_wrapper(model, dict(settings, paramwise_cfg=dict(layer_decay=decay)))
+
+    runner = SimpleNamespace(optim_wrapper=optimizer(0.9))
+    for decay in (0.9, 0.8):
+        checkpoint = {"optimizer": optimizer(decay).state_dict()}
+        with nullcontext() if decay == 0.9 else pytest.raises(UsageError, match="learning rates"):
+            check_groups(runner, checkpoint)
+    check_groups(runner, {})
+    check_groups(SimpleNamespace(optim_wrapper={"optimizer": {}}), checkpoint)
 
 
 def test_settings_without_the_constructor_are_refused():
