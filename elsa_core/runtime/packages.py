@@ -16,6 +16,7 @@ DISTRIBUTIONS = {
     "cityscapesscripts": "cityscapesscripts",
     "cv2": "opencv-python-headless",  # the builds of OpenCV with windows need libGL
     "ftfy": "ftfy",  # MMSegmentation imports ftfy and regex but does not require them
+    "jinja2": "jinja2",
     "matplotlib": "matplotlib",
     "mlflow": "mlflow",
     "nncf": "nncf",

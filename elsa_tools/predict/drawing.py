@@ -39,18 +39,19 @@ class Painter:
         """The image [H, W, 3], 8 bits, blue first, with a result painted on it."""
         if isinstance(result, Segmentation):
             return self._draw_labels(image, result)
-        return self._draw_objects(image, result)
+        pairs = zip(result.labels.tolist(), result.scores.tolist(), strict=True)
+        names = [f"{self.classes[label]} {score:.0%}" for label, score in pairs]
+        return self.draw_objects(image, result, names)
 
-    def _draw_objects(self, image: np.ndarray, result: Detections) -> np.ndarray:
+    def draw_objects(
+        self, image: np.ndarray, result: Detections, names: Sequence[str]
+    ) -> np.ndarray:
+        """Variant of `draw` with a text of its own for each object."""
         scene, found = image.copy(), result.to_supervision(self.classes)
         thickness, size = _line(image), _font(image)
         if found.mask is not None:
             scene = self._paint(scene, found, thickness)
         boxes = self.library.BoxAnnotator(self.colours, thickness=thickness)
-        names = [
-            f"{self.classes[label]} {score:.0%}"
-            for label, score in zip(result.labels.tolist(), result.scores.tolist(), strict=True)
-        ]
         return self._name(boxes.annotate(scene, found), found, names, "TOP_LEFT", size)
 
     def _draw_labels(self, image: np.ndarray, result: Segmentation) -> np.ndarray:
@@ -68,7 +69,7 @@ class Painter:
         return painted
 
     def _name(
-        self, scene: np.ndarray, found: Any, names: list[str], place: str, size: int
+        self, scene: np.ndarray, found: Any, names: Sequence[str], place: str, size: int
     ) -> np.ndarray:
         annotator = self.library.RichLabelAnnotator(
             self.colours,

@@ -5,13 +5,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from pathlib import Path
 
 from elsa_core.runtime.command_line import keep_inputs, show
 from elsa_core.runtime.errors import UsageError
-from elsa_core.runtime.files import replacing
+from elsa_core.runtime.files import make_folder, replacing
 
 from .analysis import Analysis
 
+PAGE = "results.html"
+PACKAGES = (
+    "numpy",
+    "PIL",
+    "pycocotools",
+    "tabulate",
+    "tqdm",
+    "jinja2",
+    "matplotlib",
+    "supervision",
+)
 DETAILS = """\
 Results are Detectron2's coco_instances_results.json, or what MMDetection's metrics write with
 outfile_prefix: *.bbox.json or *.segm.json. Of label maps they are Detectron2's
@@ -71,22 +83,44 @@ def add_results(commands: argparse._SubParsersAction) -> None:
         help="of the first class in predicted PNGs; default: 1 with --reduce-zero-label, else 0",
     )
     parser.add_argument("--json", metavar="FILE", help="also write the numbers as JSON")
-    parser.set_defaults(run=_results, packages=("numpy", "PIL", "pycocotools", "tabulate", "tqdm"))
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        help=f"also write {PAGE}: the same with curves and, with --images, the worst and best "
+        "images",
+    )
+    parser.set_defaults(run=_results, packages=PACKAGES)
 
 
 def _results(options: argparse.Namespace) -> int:
     from .table import text
 
-    if options.json:
-        keep_inputs("--json", options.json, [options.annotations, options.results])
+    page = os.path.join(options.out, PAGE) if options.out else None
+    for option, path in (("--json", options.json), ("--out", page)):
+        if path:
+            keep_inputs(option, path, [options.annotations, options.results])
+    if options.images and not os.path.isdir(options.images):
+        raise UsageError(f"--images must be a folder, got {options.images}")
     analyses = _analyse(options)
     for analysis in analyses:
         show(text(analysis) + "\n")
+    if page:
+        _write_page(page, analyses, options)
     if options.json:
         content = {analysis.task: analysis.record() for analysis in analyses}
         with replacing(options.json) as file:
             file.write(json.dumps(content, indent=1).encode() + b"\n")
     return 0
+
+
+def _write_page(page: str, analyses: list[Analysis], options: argparse.Namespace) -> None:
+    from .report import write_report
+
+    make_folder(options.out, "--out")
+    images = Path(options.images) if options.images else None
+    title = f"Results of {os.path.basename(os.path.abspath(options.results))}"
+    write_report(Path(page), analyses, images=images, title=title)
+    show(f"wrote: {page}")
 
 
 def _analyse(options: argparse.Namespace) -> list[Analysis]:

@@ -148,11 +148,13 @@ def _images(
         missed = len(match.missed) + len(match.confused)
         wrong = [*match.extra, *(found for _, found in match.confused)]
         severity = missed + sum(evaluation.cocoDt.anns[one]["score"] for one in wrong)
-        text = (
-            f"objects found: {len(match.pairs)} of {missed + len(match.pairs)}; as another class: "
-            f"{len(match.confused)}; missed: {len(match.missed)}; detections of nothing: "
-            f"{len(match.extra)}"
-        )
+        counts = {
+            "as another class": len(match.confused),
+            "missed": len(match.missed),
+            "detections of nothing": len(match.extra),
+        }
+        text = f"found: {len(match.pairs)} of {missed + len(match.pairs)}"
+        text += "".join(f"; {what}: {count}" for what, count in counts.items() if count)
         drawn = partial(_drawn, evaluation, match)
         result = ImageResult(image["file_name"], float(severity), text, drawn)
         ranked.append((-severity, len(match.pairs), number, result))

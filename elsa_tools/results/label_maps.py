@@ -231,5 +231,5 @@ def _image(
     severity = 100 * (total - right) / total if total else 0.0
     text = f"right: {right:,} of {total:,} pixels"
     for truth, found, number in Confusion(tuple(classes), counts, "", "").confused(1):
-        text += f"; most mistakes: {number:,} of {truth} found as {found}"
+        text += f"; mostly {truth} found as {found} ({number:,})"
     return ImageResult(name, severity, text, drawn)

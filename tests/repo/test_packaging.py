@@ -88,7 +88,10 @@ def build(tree, command="bdist_wheel", **options):
 
 def python_files():
     files = {
-        p.relative_to(ROOT).as_posix() for name in PACKAGES for p in ROOT.glob(f"{name}/**/*.py")
+        p.relative_to(ROOT).as_posix()
+        for name in PACKAGES
+        for ending in ("py", "jinja")
+        for p in ROOT.glob(f"{name}/**/*.{ending}")
     }
     return files | {"elsa_core/py.typed"}
 
@@ -209,7 +212,7 @@ def test_metadata_replaces_nobodys_torch_or_framework(installed):
     metadata = email.message_from_string((info / "METADATA").read_text())
     requirements = metadata.get_all("Requires-Dist")
     assert not [line for line in requirements if "extra ==" not in line]
-    extras = {"d2", "mm", "demo", "data", "onnx", "openvino", "dev"}
+    extras = {"d2", "mm", "demo", "data", "fit", "onnx", "openvino", "dev"}
     assert set(metadata.get_all("Provides-Extra")) == extras
     adapters = [line for line in requirements if "extra ==" in line and '"dev"' not in line]
     owned_by_user = ("torch", "detectron", "sal-", "mm", "onedl", "opencv", "numpy", "setuptools")

@@ -261,9 +261,10 @@ def test_mistakes_by_hand(tmp_path):
         (0, 0.75, True),
         (0, 0.8, True),
     ]
-    assert analysis.images[1].text.endswith(
-        "as another class: 1; missed: 0; detections of nothing: 1"
-    )
+    assert [one.text for one in analysis.images] == [
+        "found: 0 of 3; missed: 3",
+        "found: 2 of 3; as another class: 1; detections of nothing: 1",
+    ]
     assert analysis.confusion.confused(1) == [(NAMES[0], "background", 1)]
 
 
