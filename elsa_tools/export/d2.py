@@ -18,6 +18,7 @@ from detectron2.modeling.roi_heads import (
 )
 from torch import Tensor
 
+from elsa_d2.modeling.backbone import MMDetFPN
 from elsa_d2.modeling.boxes import MMDetAnchorGenerator, MMDetBoxTransform
 from elsa_d2.modeling.cascade import (
     ClassSpecificCascadeROIHeads,
@@ -45,7 +46,7 @@ def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
     """
     model = inferencer.model
     check("the model", type(model), GeneralizedRCNN)
-    check("the backbone", type(model.backbone), FPN)
+    check("the backbone", type(model.backbone), MMDetFPN, FPN)
     check("the pyramid's sum (MODEL.FPN.FUSE_TYPE)", model.backbone._fuse_type, "sum")
     check("the pyramid's top", type(model.backbone.top_block), LastLevelMaxPool)
     rpn, heads = model.proposal_generator, model.roi_heads
