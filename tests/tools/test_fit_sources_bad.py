@@ -99,6 +99,16 @@ CASES = {
                       image(root / "y/c.jpg")],
         "image c.jpg may be any of x/c.jpg, y/c.jpg",
     ),
+    "file of two names": (
+        SINGLE,
+        edited(COCO, lambda one: [one["images"][n].update(file_name=f"{n}/c.jpg") for n in (1, 2)]),
+        "several images stand for the one file c.jpg",
+    ),
+    "box of words": (
+        SINGLE,
+        edited(COCO, lambda one: one["annotations"][0].update(bbox=["a", 1, 2, 3])),
+        "annotation 1 must have a bbox of 4 numbers, got .*'a'",
+    ),
     "category twice": (
         SINGLE,
         edited(COCO, lambda one: one["categories"][1].update(name="square")),
@@ -137,6 +147,14 @@ CASES = {
     "pixels": (LABELS, labelled_by("0 9 9 20 20"), "fractions of the image, 0 to 1, got 20"),
     "labels in UTF-16": (LABELS, lambda root: (root / "labels/train/c.txt").write_bytes(b"\xff\0"),
                          "c.txt is not text in UTF-8"),
+    "two YAMLs": (LABELS, lambda root: write(root / "b.yaml", "names: [a]\ntrain: images"),
+                  "one file that names the classes of YOLO's labels, got b.yaml, data.yaml"),
+    "names of a text": (LABELS, changed(YOLO, "names:", "names: a\nother:"), "a list of class"),
+    "parts of a part": (LABELS, changed(YOLO, "train: ", "train:\n  a: "), "train must be a path"),
+    "part without images": (LABELS, changed(YOLO, "images/val", "labels"), "which has no images"),
+    "keypoints of words": (LABELS, changed(YOLO, "path", "kpt_shape: [a]\npath"), "kpt_shape must"),
+    "listed image": (LABELS, lambda root: (changed(YOLO, "images/train", "t.txt")(root),
+                                           write(root / "t.txt", "a.jpg")), "t.txt lists a.jpg"),
     "no objects": (
         BOXES, lambda root: [one.write_text("") for one in root.glob("labels/*/*.txt")],
         "has no annotated object",
@@ -148,6 +166,8 @@ CASES = {
     "XML cut off": (XML, cut(VOC), "c.xml is cut off or not XML: "),
     "entities": (XML, lambda root: write(root / VOC, BOMB), "c.xml has a document type"),
     "XML without image": (XML, removed("JPEGImages/c.jpg"), "1 of 8 XML files .* is .*c.xml"),
+    "XML of two images": (XML, lambda root: [changed(VOC, "c.jpg", "c.bmp")(root),
+                                             image(root / "JPEGImages/c.png")], "may be of any of"),
     "box without xmin": (
         XML, changed(VOC, "<xmin>11</xmin>", ""), "c.xml must have a number as xmin of square, got"
     ),
@@ -171,6 +191,10 @@ CASES = {
     "two maps": (
         MAPS, lambda root: label_map(root / "labels/c.png"), "c.jpg may have any of the label maps"
     ),
+    "value 300": (MAPS, lambda root: Image.fromarray(np.full(SIZE[::-1], 300, np.uint16)).save(
+        root / PNG), "labels must be 0 to 254, or 255 for none, got 300 in .*c.png"),
+    "names of another form": (MAPS, lambda root: [removed("classes.txt")(root), write(
+        root / "_classes.csv", "Pixel Value, Class\n1, a")], "a value, from 0 on, and a name"),
     "one name twice": (MAPS, lambda root: image(root / "images/c.png"), "of one name, but .*c.jpg"),
     "maps of 255": (
         MAPS,

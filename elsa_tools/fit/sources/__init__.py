@@ -2,6 +2,10 @@
 
 Reads COCO's format, YOLO's, Pascal VOC's and label maps, in the layouts of the usual exports; each
 reader states its rules. Images are never copied or changed.
+
+The loaders of `supervision` judge the boxes in the tests. They do not read here: they turn polygons
+into pixels, with the right and lower edge inside (625 for a square of 24), take one folder without
+parts at a time, and do not check.
 """
 
 from __future__ import annotations
