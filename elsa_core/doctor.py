@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from . import __version__
+from . import __version__, grouped_conv
 from ._extension import binaries
 from ._range import PYTHON, TORCH_WITH_EXTENSION, dotted, numbers, python_obstacle
 from .backends import NAMES, backend_of, backends_of, has_kernels, use_backend
@@ -21,7 +21,13 @@ from .operator import has_extension
 from .runtime.errors import one_line
 from .runtime.packages import DISTRIBUTIONS, is_missing
 from .runtime.quiet import quiet_frameworks
-from .self_check import BACKBONE_TOLERANCE, TOLERANCE, check_backbones, check_operator
+from .self_check import (
+    BACKBONE_TOLERANCE,
+    TOLERANCE,
+    check_backbones,
+    check_convolution,
+    check_operator,
+)
 
 FOLDER = Path(__file__).parent
 OTHER = "set ELSA_BACKEND to another one of cuda, triton and torch to continue"
@@ -130,6 +136,9 @@ def _check_device(report: Report, device: torch.device) -> None:
                 _check_backend(report, device, name)
             except Exception as error:  # any, as of compilers and drivers
                 report.faults.append(f"{name} on {device} fails with {one_line(error)!r}: {OTHER}")
+    if device.type == "cuda" and grouped_conv.has_cuda_kernels():
+        if torch.cuda.get_device_capability(device) >= (8, 0):
+            _check_convolution(report, device)
 
 
 def _check_backend(report: Report, device: torch.device, name: str) -> None:
@@ -140,16 +149,39 @@ def _check_backend(report: Report, device: torch.device, name: str) -> None:
     right = all(error <= TOLERANCE[dtype] for dtype, error in errors.items())
     backbones = check_backbones(device)
     whole = backbones <= BACKBONE_TOLERANCE
-    figures = ", ".join(f"{str(t).removeprefix('torch.')} {e:.0e}" for t, e in errors.items())
     report.lines.append(
         f"self-check {device} by {name}: operator and gradients {'right' if right else 'WRONG'} "
-        f"(relative errors: {figures}), small backbones {'right' if whole else 'WRONG'} "
+        f"(relative errors: {_figures(errors)}), small backbones {'right' if whole else 'WRONG'} "
         f"({backbones:.0e})"
     )
     if not right or not whole:
         report.faults.append(
             f"results of {name} on {device} are wrong: report it with these lines, and {OTHER}"
         )
+
+
+def _check_convolution(report: Report, device: torch.device) -> None:
+    what = f"the grouped convolution on {device}"
+    instead = "set ELSA_CONVOLUTION=torch to continue"
+    dtypes = (torch.float16, torch.bfloat16)
+    try:
+        errors = {dtype: check_convolution(device, dtype) for dtype in dtypes}
+    except Exception as error:
+        report.faults.append(f"{what} fails with {one_line(error)!r}: {instead}")
+        return
+    right = all(error <= TOLERANCE[dtype] for dtype, error in errors.items())
+    report.lines.append(
+        f"self-check {device}: grouped convolution and gradients {'right' if right else 'WRONG'} "
+        f"(relative errors: {_figures(errors)})"
+    )
+    if not right:
+        report.faults.append(
+            f"results of {what} are wrong: report it with these lines, and {instead}"
+        )
+
+
+def _figures(errors: dict[torch.dtype, float]) -> str:
+    return ", ".join(f"{str(t).removeprefix('torch.')} {e:.0e}" for t, e in errors.items())
 
 
 def _yes(condition: bool) -> str:

@@ -20,6 +20,11 @@ def attention(value: Shape, kernel_size: int, ghosts: bool) -> int:
     return prod(value) * kernel_size**2 * (1 + ghosts)
 
 
+def grouped_conv(query: Shape, weight: Shape) -> int:
+    """Count `elsa::grouped_conv` as a convolution; the product of its maps does not count."""
+    return prod(query) * prod(weight[1:])
+
+
 def scaled_dot_product_attention(query: Shape, key: Shape, value: Shape) -> int:
     """Count both matrix products of [..., L, E], [..., S, E] and [..., S, C]."""
     return prod(query[:-1]) * key[-2] * (query[-1] + value[-1])
@@ -29,6 +34,10 @@ def _traced_attention(inputs: list[Any], outputs: list[Any]) -> int:
     value, _, ghost_add, ghost_mul, kernel_size = inputs[:5]
     ghosts = any(_shape(ghost) is not None for ghost in (ghost_add, ghost_mul))
     return attention(_shape(value), kernel_size.toIValue(), ghosts)
+
+
+def _traced_convolution(inputs: list[Any], outputs: list[Any]) -> int:
+    return grouped_conv(_shape(inputs[0]), _shape(inputs[2]))
 
 
 def _traced_dot_product(inputs: list[Any], outputs: list[Any]) -> int:
@@ -47,6 +56,7 @@ def _shape(value: Any) -> Any:
 # By the operator's name in a traced graph.
 MULTIPLY_ADDS: dict[str, Handle] = {
     "elsa::attention": _traced_attention,
+    "elsa::grouped_conv": _traced_convolution,
     "aten::scaled_dot_product_attention": _traced_dot_product,
 }
 ACTIVATIONS: dict[str, Handle] = dict.fromkeys(MULTIPLY_ADDS, _size_of_output)

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import operator as _registers_the_operator  # noqa: F401
-from .flop_handles import attention
+from .flop_handles import attention, grouped_conv
 
 
 def count_flops(run: Callable[[Tensor], Any], size: tuple[int, int]) -> int:
@@ -85,7 +85,17 @@ def _counted_attention(
     return 2 * attention(value, kernel_size, ghost_add is not None or ghost_mul is not None)
 
 
-_FORMULAS = {torch.ops.elsa.attention: _counted_attention}
+def _counted_convolution(
+    query: torch.Size, key: torch.Size, weight: torch.Size, *_: Any, **__: Any
+) -> int:
+    """Twice the multiply-adds, as PyTorch counts."""
+    return 2 * grouped_conv(query, weight)
+
+
+_FORMULAS = {
+    torch.ops.elsa.attention: _counted_attention,
+    torch.ops.elsa.grouped_conv: _counted_convolution,
+}
 
 
 class _RefuseUnknown(TorchDispatchMode):

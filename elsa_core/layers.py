@@ -134,7 +134,9 @@ class ELSA(nn.Module):
         if self.qk_scale != 1:
             query = query * self.qk_scale
         convolution, _, pointwise = self.attn  # the GELU runs inside pointwise
-        if grouped_conv.chosen() != "torch" and isinstance(convolution, ChannelsLastConv2d):
+        if isinstance(convolution, ChannelsLastConv2d) and grouped_conv.multiplies(
+            query, key, convolution.weight
+        ):
             logits = convolution(query, key)
         else:  # also of a user's layer that stands in for this one
             logits = convolution(query * key)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,24 +35,20 @@ def check_operator(
         multiplied: use both ghost filters, which CUDA devices compute with general kernels; else
             only the additive ones, as in the published models, which have fast kernels.
     """
-    generator = torch.Generator().manual_seed(0)
+    shape, taps, filters = (2, 9, 19), 7 * 7, (64, 7, 7)
+    sizes = [(*shape, 64), (*shape, 2 * taps), filters, *[filters] * multiplied]
+    function = partial(elsa_attention, kernel_size=7)
+    return _errors(function, partial(elsa_attention_reference, kernel_size=7), sizes, device, dtype)
 
-    def draw(*size: int) -> Tensor:
-        return torch.randn(*size, generator=generator).to(dtype).double()
 
-    shape, taps = (2, 9, 19), 7 * 7
-    exact = [draw(*shape, 64), draw(*shape, 2 * taps), draw(64, 7, 7)]
-    if multiplied:
-        exact.append(draw(64, 7, 7))
-    ours = [tensor.to(device, dtype).requires_grad_() for tensor in exact]
-    exact = [tensor.requires_grad_() for tensor in exact]
-    grad = draw(*shape, 64)
-    out = elsa_attention(*ours, kernel_size=7)
-    expected = elsa_attention_reference(*exact, kernel_size=7)
-    grads = torch.autograd.grad(out, ours, grad.to(device, dtype))
-    expected_grads = torch.autograd.grad(expected, exact, grad)
-    backward = max(map(_error, grads, expected_grads))
-    return _error(out.detach(), expected.detach()), backward
+def check_convolution(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the largest error of ``elsa::grouped_conv`` and its gradients, as `check_operator`.
+
+    In groups of 4 and of 8 channels, as in the published models.
+    """
+    shape, function = (2, 9, 19, 24), torch.ops.elsa.grouped_conv
+    sizes = [[shape, shape, (24, width, 7, 7), (24,)] for width in (4, 8)]
+    return max(error for s in sizes for error in _errors(function, function, s, device, dtype))
 
 
 def check_backbones(device: torch.device, build: Callable[[str], nn.Module] | None = None) -> float:
@@ -77,6 +74,25 @@ def check_backbones(device: torch.device, build: Callable[[str], nn.Module] | No
         maps = found.values() if isinstance(found, dict) else found
         errors += [_error(*pair) for pair in zip(maps, expected, strict=True)]
     return max(errors)
+
+
+def _errors(
+    function: Callable[..., Tensor],
+    reference: Callable[..., Tensor],
+    sizes: Sequence[Sequence[int]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[float, float]:
+    """Return the errors of a function's result, of the first size, and of all its gradients."""
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(*size, generator=generator).to(dtype) for size in [*sizes, sizes[0]]]
+    *exact, grad = [tensor.double() for tensor in drawn]
+    ours = [tensor.to(device, dtype).requires_grad_() for tensor in exact]
+    out = function(*ours)
+    expected = reference(*(tensor.requires_grad_() for tensor in exact))
+    grads = torch.autograd.grad(out, ours, grad.to(device, dtype))
+    backward = max(map(_error, grads, torch.autograd.grad(expected, exact, grad)))
+    return _error(out.detach(), expected.detach()), backward
 
 
 def _error(result: Tensor, expected: Tensor) -> float:

@@ -212,14 +212,21 @@ def test_old_devices_are_refused():
         operator(*inputs)
 
 
-@pytest.mark.parametrize("autocast", [True, False])
-def test_layer_is_the_same_in_every_form(monkeypatch, autocast):
-    if EMULATED:  # in which the kernels are those of the CPU
+@pytest.fixture
+def served(monkeypatch):
+    """In the emulation the kernels are those of the CPU."""
+    if EMULATED:
         monkeypatch.setattr(grouped_conv, "has_cuda_kernels", lambda: True)
         monkeypatch.setattr(grouped_conv, "is_served", lambda *tensors: True)
+
+
+@pytest.mark.usefixtures("served")
+@pytest.mark.parametrize("autocast", [True, False])
+def test_layer_is_the_same_in_every_form(monkeypatch, autocast):
     torch.manual_seed(0)
     layer, x = ELSA(24, 2, 7, 8).to(DEVICE), torch.randn(2, 9, 8, 24, device=DEVICE)
-    exact = layer(x)
+    with grouped_conv.use("torch"):
+        exact = layer(x)
     if not autocast:
         layer, x = layer.bfloat16(), x.bfloat16()
     called = set()
@@ -231,4 +238,14 @@ def test_layer_is_the_same_in_every_form(monkeypatch, autocast):
             out = layer(x)
         torch.testing.assert_close(out.float(), exact, rtol=0.05, atol=0.02)
         out.sum().backward()
-    assert called == {"cuda"}
+    assert called == {"auto", "cuda"}
+
+
+@pytest.mark.usefixtures("served")
+def test_compiled_layer_calls_the_operator_by_default():
+    layer = ELSA(24, 2, 7, 8).to(DEVICE, torch.bfloat16)
+    x, graphs = torch.randn(2, 9, 8, 24, device=DEVICE, dtype=torch.bfloat16), []
+    with grouped_conv.use("auto"):
+        compiled = torch.compile(layer, fullgraph=True, backend=lambda g, _: graphs.append(g) or g)
+        torch.testing.assert_close(compiled(x), layer(x))
+    assert "elsa.grouped_conv" in str(graphs[0].graph)

@@ -32,7 +32,7 @@ def test_report_names_what_there_is(capsys):
     for name, version in frameworks.versions().items():
         what = "its compiled operators load" if name == "mmcv" else "small backbones right"
         assert name in installed and re.search(f"^{name} {version}.*: {what}", out, re.MULTILINE)
-    assert len(out.splitlines()) < 13 + len(installed) + 4 * torch.cuda.device_count()
+    assert len(out.splitlines()) < 13 + len(installed) + 5 * torch.cuda.device_count()
 
 
 def test_command_line(capsys):
@@ -82,6 +82,35 @@ def test_a_back_end_that_fails_is_named(monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "self-check cpu by cpu: operator and gradients right" in out
     assert "WRONG: torch on cpu fails with 'no such instruction': set ELSA_BACKEND to" in out
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda out: out, None),
+        (lambda out: 1.05 * out, "results of the grouped convolution on cpu are wrong"),
+        (lambda out: out.missing, "the grouped convolution on cpu fails with .*missing"),
+    ],
+    ids=["right", "wrong", "fails"],
+)
+def test_grouped_convolution_is_checked(change, says, monkeypatch):
+    """By PyTorch's convolution: only devices have kernels of their own."""
+    right, report = torch.ops.elsa.grouped_conv, frameworks.Report()
+    monkeypatch.setattr(
+        torch.ops.elsa,
+        "grouped_conv",
+        lambda *tensors: (
+            right(*tensors) if tensors[0].dtype == torch.double else change(right(*tensors))
+        ),
+    )
+    doctor._check_convolution(report, torch.device("cpu"))
+    assert len(report.faults) == (says is not None)
+    if says:
+        assert re.search(f"{says}.*ELSA_CONVOLUTION=torch", report.faults[0])
+    else:
+        assert (
+            "grouped convolution and gradients right (relative errors: float16" in report.lines[0]
+        )
 
 
 @pytest.mark.parametrize("name", self_check.ARCHS)

@@ -9,8 +9,9 @@ import pytest
 import torch
 from mm_tiny import CONFIGS
 
-from elsa_core import ELSASwin, ELSAVolo
+from elsa_core import ELSASwin, ELSAVolo, grouped_conv
 from elsa_core.flops import count_flops
+from elsa_core.layers import ELSA
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCH = dict(embed_dim=16, depths=(1, 2, 2), num_heads=(1, 2, 4), group_width=4, window_size=3)
@@ -71,6 +72,22 @@ def test_all_counters_agree(count, arch):
     sizes = activations.by_operator()
     assert sizes["attention"] == 16 * 18 * 13 + 2 * 32 * 9 * 7
     assert sizes["scaled_dot_product_attention"] == 2 * 64 * 6 * 6
+
+
+@pytest.mark.parametrize("count", [fvcore, mmengine])
+def test_convolution_by_its_operator_counts_the_same(count, monkeypatch):
+    layer, x = ELSA(24, 2, 7, 4), torch.zeros(1, 5, 6, 24)
+
+    def counted():
+        totals = [counter.total() for counter in count(layer, x)]
+        return [*totals, count_flops(lambda image: layer(x), SIZE)]
+
+    expected = counted()
+    monkeypatch.setattr(grouped_conv, "has_cuda_kernels", lambda: True)
+    monkeypatch.setattr(grouped_conv, "is_served", lambda *tensors: True)
+    with grouped_conv.use("cuda"):
+        assert counted() == expected
+        assert "grouped_conv" in count(layer, x)[0].by_operator()
 
 
 def test_what_a_counter_knows_is_not_replaced(monkeypatch):

@@ -275,12 +275,13 @@ def test_what_the_cuda_kernels_serve(monkeypatch, served, change):
     assert _grouped_conv.is_served(query, query, weight) == served
 
 
+@pytest.mark.parametrize("name", ["cuda", "auto"])
 @pytest.mark.parametrize("served", [True, False])
-def test_operator_is_called_where_it_serves(monkeypatch, served):
+def test_operator_is_called_where_it_serves(monkeypatch, served, name):
     monkeypatch.setattr(grouped_conv, "has_cuda_kernels", lambda: True)
     monkeypatch.setattr(grouped_conv, "is_served", lambda *tensors: served)
     inputs = make_inputs(SHAPES["tiny, stage 1"])
-    with grouped_conv.use("cuda"):
+    with grouped_conv.use(name):
         out = convolve(*inputs)
         # The compiler sees one operator.
         graphs = []
@@ -294,14 +295,14 @@ def test_operator_is_called_where_it_serves(monkeypatch, served):
 
 
 def test_choice_is_restored_or_stays():
-    assert grouped_conv.chosen() == "torch"
+    assert grouped_conv.chosen() == "auto"
     with pytest.raises(KeyError), grouped_conv.use("dense"):
         assert grouped_conv.chosen() == "dense"
         raise KeyError
-    assert grouped_conv.chosen() == "torch"
+    assert grouped_conv.chosen() == "auto"
     grouped_conv.use("dense")
     assert grouped_conv.chosen() == "dense"
-    grouped_conv.use("torch")
+    grouped_conv.use("auto")
 
 
 def imported_anew():
@@ -312,15 +313,27 @@ def imported_anew():
 
 
 def test_unknown_form_is_refused(monkeypatch):
-    with pytest.raises(ValueError, match="must be one of torch, dense, cuda, got 'fast'"):
+    with pytest.raises(ValueError, match="must be one of auto, torch, dense, cuda, got 'fast'"):
         grouped_conv.use("fast")
-    assert grouped_conv.chosen() == "torch"
+    assert grouped_conv.chosen() == "auto"
     monkeypatch.setenv("ELSA_CONVOLUTION", "Dense")
     with pytest.raises(ImportError, match="^ELSA_CONVOLUTION must be one of .*, got 'Dense'$"):
         imported_anew()
     for name in ("dense", ""):
         monkeypatch.setenv("ELSA_CONVOLUTION", name)
-        assert imported_anew().chosen() == (name or "torch")
+        assert imported_anew().chosen() == (name or "auto")
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_layer_gives_both_maps_where_they_are_multiplied_anyway(monkeypatch, there):
+    monkeypatch.setattr(grouped_conv, "has_cuda_kernels", lambda: there)
+    monkeypatch.setattr(grouped_conv, "is_served", lambda *tensors: tensors[0].shape[1] == 3)
+    layer, given = ELSA(24, 2, 7, 4), []
+    layer.attn[0].register_forward_hook(lambda module, maps, out: given.append(len(maps)))
+    for name in ("auto", "torch", "dense"):
+        with grouped_conv.use(name):
+            layer(torch.randn(1, 3, 4, 24)), layer(torch.randn(1, 4, 4, 24))
+    assert given == [2 if there else 1, 1, 1, 1, 2, 2]
 
 
 def test_kernels_that_are_not_there_are_refused(monkeypatch):
@@ -328,7 +341,7 @@ def test_kernels_that_are_not_there_are_refused(monkeypatch):
     monkeypatch.setattr(grouped_conv, "has_cuda_kernels", lambda: False)
     with pytest.raises(RuntimeError, match="'cuda', but this installation has no CUDA kernels"):
         grouped_conv.use("cuda")
-    assert grouped_conv.chosen() == "torch"
+    assert grouped_conv.chosen() == "auto"
     monkeypatch.setenv("ELSA_CONVOLUTION", "cuda")
     with pytest.raises(ImportError, match="^ELSA_CONVOLUTION is 'cuda', but"):
         imported_anew()
