@@ -89,6 +89,9 @@ def _from_detectron2(path: str) -> Subject:
             side = heads.mask_pooler.output_size
             for head in _stages(heads.mask_head):
                 head.layers(image.new_empty(DETECTIONS, channels, *side))
+        if heads.keypoint_on:
+            side = heads.keypoint_pooler.output_size
+            heads.keypoint_head.layers(image.new_empty(DETECTIONS, channels, *side))
 
     return Subject(path, module, run, DETECTION)
 

@@ -11,6 +11,7 @@ import yaml
 
 from elsa_core.runtime.errors import UsageError
 
+DETECTRON2 = "configs/detectron2"
 ORIGINS = ("published by the authors", "converted", "trained here")
 MEASURED = ("Training Memory (GB)", "Inference Time (ms/im)")
 RESOURCES = re.compile(r"(\d+) GPUs with (\d+) images? each")
@@ -28,8 +29,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Model:
-    """A row of the zoo: one model, as a config of OpenMMLab and, where it has the head, of
-    Detectron2.
+    """A row of the zoo: one model, as a config of OpenMMLab and of Detectron2, where it has the
+    head, and there also as a LazyConfig. ``config`` is Detectron2's where OpenMMLab lacks the head.
 
     ``gpus``: what it is trained on. ``figures`` is empty where nobody has published or measured
     any.
@@ -43,6 +44,7 @@ class Model:
     gpus: int
     config: str
     detectron2_config: str | None
+    lazy_config: str | None
     figures: tuple[Figure, ...]
     measured: dict[str, str]
     weights: str | None
@@ -54,14 +56,14 @@ class Model:
 
     @property
     def framework(self) -> str:
-        """ "mmdet", "mmpretrain" or "mmseg"."""
+        """ "mmdet", "mmpretrain" or "mmseg", or "detectron2" where it alone has the head."""
         return Path(self.config).parts[1]
 
 
 def read_models(root: Path) -> list[Model]:
-    """The models of all metafiles that model-index.yml names, in their order."""
+    """The models of all metafiles that model-index.yml names, in their order, and Detectron2's."""
     models = []
-    for path in _load(root / "model-index.yml")["Import"]:
+    for path in [*_load(root / "model-index.yml")["Import"], f"{DETECTRON2}/metafile.yml"]:
         metafile = _load(root / path)
         collections = {c["Name"]: c["Metadata"] for c in metafile["Collections"]}
         for entry in metafile["Models"]:
@@ -71,7 +73,7 @@ def read_models(root: Path) -> list[Model]:
                     f"{where}: the collection {entry.get('In Collection')} is not there"
                 )
             try:
-                model = _model(entry, collections[entry["In Collection"]], where)
+                model = _model(entry, collections[entry["In Collection"]], where, root)
             except KeyError as error:
                 raise UsageError(f"{where}: {error.args[0]} is missing") from error
             for config in (model.config, model.detectron2_config):
@@ -85,7 +87,7 @@ def _load(path: Path) -> Any:
     return yaml.safe_load(path.read_text(encoding="utf-8"))
 
 
-def _model(entry: dict[str, Any], collection: dict[str, Any], where: str) -> Model:
+def _model(entry: dict[str, Any], collection: dict[str, Any], where: str, root: Path) -> Model:
     """What a model's own metadata do not say, its collection's do."""
     metadata = {**collection, **entry["Metadata"]}
     name, config = entry["Name"], entry["Config"]
@@ -110,6 +112,9 @@ def _model(entry: dict[str, Any], collection: dict[str, Any], where: str) -> Mod
             f"got {metadata['Training Resources']}"
         )
     framework = Path(config).parts[1]
+    other = {"mmpretrain": None, "detectron2": config}
+    detectron2 = other[framework] if framework in other else metadata["Detectron2 Config"]
+    lazy = f"{detectron2}".replace(DETECTRON2, f"{DETECTRON2}/lazy").replace(".yaml", ".py")
     return Model(
         name=name,
         backbone=metadata["Backbone"],
@@ -118,7 +123,8 @@ def _model(entry: dict[str, Any], collection: dict[str, Any], where: str) -> Mod
         schedule=f"{epochs} epochs" if epochs else f"{metadata['Iterations'] // 1000}k iterations",
         gpus=int(resources[1]),
         config=config,
-        detectron2_config=None if framework == "mmpretrain" else metadata["Detectron2 Config"],
+        detectron2_config=detectron2,
+        lazy_config=lazy if (root / lazy).is_file() else None,
         figures=tuple(figures),
         measured={key: f"{value} ({metadata['Measured On']})" for key, value in measured.items()},
         weights=entry.get("Weights"),

@@ -33,15 +33,16 @@ INTRODUCTION = """\
 
 <!-- Made by `make zoo` from model-index.yml, its metafiles and the models themselves. -->
 
-Each row is one model: a config of OpenMMLab and, except for classifiers and heads that Detectron2
-does not have, one of Detectron2 with the same parameters.
+Each row is one model: a config of OpenMMLab and one of Detectron2 with the same parameters, where
+both have the head; detectors of Detectron2 also as LazyConfigs (ELSA-Swin-B without a row).
 
 - Every figure has an origin and the number of its source: *published by the authors* (not measured
   here), *converted* (their weights, converted and evaluated here) or *trained here*.
 - Parameters and operations are counted from the models that the configs build. An operation is a
   multiply-add ("FLOPs" in papers), for one image, which is
   {sizes};
-  detectors have {proposals} proposals and {detections} masks. The sampling of deformable attention
+  detectors have {proposals} proposals and {detections} masks or sets of
+  keypoints. The sampling of deformable attention
   (Mask2Former, DINO) does not count.
 - Peak memory and speed have a column if they were measured.
 - ELSA-VOLO is a [reconstruction](docs/elsa_volo.md): its authors have published no code, config or
@@ -59,8 +60,8 @@ the frameworks' own recipes with ELSA-Swin and its optimizer.
 """
 NEW_HEADS = """\
 Of {methods} with this backbone nobody has published figures,
-and none have been measured here: the configs are the toolbox's own recipes for Swin, with ELSA-Swin
-in its place.
+and none have been measured here: the configs are the frameworks' own recipes (OpenMMLab's for Swin)
+with ELSA-Swin.
 """
 COMMANDS = """\
 ## Commands
@@ -123,7 +124,7 @@ class _Measure:
     def __call__(self, model: Model) -> tuple[int, int]:
         subject = from_config(str(self.root / model.config))
         size = _parameters(subject.module)
-        if model.detectron2_config:
+        if model.detectron2_config not in (None, model.config):
             other = from_config(str(self.root / model.detectron2_config))
             if size != (own := _parameters(other.module)):
                 raise UsageError(
@@ -173,9 +174,12 @@ def _model_table(
 
 
 def _configs(model: Model) -> str:
-    links = f"[OpenMMLab]({model.config})"
-    other = model.detectron2_config
-    return f"{links}, [Detectron2]({other})" if other else links
+    links = {
+        "OpenMMLab": None if model.framework == "detectron2" else model.config,
+        "Detectron2": model.detectron2_config,
+        "LazyConfig": model.lazy_config,
+    }
+    return ", ".join(f"[{name}]({file})" for name, file in links.items() if file)
 
 
 def _values(figures: Sequence[Figure], metric: str) -> str:
@@ -201,7 +205,8 @@ def _commands(model: Model) -> str:
     if model.framework != "mmpretrain":
         train += " --cfg-options model.backbone.init_cfg.type=Pretrained"
         train += " model.backbone.init_cfg.checkpoint=BACKBONE.pth"
-    lines = ["# OpenMMLab", train, test + (" --tta" if tta else "")]
+    openmmlab = ["# OpenMMLab", train, test + (" --tta" if tta else "")]
+    lines = openmmlab * (model.framework != "detectron2")
     if model.detectron2_config:
         detectron2 = f"python tools/train_net.py --config-file {model.detectron2_config}"
         lines += [
