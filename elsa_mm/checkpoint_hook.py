@@ -7,7 +7,6 @@ import os
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
-from numbers import Real
 from typing import Any, NoReturn
 
 from mmengine.dist import get_world_size, is_main_process
@@ -326,7 +325,10 @@ def _spoilt(runner: Any) -> str:
 
 
 def _is_finite(value: Any) -> bool:
-    return isinstance(value, Real) and math.isfinite(value)
+    try:
+        return math.isfinite(value)
+    except TypeError:  # None, or no number
+        return False
 
 
 def _progress(meta: dict) -> dict[str, int]:

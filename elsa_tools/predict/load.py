@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 
@@ -9,11 +10,13 @@ import torch
 
 import elsa_core.weights
 from elsa_core.runtime.errors import UsageError
+from elsa_core.weights.averages import has_both, note
 
 from .executors import load_executor
 from .inferencer import Inferencer
 from .runtime import RuntimeInferencer
 
+logger = logging.getLogger(__name__)
 YAML, PYTHON = (".yaml", ".yml"), (".py",)
 
 
@@ -39,7 +42,8 @@ def load_inferencer(
     if weights is not None:
         if not os.path.isfile(weights):
             raise UsageError(f"the checkpoint {weights} does not exist")
-        elsa_core.weights.read_ahead(weights)
+        if has_both(elsa_core.weights.read_ahead(weights)):
+            logger.warning(note(weights, averaged=True))
     place = _device(device)
     if path.endswith(YAML):
         from .d2 import Detectron2Inferencer

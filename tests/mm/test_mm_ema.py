@@ -1,5 +1,6 @@
 """Averaged weights in OpenMMLab: trained, evaluated, saved, resumed and loaded."""
 
+import copy
 import json
 import math
 from pathlib import Path
@@ -17,6 +18,7 @@ from elsa_core.runtime.preemption import TrainingEnded
 from elsa_core.weights import read_checkpoint, recognise
 from elsa_core.weights.averages import BESIDE, trained
 from elsa_mm import AveragedWeightsHook, WeightsHook, cli
+from elsa_tools.predict import load_inferencer
 
 VALUES = {
     "default_hooks.ema.type": "AveragedWeightsHook",
@@ -88,6 +90,15 @@ def test_what_is_best_has_the_score_that_it_was_kept_for(run, digits, tmp_path, 
     assert tested["mIoU"] == max(one["ema/mIoU"] for one in scalars(run) if "ema/mIoU" in one)
 
 
+@pytest.mark.slow
+def test_inferencers_say_which_weights_they_read(run, caplog):
+    inferencer = load_inferencer(str(CONFIGS["mmseg"]), str(run / "iter_4.pth"), device="cpu")
+    assert (
+        "iter_4.pth holds averaged (EMA) weights and the optimizer's: the averaged" in caplog.text
+    )
+    assert equal(read(run, 4)["state_dict"], inferencer.model.state_dict())
+
+
 def runner_of(optim_wrapper=None, **attributes):
     loop = IterBasedTrainLoop.__new__(IterBasedTrainLoop)
     return SimpleNamespace(
@@ -110,6 +121,24 @@ def test_refusals():
         with pytest.raises(TrainingEnded) as end:
             call(*[runner, {}][: 2 if call == hook.after_load_checkpoint else 1])
         assert "needs runner_type Runner, got FlexibleRunner" in end.value.sentence
+
+
+def test_what_is_saved_in_the_middle_of_a_validation():
+    """When a signal ends the training: the same as before it."""
+    hook, runner = AveragedWeightsHook(), runner_of(_resume=False)
+    hook.before_run(runner)
+    hook.ema_model.update_parameters(runner.model)
+    torch.nn.init.constant_(runner.model.bias, math.pi)
+    contents = [{"state_dict": dict(runner.model.state_dict())}]
+    hook.before_save_checkpoint(runner, contents[0])
+    contents = [copy.deepcopy(contents[0])]
+    hook._swap_ema_parameters()
+    contents.append({"state_dict": dict(runner.model.state_dict())})
+    hook.before_save_checkpoint(runner, contents[1])
+    assert trained(contents[0])["bias"] == torch.tensor(math.pi)
+    for one in ("state_dict", BESIDE):
+        assert contents[0][one].keys() == contents[1][one].keys()
+        assert equal(contents[0][one], contents[1][one])
 
 
 def test_weights_loaded_later_are_tested_as_they_are():
