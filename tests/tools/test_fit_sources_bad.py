@@ -70,7 +70,7 @@ PNG = "masks/c.png"
 # Layout, what changes it, words of the sentence.
 CASES = {
     "empty": (lambda root: root.mkdir(), None, "none of them, but 0 images"),
-    "two layouts": (XML, LABELS, "it has YOLO's format and Pascal VOC's format"),
+    "two layouts": (XML, LABELS, "YOLO's format and Pascal VOC's format: name the"),
     "labels without names": (LABELS, removed(YOLO), "without a data.yaml or classes.txt"),
     "another JSON": (
         lambda root: write(root / "a.json", {"shapes": []}),

@@ -140,8 +140,10 @@ def recognise(source: Path, out: Path, task: str | None) -> tuple[Source, str]:
             )
         return maps.read(tree, pairs), SEMANTIC
     if len(kinds) != 1:
-        what = " and ".join(kinds) if kinds else f"none of them{_hint(tree, only)}"
-        raise UsageError(f"{source} must have {EXPECTED}; it has {what}")
+        what = f"{' and '.join(kinds)}: name the JSON or YAML to use instead of the folder"
+        if not kinds:
+            what = f"none of them{_hint(tree, only)}"
+        raise UsageError(f"{source} must have one of {EXPECTED}; it has {what}")
     ((module, content),) = kinds.values()
     found: Source = module.read(tree, content, task)
     objects = [
