@@ -19,17 +19,37 @@ KERNEL_SIZE, GROUP_WIDTHS, MOST = 7, (4, 8), 2**26
 """What the CUDA kernels serve; height and width * channels must be at most MOST."""
 
 
+def _compiled_for() -> list[int]:
+    """Return the compute capabilities that the extension's kernels are compiled for; 800 is 8.0.
+
+    Earlier ones are left out: for them the kernels are compiled to nothing.
+    """
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("elsa::grouped_conv", "CUDA"):
+        return []
+    names = torch.ops.elsa.cuda_architectures().split(",")
+    return [int(name) for name in names if int(name) >= 800]
+
+
+_capabilities = _compiled_for()
+
+
 def has_cuda_kernels() -> bool:
     """Whether the extension has kernels for CUDA, compiled for a device that can run them."""
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("elsa::grouped_conv", "CUDA"):
+    return bool(_capabilities)
+
+
+def serves_device(device: torch.device) -> bool:
+    """Whether the CUDA kernels are compiled for a device, or for an earlier one from 8.0 on."""
+    if device.type != "cuda" or not _capabilities:
         return False
-    return any(int(arch) >= 800 for arch in torch.ops.elsa.cuda_architectures().split(","))
+    properties = torch.cuda.get_device_properties(device)
+    return min(_capabilities) <= 100 * properties.major + 10 * properties.minor
 
 
 def is_served(query: Tensor, key: Tensor, weight: Tensor) -> bool:
     """Whether the CUDA kernels serve these tensors, as autocast would cast weight and bias."""
     dtype = query.dtype
-    if query.device.type != "cuda" or dtype not in (torch.float16, torch.bfloat16):
+    if dtype not in (torch.float16, torch.bfloat16) or not serves_device(query.device):
         return False
     if torch.is_autocast_enabled("cuda"):
         if torch.get_autocast_dtype("cuda") != dtype or not is_cast(weight.dtype):
@@ -43,7 +63,6 @@ def is_served(query: Tensor, key: Tensor, weight: Tensor) -> bool:
         and group_width in GROUP_WIDTHS
         and channels % 8 == 0
         and max(query.shape[1], query.shape[2] * channels) <= MOST
-        and torch.cuda.get_device_properties(query.device).major >= 8
     )
 
 

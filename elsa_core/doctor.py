@@ -12,8 +12,9 @@ from pathlib import Path
 
 import torch
 
-from . import __version__, grouped_conv
+from . import __version__
 from ._extension import binaries
+from ._grouped_conv import serves_device
 from ._range import PYTHON, TORCH_WITH_EXTENSION, dotted, numbers, python_obstacle
 from .backends import NAMES, backend_of, backends_of, has_kernels, use_backend
 from .frameworks import Report, check_frameworks
@@ -136,9 +137,8 @@ def _check_device(report: Report, device: torch.device) -> None:
                 _check_backend(report, device, name)
             except Exception as error:  # any, as of compilers and drivers
                 report.faults.append(f"{name} on {device} fails with {one_line(error)!r}: {OTHER}")
-    if device.type == "cuda" and grouped_conv.has_cuda_kernels():
-        if torch.cuda.get_device_capability(device) >= (8, 0):
-            _check_convolution(report, device)
+    if serves_device(device):
+        _check_convolution(report, device)
 
 
 def _check_backend(report: Report, device: torch.device, name: str) -> None:

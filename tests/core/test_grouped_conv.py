@@ -258,15 +258,19 @@ def test_operator_refuses_what_does_not_match(change, error, words):
         (True, {"width": 2**22}),
         (False, {"width": 2**22 + 1}),
         (False, {"major": 7}),
+        (True, {"compiled": [800, 900]}),
+        (False, {"compiled": [900]}),  # and for 7.5, which is left out
+        (False, {"compiled": []}),
     ],
     ids=str,
 )
 def test_what_the_cuda_kernels_serve(monkeypatch, served, change):
     case = {"device": "cuda", "dtype": torch.float16, "weight": (16, 4, 7, 7), "width": 5}
     case |= {"weight_dtype": torch.float16, "autocast": None, "major": 8} | change
+    monkeypatch.setattr(_grouped_conv, "_capabilities", case.get("compiled", [800]))
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: case["autocast"] is not None)
     monkeypatch.setattr(torch, "get_autocast_dtype", lambda device: case["autocast"])
-    properties = SimpleNamespace(major=case["major"])
+    properties = SimpleNamespace(major=case["major"], minor=6)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     device = SimpleNamespace(type=case["device"])
     shape = (1, 3, case["width"], case["weight"][0])
@@ -353,7 +357,7 @@ def test_kernels_are_there_if_compiled_for_tensor_cores(monkeypatch, architectur
     monkeypatch.setattr(torch._C, dispatch, lambda name, key: bool(architectures))
     operators = SimpleNamespace(elsa=SimpleNamespace(cuda_architectures=lambda: architectures))
     monkeypatch.setattr(torch, "ops", operators)
-    assert _grouped_conv.has_cuda_kernels() == there
+    assert bool(_grouped_conv._compiled_for()) == there
 
 
 def test_convolution_of_one_map_has_no_form():
