@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import reduce
+from operator import getitem
 from typing import Any
 
 from detectron2.config import CfgNode, LazyConfig
@@ -109,6 +111,8 @@ def keys_of(config: DictConfig) -> CfgNode:
                 value = OmegaConf.to_container(value)
             if key in ("DATASETS.TRAIN", "DATASETS.TEST") and isinstance(value, str):
                 value = [value]
+            if type(value) is int and isinstance(reduce(getitem, key.split("."), cfg), float):
+                value = float(value)
             cfg.merge_from_other_cfg(_nested(key, value))
         except Exception as error:
             raise UsageError(f"{name} is not valid: {one_line(error)}") from error
