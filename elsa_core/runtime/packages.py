@@ -26,6 +26,7 @@ DISTRIBUTIONS = {
     "onnxruntime": "onnxruntime",
     "onnxscript": "onnxscript",
     "openvino": "openvino",
+    "psutil": "psutil",
     "pycocotools": "pycocotools",
     "regex": "regex",
     "safetensors": "safetensors",
@@ -37,6 +38,7 @@ DISTRIBUTIONS = {
     "tensorboard": "tensorboard",
     "tqdm": "tqdm",
     "wandb": "wandb",
+    "yaml": "pyyaml",
 }
 
 

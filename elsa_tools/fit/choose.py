@@ -9,11 +9,12 @@ import math
 import re
 from dataclasses import dataclass
 
-from elsa_core.runtime.errors import UsageError
 from elsa_tools.results.run import Rule
 
 from .dataset import SEMANTIC
 from .facts import Facts, Machine
+from .length import Timing, length, patience_of
+from .wish import Wish, check
 
 SMALL = "small"
 MODELS = {"t": "tiny", "s": "small", "b": "base", SMALL: "custom", "volo_d1": "volo_d1"}
@@ -37,51 +38,15 @@ RATES = {
 # Bytes of memory that training takes for each pixel of a batch, by model, measured (docs/fit.md).
 PIXEL_BYTES = {SMALL: 1_500, "t": 4_000, "s": 5_500, "b": 7_000, "volo_d1": 4_500}
 MOST_IMAGES = {"cpu": 4, "cuda": 16}
-# Passes over the data set from random weights and from trained ones, and the least iterations.
-EPOCHS = {False: (36, 600), True: (12, 300)}
-PROBE_ITERATIONS = 24
-# Seconds kept for the report, and the part of the remaining time that is planned.
-REPORT_SECONDS, PLANNED = 10, 0.94
-# Part of the time that evaluations during the training may take.
-EVALUATING = 0.15
+# Factor of the learning rate from one layer to the one before, of trained backbones.
+LAYER_DECAY = 0.9
+# Limit of the norm of all gradients.
+CLIP = 10.0
 MIRRORED = re.compile(
     r"left|right|text|letters?|digits?|char(acter)?s?|numbers?|numerals?|words?|arrows?|signs?|"
     r"plates?|logos?|clocks?|east|west",
     re.IGNORECASE,
 )
-
-
-@dataclass(frozen=True)
-class Wish:
-    """What the user asks for; None: the rules choose.
-
-    ``starts``: whether the model starts from trained weights.
-    """
-
-    task: str
-    model: str
-    starts: bool = False
-    epochs: int | None = None
-    minutes: float | None = None
-    batch: int | None = None
-    workers: int | None = None
-
-
-@dataclass(frozen=True)
-class Timing:
-    """What a probe measured, in seconds.
-
-    Args:
-        startup: from the start of the trainer's process to its first iteration.
-        iteration: of one iteration.
-        image: of the evaluation of one image.
-        spent: since the command began.
-    """
-
-    startup: float
-    iteration: float
-    image: float
-    spent: float = 0
 
 
 @dataclass(frozen=True)
@@ -95,6 +60,9 @@ class Choice:
         ratios: heights of anchors by their widths.
         weights: of the classes in the loss; empty: equal.
         evaluate, save: iterations between two evaluations, and two checkpoints.
+        patience: evaluations without a better score after which the training ends; 0: none end it.
+        layer_decay: factor of the learning rate from one layer of the backbone to the one before.
+        clip: limit of the norm of all gradients.
         rules: one of each choice.
     """
 
@@ -112,7 +80,10 @@ class Choice:
     warmup: int
     evaluate: int
     save: int
+    patience: int
     amp: bool
+    layer_decay: float
+    clip: float
     weights: tuple[float, ...]
     rules: tuple[Rule, ...]
 
@@ -132,11 +103,11 @@ def choose(facts: Facts, machine: Machine, wish: Wish, timing: Timing | None = N
     Raises:
         UsageError: a wish is not possible.
     """
-    _check(facts, wish)
+    check(facts, wish)
     short, long, sized = _size(facts, machine)
     shorts = tuple(_multiple(short * factor, 8) for factor in (7 / 8, 1, 9 / 8))
     batch, batched = _batch(facts, machine, wish, long * short)
-    iterations, evaluate, lengths = _length(facts, wish, batch, timing)
+    iterations, evaluate, lengths = length(facts, wish, batch, timing)
     rate, rated = _rate(wish, batch)
     flip, flipped = _flip(facts)
     rules = [sized]
@@ -148,17 +119,35 @@ def choose(facts: Facts, machine: Machine, wish: Wish, timing: Timing | None = N
     weights, weighted = _class_weights(facts)
     workers, working = _workers(machine, wish, short * long)
     warmup = max(1, min(500, round(iterations / 12)))
+    patience, patient = patience_of(wish, math.ceil(iterations / evaluate))
     amp = machine.device == "cuda"
+    layer_decay = LAYER_DECAY if wish.starts else 1.0
     rules += [
         flipped,
         *weighted,
         batched,
         *lengths,
+        patient,
         rated,
         Rule(
             "warm-up",
             f"{warmup} iterations",
             "a twelfth of the iterations, at most 500; then the rate falls to 0 on a cosine",
+        ),
+        Rule(
+            "layer decay",
+            f"{layer_decay:g}",
+            f"{LAYER_DECAY:g} for trained weights, whose first layers need to change least",
+        ),
+        Rule(
+            "clipping",
+            f"{CLIP:g}",
+            "limit of the norm of all gradients, which a usual batch does not reach",
+        ),
+        Rule(
+            "averaged weights",
+            "on",
+            "evaluated beside the others; the best checkpoint is theirs",
         ),
         Rule(
             "precision",
@@ -182,25 +171,13 @@ def choose(facts: Facts, machine: Machine, wish: Wish, timing: Timing | None = N
         warmup,
         evaluate,
         max(1, min(evaluate, 200)),
+        patience,
         amp,
+        layer_decay,
+        CLIP,
         weights,
         tuple(rules),
     )
-
-
-def _check(facts: Facts, wish: Wish) -> None:
-    if wish.epochs is not None and wish.minutes is not None:
-        raise UsageError("--epochs and --minutes exclude each other: give one of them")
-    for name in ("epochs", "minutes", "batch"):
-        value = getattr(wish, name)
-        if value is not None and not (0 < value < math.inf):
-            raise UsageError(f"--{name} must be above 0, got {value}")
-    if wish.workers is not None and wish.workers < 0:
-        raise UsageError(f"--workers must be 0 or more, got {wish.workers}")
-    if wish.batch is not None and wish.batch > facts.images:
-        raise UsageError(
-            f"--batch must be at most the {facts.images} training images, got {wish.batch}"
-        )
 
 
 def _multiple(pixels: float, of: int = 32) -> int:
@@ -274,68 +251,6 @@ def _rate(wish: Wish, batch: int) -> tuple[float, Rule]:
     start = "trained" if wish.starts else "random"
     why = f"{rate:g} at a batch of {base}, for this model from {start} weights; by its square root"
     return chosen, Rule("learning rate", f"{chosen:g}", why)
-
-
-def _length(
-    facts: Facts, wish: Wish, batch: int, timing: Timing | None
-) -> tuple[int, int, list[Rule]]:
-    """Return iterations, iterations between evaluations, and the rules."""
-    epoch = math.ceil(facts.images / batch)
-    if wish.minutes is not None and timing is None:
-        return PROBE_ITERATIONS, PROBE_ITERATIONS, []
-    if wish.minutes is not None and timing is not None:
-        return _fit_time(facts, wish.minutes, epoch, timing)
-    epochs, least = EPOCHS[wish.starts]
-    iterations = max(epochs * epoch, least) if wish.epochs is None else wish.epochs * epoch
-    count = min(10, max(1, iterations // 50))
-    start = "trained" if wish.starts else "random"
-    why = f"{epochs} times the images, as the weights are {start}; at least {least} iterations"
-    length = f"{iterations} iterations, {iterations / epoch:.1f} times the images"
-    return (
-        iterations,
-        math.ceil(iterations / count),
-        [
-            Rule("length", length, why if wish.epochs is None else "as asked for"),
-            Rule("evaluations", str(count), "one in 50 iterations, at most 10"),
-        ],
-    )
-
-
-def _fit_time(
-    facts: Facts, minutes: float, epoch: int, timing: Timing
-) -> tuple[int, int, list[Rule]]:
-    evaluation = facts.val_images * timing.image
-    # The trainer starts twice: to train, and to evaluate the best checkpoint.
-    fixed = timing.spent + 2 * timing.startup + evaluation + REPORT_SECONDS
-    left = PLANNED * (60 * minutes - fixed)
-    count = max(1, min(5, int(left * EVALUATING / evaluation)))
-    iterations = int((left - count * evaluation) / timing.iteration)
-    if iterations < 10:
-        needed = (fixed + (evaluation + 10 * timing.iteration) / PLANNED) / 60
-        raise UsageError(
-            f"--minutes {minutes:g} is too short: here the training starts in "
-            f"{timing.startup:.0f} s, an iteration takes {timing.iteration:.2g} s and an "
-            f"evaluation {evaluation:.0f} s, which needs at least "
-            f"{math.ceil(10 * needed) / 10:g} minutes"
-        )
-    count = max(1, min(count, iterations // 50))
-    return (
-        iterations,
-        math.ceil(iterations / count),
-        [
-            Rule(
-                "length",
-                f"{iterations} iterations, {iterations / epoch:.1f} times the images",
-                f"what fits into {minutes:g} minutes: an iteration takes {timing.iteration:.2g} s, "
-                f"an evaluation {evaluation:.0f} s, a start {timing.startup:.0f} s",
-            ),
-            Rule(
-                "evaluations",
-                str(count),
-                f"at most {EVALUATING:.0%} of the time, one in 50 iterations, at most 5",
-            ),
-        ],
-    )
 
 
 def _class_weights(facts: Facts) -> tuple[tuple[float, ...], list[Rule]]:

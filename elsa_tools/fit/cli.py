@@ -10,13 +10,25 @@ from types import FrameType
 from typing import NoReturn
 
 from elsa_core.runtime.command_line import exit_status, say
+from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.packages import is_missing, missing
 from elsa_tools.arguments import command_parser
 
 from .choose import MODELS
 from .dataset import TASKS
 from .frameworks import FRAMEWORKS
 
-PACKAGES = ("numpy", "PIL", "psutil", "pycocotools", "tqdm", "yaml")
+PACKAGES = (
+    "PIL",
+    "jinja2",
+    "matplotlib",
+    "psutil",
+    "pycocotools",
+    "supervision",
+    "tabulate",
+    "tqdm",
+    "yaml",
+)
 DETAILS = """\
 examples:
   look first                elsa fit my_images --dry-run
@@ -95,6 +107,8 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
 
 
 def run(options: argparse.Namespace) -> int:
+    if absent := [name for name in PACKAGES if is_missing(name)]:  # some are needed at the end
+        raise UsageError(missing(absent))
     from .run import Fit, Request
 
     values = {name: value for name, value in vars(options).items() if name != "dry_run"}

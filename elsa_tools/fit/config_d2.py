@@ -7,12 +7,12 @@ from typing import Any
 from elsa_d2.config import get_config_file
 
 from .choose import MODELS, SMALL
-from .dataset import INSTANCES, SEMANTIC
+from .dataset import BOXES, INSTANCES, SEMANTIC
 from .plan import Plan
 from .render import comment, settings, yaml_text
 
 TRAIN, VAL = "fit_train", "fit_val"
-METRICS = {INSTANCES: "segm/AP", SEMANTIC: "sem_seg/mIoU"}
+METRICS = {INSTANCES: "ema/segm/AP", BOXES: "ema/bbox/AP", SEMANTIC: "ema/sem_seg/mIoU"}
 
 
 def config_text(plan: Plan) -> str:
@@ -47,6 +47,7 @@ def _shared(plan: Plan) -> list[tuple[Any, ...]]:
     return [
         ("MODEL.DEVICE", plan.device),
         ("MODEL.WEIGHTS", str(plan.weights or "")),
+        ("MODEL.EMA.ENABLED", True, why["averaged weights"]),
         *arch,
         ("DATASETS.TRAIN", [TRAIN]),
         ("DATASETS.TEST", [VAL]),
@@ -59,10 +60,15 @@ def _shared(plan: Plan) -> list[tuple[Any, ...]]:
         ("SOLVER.LR_SCHEDULER_NAME", "WarmupCosineLR"),
         ("SOLVER.WARMUP_ITERS", choice.warmup, why["warm-up"]),
         ("SOLVER.WARMUP_FACTOR", 0.01),
+        ("SOLVER.LAYER_DECAY", choice.layer_decay, why["layer decay"]),
+        ("SOLVER.CLIP_GRADIENTS.ENABLED", True, why["clipping"]),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"),
+        ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", choice.clip),
         ("SOLVER.CHECKPOINT_PERIOD", choice.save),
         ("SOLVER.AMP.ENABLED", choice.amp, why["precision"]),
         ("TEST.EVAL_PERIOD", choice.evaluate, why.get("evaluations", "a probe")),
-        ("TEST.BEST_METRIC", METRICS.get(plan.data.task, "bbox/AP")),
+        ("TEST.PATIENCE", choice.patience, why["early stop"]),
+        ("TEST.BEST_METRIC", METRICS[plan.data.task]),
         ("SEED", plan.seed),
         ("OUTPUT_DIR", str(plan.work)),
     ]

@@ -8,11 +8,11 @@ from elsa_core.variants import Arch
 from elsa_mm.configs import get_config_file
 
 from .choose import MODELS, SMALL
-from .dataset import INSTANCES, SEMANTIC
+from .dataset import BOXES, INSTANCES, SEMANTIC
 from .plan import Plan
 from .render import comment, python_text, settings
 
-METRICS = {INSTANCES: "coco/segm_mAP", SEMANTIC: "mIoU"}
+METRICS = {INSTANCES: "ema/coco/segm_mAP", BOXES: "ema/coco/bbox_mAP", SEMANTIC: "ema/mIoU"}
 
 
 def config_text(plan: Plan) -> str:
@@ -49,6 +49,9 @@ def _bases(plan: Plan) -> list[str]:
 def _shared(plan: Plan) -> list[tuple[Any, ...]]:
     choice, why = plan.choice, plan.reasons
     end, warm = choice.iterations, choice.warmup
+    metric = METRICS[plan.data.task]
+    hook = dict(type="PatienceHook", monitor=metric, patience=choice.patience)
+    patience = [("default_hooks.patience", hook, why["early stop"])] if choice.patience else []
     schedule = [
         dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=warm),
         dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=warm, end=end),
@@ -67,11 +70,18 @@ def _shared(plan: Plan) -> list[tuple[Any, ...]]:
         ("val_dataloader.persistent_workers", choice.workers > 0),
         ("optim_wrapper.type", f"{'Amp' * choice.amp}OptimWrapper", why["precision"]),
         ("optim_wrapper.optimizer.lr", choice.rate, why["learning rate"]),
+        ("optim_wrapper.constructor", "ELSAOptimWrapperConstructor"),
+        ("optim_wrapper.paramwise_cfg.layer_decay", choice.layer_decay, why["layer decay"]),
+        ("optim_wrapper.clip_grad", dict(max_norm=choice.clip), why["clipping"]),
         ("param_scheduler", schedule, f"warm-up: {why['warm-up']}"),
         ("train_cfg.max_iters", end, why.get("length", "a probe")),
         ("train_cfg.val_interval", choice.evaluate, why.get("evaluations", "a probe")),
+        ("default_hooks.ema", dict(type="AveragedWeightsHook"), why["averaged weights"]),
+        ("default_hooks.logger.interval", 10),
+        ("log_processor.window_size", 10),
+        *patience,
         ("default_hooks.checkpoint.interval", choice.save),
-        ("default_hooks.checkpoint.save_best", METRICS.get(plan.data.task, "coco/bbox_mAP")),
+        ("default_hooks.checkpoint.save_best", metric),
         ("default_hooks.checkpoint.rule", "greater"),
         ("randomness", dict(seed=plan.seed)),
         ("work_dir", str(plan.work)),

@@ -11,11 +11,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from elsa_core.ema import METRICS
 from elsa_core.runtime.configs import find_config
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.packages import is_missing
 
-from .dataset import INSTANCES, SEMANTIC
+from .dataset import SEMANTIC
 from .plan import Plan
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -69,13 +70,13 @@ class Framework:
         return [*command, "--cfg-options", f"test_evaluator.outfile_prefix={out / 'results'}"]
 
     def results(self, out: Path, task: str) -> Path:
-        """Return the file or folder of results that `evaluate` has written."""
+        """Return what `evaluate` has written for "bbox", "segm" or "semantic"."""
         if self.name == "detectron2":
             name = "sem_seg_predictions" if task == SEMANTIC else "coco_instances_results"
             return out / "inference" / f"{name}.json"
         if task == SEMANTIC:
             return out / "maps"
-        return out / f"results.{'segm' if task == INSTANCES else 'bbox'}.json"
+        return out / f"results.{task}.json"
 
     def history(self, work: Path) -> list[Row]:
         """Return the figures of a training by iteration; those of a resumed one replace its own."""
@@ -96,9 +97,10 @@ class Framework:
         for key, value in record.items():
             if not isinstance(value, (int, float)):
                 continue
-            if key in self.metrics:
-                factor = 1 if key.endswith("mIoU") else self.percent
-                yield f"val/{self.metrics[key]}", factor * value
+            name = key.removeprefix(METRICS)
+            if name in self.metrics:
+                factor = 1 if name.endswith("mIoU") else self.percent
+                yield f"{'val' if name == key else 'val_ema'}/{self.metrics[name]}", factor * value
             elif key == "total_loss":
                 yield "loss", value
             elif key in ("lr", "time") or key.startswith("loss"):

@@ -6,9 +6,9 @@ import ctypes
 import os
 import re
 import signal
-import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 
 from elsa_core.runtime.errors import UsageError
 
@@ -36,11 +36,11 @@ def run(command: Sequence[str], log: Path, what: str, watch: Callable[[], None])
     """
     begin = log.stat().st_size if log.exists() else 0
     with log.open("ab") as stream:
-        process = subprocess.Popen(
+        process = Popen(
             command,
-            stdin=subprocess.DEVNULL,
+            stdin=DEVNULL,
             stdout=stream,
-            stderr=subprocess.STDOUT,
+            stderr=STDOUT,
             start_new_session=True,
             preexec_fn=_end_with_parent,
             env={**os.environ, "PYTHONUNBUFFERED": "1"},
@@ -49,7 +49,7 @@ def run(command: Sequence[str], log: Path, what: str, watch: Callable[[], None])
             while process.poll() is None:
                 try:
                     process.wait(POLL_SECONDS)
-                except subprocess.TimeoutExpired:
+                except TimeoutExpired:
                     watch()
         finally:
             if process.poll() is None:
@@ -69,11 +69,11 @@ def tail(log: Path, begin: int) -> str:
         return stream.read().decode(errors="replace")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _end(process: Popen[bytes]) -> None:
     process.send_signal(signal.SIGTERM)
     try:
         process.wait(PATIENCE)
-    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+    except (TimeoutExpired, KeyboardInterrupt):
         process.kill()
         process.wait()
 

@@ -40,7 +40,7 @@ class Progress:
         figures = {}
         for row in rows:
             figures.update({key: value for key, value in row.items() if _shown(key)})
-        shown = {key.removeprefix("val/"): f"{value:.3g}" for key, value in figures.items()}
+        shown = {key.removeprefix("val_ema/"): f"{value:.3g}" for key, value in figures.items()}
         self.bar.n = min(self._done(rows), self.bar.total)
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(0)
@@ -64,4 +64,4 @@ class Progress:
 
 
 def _shown(key: str) -> bool:
-    return key == "loss" or key.startswith("val/") and "AP50" not in key
+    return key == "loss" or key.startswith("val_ema/") and "AP50" not in key

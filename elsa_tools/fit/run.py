@@ -22,14 +22,16 @@ from elsa_core.runtime.files import replacing
 from elsa_core.runtime.lock import TrainingLock
 
 from . import process
-from .choose import PROBE_ITERATIONS, Choice, Timing, Wish, choose
+from .choose import Choice, choose
 from .dataset import DataSet, Part
 from .facts import Facts, Machine, machine, measure
 from .frameworks import Framework, choose_framework
+from .length import PROBE_ITERATIONS, Timing
 from .plan import Plan
 from .progress import Progress
 from .sources import prepare
 from .state import State, fingerprint
+from .wish import Wish
 
 # Images that a probe evaluates.
 PROBE_IMAGES = 12
@@ -77,10 +79,10 @@ class Fit:
         Args:
             dry_run: end after the config is written.
         """
-        _check_places(self.request.data, self.out)
-        state = State(self.out, self.request.recorded(), fingerprint(self.request.data))
+        self._check_places()
         with TrainingLock(self.out):
-            self.state = state
+            data = fingerprint(self.request.data)
+            self.state = State(self.out, self.request.recorded(), data)
             self._steps(dry_run)
 
     def _steps(self, dry_run: bool) -> None:
@@ -89,15 +91,24 @@ class Fit:
         here = machine(self.request.device)
         plan = self._plan(framework, data, measure(data), here)
         config = self.out / f"config{framework.ending}"
-        self._write_config(config, framework.config_text(plan))
-        for rule in plan.choice.rules:
-            show(f"{rule.what}: {rule.value} ({rule.why})")
+        if self._write_config(config, framework.config_text(plan)):
+            for rule in plan.choice.rules:
+                show(f"{rule.what}: {rule.value} ({rule.why})")
         if dry_run:
             show(f"{config} is written; without --dry-run, the same command trains it")
             return
         self._train(framework, plan, config)
         best = self._best(framework)
         self._evaluate(framework, plan, config, best)
+        self._report(framework, plan, here)
+
+    def _check_places(self) -> None:
+        for path in filter(None, (self.request.data, self.request.weights)):
+            if not path.exists():
+                raise UsageError(f"{path} does not exist")
+        data, out = (Path(os.path.realpath(one)) for one in (self.request.data, self.out))
+        if data == out or data in out.parents:
+            raise UsageError(f"--out must be outside of the data, got {self.request.out}")
 
     @contextmanager
     def _step(self, name: str) -> Iterator[None]:
@@ -112,6 +123,7 @@ class Fit:
         if (known := self.state.dataset) is not None:
             return known
         request = self.request
+        shutil.rmtree(self.data, ignore_errors=True)
         with self._step("prepare"):
             data = prepare(request.data, self.data, request.task, request.validation, True)
         show(f"{data.layout}\n{data.split}")
@@ -150,6 +162,7 @@ class Fit:
 
     def _few(self, data: DataSet) -> DataSet:
         """Return the data set with a few validation images."""
+        _wait_for(self.probe / "training")
         shutil.rmtree(self.probe, ignore_errors=True)
         self.probe.mkdir()
         return replace(data, val=_part_of(data.val, PROBE_IMAGES, self.probe))
@@ -173,21 +186,24 @@ class Fit:
         self.state.timing = Timing(startup, iteration, image, spent)
         shutil.rmtree(self.probe)
 
-    def _write_config(self, config: Path, text: str) -> None:
+    def _write_config(self, config: Path, text: str) -> bool:
+        """Write the config if it is not there; return whether it was not."""
         if not config.exists():
             with replacing(config) as file:
                 file.write(text.encode())
-        elif config.read_text(encoding="utf-8") != text:
+            return True
+        if config.read_text(encoding="utf-8") != text:
             raise UsageError(
                 f"{config} is not what elsa fit has written: train it with the framework's own "
                 "command, or name another --out"
             )
+        return False
 
     def _train(self, framework: Framework, plan: Plan, config: Path) -> None:
         if self.state.content.get("trained"):
             return
-        resume = (self.work / "last_checkpoint").is_file()
         _wait_for(self.work)
+        resume = (self.work / "last_checkpoint").is_file()
         with Progress(framework, self.work, plan.choice.iterations, framework.title) as watch:
             with self._step("train"):
                 command = framework.train(config, resume)
@@ -212,13 +228,18 @@ class Fit:
             process.run(command, self.log, "the evaluation", _nothing)
         self.state.put("evaluated", True)
 
+    def _report(self, framework: Framework, plan: Plan, here: Machine) -> None:
+        path = self.out / "report.html"
+        if not (path.is_file() and "scores" in self.state.content):
+            from .report import write
 
-def _check_places(data: Path, out: Path) -> None:
-    if not data.exists():
-        raise UsageError(f"{data} does not exist")
-    inside, outside = Path(os.path.realpath(out)), Path(os.path.realpath(data))
-    if inside == outside or outside in inside.parents:
-        raise UsageError(f"--out must be outside of the data, got {out}")
+            with self._step("report"):
+                scores = write(path, framework, plan, self.results, self.state.seconds, here)
+            self.state.put("scores", scores)
+        for task, scores in self.state.content["scores"].items():
+            known = [f"{name} {value:.1f}" for name, value in scores.items() if value is not None]
+            show(f"{task}: {', '.join(known)}")
+        show(f"{path} has the results by class, and the commands to go on")
 
 
 def _part_of(part: Part, count: int, out: Path) -> Part:
@@ -247,6 +268,8 @@ def _part_of(part: Part, count: int, out: Path) -> Part:
 
 def _wait_for(work: Path) -> None:
     """Wait until a training whose ``elsa fit`` was killed has saved its state and ended."""
+    if not work.is_dir():
+        return
     for attempt in range(process.PATIENCE):
         try:
             with TrainingLock(work):

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from elsa_core.data.coco import read_json
+from elsa_core.runtime import lock
 from elsa_core.runtime.errors import UsageError
-from elsa_core.runtime.files import make_folder, replacing
+from elsa_core.runtime.files import replacing
 
-from .choose import Timing
 from .dataset import DataSet, Part
+from .length import Timing
 
 NAME, VERSION = "fit.json", 1
 # Files of the data set that are compared by their content; others, images, by name and size.
@@ -43,7 +44,7 @@ class State:
     """The record of a run.
 
     Args:
-        out: folder of the run; it must be empty, or of a run with the same arguments and data.
+        out: locked folder of the run, empty or of a run with the same arguments and data.
         arguments: of the command, by option.
         data: fingerprint of the data set.
 
@@ -64,9 +65,8 @@ class State:
         }
         if self.path.is_file():
             self._continue(read_json(str(self.path)))
-        elif out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise UsageError(f"--out {out} is in use by something else: name a new folder")
-        make_folder(str(out), "--out")
+        elif others := sorted({path.name for path in out.iterdir()} - {lock.NAME}):
+            raise UsageError(f"--out must be a new or empty folder, {out} has {others[0]}")
         self.save()
 
     def _continue(self, known: Any) -> None:

@@ -1,19 +1,31 @@
 """`elsa fit` from a folder to a trained model, as a user runs it."""
 
 import json
-import subprocess
-import sys
+import re
+import signal
 
 import fit_folders
 import pytest
-from conftest import REPOSITORY
+from fit_forks import Fork, run_fit
+from killing import fork, statuses_of
 
-COMMAND = [sys.executable, "-m", "elsa_tools", "fit"]
+from elsa_tools.fit import process
+from elsa_tools.fit.cli import main
+
+# Figures have been logged.
+TRAINING = ("fit_forks.wait", "training", 1)
+
+
+@pytest.fixture
+def forks(monkeypatch):
+    """Trainings and evaluations as forks, which start at once; the list of their commands."""
+    monkeypatch.setattr(process, "Popen", Fork)
+    monkeypatch.setattr(Fork, "started", [])
+    return Fork.started
 
 
 def fit(data, out, *options):
-    command = [*COMMAND, str(data), "--epochs", "1", "--out", str(out), *options]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True)
+    return main([str(data), "--out", str(out), "--device", "cpu", *options])
 
 
 @pytest.mark.slow
@@ -28,11 +40,10 @@ def fit(data, out, *options):
         ("label_maps", "detectron2"),
     ],
 )
-def test_from_a_folder_to_a_model(tmp_path, layout, framework):
+def test_from_a_folder_to_a_model(tmp_path, layout, framework, forks, capsys):
     data, out = tmp_path / layout, tmp_path / "out"
     fit_folders.LAYOUTS[layout](data)
-    done = fit(data, out, "--framework", framework)
-    assert done.returncode == 0, done.stderr
+    assert fit(data, out, "--framework", framework, "--epochs", "1") == 0, capsys.readouterr().err
     record = json.loads((out / "fit.json").read_text())
     assert record["trained"] and record["evaluated"]
     assert (out / "best.pth").is_file()
@@ -48,10 +59,87 @@ def test_from_a_folder_to_a_model(tmp_path, layout, framework):
         (["--minutes", "1"], "--epochs and --minutes exclude each other"),
     ],
 )
-def test_refusals(tmp_path, options, sentence):
+def test_refusals(tmp_path, options, sentence, capsys):
     data = tmp_path / "data"
     fit_folders.LAYOUTS["single_json"](data)
     options = [one.replace("DATA", str(data)) for one in options]
-    done = fit(data, tmp_path / "out", *options)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
-    assert sentence in done.stderr
+    assert fit(data, tmp_path / "out", "--epochs", "1", *options) == 2
+    error = capsys.readouterr().err
+    assert sentence in error.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("layout", "framework"), [("yolo", "mmdet"), ("label_maps", "detectron2")])
+def test_minutes_are_filled_by_the_measured_speed(tmp_path, layout, framework, forks, capsys):
+    """A dry run measures, writes the config, and trains nothing; the next one has its length."""
+    data, out = tmp_path / layout, tmp_path / "out"
+    fit_folders.LAYOUTS[layout](data)
+    options = ["--framework", framework, "--minutes", "60"]
+    assert fit(data, out, *options, "--dry-run") == 0, capsys.readouterr().err
+    printed = capsys.readouterr().out
+    assert len(forks) == 1 and not (out / "probe").exists() and not (out / "training").exists()
+    timing = json.loads((out / "fit.json").read_text())["timing"]
+    assert all(timing[name] > 0 for name in ("startup", "iteration", "image", "spent"))
+    iterations = int(re.search(r"length: (\d+) iterations", printed)[1])
+    assert 0.7 * 3600 < iterations * timing["iteration"] < 3600
+    (config,) = out.glob("config.*")
+    text = config.read_text()
+    assert re.search(rf"\b(MAX_ITER: |max_iters=){iterations}\b", text), text
+    assert fit(data, out, *options, "--dry-run") == 0 and len(forks) == 1
+    config.write_text(text + "\n")
+    assert fit(data, out, *options, "--dry-run") == 2
+    assert "is not what elsa fit has written" in capsys.readouterr().err
+
+
+def run(folder, out, *options, death=None):
+    """Runs the command in a process, which may be killed; returns its exit status and output."""
+    arguments = [str(folder), "--out", str(out), "--device", "cpu", *options]
+    log = out.with_name("fit.log")
+    log.unlink(missing_ok=True)
+    (status,) = statuses_of([fork(run_fit, arguments, str(log), death=death)])
+    return status, log.read_text()
+
+
+@pytest.mark.slow
+def test_goes_on_after_a_kill_at_any_step(tmp_path):
+    """Finished steps are not repeated, and nothing is left half-written."""
+    data, out = tmp_path / "data", tmp_path / "out"
+    fit_folders.LAYOUTS["yolo"](data)
+    options = ["--framework", "detectron2", "--epochs", "20"]
+    started = ("fit_forks.start", "*", 1)
+    killed = -signal.SIGKILL
+    moments = {
+        "preparing": ("open", "*val.json.*.part", 1),
+        "before the config": ("open", "*config.yaml.*.part", 1),
+        "before the training": started,
+        "training": TRAINING,
+        "before the evaluation": ("fit_forks.start", "*", 2),
+        "reporting": ("open", "*report.html.*.part", 1),
+    }
+    for moment, death in moments.items():
+        status, log = run(data, out, *options, death=(signal.SIGKILL, death))
+        assert status == killed, (moment, log)
+        assert not (out / "report.html").exists()
+    lines = (out / "log.txt").read_text()
+    begins = [int(one) for one in re.findall(r"Starting training from iteration (\d+)", lines)]
+    assert begins[0] == 0 and len(begins) == 2 and 0 < begins[1] <= 40, begins
+    status, log = run(data, out, *options, death=(signal.SIGKILL, started))
+    assert status == 0, log  # starts nothing
+    assert (out / "report.html").is_file() and not list(out.rglob("*.part"))
+    report = (out / "report.html").read_bytes()
+    assert run(data, out, *options, death=(signal.SIGKILL, started))[0] == 0
+    assert (out / "report.html").read_bytes() == report
+
+
+@pytest.mark.slow
+def test_a_stopped_training_goes_on(tmp_path):
+    data, out = tmp_path / "data", tmp_path / "out"
+    fit_folders.LAYOUTS["yolo_boxes"](data)
+    options = ["--framework", "mmdet", "--epochs", "20"]
+    for number, status in ((signal.SIGTERM, 143), (signal.SIGINT, 130)):
+        found, log = run(data, out, *options, death=(number, TRAINING))
+        assert found == status, log
+        assert log.endswith("; the same command goes on from here\n")
+        assert (out / "training/last_checkpoint").is_file()
+    status, log = run(data, out, *options)
+    assert status == 0 and "best.pth" in (out / "report.html").read_text(), log

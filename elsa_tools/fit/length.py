@@ -1,0 +1,111 @@
+"""How long ``elsa fit`` trains: from the number of images, or what fits into a time."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from elsa_core.runtime.errors import UsageError
+from elsa_tools.results.run import Rule
+
+from .facts import Facts
+from .wish import Wish
+
+# Passes over the data set from random weights and from trained ones, and the least iterations.
+EPOCHS = {False: (36, 600), True: (12, 300)}
+PROBE_ITERATIONS = 30
+# Seconds kept for the report, and the part of the remaining time that is planned.
+REPORT_SECONDS, PLANNED = 10, 0.94
+# Evaluations of the weights and of the averaged ones.
+EVALUATED = 2
+# Part of the time that evaluations during the training may take.
+EVALUATING = 0.15
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a probe measured, in seconds.
+
+    Args:
+        startup: from the start of the trainer's process to its first iteration.
+        iteration: of one iteration.
+        image: of the evaluation of one image.
+        spent: since the command began.
+    """
+
+    startup: float
+    iteration: float
+    image: float
+    spent: float = 0
+
+
+def length(
+    facts: Facts, wish: Wish, batch: int, timing: Timing | None
+) -> tuple[int, int, list[Rule]]:
+    """Return iterations, iterations between evaluations, and the rules."""
+    epoch = math.ceil(facts.images / batch)
+    if wish.minutes is not None and timing is None:
+        return PROBE_ITERATIONS, PROBE_ITERATIONS, []
+    if wish.minutes is not None and timing is not None:
+        return _fit_time(facts, wish.minutes, epoch, timing)
+    epochs, least = EPOCHS[wish.starts]
+    iterations = max(epochs * epoch, least) if wish.epochs is None else wish.epochs * epoch
+    count = min(10, max(1, iterations // 50))
+    start = "trained" if wish.starts else "random"
+    why = f"{epochs} times the images, as the weights are {start}; at least {least} iterations"
+    length = f"{iterations} iterations, {iterations / epoch:.1f} times the images"
+    return (
+        iterations,
+        math.ceil(iterations / count),
+        [
+            Rule("length", length, why if wish.epochs is None else "as asked for"),
+            Rule("evaluations", str(count), "one in 50 iterations, at most 10"),
+        ],
+    )
+
+
+def _fit_time(
+    facts: Facts, minutes: float, epoch: int, timing: Timing
+) -> tuple[int, int, list[Rule]]:
+    final = facts.val_images * timing.image
+    evaluation = EVALUATED * final
+    # The trainer starts twice: to train, and to evaluate the best checkpoint.
+    fixed = timing.spent + 2 * timing.startup + final + REPORT_SECONDS
+    left = PLANNED * (60 * minutes - fixed)
+    count = max(1, min(5, int(left * EVALUATING / evaluation)))
+    iterations = int((left - count * evaluation) / timing.iteration)
+    if iterations < 10:
+        needed = (fixed + (evaluation + 10 * timing.iteration) / PLANNED) / 60
+        raise UsageError(
+            f"--minutes {minutes:g} is too short: here the training starts in "
+            f"{timing.startup:.0f} s, an iteration takes {timing.iteration:.2g} s and an "
+            f"evaluation {evaluation:.0f} s, which needs at least "
+            f"{math.ceil(10 * needed) / 10:g} minutes"
+        )
+    count = max(1, min(count, iterations // 50))
+    return (
+        iterations,
+        math.ceil(iterations / count),
+        [
+            Rule(
+                "length",
+                f"{iterations} iterations, {iterations / epoch:.1f} times the images",
+                f"what fits into {minutes:g} minutes: an iteration takes {timing.iteration:.2g} s, "
+                f"an evaluation {evaluation:.0f} s, a start {timing.startup:.0f} s",
+            ),
+            Rule(
+                "evaluations",
+                str(count),
+                f"at most {EVALUATING:.0%} of the time, one in 50 iterations, at most 5",
+            ),
+        ],
+    )
+
+
+def patience_of(wish: Wish, evaluations: int) -> tuple[int, Rule]:
+    """Return a number of evaluations."""
+    if wish.minutes is not None or wish.epochs is not None:
+        return 0, Rule("early stop", "none", "the length is as asked for")
+    patience = max(3, evaluations // 2)
+    value = f"after {patience} evaluations without a better score"
+    return patience, Rule("early stop", value, "half of the evaluations, at least 3")
