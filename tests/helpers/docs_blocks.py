@@ -114,6 +114,8 @@ def run_command(command):
     if words and words[0] == "export":
         os.environ.update(word.split("=", 1) for word in words[1:])
         return 0
+    if words[:2] == ["elsa", "fit"] and not _SHELL.search(command):
+        return _run("elsa_tools", ["fit", *shorten("fit", words[2:])[0]], runpy.run_module)
     if tool is None and words[:2] == ["python", "-m"] and words[2].startswith("elsa_"):
         return _run(words[2], words[3:], runpy.run_module)
     if tool is None or _SHELL.search(command):
@@ -173,6 +175,9 @@ def shorten(tool, arguments):
         last = 2 if "--resume" in arguments else 1
         arguments = [*arguments, f"train.max_iter={last}", "dataloader.train.total_batch_size=2"]
         arguments.append("model.roi_heads.box_predictor.test_topk_per_image=10")
+    elif tool == "fit":
+        length = arguments.index("--minutes")
+        arguments = [*arguments[:length], "--epochs", "1", *arguments[length + 2 :]]
     elif tool == "make_digits":
         arguments = [*arguments, "--train", "8", "--val", "4", "--size", "96"]
     return arguments, lambda: None

@@ -23,6 +23,7 @@ pytest.importorskip("mmpretrain")
 from docs_blocks import REPOSITORY, commands, flags_of, make_folder, read_blocks, read_page, shorten
 
 from elsa_core import doctor
+from elsa_tools.fit import cli as fit
 
 DOCS = sorted((REPOSITORY / "docs").glob("*.md"))
 README = REPOSITORY / "README.md"
@@ -144,10 +145,12 @@ def test_every_block_is_run_or_says_why_not(path):
 @cache
 def known_flags():
     tools = [tool.stem for tool in (REPOSITORY / "tools").glob("*.py")]
-    with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
-        doctor.main(["--help"])
-    ours = set(re.findall(r"--[a-z][\w-]*", text.getvalue()))
-    return {"doctor": ours, **{tool: flags_of(tool) for tool in tools}}
+    known = {tool: flags_of(tool) for tool in tools}
+    for name, command in (("doctor", doctor), ("fit", fit)):
+        with contextlib.redirect_stdout(io.StringIO()) as text, contextlib.suppress(SystemExit):
+            command.main(["--help"])
+        known[name] = set(FLAG.findall(text.getvalue()))
+    return known
 
 
 @page
