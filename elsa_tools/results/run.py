@@ -29,7 +29,7 @@ class Run:
         rules: the choices of `fit`.
         history: a row for each iteration that was logged or evaluated, with the key "iteration"
             and any of "lr", losses whose keys begin with "loss", and metrics in percent as
-            "val/NAME" and, of the averaged weights, "val_ema/NAME", such as "val/bbox AP".
+            "val/NAME" and, of the averaged weights, "val_ema/NAME", such as "val/box AP".
         metric: NAME that chose the best checkpoint.
         seconds: of the training, evaluations included.
         images_per_second: of the training; None if unknown.
