@@ -78,6 +78,19 @@ def test_one_video_is_no_group():
     assert len(names) == 4 and sentence.endswith("give a validation part of your own")
 
 
+def test_names_that_begin_with_the_class_are_no_frames():
+    made = [f"{c}_{n:02d}.jpg" for n in range(10) for c in ("ape", "bee", "cow")]
+    names, sentence = chosen(entries(made, [("ape",), ("bee",), ("cow",)]))
+    assert len(names) == 6 and {name[:3] for name in names} == {"ape", "bee", "cow"}
+    assert sentence.endswith("by a hash of their names")
+
+
+def test_three_videos_give_one_to_validation():
+    made = [f"{c}_{n:02d}.jpg" for n in range(10) for c in ("ape", "bee", "cow")]
+    names, _ = chosen(entries(made))
+    assert len(names) == 10 and len({name[:3] for name in names}) == 1
+
+
 def test_what_roboflow_made_of_one_image_stays_together():
     made = [f"IMG_{n}_jpg.rf.{c}0f.jpg" for n in range(10) for c in "abc"]
     names, _ = chosen(entries(made))

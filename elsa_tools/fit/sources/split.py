@@ -2,7 +2,8 @@
 
 - Images stay together that are copies of one file, that Roboflow made of one image
   (``NAME.rf.*``), or that are frames: names that differ in their last number only, where such
-  groups have 3 images or more on average and the largest holds at most half of all images.
+  groups have 3 images or more on average and the largest holds at most half of all images, and
+  unless a class would then be lost to training: names such as ``cat_01`` begin with the class.
 - The groups are in the order of a hash of their names: the choice looks random, and is the same
   everywhere and on each run.
 - First a group for each class that validation lacks, the rarest class first, then any group, as
@@ -42,13 +43,16 @@ class Entry:
     classes: frozenset[str]
 
 
-def choose(entries: Sequence[Entry], share: float) -> tuple[set[int], str]:
+def choose(entries: Sequence[Entry], share: float, frames: bool = True) -> tuple[set[int], str]:
     """Return the indices of the images for validation, and a sentence on how they were chosen.
+
+    Args:
+        frames: keep frames together.
 
     Raises:
         UsageError: there are fewer than 2 images that are no copies, or all are of one group.
     """
-    groups, kind = _groups(entries)
+    groups, kind, grouped = _groups(entries, frames)
     if len(groups) < 2:
         raise UsageError(
             "training and validation need an image each, got "
@@ -84,17 +88,20 @@ def choose(entries: Sequence[Entry], share: float) -> tuple[set[int], str]:
         rest.sort(key=lambda key: (sum(left[one] < 2 for one in classes[key]), len(groups[key])))
         if rest:
             take(rest[0])
+        if grouped and any(left[one] < 1 for key in chosen for one in classes[key]):
+            return choose(entries, share, frames=False)  # names begin with the class
     picked = {number for key in chosen for number in groups[key]}
     return picked, f"{len(picked)} of {len(entries)} images were split off for validation, {kind}"
 
 
-def _groups(entries: Sequence[Entry]) -> tuple[dict[str, list[int]], str]:
-    """Return {name: indices} of images that stay together, and why, in half a sentence."""
+def _groups(entries: Sequence[Entry], frames: bool) -> tuple[dict[str, list[int]], str, bool]:
+    """Return {name: indices} of images that stay together, why, and whether as frames."""
     plain = [_COPY.sub("", stem_of(one.name)) for one in entries]
-    frames = [_NUMBER.sub("", name) for name in plain]
-    sizes = Counter(frames)
+    videos = [_NUMBER.sub("", name) for name in plain]
+    sizes = Counter(videos)
     sizeable = len(entries) >= FRAMES * len(sizes) and max(sizes.values()) <= len(entries) / 2
-    names = frames if sizeable else plain
+    sizeable = sizeable and frames
+    names = videos if sizeable else plain
     parent: dict[str, str] = {}
 
     def root(name: str) -> str:
@@ -110,8 +117,9 @@ def _groups(entries: Sequence[Entry]) -> tuple[dict[str, list[int]], str]:
     for number, name in enumerate(names):
         groups[root(name)].append(number)
     if sizeable:
-        return groups, f"whole groups of names that differ in their last number ({len(groups)})"
+        why = f"whole groups of names that differ in their last number ({len(groups)})"
+        return groups, why, True
     hint = ""
     if max(sizes.values()) > len(entries) / 2 and len(set(plain)) == len(entries):
         hint = "; if they are frames of one video, give a validation part of your own"
-    return groups, f"by a hash of their names{hint}"
+    return groups, f"by a hash of their names{hint}", False
