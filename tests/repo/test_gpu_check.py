@@ -15,7 +15,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from gpu import models, probe, rehearsal, sanitizers, schedule, summary, tables  # noqa: E402
+from gpu import models, probe, rehearsal, sanitizers, schedule, summary, tables, tests  # noqa: E402
 from gpu.common import has_triton  # noqa: E402
 
 POISON = """
@@ -80,7 +80,8 @@ def test_rehearsal_runs_every_step_and_writes_every_file(emulation, tmp_path):
     timed = {(row["contender"], row["mode"], row["graph"]) for row in rows if "us_per_image" in row}
     for name in ("elsa", "swin"):
         assert sum(contender == name for contender, _, _ in timed) == 4
-    assert {"elsa, dense", "elsa, benchmark", "swin, benchmark"} <= {name for name, _, _ in timed}
+    others = {"elsa, torch", "elsa, dense", "elsa, benchmark", "swin, benchmark"}
+    assert others <= {name for name, _, _ in timed}
     counts = {row["set"]: row["passed"] for row in rows if row["step"] == "tests" and "set" in row}
     assert counts["cuda"] > 1 and (not has_triton() or counts["triton"])
     suite = ElementTree.parse(tmp_path / "tests.xml").getroot()[0]
@@ -118,6 +119,13 @@ TOYS = {
     "fails": "row('fails')\nsys.exit(1)",
     "sleeps": "row('sleeps')\nsubprocess.Popen(['sleep', '1000']).wait()",
     "parts": "row('part ' + sys.argv[-1])",
+    # Each part waits for the other.
+    "meet": """
+import time
+open(os.path.join(out, "..", sys.argv[-1]), "w").close()
+while not all(os.path.exists(os.path.join(out, "..", name)) for name in "ab"):
+    time.sleep(0.05)
+""",
 }
 HEAD = """
 import json, os, subprocess, sys
@@ -141,6 +149,7 @@ def test_no_step_stops_the_others(tmp_path, monkeypatch, capsys):
     step = schedule.Step
     steps = {"dies": step(20, 1), "sleeps": step(2, 1), "fails": step(20, 1)}
     steps |= {"long": step(100, 90), "good": step(20, 1), "parts": step(20, 1, ("a", "b"))}
+    steps |= {"meet": step(30, 1, ("a", "b"), together=True)}
     monkeypatch.setattr(schedule, "STEPS", steps)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     start = time.monotonic()
@@ -150,18 +159,44 @@ def test_no_step_stops_the_others(tmp_path, monkeypatch, capsys):
     toys = [row["case"] for row in rows if row["step"] == "toy"]
     assert toys == ["dies", "sleeps", "fails", "good", "part a", "part b"]
     states = [(r["step"], r["state"], r["text"]) for r in rows if r["case"] == "step"]
-    *states, long, good, a, b = states
+    *states, long, good, a, b, meets, met = states
     assert states == [
         ("dies", "failed", "signal 6"),
         ("sleeps", "out of time", ""),
         ("fails", "failed", "status 1"),
     ]
     assert long[:2] == ("long", "skipped") and long[2].startswith("needs 90 s, ")
-    assert [row[1] for row in (good, a, b)] == ["done"] * 3
+    assert [row[1] for row in (good, a, b, meets, met)] == ["done"] * 5
     text = (out / "summary.md").read_text()
     assert "Skipped for want of time: long." in text and "| dies | failed |" in text
     assert {file.name for file in out.iterdir()} == set(schedule.Schedule.FILES)
     assert "fails : failed status 1" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_test_that_fails_after_its_end_has_failed(tmp_path):
+    (tmp_path / "test_toy.py").write_text("""
+import pytest
+
+@pytest.fixture
+def broken():
+    yield
+    raise ValueError("after the end")
+
+def test_good(): pass
+def test_broken(broken): pass
+""")
+    results = tmp_path / "results.jsonl"
+    environment = rehearsal.environment(ROOT) | {"GPU_CHECK_TESTS": str(results)}
+    environment |= {"GPU_CHECK_SET": "toy", "GPU_CHECK_SHARD": "0/1"}
+    command = [sys.executable, "-m", "pytest", "-p", "gpu.shard", "-p", "no:cacheprovider", "-q"]
+    subprocess.run([*command, "test_toy.py"], cwd=tmp_path, env=environment, capture_output=True)
+    records = tests.merged(summary.read(results))
+    assert [(r["test"][-6:], r["outcome"]) for r in records] == [
+        ("t_good", "passed"),
+        ("broken", "failed"),
+    ]
+    assert "after the end" in records[1]["text"]
 
 
 def test_a_sanitizer_is_clean_only_when_all_calls_are_done():
@@ -219,7 +254,8 @@ def test_findings_of_the_tools_are_rows_and_what_is_cut_off_keeps_its_log(tmp_pa
     assert rows["synccheck"]["text"] == "out of time" and rows["synccheck"]["calls"] == "1 of 72"
     assert "===== synccheck\ncall 1 of 72: x" in (out / "sanitizer.txt").read_text()
     assert summary.are_clean(list(summary.read(out / "rows.jsonl")), ["sanitizers"])[0] == "NO"
-    assert rows["ncu"]["error"].endswith("ERR_NVGPUCTRPERM - no permission")
+    for calls in ("swin", "convolution", "volo"):
+        assert rows[calls]["error"].endswith("ERR_NVGPUCTRPERM - no permission")
 
 
 def row(step, case, **figures):

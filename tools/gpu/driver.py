@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import itertools
 import sys
+from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -45,14 +47,19 @@ def small() -> list[tuple]:
     ]
 
 
-def large() -> list[tuple]:
-    """Returns the calls for the profiler: of each model's first map, each kernel once a type."""
-    firsts = {setting.kernel_size: setting for setting in reversed(SETTINGS.values())}
-    return [
-        (shape, kernel_size, 1, ghosts, dtype)
-        for shape, kernel_size, ghosts in firsts.values()
-        for dtype in ("bf16", "fp32")
-    ]
+def first(kernel_size: int) -> list[tuple]:
+    """Returns the calls for the profiler: of a model's first map, each kernel once a type."""
+    setting = next(s for s in SETTINGS.values() if s.kernel_size == kernel_size)
+    return [(setting.shape, kernel_size, 1, setting.ghosts, dtype) for dtype in ("bf16", "fp32")]
+
+
+# The first is for the sanitizers, the others are for the profiler.
+CALLS: dict[str, Callable[[], list[tuple]]] = {
+    "small": small,
+    "swin": partial(first, 7),
+    "convolution": list,
+    "volo": partial(first, 5),
+}
 
 
 def convolve(size: str) -> int:
@@ -61,8 +68,8 @@ def convolve(size: str) -> int:
     if operators is None:
         return 0
     forward, backward = operators
-    shapes = {"small": [(1, 1, 1, 8), (1, 17, 17, 40), (2, 3, 40, 16)], "large": CONVOLVED}[size]
-    calls = list(itertools.product(shapes, (4, 8), ("bf16",)))
+    shapes = {"small": [(1, 1, 1, 8), (1, 17, 17, 40), (2, 3, 40, 16)], "convolution": CONVOLVED}
+    calls = list(itertools.product(shapes.get(size, ()), (4, 8), ("bf16",)))
     for done, (shape, width, dtype) in enumerate(calls, 1):
         tensors = draw_convolution(shape, width, DTYPES[dtype], "cpu")
         grad, *inputs = [tensor.to(DEVICE) for tensor in tensors]
@@ -78,7 +85,7 @@ def main() -> None:
         from .rehearsal import install_stand_ins
 
         install_stand_ins()
-    calls = {"small": small, "large": large}[sys.argv[1]]()
+    calls = CALLS[sys.argv[1]]()
     convolved = convolve(sys.argv[1])
     forward, backward = operator_of("cuda")
     for done, (shape, kernel_size, dilation, ghosts, dtype) in enumerate(calls, 1):

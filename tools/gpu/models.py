@@ -1,7 +1,8 @@
 """Step "models": ELSA-Swin beside timm's Swin of the same size, in bfloat16 by autocast.
 
-Parts: tiny, small; dense and cuda (forms of the grouped convolution), triton (back end of the
-operator), benchmark (cuDNN tries its kernels, as torch.backends.cudnn.benchmark has it).
+Parts: tiny, small; torch and dense (forms of the grouped convolution beside the default), triton
+(back end of the operator), benchmark (cuDNN tries its kernels, as torch.backends.cudnn.benchmark
+has it).
 """
 
 from __future__ import annotations
@@ -176,7 +177,7 @@ def chosen(part: str) -> AbstractContextManager[object]:
         from elsa_core.backends import use_backend
 
         return use_backend("triton")
-    if part in ("dense", "cuda"):
+    if part in ("torch", "dense"):
         from elsa_core import grouped_conv
 
         return grouped_conv.use(part)
@@ -192,7 +193,7 @@ def main() -> int:
         del builds["swin"]
     if part not in ("tiny", "small"):
         name, builds = "tiny", {f"{who}, {part}": build for who, build in builds.items()}
-    if part in ("dense", "cuda", "triton"):
+    if part in ("torch", "dense", "triton"):
         builds.pop(f"swin, {part}", None)
     try:
         context = chosen(part)
@@ -201,7 +202,7 @@ def main() -> int:
         return 0
     with context:
         failures = measure(rows, name, builds, folder / "profile.txt")
-        if part in ("dense", "cuda") and not REHEARSAL:
+        if part == "torch" and not REHEARSAL:
             failures += measure(rows, "small", builds, folder / "profile.txt")
     return int(failures > 0)
 

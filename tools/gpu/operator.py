@@ -96,7 +96,7 @@ def copies(setting: Setting, dtype: torch.dtype) -> dict[str, Callable[[], objec
         source = torch.randn(SETS, count // 2, device=DEVICE, dtype=dtype)
         target = torch.empty_like(source)
         runs[step] = lambda source=source, target=target: [
-            b.copy_(a) for a, b in zip(source, target, strict=True)
+            torch.neg(a, out=b) for a, b in zip(source, target, strict=True)
         ]
     return runs
 

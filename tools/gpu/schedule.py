@@ -19,25 +19,27 @@ from . import summary
 class Step:
     """A step: its time limit and the least time that it is begun with, in seconds, and its parts.
 
-    ``beside``: it runs beside the next step, which may use the device, too.
+    ``beside``: it runs beside the next step, which may use the device, too. ``together``: its parts
+    run at the same time.
     """
 
     limit: float
     least: float
     parts: tuple[str, ...] = ("",)
     beside: bool = False
+    together: bool = False
 
 
 FAMILIES = ("cuda", "triton", "torch")
 STEPS = {
     "facts": Step(40, 5),
     "load": Step(170, 5),
-    "probe": Step(120, 10, ("instructions", *FAMILIES, "conv")),
+    "probe": Step(120, 10, ("instructions", *FAMILIES, "conv"), together=True),
     "sanitizers": Step(150, 30, beside=True),
     "tests": Step(150, 30),
-    "operator": Step(90, 20, ("cuda", "compiled", "triton", "copy")),
+    "operator": Step(100, 20, ("cuda", "copy", "triton", "compiled")),
     "conv": Step(60, 15, ("heuristics", "benchmark")),
-    "models": Step(110, 25, ("tiny", "small", "cuda", "dense", "triton", "benchmark")),
+    "models": Step(120, 25, ("tiny", "small", "torch", "dense", "triton", "benchmark")),
     "ncu": Step(60, 20),
     "compile": Step(200, 30, ("backbones", "operator", "flex")),
 }
@@ -114,7 +116,7 @@ class Schedule:
 
     def run(self, names: Iterable[str]) -> int:
         """Returns the exit status."""
-        waiting: list[tuple[str, Running, float]] = []
+        waiting: list[tuple[str, Running, float, str]] = []
         names = list(names)
         try:
             for name in STEPS:
@@ -129,12 +131,12 @@ class Schedule:
                     continue
                 end = time.monotonic() + min(step.limit, left)
                 if step.beside:
-                    waiting.append((name, self.begin(name, "", end), end))
+                    waiting.append((name, self.begin(name, "", end), end, ""))
                 else:
                     self.run_parts(name, step, end)
             self.finish(waiting)
         finally:
-            for _, running, _ in waiting:
+            for _, running, _, _ in waiting:
                 running.stop()
         rehearsal = "ELSA_GPU_CHECK_REHEARSAL" in self.environment
         text, status = summary.write(self.folder, names, rehearsal)
@@ -158,6 +160,9 @@ class Schedule:
 
     def run_parts(self, name: str, step: Step, end: float) -> None:
         """Gives each part the time that is left, divided by the parts, and half as much again."""
+        if step.together:
+            self.finish([(name, self.begin(name, part, end), end, part) for part in step.parts])
+            return
         for index, part in enumerate(step.parts):
             left = end - time.monotonic()
             share = left / (len(step.parts) - index) * 1.5
@@ -169,12 +174,16 @@ class Schedule:
             state, _, text = running.wait(limit).partition(": ")
             self.note(name, state, time.monotonic() - running.started, text, part)
 
-    def finish(self, waiting: list[tuple[str, Running, float]]) -> None:
-        while waiting:
-            name, running, end = waiting[0]
-            state, _, text = running.wait(end).partition(": ")
-            waiting.pop(0)
-            self.note(name, state, time.monotonic() - running.started, text)
+    def finish(self, waiting: list[tuple[str, Running, float, str]]) -> None:
+        try:
+            while waiting:
+                name, running, end, part = waiting[0]
+                state, _, text = running.wait(end).partition(": ")
+                waiting.pop(0)
+                self.note(name, state, time.monotonic() - running.started, text, part)
+        finally:
+            for _, running, _, _ in waiting:
+                running.stop()
 
     def note(self, name: str, state: str, seconds: float, text: str, part: str = "") -> None:
         row = {"step": name, "case": "step", "part": part, "state": state}

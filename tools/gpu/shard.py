@@ -30,7 +30,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if report.when == "call" or report.outcome != "passed":
         text = "" if report.passed else str(report.longrepr)[-4000:]
-        if report.when == "teardown":
-            return
         record = {"test": report.nodeid, "outcome": report.outcome, "seconds": report.duration}
         _write({**record, "set": os.environ["GPU_CHECK_SET"], "text": text})
