@@ -76,7 +76,8 @@ def analyse_detections(
     matches = match_images(evaluation, iou, threshold)
     matrix = _confusion(evaluation, matches, len(names))
     curves = {name: evaluation.curve(iou, label) for label, name in enumerate(names)}
-    chosen = f"{threshold:.3g}" + (f", that of the best F1 ({100 * f1:.1f} %)" * (score is None))
+    reason = f"that of the best F1 ({100 * f1:.1f} %)" if f1 else "as none matches an object"
+    chosen = f"{threshold:.3g}" + f", {reason}," * (score is None)
     rule = (
         f"Detections with a score of at least {chosen} are matched to objects at IoU {iou:g} or "
         "more: first those of one class, as COCO's evaluation does, then the rest across classes."

@@ -274,6 +274,7 @@ def test_nothing_found_right_scores_0(tmp_path):
     for entries in ([entry], []):
         analysis = analyse_detections(str(file), entries, "bbox")
         assert analysis.summary["AP"] == 0
+        assert "at least 0, as none matches an object, are matched" in analysis.confusion.rule
         assert analysis.confusion.matrix[3].sum() == 0  # the class without objects
         assert analysis.confusion.matrix[-1].sum() == len(entries)
 
