@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import logging
 import os
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from detectron2.engine import hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.modeling import GeneralizedRCNN
 from detectron2.solver import LRMultiplier
+from detectron2.utils.registry import locate
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
@@ -48,7 +50,8 @@ class LazyTrainer(Trainer):
 
     @classmethod
     def check_parts(cls, cfg: CfgNode, eval_only: bool) -> nn.Module:
-        """As `Trainer.check_parts`, by instantiating the parts."""
+        """As `Trainer.check_parts`, by instantiating the parts; of the evaluator, which reads the
+        data set, the arguments."""
         with torch.device("meta"):
             model = _made("model", lambda: instantiate(cls.lazy.model))
         if not isinstance(model, GeneralizedRCNN):
@@ -58,7 +61,13 @@ class LazyTrainer(Trainer):
                 "dataloader.test.dataset.names must be one data set, "
                 f"got {', '.join(cfg.DATASETS.TEST) or 'none'}"
             )
+        loaders = cls.lazy.dataloader
+        if not isinstance(loaders.get("evaluator"), DictConfig):
+            raise UsageError("dataloader.evaluator must be one evaluator, got none or several")
+        _made("dataloader.evaluator", lambda: _check_call(loaders.evaluator))
+        _made("dataloader.test.mapper", lambda: instantiate(loaders.test.mapper))
         if not eval_only:
+            _made("dataloader.train.mapper", lambda: instantiate(loaders.train.mapper))
             layer = nn.Linear(1, 1)
             optimizer = _made("optimizer", lambda: cls.build_optimizer(cfg, layer))
             _made("lr_multiplier", lambda: cls.build_lr_scheduler(cfg, optimizer))
@@ -129,6 +138,12 @@ def lazy_run(config_file: str, overrides: list[str]) -> tuple[CfgNode, type[Trai
     """
     cfg, trainer = _run(config_file, tuple(overrides))
     return cfg.clone(), trainer
+
+
+def _check_call(node: DictConfig) -> None:
+    """Raises TypeError unless a LazyCall has the arguments that what it calls takes."""
+    target = locate(node._target_) if isinstance(node._target_, str) else node._target_
+    inspect.signature(target).bind(**{str(key): None for key in node if key != "_target_"})
 
 
 def _made(name: str, make: Any) -> Any:

@@ -254,6 +254,15 @@ REFUSALS = {
         ["dataloader.train.dataset.names=cats"],
         "list it in dataloader.register",
     ),
+    "unknown evaluator argument": (
+        ["dataloader.evaluator.task=bbox"],
+        "unexpected keyword argument",
+    ),
+    "no evaluator": (["dataloader.evaluator=null"], "must be one evaluator, got none or several"),
+    "unknown mapper argument": (
+        ["dataloader.test.mapper.image=RGB"],
+        "dataloader.test.mapper cannot",
+    ),
     "no weights": (["--eval-only"], "needs weights: train.init_checkpoint FILE, or --resume with"),
     "unknown device": (["train.device=gpu"], "train.device 'gpu' is no device"),
     "unknown metric": (
