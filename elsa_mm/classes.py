@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from typing import Any
 
 from mmengine.config import Config
@@ -18,6 +19,9 @@ from .nested import datasets_in, leaves
 
 # MMDetection's data sets that number categories in the file's order -> ours.
 BY_NAME = {name: f"elsa_mm.coco.{name}" for name in ("CocoDataset", "CityscapesDataset")}
+BY_NAME["CocoPanopticDataset"] = "elsa_mm.panoptic.CocoPanopticDataset"
+
+_OURS = {place.rpartition(".")[0] for place in BY_NAME.values()}
 
 
 def settle(cfg: Config, parts: Sequence[str], stored: Sequence[str] | None = None) -> list[str]:
@@ -90,8 +94,9 @@ def check(
         for metric in getattr(getattr(loop, "evaluator", None), "metrics", ()):
             truth = getattr(getattr(metric, "_coco_api", None), "dataset", None)
             if model is not None and truth and type(metric).__name__ == "CocoMetric":
+                things = getattr(loop.dataloader.dataset, "things", None)  # of panoptic data
                 try:
-                    labels_by_name(model, truth["categories"], others=True)
+                    labels_by_name(model[:things], truth["categories"], others=True)
                 except UsageError as error:
                     raise UsageError(f"the {part} evaluator's annotation file: {error}") from error
 
@@ -118,11 +123,10 @@ def _by_name(node: dict, scope: str | None) -> str | None:
 
 
 def _names(node: dict, name: str) -> list[str]:
-    from . import coco  # which needs MMDetection
-
     names = (node.get("metainfo") or {}).get("classes")
     if names is None:
-        names = getattr(coco, name).METAINFO["classes"]
+        place = BY_NAME[name].rpartition(".")[0]  # which needs MMDetection
+        names = getattr(import_module(place), name).METAINFO["classes"]
     return list_from_file(names) if isinstance(names, str) else list(names)
 
 
@@ -137,7 +141,7 @@ def _reorder(node: dict, names: list[str], order: Sequence[str]) -> None:
 def _check_file(dataset: Any, names: Sequence[str], part: str) -> None:
     """For data sets that derive from MMDetection's CocoDataset and number classes as it does."""
     labels, path = getattr(dataset, "cat2label", None), str(getattr(dataset, "ann_file", ""))
-    if not labels or type(dataset).__module__ == f"{__package__}.coco" or not os.path.isfile(path):
+    if not labels or type(dataset).__module__ in _OURS or not os.path.isfile(path):
         return
     categories = {one["id"]: one["name"] for one in read_json(path)["categories"]}
     if not set(names) <= set(categories.values()):

@@ -20,13 +20,14 @@ from elsa_core.runtime.errors import UsageError
 from .coco_metric import CheckedCOCO
 
 
-class NamedCOCO(CheckedCOCO):
-    """MMDetection's index of a file, which returns category ids in the order of the given names."""
+class ByName:
+    """Mixin for MMDetection's indices of a file: category ids in the order of the given names."""
 
     path = ""
+    dataset: dict[str, Any]
 
     def __init__(self, annotation_file: str | None = None, *args: Any, **options: Any) -> None:
-        super().__init__(annotation_file, *args, **options)
+        super().__init__(annotation_file, *args, **options)  # type: ignore[call-arg]
         self.path = annotation_file or ""
 
     def get_cat_ids(
@@ -37,7 +38,7 @@ class NamedCOCO(CheckedCOCO):
         Raises UsageError where the file lacks one.
         """
         if not cat_names or sup_names or cat_ids:
-            return super().get_cat_ids(cat_names, sup_names, cat_ids)
+            return super().get_cat_ids(cat_names, sup_names, cat_ids)  # type: ignore[misc]
         categories = self.dataset["categories"]
         try:
             ids = list(labels_by_name(cat_names, categories, others=True))
@@ -48,9 +49,12 @@ class NamedCOCO(CheckedCOCO):
         self._tell_of_others(set(ids))
         return ids
 
+    def annotations(self) -> list[dict[str, Any]]:
+        return self.dataset.get("annotations") or []
+
     def _tell_of_others(self, ids: set[Any]) -> None:
         """Warns of objects whose category is no class: it may be misspelt."""
-        counts = Counter(one["category_id"] for one in self.dataset.get("annotations") or [])
+        counts = Counter(one["category_id"] for one in self.annotations())
         names = {one["id"]: one["name"] for one in self.dataset["categories"]}
         if left := [f"{names[key]} ({n})" for key, n in counts.items() if key not in ids]:
             print_log(
@@ -59,6 +63,10 @@ class NamedCOCO(CheckedCOCO):
                 "current",
                 level=30,
             )
+
+
+class NamedCOCO(ByName, CheckedCOCO):
+    """MMDetection's index of a file of instances, with `ByName`."""
 
 
 class _Named:

@@ -22,9 +22,10 @@ from elsa_core.param_groups import NAMES
 from elsa_core.runtime.errors import UsageError, one_line
 
 from .checkpoint import is_local
+from .coco_checks import check_polygons, check_things
 from .cpu import is_first_of_node
 from .loading import model_of
-from .nested import datasets_in, leaves, walk
+from .nested import datasets_in, walk
 
 BACKBONES = ("ELSASwin", "ELSAVolo", "ELSAVoloTokens")
 CONSTRUCTOR = "ELSAOptimWrapperConstructor"
@@ -203,21 +204,9 @@ def build_data(runner: Runner, parts: Sequence[str]) -> None:
                 f"drop_last is set, got {size} images"
             )
         if loop is not None and part == "train":
-            _check_polygons(runner.cfg, loop.dataloader.dataset)
+            check_polygons(runner.cfg, loop.dataloader.dataset)
         if loop is not None and segments:
             label_maps.check_label_maps(loop.dataloader.dataset, part)
-
-
-def _check_polygons(cfg: Config, dataset: Any) -> None:
-    """MMDetection ignores masks that are no polygons where `poly2mask` is False."""
-    steps = walk([cfg.train_dataloader, cfg.get("custom_hooks") or []])
-    count = sum(getattr(leaf, "run_lengths", 0) for leaf in leaves(dataset))
-    if count and any(step.get("with_mask") and not step.get("poly2mask", True) for step in steps):
-        raise UsageError(
-            f"LoadAnnotations needs poly2mask=True in all training pipelines, also those of hooks: "
-            f"with False, it ignores the {count} objects of the train data whose masks are run "
-            "lengths"
-        )
 
 
 def check_classes(runner: Runner, parts: Sequence[str]) -> None:
@@ -244,6 +233,7 @@ def check_classes(runner: Runner, parts: Sequence[str]) -> None:
                     f"{place}.num_classes must be the {len(classes)} classes of the {part} "
                     f"data, got {number}"
                 )
+        check_things(model_of(runner), dataset, part)
         found = getattr(dataset, "cat_ids", None)
         if found is not None and len(found) != len(classes):
             raise UsageError(

@@ -30,6 +30,9 @@ with --layout imagenet, one digit an image:
 with --layout mixed, as standard, but for the validation images: seven sizes; colour, grey, RGBA,
 turned by EXIF and 16-bit files by turns; every 20th a crowd of some 400 digits:
   images/validation/NNNNNN.{jpg,png}
+with --layout panoptic, images and instances as standard, and COCO's panoptic files, where the
+photograph is stuff:
+  annotations/panoptic_{training,validation}.json, annotations/panoptic_{training,validation}/*.png
 
 Each image shows 2 to 4 digits on a random crop of a photograph. Digits and photographs of the
 validation part never occur in the training part. The same options give the same files. If OUT
@@ -65,7 +68,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--layout",
-        choices=("standard", "cityscapes", "imagenet", "mixed"),
+        choices=("standard", "cityscapes", "imagenet", "mixed", "panoptic"),
         default="standard",
         help="whose folders and files it has: COCO's and ADE20K's, or another one's "
         "(default: %(default)s)",

@@ -211,6 +211,8 @@ def _resize(step: Any) -> Resize:
 def _number_of_classes(model: Any) -> int:
     if hasattr(model, "decode_head"):
         return int(model.decode_head.num_classes)
+    if hasattr(model, "panoptic_head"):
+        return int(model.panoptic_head.num_classes)
     head: Any = getattr(getattr(model, "roi_head", model), "bbox_head", None)
     head = head[0] if isinstance(head, torch.nn.ModuleList) else head
     if not hasattr(head, "num_classes"):

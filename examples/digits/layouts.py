@@ -22,6 +22,7 @@ MODULES = {
     "cityscapes": "examples.digits.cityscapes_layout",
     "imagenet": "examples.digits.imagenet_layout",
     "mixed": "examples.digits.mixed_layout",
+    "panoptic": "examples.digits.panoptic_layout",
 }
 LAYOUTS = (STANDARD, *MODULES)
 

@@ -111,9 +111,11 @@ def train_and_resume(path, length="max_iters", **values):
 
 
 def as_coco(digits, root):
-    """Lays the digits out as COCO 2017: its folders, files and 80 classes, of which the data shows
-    10."""
-    from mmdet.datasets import CocoDataset
+    """Lays the digits out as COCO 2017: its folders, files, and 80 things and 53 kinds of stuff, of
+    which the data shows 10 and 1."""
+    from mmdet.datasets import CocoDataset, CocoPanopticDataset
+
+    from examples.digits.panoptic_layout import BACKGROUND, write_maps
 
     (root / "annotations").mkdir()
     names = CocoDataset.METAINFO["classes"]
@@ -122,4 +124,13 @@ def as_coco(digits, root):
         content = json.loads((digits / f"annotations/instances_{part}.json").read_text())
         content["categories"] = [{"id": id, "name": name} for id, name in enumerate(names, 1)]
         (root / f"annotations/instances_{name}.json").write_text(json.dumps(content))
+        panoptic = write_maps(content, root / f"annotations/panoptic_{name}")
+        for segment in (s for one in panoptic["annotations"] for s in one["segments_info"]):
+            if segment["category_id"] == BACKGROUND["id"]:
+                segment["category_id"] = 100
+        panoptic["categories"] = [
+            {"id": id, "name": name, "isthing": int(id <= 80)}
+            for id, name in enumerate(CocoPanopticDataset.METAINFO["classes"], 1)
+        ]
+        (root / f"annotations/panoptic_{name}.json").write_text(json.dumps(panoptic))
     return root

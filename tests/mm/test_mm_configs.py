@@ -25,8 +25,20 @@ DETECTOR = CONFIGS / "mmdet/digits/mask-rcnn_elsa-swin_fpn_digits.py"
 VOLO_DETECTOR = CONFIGS / "mmdet/digits/mask-rcnn_elsa-volo_fpn_digits.py"
 SEGMENTOR = CONFIGS / "mmseg/digits/elsa-swin_upernet_digits.py"
 CASCADE = max(CONFIGS.glob("mmdet/elsa_swin/cascade*.py"))
+PANOPTIC = max(CONFIGS.glob("mmdet/elsa_swin/mask2former*panoptic.py"))
 CLASSIFIER = CONFIGS / "mmpretrain/elsa_swin/elsa-swin-base_8xb128_in1k.py"
 name_of = pytest.mark.parametrize("path", LEAVES, ids=lambda path: path.stem)
+# Later heads, whose own norms are not decayed either.
+MODERN = [
+    CONFIGS / "mmdet/digits/mask2former_elsa-swin_digits.py",
+    CONFIGS / "mmdet/digits/mask2former_elsa-swin_digits-panoptic.py",
+    CONFIGS / "mmdet/digits/dino_elsa-swin_digits.py",
+    CONFIGS / "mmdet/digits/rtmdet-ins_elsa-swin_digits.py",
+    CONFIGS / "mmseg/digits/elsa-swin_mask2former_digits.py",
+]
+all_digits_name_of = pytest.mark.parametrize(
+    "path", [DETECTOR, VOLO_DETECTOR, SEGMENTOR, *MODERN], ids=lambda path: path.stem
+)
 digits_name_of = pytest.mark.parametrize(
     "path", [DETECTOR, VOLO_DETECTOR, SEGMENTOR], ids=lambda path: path.stem
 )
@@ -62,14 +74,16 @@ def test_leaf(path):
 
 
 @pytest.mark.parametrize(
-    "path", [DETECTOR, VOLO_DETECTOR, SEGMENTOR, CASCADE, CLASSIFIER], ids=lambda path: path.stem
+    "path",
+    [DETECTOR, VOLO_DETECTOR, SEGMENTOR, CASCADE, CLASSIFIER, *MODERN, PANOPTIC],
+    ids=lambda path: path.stem,
 )
 def test_config_survives_the_copy_that_a_run_keeps(path):
     cfg = Config.fromfile(path)
     assert Config.fromstring(cfg.pretty_text, ".py").to_dict() == cfg.to_dict()
 
 
-@digits_name_of
+@all_digits_name_of
 def test_name_and_content_agree(path):
     cfg = Config.fromfile(path)
     model = build(cfg)
@@ -77,8 +91,10 @@ def test_name_and_content_agree(path):
     assert [name for word, name in families.items() if word in path.stem] == [
         type(model.backbone).__name__
     ]
-    kinds = {"mask-rcnn": "MaskRCNN", "upernet": "EncoderDecoder"}
-    assert [kind for word, kind in kinds.items() if word in path.stem] == [type(model).__name__]
+    kinds = {"mask-rcnn": "MaskRCNN", "upernet": "UPerHead", "mask2former": "Mask2FormerHead"}
+    kinds |= {"dino": "DINOHead", "rtmdet-ins": "RTMDetInsSepBNHead"}
+    found = {type(module).__name__ for module in model.modules()} & set(kinds.values())
+    assert found == {kind for word, kind in kinds.items() if word in path.stem}
     for part in ("train", "val", "test"):
         assert "digits" in cfg[f"{part}_dataloader"].dataset.data_root
 
@@ -102,7 +118,7 @@ def test_decay_spares_exactly_the_backbones_norms_and_positions(path):
     }
 
 
-@digits_name_of
+@all_digits_name_of
 def test_digits_schedule_is_one_cycle(path):
     cfg = Config.fromfile(path)
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=cfg.max_lr)
@@ -129,8 +145,9 @@ def test_digits_schedule_is_one_cycle(path):
         (DETECTOR, CLASSES, PALETTE),
         (VOLO_DETECTOR, CLASSES, PALETTE),
         (SEGMENTOR, SEGMENTATION_CLASSES, SEGMENTATION_PALETTE),
+        (MODERN[1], (*CLASSES, "background"), (*PALETTE, (0, 0, 0))),
     ],
-    ids=["mmdet", "mmdet-volo", "mmseg"],
+    ids=["mmdet", "mmdet-volo", "mmseg", "panoptic"],
 )
 def test_digits_classes_are_the_generators(path, classes, palette):
     cfg = Config.fromfile(path)

@@ -23,6 +23,8 @@ from mmengine.registry import DATASETS, MODELS, DefaultScope
 from mmengine.utils import import_modules_from_strings
 from torch import nn
 
+from elsa_core.runtime.errors import UsageError
+
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COCO = ["coco/bbox_mAP", "coco/segm_mAP"]
 SECTIONS = {f"{part}_{what}" for part in ("train", "val", "test") for what in ("dataloader", "cfg")}
@@ -31,6 +33,9 @@ SECTIONS |= {"auto_scale_lr", "log_processor", "default_hooks", "custom_hooks"}
 BY_NAME = {
     "elsa_mm.coco.CocoDataset": "CocoDataset",
     "elsa_mm.coco_metric.CocoMetric": "CocoMetric",
+    "elsa_mm.panoptic.CocoPanopticDataset": "CocoPanopticDataset",
+    "elsa_mm.panoptic.CocoPanopticMetric": "CocoPanopticMetric",
+    "elsa_mm.panoptic.LoadPanopticAnnotations": "LoadPanopticAnnotations",
 }
 NORMS = (nn.LayerNorm, nn.GroupNorm, nn.BatchNorm2d)
 
@@ -47,6 +52,16 @@ def mask2former(root):
         **{f"{part}_dataloader.dataset.pipeline.1.scale": "(96,64)" for part in ("val", "test")},
     }
     return values | annotations(root)
+
+
+def panoptic(root):
+    values = mask2former(root)
+    for part in ("val", "test"):
+        file = f"{root}/annotations/panoptic_val2017"
+        values[f"{part}_evaluator.0.ann_file"] = f"{file}.json"
+        values[f"{part}_evaluator.0.seg_prefix"] = file
+        values[f"{part}_evaluator.1.ann_file"] = values.pop(f"{part}_evaluator.ann_file")
+    return values
 
 
 def dino(root, side=224):
@@ -103,6 +118,11 @@ RECIPES = {
         *2 * ["mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco"],
         mask2former,
         COCO,
+    ),
+    "mmdet/elsa_swin/mask2former_elsa-swin-t-p4-w7_8xb2-lsj-50e_coco-panoptic": (
+        *2 * ["mask2former/mask2former_swin-t-p4-w7-224_8xb2-lsj-50e_coco-panoptic"],
+        panoptic,
+        [*COCO, "coco_panoptic/PQ", "coco_panoptic/PQ_th", "coco_panoptic/PQ_st"],
     ),
     "mmdet/elsa_swin/dino-4scale_elsa-swin-t-p4-w7_8xb2-12e_coco": (
         "dino/dino-4scale_r50_8xb2-12e_coco",
@@ -187,9 +207,9 @@ def test_recipe_is_stock_swins(name):
     for section in other.keys() & SECTIONS:
         assert plain(own[section]) == plain(other[section]), section
     if cfg.default_scope == "mmdet":
-        for part in ("train", "val", "test"):
-            assert cfg[f"{part}_dataloader"].dataset.type == "elsa_mm.coco.CocoDataset"
-        assert cfg.val_evaluator.type == cfg.test_evaluator.type == "elsa_mm.coco_metric.CocoMetric"
+        for section in ("train_dataloader", "val_dataloader", "test_dataloader", "test_evaluator"):
+            found = json.dumps(own[section])
+            assert not [name for name in BY_NAME.values() if f'"{name}"' in found]
 
 
 def kinds(cfg):
@@ -277,6 +297,15 @@ def test_short_training_evaluates_saves_and_resumes(name, request):
             "model.panoptic_head.num_classes must be the 80 classes of the train data, got 79",
         ),
         (
+            "coco-panoptic",
+            {
+                "model.panoptic_head.num_things_classes": 79,
+                "model.panoptic_head.num_stuff_classes": 54,
+            },
+            "model.panoptic_head.num_things_classes must be the 80 things of the train data, "
+            "got 79",
+        ),
+        (
             "rtmdet",
             {"train_dataloader.dataset.pipeline.1.poly2mask": False},
             "LoadAnnotations needs poly2mask=True in all training pipelines, also those of hooks: "
@@ -286,7 +315,7 @@ def test_short_training_evaluates_saves_and_resumes(name, request):
     ],
 )
 def test_refusals(refusal, coco, name, values, sentence):
-    (name,) = (one for one in RECIPES if name in one and one.startswith("mmdet"))
+    name = next(one for one in RECIPES if name in one and one.startswith("mmdet"))
     path = CONFIGS / f"{name}.py"
     options = RECIPES[name][2](coco) | {"train_dataloader.dataset.indices": 16}
     options |= {k: v for k, v in narrow(Config.fromfile(path).model).items() if k not in values}
@@ -298,3 +327,23 @@ def test_refusals(refusal, coco, name, values, sentence):
     assert refusal("train", path, *as_arguments(options | values)) == sentence.format(
         objects=objects
     )
+
+
+def test_panoptic_classes_go_by_names_with_things_first(coco):
+    from elsa_mm.panoptic import CocoPanopticDataset
+
+    def dataset(classes):
+        return CocoPanopticDataset(
+            ann_file=str(coco / "annotations/panoptic_val2017.json"),
+            data_prefix=dict(img=str(coco / "val2017"), seg=str(coco / "annotations")),
+            metainfo=dict(classes=classes),
+        )
+
+    names = CocoPanopticDataset.METAINFO["classes"]
+    moved = dataset((names[1], names[0], *names[2:]))
+    assert moved.things == 80 and moved.cat2label[1] == 1 and moved.cat2label[2] == 0
+    assert moved[0]["seg_map_path"] == str(coco / "annotations/000001.png")
+    with pytest.raises(
+        UsageError, match=f"things before stuff, got '{names[80]}' before '{names[79]}'"
+    ):
+        dataset((*names[80:], *names[:80]))

@@ -23,6 +23,7 @@ from .metafiles import MEASURED, Figure, Model, read_models
 # Height and width of a test image of each data set.
 SIZES = {
     "COCO": DETECTION,
+    "COCO panoptic": DETECTION,
     "ADE20K": SEGMENTATION,
     "Cityscapes": (1024, 2048),
     "ImageNet-1K": CLASSIFICATION,
@@ -56,7 +57,7 @@ counting gives. The authors have published no weights with these figures.
 """
 NO_FIGURES = """\
 The authors publish no figures for {dataset}, and none have been measured here. These configs are
-the frameworks' own recipes with ELSA-Swin and its optimizer.
+the frameworks' own recipes with ELSA-Swin.
 """
 NEW_HEADS = """\
 Of {methods} with this backbone nobody has published figures,

@@ -1,7 +1,7 @@
 _base_ = [
     "../_base_/models/mask2former_elsa-swin_small.py",
     "../_base_/datasets/digits_instance.py",
-    "../_base_/schedules/own_data.py",
+    "../_base_/schedules/digits_queries.py",
     "../_base_/iteration_runtime.py",
 ]
 
