@@ -60,6 +60,7 @@ class Choice:
         ratios: heights of anchors by their widths.
         weights: of the classes in the loss; empty: equal.
         evaluate, save: iterations between two evaluations, and two checkpoints.
+        averaged: whether averaged weights are evaluated beside the others.
         patience: evaluations without a better score after which the training ends; 0: none end it.
         layer_decay: factor of the learning rate from one layer of the backbone to the one before.
         clip: limit of the norm of all gradients.
@@ -81,6 +82,7 @@ class Choice:
     evaluate: int
     save: int
     patience: int
+    averaged: bool
     amp: bool
     layer_decay: float
     clip: float
@@ -107,7 +109,8 @@ def choose(facts: Facts, machine: Machine, wish: Wish, timing: Timing | None = N
     short, long, sized = _size(facts, machine)
     shorts = tuple(_multiple(short * factor, 8) for factor in (7 / 8, 1, 9 / 8))
     batch, batched = _batch(facts, machine, wish, long * short)
-    iterations, evaluate, lengths = length(facts, wish, batch, timing)
+    chosen = length(facts, wish, batch, timing)
+    iterations, evaluate = chosen.iterations, chosen.evaluate
     rate, rated = _rate(wish, batch)
     flip, flipped = _flip(facts)
     rules = [sized]
@@ -126,7 +129,7 @@ def choose(facts: Facts, machine: Machine, wish: Wish, timing: Timing | None = N
         flipped,
         *weighted,
         batched,
-        *lengths,
+        *chosen.rules,
         patient,
         rated,
         Rule(
@@ -143,11 +146,6 @@ def choose(facts: Facts, machine: Machine, wish: Wish, timing: Timing | None = N
             "clipping",
             f"{CLIP:g}",
             "limit of the norm of all gradients, which a usual batch does not reach",
-        ),
-        Rule(
-            "averaged weights",
-            "on",
-            "evaluated beside the others; the best checkpoint is theirs",
         ),
         Rule(
             "precision",
@@ -172,6 +170,7 @@ def choose(facts: Facts, machine: Machine, wish: Wish, timing: Timing | None = N
         evaluate,
         max(1, min(evaluate, 200)),
         patience,
+        chosen.averaged,
         amp,
         layer_decay,
         CLIP,

@@ -12,7 +12,7 @@ from .plan import Plan
 from .render import comment, settings, yaml_text
 
 TRAIN, VAL = "fit_train", "fit_val"
-METRICS = {INSTANCES: "ema/segm/AP", BOXES: "ema/bbox/AP", SEMANTIC: "ema/sem_seg/mIoU"}
+METRICS = {INSTANCES: "segm/AP", BOXES: "bbox/AP", SEMANTIC: "sem_seg/mIoU"}
 
 
 def config_text(plan: Plan) -> str:
@@ -47,7 +47,7 @@ def _shared(plan: Plan) -> list[tuple[Any, ...]]:
     return [
         ("MODEL.DEVICE", plan.device),
         ("MODEL.WEIGHTS", str(plan.weights or "")),
-        ("MODEL.EMA.ENABLED", True, why["averaged weights"]),
+        ("MODEL.EMA.ENABLED", choice.averaged, why["averaged weights"]),
         *arch,
         ("DATASETS.TRAIN", [TRAIN]),
         ("DATASETS.TEST", [VAL]),
@@ -68,7 +68,7 @@ def _shared(plan: Plan) -> list[tuple[Any, ...]]:
         ("SOLVER.AMP.ENABLED", choice.amp, why["precision"]),
         ("TEST.EVAL_PERIOD", choice.evaluate, why.get("evaluations", "a probe")),
         ("TEST.PATIENCE", choice.patience, why["early stop"]),
-        ("TEST.BEST_METRIC", METRICS[plan.data.task]),
+        ("TEST.BEST_METRIC", "ema/" * choice.averaged + METRICS[plan.data.task]),
         ("SEED", plan.seed),
         ("OUTPUT_DIR", str(plan.work)),
     ]

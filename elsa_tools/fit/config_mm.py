@@ -12,7 +12,7 @@ from .dataset import BOXES, INSTANCES, SEMANTIC
 from .plan import Plan
 from .render import comment, python_text, settings
 
-METRICS = {INSTANCES: "ema/coco/segm_mAP", BOXES: "ema/coco/bbox_mAP", SEMANTIC: "ema/mIoU"}
+METRICS = {INSTANCES: "coco/segm_mAP", BOXES: "coco/bbox_mAP", SEMANTIC: "mIoU"}
 
 
 def config_text(plan: Plan) -> str:
@@ -49,7 +49,9 @@ def _bases(plan: Plan) -> list[str]:
 def _shared(plan: Plan) -> list[tuple[Any, ...]]:
     choice, why = plan.choice, plan.reasons
     end, warm = choice.iterations, choice.warmup
-    metric = METRICS[plan.data.task]
+    metric = "ema/" * choice.averaged + METRICS[plan.data.task]
+    average = dict(type="AveragedWeightsHook")
+    ema = [("default_hooks.ema", average, why["averaged weights"])] if choice.averaged else []
     hook = dict(type="PatienceHook", monitor=metric, patience=choice.patience)
     patience = [("default_hooks.patience", hook, why["early stop"])] if choice.patience else []
     schedule = [
@@ -76,7 +78,7 @@ def _shared(plan: Plan) -> list[tuple[Any, ...]]:
         ("param_scheduler", schedule, f"warm-up: {why['warm-up']}"),
         ("train_cfg.max_iters", end, why.get("length", "a probe")),
         ("train_cfg.val_interval", choice.evaluate, why.get("evaluations", "a probe")),
-        ("default_hooks.ema", dict(type="AveragedWeightsHook"), why["averaged weights"]),
+        *ema,
         ("default_hooks.logger.interval", 10),
         ("log_processor.window_size", 10),
         *patience,

@@ -34,6 +34,8 @@ class Framework:
         logs: pattern of its files of figures in the work folder, JSON lines.
         metrics: {its name of a metric: ours}.
         percent: factor that makes percent of a metric of objects.
+        image_times: what its log says of the seconds for the evaluation of an image; a later one
+            is looked for where there is none of those before.
         best: pattern of the best checkpoint in the work folder.
     """
 
@@ -45,6 +47,7 @@ class Framework:
     logs: str
     metrics: dict[str, str]
     percent: float
+    image_times: tuple[str, ...]
     best: str
 
     def config_text(self, plan: Plan) -> str:
@@ -112,17 +115,12 @@ class Framework:
             with path.open(encoding="utf-8") as lines:
                 yield from (json.loads(line) for line in lines if line.endswith("\n"))
 
-    def image_seconds(self, work: Path, log: str) -> float | None:
-        """Return the seconds for the evaluation of an image, of the last evaluation."""
-        if self.name == "detectron2":
-            found = re.findall(r"Total inference time: .* \(([\d.]+) s / iter", log)
-            return float(found[-1]) if found else None
-        times = [
-            record["time"]
-            for record in self._records(work)
-            if "time" in record and any(name in record for name in self.metrics)
-        ]
-        return float(times[-1]) if times else None
+    def image_seconds(self, log: str) -> float | None:
+        """Return the seconds for the evaluation of an image, without the first ones of a run."""
+        for pattern in self.image_times:
+            if found := re.findall(pattern, log):
+                return float(found[-1])
+        return None
 
     def best_checkpoint(self, work: Path) -> Path | None:
         """Return the checkpoint with the best score, or None."""
@@ -135,6 +133,11 @@ _MM = dict(
     writer="config_mm",
     logs="*/vis_data/scalars.json",
     percent=100.0,
+    # The mean of the last ten images; of all, where they are fewer.
+    image_times=(
+        r"Iter\(val\) \[[^]]*\]\s+eta: .*? time: ([\d.]+)",
+        r"Iter\(val\) .* time: ([\d.]+)",
+    ),
     best="best_*.pth",
 )
 FRAMEWORKS: dict[str, Framework] = {
@@ -153,6 +156,7 @@ FRAMEWORKS: dict[str, Framework] = {
             "sem_seg/mIoU": "mIoU",
         },
         percent=1,
+        image_times=(r"Total inference time: .* \(([\d.]+) s / iter",),
         best="model_best.pth",
     ),
     "mmdet": Framework(

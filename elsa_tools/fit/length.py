@@ -16,8 +16,8 @@ EPOCHS = {False: (36, 600), True: (12, 300)}
 PROBE_ITERATIONS = 30
 # Seconds kept for the report, and the part of the remaining time that is planned.
 REPORT_SECONDS, PLANNED = 10, 0.94
-# Evaluations of the weights and of the averaged ones.
-EVALUATED = 2
+# Time of an evaluation by that of its images: the scores are computed, too.
+SCORING = 1.2
 # Part of the time that evaluations during the training may take.
 EVALUATING = 0.15
 
@@ -39,13 +39,21 @@ class Timing:
     spent: float = 0
 
 
-def length(
-    facts: Facts, wish: Wish, batch: int, timing: Timing | None
-) -> tuple[int, int, list[Rule]]:
-    """Return iterations, iterations between evaluations, and the rules."""
+@dataclass(frozen=True)
+class Length:
+    """Iterations in all and between two evaluations; whether averaged weights are evaluated."""
+
+    iterations: int
+    evaluate: int
+    averaged: bool
+    rules: tuple[Rule, ...]
+
+
+def length(facts: Facts, wish: Wish, batch: int, timing: Timing | None) -> Length:
+    """Return the length of a training; without a timing, for ``minutes``, that of a probe."""
     epoch = math.ceil(facts.images / batch)
     if wish.minutes is not None and timing is None:
-        return PROBE_ITERATIONS, PROBE_ITERATIONS, []
+        return Length(PROBE_ITERATIONS, PROBE_ITERATIONS, False, (_averaging(True),))
     if wish.minutes is not None and timing is not None:
         return _fit_time(facts, wish.minutes, epoch, timing)
     epochs, least = EPOCHS[wish.starts]
@@ -54,24 +62,33 @@ def length(
     start = "trained" if wish.starts else "random"
     why = f"{epochs} times the images, as the weights are {start}; at least {least} iterations"
     length = f"{iterations} iterations, {iterations / epoch:.1f} times the images"
-    return (
+    return Length(
         iterations,
         math.ceil(iterations / count),
-        [
+        True,
+        (
             Rule("length", length, why if wish.epochs is None else "as asked for"),
             Rule("evaluations", str(count), "one in 50 iterations, at most 10"),
-        ],
+            _averaging(True),
+        ),
     )
 
 
-def _fit_time(
-    facts: Facts, minutes: float, epoch: int, timing: Timing
-) -> tuple[int, int, list[Rule]]:
-    final = facts.val_images * timing.image
-    evaluation = EVALUATED * final
+def _averaging(on: bool) -> Rule:
+    why = (
+        "evaluated beside the others, and the best checkpoint is theirs; with --minutes, unless "
+        f"one evaluation of both takes more than {EVALUATING:.0%} of the time"
+    )
+    return Rule("averaged weights", "on" if on else "off", why)
+
+
+def _fit_time(facts: Facts, minutes: float, epoch: int, timing: Timing) -> Length:
+    single = SCORING * facts.val_images * timing.image
     # The trainer starts twice: to train, and to evaluate the best checkpoint.
-    fixed = timing.spent + 2 * timing.startup + final + REPORT_SECONDS
+    fixed = timing.spent + 2 * timing.startup + single + REPORT_SECONDS
     left = PLANNED * (60 * minutes - fixed)
+    averaged = 2 * single <= left * EVALUATING
+    evaluation = (1 + averaged) * single
     count = max(1, min(5, int(left * EVALUATING / evaluation)))
     iterations = int((left - count * evaluation) / timing.iteration)
     if iterations < 10:
@@ -83,10 +100,11 @@ def _fit_time(
             f"{math.ceil(10 * needed) / 10:g} minutes"
         )
     count = max(1, min(count, iterations // 50))
-    return (
+    return Length(
         iterations,
         math.ceil(iterations / count),
-        [
+        averaged,
+        (
             Rule(
                 "length",
                 f"{iterations} iterations, {iterations / epoch:.1f} times the images",
@@ -98,7 +116,8 @@ def _fit_time(
                 str(count),
                 f"at most {EVALUATING:.0%} of the time, one in 50 iterations, at most 5",
             ),
-        ],
+            _averaging(averaged),
+        ),
     )
 
 

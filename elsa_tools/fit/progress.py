@@ -37,12 +37,12 @@ class Progress:
 
     def __call__(self) -> None:
         rows = self.framework.history(self.work)
-        figures = {}
-        for row in rows:
-            figures.update({key: value for key, value in row.items() if _shown(key)})
-        shown = {key.removeprefix("val_ema/"): f"{value:.3g}" for key, value in figures.items()}
+        figures: Row = {}
+        for row in rows:  # of the averaged weights where they are evaluated, too
+            shown = {key: value for key, value in row.items() if _shown(key)}
+            figures.update({key.rpartition("/")[2]: value for key, value in shown.items()})
         self.bar.n = min(self._done(rows), self.bar.total)
-        self.bar.set_postfix(shown, refresh=False)
+        self.bar.set_postfix({key: f"{figures[key]:.3g}" for key in figures}, refresh=False)
         self.bar.update(0)
         if sys.stderr.isatty():
             self.bar.refresh()
@@ -64,4 +64,4 @@ class Progress:
 
 
 def _shown(key: str) -> bool:
-    return key == "loss" or key.startswith("val_ema/") and "AP50" not in key
+    return key == "loss" or key.startswith("val") and "AP50" not in key

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from elsa_core.frameworks import versions
@@ -27,17 +26,19 @@ METRIC = {INSTANCES: "mask AP", BOXES: "box AP", SEMANTIC: "mIoU"}
 
 def write(
     path: Path,
+    name: str,
     framework: Framework,
     plan: Plan,
     results: Path,
-    seconds: Mapping[str, float],
+    seconds: float,
     machine: Machine,
 ) -> dict[str, Scores]:
     """Write the page; return the scores of the best checkpoint by kind of result.
 
     Args:
+        name: of the data set.
         results: folder that `Framework.evaluate` has written to.
-        seconds: of each step.
+        seconds: of all steps.
     """
     data, out = plan.data, path.parent
     annotations = data.val.annotations or data.val.maps
@@ -56,7 +57,7 @@ def write(
     times = [row["time"] for row in history if "loss" in row and row.get("time")]
     model = {SMALL: "a small ELSA-Swin", "volo_d1": "ELSA-VOLO-D1"}
     run = Run(
-        title=f"{HEADS[data.task]} on {Path(data.train.images).name}",
+        title=f"{HEADS[data.task]} on {name}",
         framework=" ".join([framework.title, versions().get(framework.module, "")]).strip(),
         model=f"{HEADS[data.task]} with {model.get(plan.model, f'ELSA-Swin-{plan.model.upper()}')}",
         task=data.task,
@@ -64,7 +65,7 @@ def write(
         rules=plan.choice.rules,
         history=history,
         metric=METRIC[data.task],
-        seconds=sum(seconds.values()),
+        seconds=seconds,
         images_per_second=plan.choice.batch / sorted(times)[len(times) // 2] if times else None,
         machine=str(machine),
         commands=_commands(framework, plan, out),

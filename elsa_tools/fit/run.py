@@ -11,7 +11,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from .state import State, fingerprint
 from .wish import Wish
 
 # Images that a probe evaluates.
-PROBE_IMAGES = 12
+PROBE_IMAGES = 20
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Fit:
     def _steps(self, dry_run: bool) -> None:
         data = self._prepared()
         framework = choose_framework(self.request.framework, data.task)
-        here = machine(self.request.device)
+        here = self._machine()
         plan = self._plan(framework, data, measure(data), here)
         config = self.out / f"config{framework.ending}"
         if self._write_config(config, framework.config_text(plan)):
@@ -101,6 +101,12 @@ class Fit:
         best = self._best(framework)
         self._evaluate(framework, plan, config, best)
         self._report(framework, plan, here)
+
+    @property
+    def _name(self) -> str:
+        """Name of the data set's folder."""
+        data = self.request.data.resolve()
+        return (data.parent if data.is_file() else data).name
 
     def _check_places(self) -> None:
         for path in filter(None, (self.request.data, self.request.weights)):
@@ -132,6 +138,14 @@ class Fit:
         self.state.dataset = data
         return data
 
+    def _machine(self) -> Machine:
+        """Return the machine as the first run found it: free memory differs between runs."""
+        if (known := self.state.content.get("machine")) is not None:
+            return Machine(**known)
+        here = machine(self.request.device)
+        self.state.put("machine", asdict(here))
+        return here
+
     def _plan(self, framework: Framework, data: DataSet, facts: Facts, here: Machine) -> Plan:
         request = self.request
         model = request.model or ("t" if request.weights and here.device == "cuda" else "small")
@@ -144,9 +158,6 @@ class Fit:
             request.batch,
             request.workers,
         )
-        # Fixed by the first run: free memory differs between runs.
-        memory = self.state.content.setdefault("memory", here.memory)
-        here = replace(here, memory=memory)
 
         def plan(choice: Choice, part: DataSet, work: Path) -> Plan:
             weights = request.weights and request.weights.absolute()
@@ -177,7 +188,7 @@ class Fit:
         process.run(framework.train(config, False), log, "the probe", _nothing)
         seconds = time.monotonic() - begin
         rows = [row for row in framework.history(plan.work) if "time" in row and "loss" in row]
-        image = framework.image_seconds(plan.work, log.read_text(errors="replace"))
+        image = framework.image_seconds(log.read_text(errors="replace"))
         if not rows or image is None:
             raise UsageError(f"the probe has not logged its speed: see {log}")
         iteration = rows[-1]["time"]
@@ -234,7 +245,8 @@ class Fit:
             from .report import write
 
             with self._step("report"):
-                scores = write(path, framework, plan, self.results, self.state.seconds, here)
+                seconds = sum(self.state.seconds.values())
+                scores = write(path, self._name, framework, plan, self.results, seconds, here)
             self.state.put("scores", scores)
         for task, scores in self.state.content["scores"].items():
             known = [f"{name} {value:.1f}" for name, value in scores.items() if value is not None]

@@ -9,7 +9,7 @@ import pytest
 from fit_forks import Fork, run_fit
 from killing import fork, statuses_of
 
-from elsa_tools.fit import process
+from elsa_tools.fit import frameworks, process
 from elsa_tools.fit.cli import main
 
 # Figures have been logged.
@@ -68,8 +68,51 @@ def test_refusals(tmp_path, options, sentence, capsys):
     assert sentence in error.splitlines()[-1]
 
 
+def test_another_run_in_the_same_folder_is_refused(tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "out"
+    fit_folders.LAYOUTS["single_json"](data)
+    options = ["--dry-run", "--framework", "detectron2"]
+    assert fit(data, out, *options, "--epochs", "2") == 0
+    assert fit(data, out, *options, "--epochs", "3") == 2
+    assert "is of a run with --epochs 2, got --epochs 3" in capsys.readouterr().err
+    assert fit(data, out, *options) == 2
+    assert "is of a run with --epochs 2, got no --epochs" in capsys.readouterr().err
+    fit_folders.image(data / "new.jpg")
+    assert fit(data, out, *options, "--epochs", "2") == 2
+    assert f"{data} has changed since" in capsys.readouterr().err
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/thesis.tex").touch()
+    assert fit(data, tmp_path / "mine", *options, "--epochs", "2") == 2
+    assert "must be a new or empty folder" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+
+
+def test_a_damaged_data_set_is_one_sentence_and_no_training(tmp_path, forks, capsys):
+    data, out = tmp_path / "data", tmp_path / "out"
+    fit_folders.LAYOUTS["yolo"](data)
+    (data / "images/train/a.jpg").write_bytes(b"no image")
+    assert fit(data, out, "--epochs", "1") == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("elsa fit: ") and "a.jpg" in error
+    assert not forks and {path.name for path in out.iterdir()} == {"fit.json"}
+
+
+def test_without_a_framework(tmp_path, monkeypatch, capsys):
+    data = tmp_path / "data"
+    fit_folders.LAYOUTS["label_maps"](data)
+    monkeypatch.setattr(frameworks, "is_missing", lambda name: True)
+    assert fit(data, tmp_path / "out", "--epochs", "1") == 2
+    assert "semantic needs Detectron2 or MMSegmentation, which is not" in capsys.readouterr().err
+    monkeypatch.setattr(frameworks, "is_missing", lambda name: name == "detectron2")
+    assert frameworks.choose_framework(None, "semantic").name == "mmseg"
+    assert frameworks.choose_framework(None, "boxes").name == "mmdet"
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "framework"), [("yolo", "mmdet"), ("label_maps", "detectron2")])
+@pytest.mark.parametrize(
+    ("layout", "framework"),
+    [("label_maps", "mmseg"), ("yolo", "mmdet"), ("label_maps", "detectron2")],
+)
 def test_minutes_are_filled_by_the_measured_speed(tmp_path, layout, framework, forks, capsys):
     """A dry run measures, writes the config, and trains nothing; the next one has its length."""
     data, out = tmp_path / layout, tmp_path / "out"
