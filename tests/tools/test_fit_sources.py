@@ -63,6 +63,20 @@ def test_objects_are_those_of_the_source(tmp_path, layout):
     assert not made.warnings
 
 
+def test_lists_of_voc_have_a_name_a_line(tmp_path, monkeypatch):
+    """Names may have spaces. The source is relative; its images are found from any folder."""
+    fit_folders.voc(tmp_path / "data")
+    for path in [*tmp_path.rglob("g.*"), tmp_path / "data/ImageSets/Main/val.txt"]:
+        if path.suffix == ".txt":
+            write(path, path.read_text().replace("g\n", "my  g\n").replace("h\n", '"h"\n'))
+        else:
+            path.rename(path.with_stem("my  g"))
+    monkeypatch.chdir(tmp_path)
+    made = prepare(Path("data"), Path("out"))
+    assert not made.warnings and made.train.images.is_absolute()
+    assert set(objects_of(made.val, masks=False)) == set(fit_folders.VAL)
+
+
 @pytest.mark.parametrize("layout", ["yolo_boxes", "voc"])
 def test_boxes_are_those_of_supervision(tmp_path, layout):
     """Its masks are not compared: it draws polygons with their right and lower edge."""

@@ -107,13 +107,14 @@ def read(tree: Tree, files: dict[str, ElementTree.Element], task: str | None) ->
 
 
 def image_sets(tree: Tree, kind: str) -> dict[str, str | None]:
-    """Return {stem: role} of the lists in ImageSets/KIND; {} without lists."""
+    """Return {stem: role} of the lists in ImageSets/KIND, a stem a line; {} without lists."""
     found: dict[str, str | None] = {}
     for role, file in ((TRAIN, "train"), (VAL, "val"), (TEST, "test"), (None, "trainval")):
         if role is None and TRAIN in found.values():
             continue
         for name in tree.ending(f"imagesets/{kind}/{file}.txt".lower()):
-            stems = read_text(tree.path(name)).split()
+            lines = read_text(tree.path(name)).splitlines()
+            stems = [stem for line in lines if (stem := line.strip().strip('"'))]
             both = [stem for stem in stems if role == VAL and found.get(stem) == TRAIN]
             if both:
                 raise UsageError(f"{tree.path(name)} lists {both[0]}, which train.txt lists, too")

@@ -82,11 +82,14 @@ def check_objects(source: Source, task: str) -> None:
 
 
 def write_coco(path: Path, coco: dict[str, Any], images: Path) -> Part:
-    """Write a file in COCO's format, the same bytes for the same content."""
+    """Write a file in COCO's format, the same bytes for the same content.
+
+    The part's ``images`` are absolute: a config with them works from any folder.
+    """
     make_folder(str(path.parent), "folder")
     with replacing(path) as file:
         file.write(json.dumps(coco).encode())
-    return Part(images, path, None, len(coco["images"]))
+    return Part(images.absolute(), path, None, len(coco["images"]))
 
 
 def link_maps(
