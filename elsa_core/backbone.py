@@ -40,6 +40,8 @@ class StagedBackbone(nn.Module):
         **rates: float,
     ) -> None:
         super().__init__()
+        if in_chans < 1:
+            raise ValueError(f"in_chans must be at least 1, got {in_chans=}")
         self.num_features = list(num_features)
         self.in_chans = in_chans
         self.out_indices = tuple(out_indices)

@@ -27,6 +27,7 @@ from elsa_core.weights import (
     checkpoint_for,
     class_names,
     coverage,
+    fit_channels,
     fit_positions,
     has_names_of,
     read_ahead,
@@ -69,6 +70,12 @@ class AtomicCheckpointer(DetectionCheckpointer):
     read = staticmethod(read_checkpoint)
     _file = ""
     _resumes = False
+    _complete = False
+
+    @property
+    def _begins(self) -> bool:
+        """Whether the weights are those that a training, or a user, begins with."""
+        return not (self._resumes or self._complete)
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -119,7 +126,8 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self._file = filename
         attention = attention_names(self.model)
         if attention and filename.endswith((".pkl", ".safetensors")):
-            return checkpoint_for(self.model, filename, self._torch_load(filename))
+            content = self._torch_load(filename)
+            return checkpoint_for(self.model, filename, content, begins=self._begins)
         if filename.endswith(".pkl"):
             return self._of_detectron(self._torch_load(filename))
         loaded = super()._load_file(filename)
@@ -131,7 +139,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         try:
             # Detectron2 puts files without "model" under that name.
             content = loaded["model"] if loaded.keys() == {"model"} else loaded
-            return checkpoint_for(self.model, filename, content)
+            return checkpoint_for(self.model, filename, content, begins=self._begins)
         except UsageError:
             if attention.isdisjoint(names):
                 raise
@@ -165,6 +173,7 @@ class AtomicCheckpointer(DetectionCheckpointer):
         self._choose_weights(checkpoint)
         check_names(checkpoint["model"], self._file)
         fit_positions(self.model, checkpoint["model"])
+        fit_channels(self.model, checkpoint["model"], self._file, begins=self._begins)
         wanted = self.model.state_dict()
         given = {n: t for n, t in checkpoint["model"].items() if n in wanted}
         check_finite({n: t for n, t in given.items() if isinstance(t, Tensor)}, self._file)
@@ -237,6 +246,7 @@ class _Checker(AtomicCheckpointer):
     """Records what does not match instead of logging it."""
 
     incompatible: Any = None
+    _complete = True
     read: Any = staticmethod(read_ahead)
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:

@@ -59,7 +59,7 @@ class OpenMMLabBackbone(StagedBackbone, BaseModule):
 class ELSASwin(OpenMMLabBackbone, CoreELSASwin):
     """`elsa_core.ELSASwin`; see `OpenMMLabBackbone`.
 
-    Maps an image [B, 3, H, W] to contiguous feature maps [B, C_i, H_i, W_i].
+    Maps an image [B, in_chans, H, W] to contiguous feature maps [B, C_i, H_i, W_i].
     """
 
 

@@ -27,6 +27,7 @@ from elsa_core.weights import (
     checkpoint_for,
     class_names,
     coverage,
+    fit_channels,
     fit_positions,
     has_names_of,
 )
@@ -63,7 +64,9 @@ class WeightsHook(Hook):
         if any(isinstance(module, FSDP) for module in runner.model.modules()):
             model = unbuilt_model(runner.cfg.model)  # FSDP's parameters are flat
         resumes = bool(getattr(runner, "_resume", False))
-        if words := adopt(model, checkpoint, path, resumes=resumes):
+        loop = getattr(runner, "_train_loop", None)
+        begins = isinstance(loop, BaseLoop) and not resumes
+        if words := adopt(model, checkpoint, path, resumes=resumes, begins=begins):
             runner.logger.info(words)
         if has_both(checkpoint):
             runner.logger.info(note(f"the checkpoint {path}", averaged=not resumes))
@@ -73,7 +76,7 @@ class WeightsHook(Hook):
             check_progress(checkpoint, path)
             check_groups(runner, checkpoint)
             checkpoint["message_hub"] = from_plain(checkpoint["message_hub"])
-        elif isinstance(loop := getattr(runner, "_train_loop", None), BaseLoop):
+        elif isinstance(loop, BaseLoop):
             names = (getattr(loop.dataloader.dataset, "metainfo", None) or {}).get("classes")
             if others := other_classes(class_names(checkpoint)[0], names):
                 runner.logger.warning(f"the checkpoint {path}: {others}")
@@ -126,12 +129,15 @@ def plain_state(content: Any) -> dict[str, Any]:
     return {re.sub("^module\\.", "", str(name)): one for name, one in _state(content).items()}
 
 
-def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -> str:
+def adopt(
+    model: nn.Module, content: Any, path: str, *, resumes: bool = False, begins: bool = False
+) -> str:
     """Renames a checkpoint's tensors as in a model, in its ``state_dict``, in place.
 
     Args:
         content: of the file ``path``, as MMEngine reads it.
         resumes: whether a training is resumed from it.
+        begins: whether a training begins with it, which may have other channels.
 
     Returns a note for the log, "" if the checkpoint has all parameters under their names. Raises
     UsageError as `WeightsHook`.
@@ -142,13 +148,15 @@ def adopt(model: nn.Module, content: Any, path: str, *, resumes: bool = False) -
     check_names(state, f"the checkpoint {path}")
     if isinstance(state, MutableMapping):
         fit_positions(model, state)
+        fit_channels(model, state, path, begins=begins)
     wanted = {name: tuple(tensor.shape) for name, tensor in model.named_parameters()}
     plain = plain_state(content)
     found, reason = plain, None
     if attention_names(model) and not has_names_of(model, plain):
         try:
             sizes = _anchor_sizes(model)
-            found = checkpoint_for(model, path, content, to=OPENMMLAB, anchor_sizes=sizes)["model"]
+            options: dict[str, Any] = {"anchor_sizes": sizes, "begins": begins}
+            found = checkpoint_for(model, path, content, to=OPENMMLAB, **options)["model"]
         except UsageError as error:
             reason = error
     given = {n for n, t in found.items() if isinstance(t, Tensor) and wanted.get(n) == t.shape}

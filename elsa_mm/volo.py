@@ -14,8 +14,8 @@ from .backbone import OpenMMLabBackbone
 class ELSAVolo(OpenMMLabBackbone, CoreELSAVolo):
     """`elsa_core.ELSAVolo` for dense prediction; see `OpenMMLabBackbone`.
 
-    Maps an image [B, 3, H, W] to contiguous feature maps [B, C_i, H_i, W_i]. A feature pyramid
-    (FPN) needs ``pyramid=True``.
+    Maps an image [B, in_chans, H, W] to contiguous feature maps [B, C_i, H_i, W_i]. A feature
+    pyramid (FPN) needs ``pyramid=True``.
     """
 
 
@@ -23,6 +23,6 @@ class ELSAVolo(OpenMMLabBackbone, CoreELSAVolo):
 class ELSAVoloTokens(OpenMMLabBackbone, CoreELSAVoloTokens):
     """`elsa_core.volo_classifier.ELSAVoloTokens` for MMPretrain; see `OpenMMLabBackbone`.
 
-    Maps an image [B, 3, H, W] to the class token [B, D], the map of the patch tokens [B, D, H/16,
-    W/16] and MixToken's box, which `elsa_mm.volo_head.VoloHead` takes.
+    Maps an image [B, in_chans, H, W] to the class token [B, D], the map of the patch tokens
+    [B, D, H/16, W/16] and MixToken's box, which `elsa_mm.volo_head.VoloHead` takes.
     """

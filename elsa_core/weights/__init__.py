@@ -1,5 +1,6 @@
 """Read, recognise and convert checkpoints of ELSA-Swin and ELSA-VOLO with torch alone."""
 
+from .channels import fit_channels
 from .convert import TARGETS, Conversion, convert
 from .files import checkpoint_for, convert_file, load_backbone
 from .fit import attention_names, check_complete, check_names, coverage, fit_positions, has_names_of
@@ -20,6 +21,7 @@ __all__ = [
     "convert",
     "convert_file",
     "coverage",
+    "fit_channels",
     "fit_positions",
     "has_names_of",
     "load_backbone",

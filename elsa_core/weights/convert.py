@@ -50,7 +50,7 @@ class Conversion:
     [(name in SRC, reason)], ``added``: [(name in DST, reason)]: in DST without being in SRC,
     ``absent``: [(name, reason)]: neither in SRC nor in DST, left to the model's initialisation.
     ``seeds``: {name in DST: tensor}: its last rows, where only these are from SRC, as `seeded`
-    says.
+    says. ``spread``: a note if the first convolution has been fitted to other channels.
     """
 
     source: Source
@@ -64,6 +64,7 @@ class Conversion:
     absent: list[tuple[str, str]] = field(default_factory=list)
     seeds: dict[str, Tensor] = field(default_factory=dict)
     seeded: str = ""
+    spread: str = ""
 
     def put(self, name: str, old: str, tensor: Tensor) -> None:
         if name in self.tensors:
@@ -128,7 +129,9 @@ def _convert_model(result: Conversion, anchor_sizes: int | None) -> None:
     result.sizes = sizes = read_sizes(
         {name: tensor for name, (_, tensor) in source.tensors.items()}, source.kind
     )
-    _check(source, source.tensors, model_shapes(source.backbone, sizes, source.kind))
+    _check(
+        source, source.tensors, model_shapes(source.backbone, sizes, source.kind, source.in_chans)
+    )
     named = source.tensors
     if (source.family == DETECTRON2) != (result.to == "detectron2") and sizes.anchors:
         named = _reorder_anchors(named, sizes.anchors, anchor_sizes, result.to)
@@ -149,7 +152,7 @@ def _convert_model(result: Conversion, anchor_sizes: int | None) -> None:
 def _convert_classifier(result: Conversion) -> None:
     """Convert a classifier or a backbone to the original's or MMPretrain's names."""
     source = result.source
-    shapes = backbone_shapes(source.backbone)
+    shapes = backbone_shapes(source.backbone, in_chans=source.in_chans)
     expected = {name: shape for name, shape in shapes.items() if not OUTPUTS.match(name)}
     if source.kind == CLASSIFIER:
         expected |= _class_shapes(source)
@@ -191,7 +194,7 @@ def _class_shapes(source: Source) -> Shapes:
 def _take_backbone(result: Conversion, keep: Collection[str]) -> None:
     source = result.source
     whole = source.kind not in (CLASSIFIER, BACKBONE)
-    expected = backbone_shapes(source.backbone)
+    expected = backbone_shapes(source.backbone, in_chans=source.in_chans)
     dims = output_dims(source.backbone)
     last = f"norm{len(dims) - 1}"
     parts = CLASS_PARTS if isinstance(source.backbone, Volo) else ("norm", "head")
@@ -246,7 +249,7 @@ def _take_backbone(result: Conversion, keep: Collection[str]) -> None:
 def _convert_swin(result: Conversion) -> None:
     source = result.source
     assert isinstance(source.backbone, Arch)
-    expected = backbone_shapes(source.backbone)
+    expected = backbone_shapes(source.backbone, in_chans=source.in_chans)
     attention = {
         name
         for name in expected

@@ -17,6 +17,7 @@ from elsa_core.runtime.errors import UsageError
 from elsa_core.volo import drop_unused_parts
 
 from . import averages, write
+from .channels import fit_channels
 from .convert import SEEDED_IN_MODEL, Conversion, convert
 from .fit import backbones_of, fit_positions
 from .names import D2_BACKBONES, RULES, UPERNET
@@ -95,6 +96,7 @@ def load_backbone(backbone: StagedBackbone, path: str | os.PathLike) -> Conversi
     with naming(path):
         conversion = convert(source, "backbone", keep=_kept_parts(backbone, names))
     tensors = _used(backbone, conversion, names)
+    conversion.spread = fit_channels(backbone, tensors, os.fspath(path))
     _check_fit(path, conversion, tensors, names)
     backbone.load_state_dict(tensors, strict=False)
     return conversion
@@ -107,6 +109,7 @@ def checkpoint_for(
     *,
     to: str = DETECTRON2,
     anchor_sizes: int | None = None,
+    begins: bool = True,
 ) -> dict[str, Any]:
     """Return a checkpoint of any framework as a dict for a Detectron2 or OpenMMLab model.
 
@@ -117,6 +120,7 @@ def checkpoint_for(
         content: content of the file if it has been read already.
         to: framework of the model, "detectron2" or "openmmlab".
         anchor_sizes: as in `convert`.
+        begins: as in `fit_channels`.
 
     Raises:
         UsageError: as in `load_backbone`, or if the model does not have exactly one backbone.
@@ -144,11 +148,13 @@ def checkpoint_for(
         else:
             tensors = {name: tensor for name, (_, tensor) in source.tensors.items()}
         fit_positions(model, tensors)
+        fit_channels(model, tensors, os.fspath(path), begins=begins)
         return {"model": tensors, "meta": source.meta}
     keep = _kept_parts(backbone, inside) if to == OPENMMLAB else ()
     with naming(path):
         conversion = convert(source, "backbone", keep=keep)
     tensors = _used(backbone, conversion, inside)
+    fit_channels(backbone, tensors, os.fspath(path), begins=begins)
     _check_fit(path, conversion, tensors, inside)
     return {"model": {prefix + name: tensor for name, tensor in tensors.items()}}
 

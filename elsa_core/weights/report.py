@@ -7,7 +7,7 @@ from typing import Any
 
 from .convert import Conversion
 from .shapes import Backbone, describe
-from .source import Source
+from .source import RGB, Source
 from .volo import Volo
 
 _SHOWN = 4
@@ -21,6 +21,7 @@ def text(conversion: Conversion, *, verbose: bool = False) -> str:
     lines = [
         f"source: {source}",
         f"  {_sizes(source.backbone)}{classes}",
+        *([f"  images of {source.in_chans} channels"] if source.in_chans != RGB else []),
         *_assumed(source),
         f"converted: {len(conversion.moved)} tensors, {values / 1e6:.1f}M values",
     ]
@@ -30,6 +31,8 @@ def text(conversion: Conversion, *, verbose: bool = False) -> str:
         lines.append(
             _entry("converted in part", list(conversion.seeds), conversion.seeded, verbose)
         )
+    if conversion.spread:
+        lines.append(f"spread: {conversion.spread}")
     parts = {
         "dropped": conversion.dropped,
         "added": conversion.added,
@@ -90,6 +93,7 @@ def record(conversion: Conversion) -> dict[str, Any]:
         "sizes": dataclasses.asdict(conversion.sizes) if conversion.sizes else None,
         "converted": conversion.moved,
         "converted_in_part": dict.fromkeys(conversion.seeds, conversion.seeded),
+        "spread": conversion.spread,
         "dropped": dict(conversion.dropped),
         "added": dict(conversion.added),
         "left_to_initialisation": dict(conversion.absent),

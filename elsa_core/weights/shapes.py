@@ -107,18 +107,18 @@ def output_dims(backbone: Backbone) -> list[int]:
     return backbone.output_dims if isinstance(backbone, Volo) else backbone.num_features
 
 
-def backbone_shapes(backbone: Backbone, prefix: str = "") -> Shapes:
+def backbone_shapes(backbone: Backbone, prefix: str = "", in_chans: int = 3) -> Shapes:
     """Return the shapes of a backbone with all output norms, without the original's buffers.
 
     They are written out, because a model on the meta device makes PyTorch import 150 MB of modules.
     """
     table = ShapeTable()
     if isinstance(backbone, Volo):
-        add_volo(table, backbone, prefix)
+        add_volo(table, backbone, prefix, in_chans)
         return table.shapes
     arch = backbone
     last = len(arch.depths) - 1
-    table.layer(f"{prefix}patch_embed.proj", arch.embed_dim, 3, 4, 4)
+    table.layer(f"{prefix}patch_embed.proj", arch.embed_dim, in_chans, 4, 4)
     table.layer(f"{prefix}patch_embed.norm", arch.embed_dim)
     for stage, dim in enumerate(arch.num_features):
         for block in range(arch.depths[stage]):
@@ -149,9 +149,9 @@ def read_sizes(tensors: Mapping[str, Tensor], kind: str) -> HeadSizes:
     return _segmentor_sizes(tensors) if kind == UPERNET else _detector_sizes(tensors, kind)
 
 
-def model_shapes(backbone: Backbone, sizes: HeadSizes, kind: str) -> Shapes:
+def model_shapes(backbone: Backbone, sizes: HeadSizes, kind: str, in_chans: int = 3) -> Shapes:
     """Return the shapes of a whole model of ``kind``, with OpenMMLab's names."""
-    table = ShapeTable(backbone_shapes(backbone, "backbone."))
+    table = ShapeTable(backbone_shapes(backbone, "backbone.", in_chans))
     dims = output_dims(backbone)
     if kind == UPERNET:
         _add_segmentor(table, dims, sizes)

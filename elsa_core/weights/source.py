@@ -18,6 +18,7 @@ ORIGINAL, OPENMMLAB, DETECTRON2 = "original", "openmmlab", "detectron2"
 MMPRETRAIN, BACKBONE_FILE, SWIN, VOLO = "mmpretrain", "backbone", "swin", "volo"
 # Kinds that are not whole detectors or segmentors.
 CLASSIFIER, BACKBONE, OTHER = "classifier", "backbone", "other"
+RGB = 3
 
 
 @dataclass
@@ -44,6 +45,14 @@ class Source:
     @property
     def arch(self) -> Arch | VoloArch:
         return arch_of(self.backbone)
+
+    @property
+    def in_chans(self) -> int:
+        """Channels of the images."""
+        volo = isinstance(self.backbone, Volo)
+        first = f"patch_embed.{'conv.0' if volo else 'proj'}.weight"
+        _, weight = self.tensors.get(first) or self.tensors.get(f"backbone.{first}") or ("", None)
+        return (weight is not None and weight.dim() == 4 and weight.shape[1]) or RGB
 
     @property
     def is_stock(self) -> bool:

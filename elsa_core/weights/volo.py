@@ -142,12 +142,12 @@ def _is_pyramid(tensors: Mapping[str, Tensor], dim: int) -> bool | None:
     return None
 
 
-def add_volo(table: ShapeTable, volo: Volo, prefix: str) -> None:
+def add_volo(table: ShapeTable, volo: Volo, prefix: str, in_chans: int = 3) -> None:
     """Add a backbone with all output norms; without those that differ if ``pyramid`` is None."""
     arch = volo.arch
     dim, out_dim = arch.embed_dims
     stem = arch.stem_dim
-    for index, (channels, size) in enumerate(((3, 7), (stem, 3), (stem, 3))):
+    for index, (channels, size) in enumerate(((in_chans, 7), (stem, 3), (stem, 3))):
         name = f"{prefix}patch_embed.conv."
         table.layer(f"{name}{3 * index}", stem, channels, size, size, bias=False)
         table.layer(f"{name}{3 * index + 1}", stem)
