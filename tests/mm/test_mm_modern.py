@@ -24,6 +24,7 @@ from mmengine.utils import import_modules_from_strings
 from torch import nn
 
 from elsa_core.runtime.errors import UsageError
+from elsa_tools.predict import load_inferencer
 
 CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 COCO = ["coco/bbox_mAP", "coco/segm_mAP"]
@@ -347,3 +348,14 @@ def test_panoptic_classes_go_by_names_with_things_first(coco):
         UsageError, match=f"things before stuff, got '{names[80]}' before '{names[79]}'"
     ):
         dataset((*names[80:], *names[:80]))
+
+
+@pytest.mark.parametrize("head", ["mask2former", "mask2former-panoptic", "dino", "rtmdet-ins"])
+def test_small_models_predict(head):
+    """A panoptic model's objects are its things."""
+    name, panoptic, _ = head.partition("-panoptic")
+    path = CONFIGS / f"mmdet/digits/{name}_elsa-swin_digits{panoptic}.py"
+    found = load_inferencer(str(path), None).predict(np.zeros((64, 48, 3), np.uint8))
+    assert (found.masks is None) == (head == "dino")
+    assert not len(found.labels) or found.labels.max() < 10
+    assert found.boxes.shape == (len(found.scores), 4)
