@@ -26,7 +26,7 @@ METRIC = {INSTANCES: "mask AP", BOXES: "box AP", SEMANTIC: "mIoU"}
 
 def write(
     path: Path,
-    name: str,
+    source: Path,
     framework: Framework,
     plan: Plan,
     results: Path,
@@ -36,7 +36,7 @@ def write(
     """Write the page; return the scores of the best checkpoint by kind of result.
 
     Args:
-        name: of the data set.
+        source: the data set, a folder or a file in it.
         results: folder that `Framework.evaluate` has written to.
         seconds: of all steps.
     """
@@ -55,6 +55,8 @@ def write(
     ]
     history = framework.history(plan.work)
     times = [row["time"] for row in history if "loss" in row and row.get("time")]
+    source = source.resolve()
+    name = (source.parent if source.is_file() else source).name
     model = {SMALL: "a small ELSA-Swin", "volo_d1": "ELSA-VOLO-D1"}
     run = Run(
         title=f"{HEADS[data.task]} on {name}",
@@ -68,7 +70,7 @@ def write(
         seconds=seconds,
         images_per_second=plan.choice.batch / sorted(times)[len(times) // 2] if times else None,
         machine=str(machine),
-        commands=_commands(framework, plan, out),
+        commands=_commands(framework, plan, source, out),
         config=out / f"config{framework.ending}",
         checkpoint=out / "best.pth",
         images=data.val.images,
@@ -78,7 +80,7 @@ def write(
     return {analysis.task: dict(analysis.summary) for analysis in analyses}
 
 
-def _commands(framework: Framework, plan: Plan, out: Path) -> dict[str, str]:
+def _commands(framework: Framework, plan: Plan, source: Path, out: Path) -> dict[str, str]:
     config, weights = str(out / f"config{framework.ending}"), str(out / "best.pth")
     model = ["--config", config, "--weights", weights]
     commands = {
@@ -87,7 +89,10 @@ def _commands(framework: Framework, plan: Plan, out: Path) -> dict[str, str]:
         "Evaluate it again": framework.evaluate(
             Path(config), Path(weights), out / "again", plan.data.task
         ),
-        "Continue training": framework.train(Path(config), True),
+        "Train on from these weights": [
+            *("elsa", "fit", str(source), "--framework", framework.name, "--task", plan.data.task),
+            *("--model", plan.model, "--weights", weights, "--out", f"{out}-2"),
+        ],
     }
     named = {sys.executable: "python"}
     return {

@@ -102,12 +102,6 @@ class Fit:
         self._evaluate(framework, plan, config, best)
         self._report(framework, plan, here)
 
-    @property
-    def _name(self) -> str:
-        """Name of the data set's folder."""
-        data = self.request.data.resolve()
-        return (data.parent if data.is_file() else data).name
-
     def _check_places(self) -> None:
         for path in filter(None, (self.request.data, self.request.weights)):
             if not path.exists():
@@ -246,7 +240,8 @@ class Fit:
 
             with self._step("report"):
                 seconds = sum(self.state.seconds.values())
-                scores = write(path, self._name, framework, plan, self.results, seconds, here)
+                source = self.request.data
+                scores = write(path, source, framework, plan, self.results, seconds, here)
             self.state.put("scores", scores)
         for task, scores in self.state.content["scores"].items():
             known = [f"{name} {value:.1f}" for name, value in scores.items() if value is not None]
