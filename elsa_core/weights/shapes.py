@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from math import isqrt
 from typing import Any
@@ -160,10 +160,16 @@ def model_shapes(backbone: Backbone, sizes: HeadSizes, kind: str, in_chans: int 
     return table.shapes
 
 
+def has_masks(names: Iterable[str]) -> bool:
+    """Whether a detector's tensors, with OpenMMLab's names, have a mask head among them."""
+    return any(name.startswith("roi_head.mask_head.") for name in names)
+
+
 def _detector_sizes(tensors: Mapping[str, Tensor], kind: str) -> HeadSizes:
     cascade = ".0" if kind == CASCADE else ""
     box, mask = f"roi_head.bbox_head{cascade}.", f"roi_head.mask_head{cascade}."
     convs = count_indices(tensors, f"{box}shared_convs.")
+    masked = has_masks(tensors)
     return HeadSizes(
         num_classes=shape_of(tensors, f"{box}fc_cls.weight", 2)[0] - 1,
         channels=shape_of(tensors, "neck.lateral_convs.0.conv.weight", 4)[0],
@@ -176,7 +182,7 @@ def _detector_sizes(tensors: Mapping[str, Tensor], kind: str) -> HeadSizes:
         box_conv_dim=shape_of(tensors, f"{box}shared_convs.0.conv.weight", 4)[0] if convs else None,
         box_fcs=count_indices(tensors, f"{box}shared_fcs."),
         mask_convs=count_indices(tensors, f"{mask}convs."),
-        mask_dim=shape_of(tensors, f"{mask}upsample.weight", 4)[0],
+        mask_dim=shape_of(tensors, f"{mask}upsample.weight", 4)[0] if masked else None,
         stages=count_indices(tensors, "roi_head.bbox_head.") if cascade else 1,
     )
 
@@ -192,7 +198,8 @@ def _add_detector(table: ShapeTable, dims: list[int], sizes: HeadSizes, kind: st
     for stage in range(sizes.stages):
         part = f".{stage}" if kind == CASCADE else ""
         _add_box_head(table, f"roi_head.bbox_head{part}", sizes)
-        _add_mask_head(table, f"roi_head.mask_head{part}", sizes)
+        if sizes.mask_dim is not None:
+            _add_mask_head(table, f"roi_head.mask_head{part}", sizes)
 
 
 def _add_box_head(table: ShapeTable, name: str, sizes: HeadSizes) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 from elsa_core.variants import Arch, VoloArch
 
 from .names import CASCADE, MASK_RCNN, UPERNET
-from .shapes import Backbone, arch_name, arch_of
+from .shapes import Backbone, arch_name, arch_of, has_masks
 from .volo import Volo
 
 # Families: the code base whose names and conventions the file follows.
@@ -60,7 +60,12 @@ class Source:
         return self.family in (SWIN, VOLO)
 
     def __str__(self) -> str:
-        kinds = {MASK_RCNN: "Mask R-CNN", CASCADE: "Cascade Mask R-CNN", UPERNET: "UPerNet"}
+        masked = has_masks(self.tensors)
+        kinds = {
+            MASK_RCNN: "Mask R-CNN" if masked else "Faster R-CNN",
+            CASCADE: f"Cascade {'Mask ' * masked}R-CNN",
+            UPERNET: "UPerNet",
+        }
         volo = isinstance(self.backbone, Volo)
         families = {
             ORIGINAL: "VOLO's names" if volo else "original release",

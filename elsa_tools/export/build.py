@@ -13,7 +13,8 @@ from elsa_core.weights.names import CASCADE, MASK_RCNN
 from elsa_core.weights.recognise import recognise
 from elsa_tools.predict.inferencer import Inferencer
 
-from .detector import ConvModule, Detector
+from .detector import Detector
+from .heads import ConvModule
 from .models import Backbone, Exportable, Segmentor, map_strides
 from .parts import check
 
@@ -24,7 +25,7 @@ def wrap(
     """What to export of a model.
 
     Args:
-        part: "backbone", or "model": UPerNet, Mask R-CNN or Cascade Mask R-CNN.
+        part: "backbone", or "model": UPerNet, Faster, Mask or Cascade R-CNN.
         normalised: whether the image is normalised already.
         pasted: whether a detector pastes its masks into the image.
 
@@ -60,7 +61,7 @@ def wrap(
 def build_detector(
     inferencer: Inferencer, normalised: bool = False, pasted: bool = False
 ) -> Detector:
-    """The `Detector` that computes what a loaded Mask R-CNN or Cascade Mask R-CNN does.
+    """The `Detector` that computes what a loaded Faster, Mask or Cascade R-CNN does.
 
     Args:
         normalised: whether it takes images that are normalised already.
@@ -86,7 +87,7 @@ def build_detector(
     try:
         source = recognise(model.state_dict())
         if source.kind not in (MASK_RCNN, CASCADE):
-            raise UsageError(f"it is {source}, not Mask R-CNN or Cascade Mask R-CNN")
+            raise UsageError(f"it is {source}, not Faster, Mask or Cascade R-CNN")
         converted = convert(source, "mmdet", anchor_sizes=anchor_sizes)
     except UsageError as error:
         raise UsageError(f"the model cannot be exported: {error}") from error
@@ -96,6 +97,8 @@ def build_detector(
             f"the config's {len(settings.deviations)} stages must be the model's "
             f"{converted.sizes.stages}"
         )
+    if pasted and not converted.sizes.mask_dim:
+        raise UsageError("--paste belongs to detectors with masks, got one without")
     detector = Detector(backbone, converted.sizes, settings, normalised, pasted)
     detector.load_state_dict(_by_stage(converted.tensors, source.kind), strict=True)
     for part in detector.modules():
@@ -105,7 +108,7 @@ def build_detector(
 
 
 def _by_stage(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """The tensors under the names of `Detector`, which number the stages of Mask R-CNN, too."""
+    """The tensors under the names of `Detector`, which number a single stage, too."""
     if kind == CASCADE:
         return tensors
     heads = ("roi_head.bbox_head.", "roi_head.mask_head.")

@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 DETAILS = """\
 The ending of OUT says the format: .onnx (ONNX, opset 20), .pt2 (torch.export) or .xml (OpenVINO,
 with a .bin file). What is exported:
-  --config of a detector   Mask R-CNN or Cascade Mask R-CNN: image [B, 3, H, W] and size [B, 2] ->
-                           boxes, scores, labels, images, masks of the N detections
+  --config of a detector   Faster, Mask or Cascade R-CNN: image [B, 3, H, W] and size [B, 2] ->
+                           boxes, scores, labels, images and, with a mask head, masks of the N
+                           detections
   --config of a segmentor  UPerNet: image -> logits [B, K, H, W]
   --part backbone          its backbone: image -> a map of each stage, res2 ... res5
   --arch                   a bare backbone: image, normalised -> res2 ... res5; of ELSA-VOLO without

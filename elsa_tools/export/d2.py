@@ -35,8 +35,9 @@ from elsa_d2.modeling.heads import (
 from elsa_d2.modeling.proposals import MMDetRPN
 from elsa_tools.predict.inferencer import Inferencer
 
-from .detector import BOX_SIZE, MASK_SIZE, Settings
-from .parts import at_least, check, check_layers, only
+from .detector import Settings
+from .heads import BOX_SIZE, MASK_SIZE
+from .parts import at_least, check, check_layers, only, stages
 
 
 def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
@@ -54,23 +55,22 @@ def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
     check("the anchors", type(rpn.anchor_generator), MMDetAnchorGenerator, DefaultAnchorGenerator)
     check("MODEL.ANCHOR_GENERATOR.OFFSET", rpn.anchor_generator.offset, 0.0)
     check("the heads", type(heads), MMDetROIHeads, StandardROIHeads, ClassSpecificCascadeROIHeads)
-    check("MODEL.MASK_ON", heads.mask_on, True)
     check("MODEL.KEYPOINT_ON", heads.keypoint_on, False)
-    predictors, box_heads, mask_heads = heads.box_predictor, heads.box_head, heads.mask_head
-    if not isinstance(heads, ClassSpecificCascadeROIHeads):
-        predictors, box_heads, mask_heads = [predictors], [box_heads], [mask_heads]
-    else:
-        check("the mask heads", type(mask_heads), StageMaskHeads)
-    for predictor, box_head, mask_head in zip(predictors, box_heads, mask_heads, strict=True):
+    if heads.mask_on and isinstance(heads, ClassSpecificCascadeROIHeads):
+        check("the mask heads", type(heads.mask_head), StageMaskHeads)
+    predictors, box_heads = stages(heads.box_predictor), stages(heads.box_head)
+    for predictor, box_head in zip(predictors, box_heads, strict=True):
         known = (Float32OutputLayers, TolerantOutputLayers, FastRCNNOutputLayers)
         check("the box predictor", type(predictor), *known)
         check("MODEL.ROI_BOX_HEAD.USE_SIGMOID_CE", predictor.use_sigmoid_ce, False)
         check("the box head", type(box_head), MMDetBoxHead, FastRCNNConvFCHead)
+    for mask_head in stages(heads.mask_head) if heads.mask_on else []:
         check("the mask head", type(mask_head), MMDetMaskHead, MaskRCNNConvUpsampleHead)
     levels = model.backbone._out_features
     check("MODEL.RPN.IN_FEATURES", list(rpn.in_features), levels)
     check("MODEL.ROI_HEADS.IN_FEATURES", list(heads.box_in_features), levels[:-1])
-    check("MODEL.ROI_HEADS.IN_FEATURES", list(heads.mask_in_features), levels[:-1])
+    if heads.mask_on:
+        check("MODEL.ROI_HEADS.IN_FEATURES", list(heads.mask_in_features), levels[:-1])
     for name, layer in model.backbone.named_children():
         if name != "bottom_up":
             check_layers(name, layer)
@@ -102,7 +102,7 @@ def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
         rpn_deviations=_deviations(transforms[0]),
         deviations=tuple(map(_deviations, transforms[1:])),
         box_samples=_samples(heads.box_pooler, BOX_SIZE),
-        mask_samples=_samples(heads.mask_pooler, MASK_SIZE),
+        mask_samples=_samples(heads.mask_pooler, MASK_SIZE) if heads.mask_on else 0,
         score=last.test_score_thresh,
         iou=last.test_nms_thresh,
         detections=last.test_topk_per_image,

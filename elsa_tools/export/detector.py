@@ -1,8 +1,8 @@
-"""Mask R-CNN and Cascade Mask R-CNN in plain PyTorch: what every exported detector is made of.
+"""Faster, Mask and Cascade R-CNN in plain PyTorch: what every exported detector is made of.
 
 Both frameworks' models become a `Detector`, so that their exports are one graph. It computes what
-they compute at test time (arXiv 1703.06870, 1712.00726), on batches, from pixels to detections.
-Parameters have MMDetection's names, with an index for the stage.
+they compute at test time (arXiv 1506.01497, 1703.06870, 1712.00726), on batches, from pixels to
+detections. Parameters have MMDetection's names, with an index for the stage.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch import Tensor
 
 from elsa_core import ELSASwin, ELSAVolo
 from elsa_core.weights.shapes import HeadSizes
+from elsa_tools.predict.executors import DETECTION, MASKS
 
+from .heads import BOX_SIZE, FPN, MASK_SIZE, RoIHead, RPNHead
 from .models import EXAMPLE, Exportable, family_of
 from .paste import paste
 
@@ -26,8 +27,6 @@ from .paste import paste
 DIVISOR = 32
 # A box of twice this side goes to the pyramid's second level; what its logarithm is kept above by.
 FINEST, ROUNDING = 56, 1e-6
-# Sides of pooled boxes.
-BOX_SIZE, MASK_SIZE = 7, 14
 # Of a row that holds no box.
 ABSENT = -1.0
 
@@ -71,129 +70,14 @@ class Settings:
     mask_threshold: float = 0.5
 
 
-class ConvModule(nn.Module):
-    """Convolution, norm and ReLU, with the names of mmcv's class; ``norm``: "", "bn" or "gn"."""
-
-    def __init__(self, dim: int, out: int, size: int, norm: str = "", relu: bool = True) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(dim, out, size, padding=size // 2, bias=not norm)
-        self.norm, self.relu = norm, relu
-        if norm:
-            self.add_module(norm, nn.BatchNorm2d(out) if norm == "bn" else nn.GroupNorm(32, out))
-
-    def fuse(self) -> None:
-        """Makes batch norm, which PyTorch cannot export for unknown numbers of boxes, a part of the
-        convolution."""
-        if self.norm == "bn":
-            norm: Any = self.bn
-            self.conv = fuse_conv_bn_eval(self.conv.eval(), norm.eval())
-            self.norm = ""
-            del self.bn
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        x = getattr(self, self.norm)(x) if self.norm else x
-        return x.relu() if self.relu else x
-
-
-class FPN(nn.Module):
-    """Feature pyramid (arXiv 1612.03144): maps [B, C_i, H_i, W_i] -> one more, of C channels."""
-
-    def __init__(self, dims: Sequence[int], channels: int, norm: str) -> None:
-        super().__init__()
-        self.lateral_convs = nn.ModuleList(
-            ConvModule(dim, channels, 1, norm, relu=False) for dim in dims
-        )
-        self.fpn_convs = nn.ModuleList(
-            ConvModule(channels, channels, 3, norm, relu=False) for _ in dims
-        )
-
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        levels = [conv(x) for conv, x in zip(self.lateral_convs, maps, strict=True)]
-        for index in range(len(levels) - 1, 0, -1):
-            above = F.interpolate(levels[index], scale_factor=2.0, mode="nearest")
-            levels[index - 1] = levels[index - 1] + above
-        levels = [conv(x) for conv, x in zip(self.fpn_convs, levels, strict=True)]
-        return [*levels, F.max_pool2d(levels[-1], 1, stride=2)]
-
-
-class RPNHead(nn.Module):
-    """Logits [B, A, H, W] and deltas [B, 4A, H, W] of the anchors of a map [B, C, H, W]."""
-
-    def __init__(self, channels: int, anchors: int) -> None:
-        super().__init__()
-        self.rpn_conv = nn.Conv2d(channels, channels, 3, padding=1)
-        self.rpn_cls = nn.Conv2d(channels, anchors, 1)
-        self.rpn_reg = nn.Conv2d(channels, 4 * anchors, 1)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        x = self.rpn_conv(x).relu()
-        return self.rpn_cls(x), self.rpn_reg(x)
-
-
-class BoxHead(nn.Module):
-    """Class logits [R, K + 1] and deltas [R, K, 4] of pooled boxes [R, C, 7, 7]."""
-
-    def __init__(self, sizes: HeadSizes) -> None:
-        super().__init__()
-        assert sizes.channels and sizes.fc_dim and sizes.num_classes
-        dim = sizes.channels
-        self.shared_convs = nn.ModuleList()
-        for _ in range(sizes.box_convs):
-            self.shared_convs.append(ConvModule(dim, sizes.box_conv_dim or 0, 3, "bn"))
-            dim = sizes.box_conv_dim or 0
-        dim *= BOX_SIZE**2
-        self.shared_fcs = nn.ModuleList()
-        for _ in range(sizes.box_fcs):
-            self.shared_fcs.append(nn.Linear(dim, sizes.fc_dim))
-            dim = sizes.fc_dim
-        self.fc_cls = nn.Linear(dim, sizes.num_classes + 1)
-        self.fc_reg = nn.Linear(dim, 4 * sizes.num_classes)
-
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        for conv in self.shared_convs:
-            x = conv(x)
-        x = x.flatten(1)
-        for layer in self.shared_fcs:
-            x = layer(x).relu()
-        return self.fc_cls(x), self.fc_reg(x).unflatten(1, (-1, 4))
-
-
-class MaskHead(nn.Module):
-    """Mask logits [R, K, 28, 28] of pooled boxes [R, C, 14, 14]."""
-
-    def __init__(self, sizes: HeadSizes) -> None:
-        super().__init__()
-        assert sizes.channels and sizes.mask_dim and sizes.num_classes
-        dims = [sizes.channels, *[sizes.mask_dim] * sizes.mask_convs]
-        self.convs = nn.ModuleList(
-            ConvModule(dim, sizes.mask_dim, 3) for dim in dims[: sizes.mask_convs]
-        )
-        self.upsample = nn.ConvTranspose2d(dims[-1], sizes.mask_dim, 2, stride=2)
-        self.conv_logits = nn.Conv2d(sizes.mask_dim, sizes.num_classes, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for conv in self.convs:
-            x = conv(x)
-        return self.conv_logits(self.upsample(x).relu())
-
-
-class RoIHead(nn.Module):
-    """The heads of each stage; Mask R-CNN has one."""
-
-    def __init__(self, sizes: HeadSizes) -> None:
-        super().__init__()
-        self.bbox_head = nn.ModuleList(BoxHead(sizes) for _ in range(sizes.stages))
-        self.mask_head = nn.ModuleList(MaskHead(sizes) for _ in range(sizes.stages))
-
-
 class Detector(Exportable):
     """A whole detector, one of our backbones under a feature pyramid.
 
     `forward` takes ``image`` [B, 3, H, W], RGB with values in 0..255, and ``size`` [B, 2], int64:
     height and width of each image; what lies outside is padding, whatever its values. It returns,
     best first and image by image, N detections: boxes [N, 4] (x1, y1, x2, y2) in pixels, scores
-    [N], labels [N], the indices of their images [N], and mask logits [N, 28, 28] over the boxes.
+    [N], labels [N], the indices of their images [N], and, of a model with mask heads, mask logits
+    [N, 28, 28] over the boxes.
 
     Args:
         normalised: whether ``image`` is normalised already.
@@ -201,7 +85,6 @@ class Detector(Exportable):
     """
 
     task, inputs = "detection", ("image", "size")
-    names = ("boxes", "scores", "labels", "images", "masks")
 
     def __init__(
         self,
@@ -218,6 +101,8 @@ class Detector(Exportable):
         self.neck = FPN(backbone.num_features, sizes.channels, sizes.neck_norm)
         self.rpn_head = RPNHead(sizes.channels, sizes.anchors)
         self.roi_head = RoIHead(sizes)
+        masks = (MASKS,) if self.roi_head.mask_head else ()
+        self.names = (*DETECTION, *masks)
 
     def example(self) -> tuple[Tensor, ...]:
         height, width = EXAMPLE
@@ -232,6 +117,8 @@ class Detector(Exportable):
         limit = size.flip(1).repeat(1, 2).to(image.dtype).unsqueeze(1)
         boxes, images = self._propose(maps, limit)
         scores, labels, boxes, images = self._detect(maps, boxes, images, limit)
+        if not self.roi_head.mask_head:
+            return boxes, scores, labels, images
         masks = self._masks(maps, boxes, labels, images)
         if self.pasted:
             height, width = image.shape[2:]

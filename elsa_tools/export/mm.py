@@ -12,6 +12,7 @@ from mmdet.models import (
     CascadeRCNN,
     CascadeRoIHead,
     ConvFCBBoxHead,
+    FasterRCNN,
     FCNMaskHead,
     MaskRCNN,
     RPNHead,
@@ -31,8 +32,9 @@ from elsa_mm.detection import (
 )
 from elsa_tools.predict.inferencer import Inferencer
 
-from .detector import BOX_SIZE, DIVISOR, FINEST, MASK_SIZE, Settings
-from .parts import at_least, check, check_layers, only
+from .detector import DIVISOR, FINEST, Settings
+from .heads import BOX_SIZE, MASK_SIZE
+from .parts import at_least, check, check_layers, only, stages
 
 BOX_HEADS = (Float32BBoxHead, Shared2FCBBoxHead, Shared4Conv1FCBBoxHead, ConvFCBBoxHead)
 
@@ -43,7 +45,7 @@ def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
     Raises UsageError for parts that `Detector` does not have.
     """
     model = inferencer.model
-    check("the model", type(model), MaskRCNN, CascadeRCNN)
+    check("the model", type(model), FasterRCNN, MaskRCNN, CascadeRCNN)
     preprocessor = model.data_preprocessor
     check("data_preprocessor.pad_size_divisor", preprocessor.pad_size_divisor, DIVISOR)
     check("data_preprocessor.pad_value", preprocessor.pad_value, 0)
@@ -61,14 +63,12 @@ def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
     strides = [(4 * 2**level,) * 2 for level in range(len(neck.in_channels) + 1)]
     check("the anchors' strides", [tuple(pair) for pair in rpn.prior_generator.strides], strides)
     check("roi_head", type(heads), StandardRoIHead, CascadeRoIHead, InitializedCascadeRoIHead)
-    check("whether the model has a mask head", model.with_mask, True)
-    cascade = isinstance(heads, CascadeRoIHead)
-    parts = (heads.bbox_head, heads.mask_head, heads.bbox_roi_extractor, heads.mask_roi_extractor)
-    boxes, masks, box_pools, mask_pools = (list(part) if cascade else [part] for part in parts)
-    for box_head, mask_head in zip(boxes, masks, strict=True):
+    boxes, masks = stages(heads.bbox_head), stages(heads.mask_head) if model.with_mask else []
+    for box_head in boxes:
         check("bbox_head", type(box_head), *BOX_HEADS)
         check("bbox_head.custom_cls_channels", box_head.custom_cls_channels, False)
         check("the branches of bbox_head", len(box_head.cls_convs) + len(box_head.reg_convs), 0)
+    for mask_head in masks:
         check("mask_head", type(mask_head), FastMaskHead, FCNMaskHead)
         check("mask_head.upsample_cfg.type", mask_head.upsample_method, "deconv")
     _check_layers("neck", neck, active=False)
@@ -83,7 +83,8 @@ def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
     at_least("test_cfg.rpn.nms_pre", test.rpn.nms_pre, 1)
     at_least("test_cfg.rpn.max_per_img", test.rpn.max_per_img, 1)
     at_least("test_cfg.rcnn.max_per_img", test.rcnn.max_per_img, 1)
-    at_least("test_cfg.rcnn.mask_thr_binary", test.rcnn.mask_thr_binary, 0)
+    if masks:
+        at_least("test_cfg.rcnn.mask_thr_binary", test.rcnn.mask_thr_binary, 0)
     coders = [rpn.bbox_coder, *(head.bbox_coder for head in boxes)]
     for coder in coders:
         check("bbox_coder", type(coder), DeltaXYWHBBoxCoder)
@@ -108,12 +109,12 @@ def read_settings(inferencer: Inferencer) -> tuple[Settings, int]:
         clamp_both=True,
         rpn_deviations=tuple(coders[0].stds),
         deviations=tuple(tuple(coder.stds) for coder in coders[1:]),
-        box_samples=_samples(box_pools, BOX_SIZE, strides),
-        mask_samples=_samples(mask_pools, MASK_SIZE, strides),
+        box_samples=_samples(heads.bbox_roi_extractor, BOX_SIZE, strides),
+        mask_samples=(_samples(heads.mask_roi_extractor, MASK_SIZE, strides) if masks else 0),
         score=test.rcnn.score_thr,
         iou=test.rcnn.nms.iou_threshold,
         detections=test.rcnn.max_per_img,
-        mask_threshold=test.rcnn.mask_thr_binary,
+        mask_threshold=test.rcnn.mask_thr_binary if masks else 0.5,
     )
     return settings, scales
 
@@ -129,10 +130,10 @@ def _check_layers(part: str, module: torch.nn.Module, active: bool) -> None:
             check(f"the activation of {what}", activation, torch.nn.ReLU if active else None)
 
 
-def _samples(extractors: list[Any], size: int, strides: list[tuple[int, int]]) -> int:
+def _samples(extractors: Any, size: int, strides: list[tuple[int, int]]) -> int:
     """RoIAlign's samples of all levels and stages."""
     layers = []
-    for extractor in extractors:
+    for extractor in stages(extractors):
         check("the RoI extractor", type(extractor), Float32RoIExtractor, SingleRoIExtractor)
         check("finest_scale of the RoI extractor", extractor.finest_scale, FINEST)
         wanted = [stride for stride, _ in strides[:-1]]

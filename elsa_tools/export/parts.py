@@ -83,3 +83,8 @@ def only(what: str, values: Sequence[Any]) -> Any:
             f"and {different[0]}"
         )
     return values[0]
+
+
+def stages(part: nn.Module) -> list[Any]:
+    """The modules of a cascade's stages, or the module of the only one."""
+    return list(part) if isinstance(part, nn.ModuleList) else [part]

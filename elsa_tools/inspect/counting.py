@@ -15,6 +15,7 @@ from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.variants import Arch, VoloArch
 
 from ..archs import build_backbone, describe_arch
+from ..export.parts import stages
 
 # Height and width in pixels, as published tables have them.
 DETECTION, SEGMENTATION, CLASSIFICATION = (800, 1280), (512, 2048), (224, 224)
@@ -82,12 +83,12 @@ def _from_detectron2(path: str) -> Subject:
         rpn.rpn_head([features[level] for level in rpn.in_features])
         channels = features[heads.box_in_features[0]].shape[1]
         side = heads.box_pooler.output_size
-        pairs = zip(_stages(heads.box_head), _stages(heads.box_predictor), strict=True)
+        pairs = zip(stages(heads.box_head), stages(heads.box_predictor), strict=True)
         for head, predictor in pairs:
             predictor(head(image.new_empty(PROPOSALS, channels, *side)))
         if heads.mask_on:
             side = heads.mask_pooler.output_size
-            for head in _stages(heads.mask_head):
+            for head in stages(heads.mask_head):
                 head.layers(image.new_empty(DETECTIONS, channels, *side))
         if heads.keypoint_on:
             side = heads.keypoint_pooler.output_size
@@ -146,10 +147,6 @@ def _run_two_stages(model: Any, image: Tensor) -> None:
     if head.with_mask:
         parts.append((head.mask_head, head.mask_roi_extractor, DETECTIONS))
     for part, extractor, samples in parts:
-        for stage, stage_extractor in zip(_stages(part), _stages(extractor), strict=True):
+        for stage, stage_extractor in zip(stages(part), stages(extractor), strict=True):
             side = stage_extractor.roi_layers[0].output_size
             stage(image.new_empty(samples, stage_extractor.out_channels, *side))
-
-
-def _stages(part: nn.Module) -> list[Any]:
-    return list(part) if isinstance(part, nn.ModuleList) else [part]

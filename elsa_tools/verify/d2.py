@@ -51,7 +51,8 @@ def run(
     found = result["instances"]
     outcome.proposals = seen["proposals"]
     outcome.boxes, outcome.scores = found.pred_boxes.tensor, found.scores
-    outcome.labels, outcome.masks = found.pred_classes, found.pred_masks
+    outcome.labels = found.pred_classes
+    outcome.masks = found.pred_masks if found.has("pred_masks") else None
     return outcome
 
 
@@ -88,6 +89,8 @@ def overrides(backbone: Backbone, sizes: HeadSizes, kind: str) -> list[Any]:
         keys["MODEL.ROI_BOX_HEAD.NUM_CONV"] = sizes.box_convs
         if kind == CASCADE and sizes.box_conv_dim is not None:
             keys["MODEL.ROI_BOX_HEAD.CONV_DIM"] = sizes.box_conv_dim
-        keys["MODEL.ROI_MASK_HEAD.NUM_CONV"] = sizes.mask_convs
-        keys["MODEL.ROI_MASK_HEAD.CONV_DIM"] = sizes.mask_dim
+        keys["MODEL.MASK_ON"] = sizes.mask_dim is not None
+        if sizes.mask_dim is not None:
+            keys["MODEL.ROI_MASK_HEAD.NUM_CONV"] = sizes.mask_convs
+            keys["MODEL.ROI_MASK_HEAD.CONV_DIM"] = sizes.mask_dim
     return [part for pair in keys.items() for part in pair]

@@ -74,7 +74,7 @@ def _run(cfg: Config, kind: str, tensors: Mapping[str, Tensor], image: Tensor) -
         boxes=found.bboxes,
         scores=found.scores,
         labels=found.labels,
-        masks=found.masks,
+        masks=found.get("masks"),
     )
 
 
@@ -107,8 +107,7 @@ def set_sizes(model: ConfigDict, backbone: Backbone, sizes: HeadSizes, kind: str
     model.neck.update(in_channels=dims, out_channels=channels, norm_cfg=norms[sizes.neck_norm])
     model.rpn_head.update(in_channels=channels, feat_channels=channels)
     head = model.roi_head
-    for extractor in (head.bbox_roi_extractor, head.mask_roi_extractor):
-        extractor.out_channels = channels
+    head.bbox_roi_extractor.out_channels = channels
     for box_head in [head.bbox_head] if isinstance(head.bbox_head, dict) else head.bbox_head:
         box_head.update(
             in_channels=channels, fc_out_channels=sizes.fc_dim, num_classes=sizes.num_classes
@@ -119,6 +118,10 @@ def set_sizes(model: ConfigDict, backbone: Backbone, sizes: HeadSizes, kind: str
                 num_shared_convs=sizes.box_convs,
                 num_shared_fcs=sizes.box_fcs,
             )
+    if sizes.mask_dim is None:
+        head.mask_roi_extractor = head.mask_head = None
+        return
+    head.mask_roi_extractor.out_channels = channels
     head.mask_head.update(
         in_channels=channels,
         conv_out_channels=sizes.mask_dim,

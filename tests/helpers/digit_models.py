@@ -15,13 +15,18 @@ SEG = {
     "detectron2": str(CONFIGS / "detectron2/digits/upernet_elsa_swin_digits.yaml"),
     "mmseg": str(CONFIGS / "mmseg/digits/elsa-swin_upernet_digits.py"),
 }
+# Options that leave out a detector's masks.
+BOXES = {
+    "detectron2": ["MODEL.MASK_ON", "False"],
+    "mmdet": ["model.roi_head.mask_head=None", "model.roi_head.mask_roi_extractor=None"],
+}
 DIGITS = [str(digit) for digit in range(10)]
 
 
-def untrained(config):
+def untrained(config, options=()):
     """With scores far enough from 1 / 11 that some pass a threshold."""
     torch.manual_seed(3)
-    inferencer = load_inferencer(config, None, device="cpu")
+    inferencer = load_inferencer(config, None, device="cpu", options=options)
     for name, parameter in inferencer.model.named_parameters():
         if name.endswith(("fc_cls.weight", "cls_score.weight", "conv_seg.weight")):
             torch.nn.init.normal_(parameter, std=0.3)
