@@ -113,7 +113,10 @@ def run(options: argparse.Namespace) -> int:
 
     values = {name: value for name, value in vars(options).items() if name != "dry_run"}
     values["out"] = options.out or Path("runs", options.data.resolve().name)
-    Fit(Request(**values))(options.dry_run)
+    try:
+        Fit(Request(**values))(options.dry_run)
+    except OSError as error:  # such as a full disk
+        raise UsageError(f"{error.filename or options.data}: {error.strerror or error}") from error
     return 0
 
 

@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -110,10 +111,12 @@ class Framework:
                 yield key, value
 
     def _records(self, work: Path) -> Iterator[dict[str, Any]]:
-        """In the order of time; a line that is being written is left out."""
+        """In the order of time, without lines that are being written or were cut by a kill."""
         for path in sorted(work.glob(self.logs)):
-            with path.open(encoding="utf-8") as lines:
-                yield from (json.loads(line) for line in lines if line.endswith("\n"))
+            with path.open(encoding="utf-8", errors="replace") as lines:
+                for line in filter(lambda one: one.endswith("\n"), lines):
+                    with suppress(json.JSONDecodeError):
+                        yield json.loads(line)
 
     def image_seconds(self, log: str) -> float | None:
         """Return the seconds for the evaluation of an image, without the first ones of a run."""

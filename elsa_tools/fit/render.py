@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
 import textwrap
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from elsa_core.runtime.errors import printable
+
 WIDTH = 100
+# Characters that YAML refuses or reads as line breaks, also in quotes.
+_ESCAPED = re.compile("[\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 
 
 class Setting(NamedTuple):
@@ -38,9 +43,9 @@ def yaml_text(tree: Mapping[str, Any], indent: int = 0) -> str:
         if isinstance(value, Mapping):
             lines.append(f"{pad}{key}:\n{yaml_text(value, indent + 2).rstrip()}")
             continue
-        text = f"{pad}{key}: {json.dumps(value, ensure_ascii=False)}"
+        text = f"{pad}{key}: {_json(value)}"
         if len(text) > WIDTH and isinstance(value, (list, tuple)):
-            items = (f"{pad}  - {json.dumps(one, ensure_ascii=False)}" for one in value)
+            items = (f"{pad}  - {_json(one)}" for one in value)
             text = "\n".join([f"{pad}{key}:", *items])
         lines.append(text)
     return "\n".join(lines) + "\n"
@@ -56,11 +61,23 @@ def python_text(tree: Mapping[str, Any]) -> str:
 
 
 def comment(text: str, indent: int = 0) -> str:
-    """Return a comment of lines that are not too long."""
+    """Return a comment of lines that are not too long, which MMEngine does not fill in."""
     first = " " * indent + "# "
+    text = printable(text).replace("{{", "{ {")
     return textwrap.fill(
         " ".join(text.split()), WIDTH, initial_indent=first, subsequent_indent=first
     )
+
+
+def _json(value: Any) -> str:
+    """Return JSON that is YAML, too."""
+    text = json.dumps(value, ensure_ascii=False)
+    return _ESCAPED.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def _repr(value: Any) -> str:
+    """Return an expression in which MMEngine finds no {{variable}} to fill in."""
+    return repr(value).replace("{{", r"\x7b{") if isinstance(value, str) else repr(value)
 
 
 def _commented(lines: list[str], value: Any, indent: int) -> Any:
@@ -86,7 +103,7 @@ def _python(value: Any, indent: int, used: int) -> str:
         opening, closing = "[]" if isinstance(value, list) else "()"
         items = "\n".join(f"{pad}{_python(one, indent + 4, 1)}," for one in value)
         return f"{opening}\n{items}\n{' ' * indent}{closing}"
-    return repr(value)
+    return _repr(value)
 
 
 def _inline(value: Any) -> str | None:
@@ -101,4 +118,4 @@ def _inline(value: Any) -> str | None:
     if isinstance(value, list):
         items = [_inline(one) for one in value]
         return None if None in items else f"[{', '.join(map(str, items))}]"
-    return repr(value)
+    return _repr(value)

@@ -79,9 +79,9 @@ class Fit:
         Args:
             dry_run: end after the config is written.
         """
-        self._check_places()
+        self._check_request()
         with TrainingLock(self.out):
-            data = fingerprint(self.request.data)
+            data = fingerprint(self.request.data, self.out)
             self.state = State(self.out, self.request.recorded(), data)
             self._steps(dry_run)
 
@@ -102,10 +102,14 @@ class Fit:
         self._evaluate(framework, plan, config, best)
         self._report(framework, plan, here)
 
-    def _check_places(self) -> None:
+    def _check_request(self) -> None:
         for path in filter(None, (self.request.data, self.request.weights)):
             if not path.exists():
                 raise UsageError(f"{path} does not exist")
+        if self.request.weights is not None and not self.request.weights.is_file():
+            raise UsageError(f"--weights must be a file, got {self.request.weights}")
+        if not 0 <= self.request.seed < 2**31:
+            raise UsageError(f"--seed must be 0 to {2**31 - 1}, got {self.request.seed}")
         data, out = (Path(os.path.realpath(one)) for one in (self.request.data, self.out))
         if data == out or data in out.parents:
             raise UsageError(f"--out must be outside of the data, got {self.request.out}")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -17,34 +16,39 @@ from elsa_core.runtime.files import replacing
 
 from .dataset import DataSet, Part
 from .length import Timing
+from .sources.tree import Tree
 
 NAME, VERSION = "fit.json", 1
 # Files of the data set that are compared by their content; others, images, by name and size.
 TEXT = (".json", ".yaml", ".yml", ".txt", ".xml", ".csv")
 
 
-def fingerprint(source: Path) -> str:
-    """Return a hash of a data set's files: names, sizes, and the content of annotations."""
-    digest = hashlib.sha256()
-    for path in sorted(_files(source)):
-        digest.update(f"{path.relative_to(source.parent)}\0{path.stat().st_size}\n".encode())
+def fingerprint(source: Path, out: Path) -> str:
+    """Return a hash of a data set's files: names, sizes, and the content of annotations.
+
+    Args:
+        source: folder, or a file that stands for its folder.
+        out: folder of the run, which may lie beside that file.
+    """
+    digest = hashlib.sha256(source.name.encode(errors="surrogateescape"))
+    tree = Tree(source.parent if source.is_file() else source, out)
+    for name in tree.files:
+        path = tree.path(name)
+        if not path.is_file():
+            continue
+        line = f"{name}\0{path.stat().st_size}\n"
+        digest.update(line.encode(errors="surrogateescape"))
         if path.suffix.lower() in TEXT:
             digest.update(path.read_bytes())
     return digest.hexdigest()
-
-
-def _files(source: Path) -> Iterator[Path]:
-    if source.is_file():
-        yield source
-    for folder, _, names in os.walk(source):
-        yield from (path for name in names if (path := Path(folder, name)).is_file())
 
 
 class State:
     """The record of a run.
 
     Args:
-        out: locked folder of the run, empty or of a run with the same arguments and data.
+        out: locked folder of the run, empty or of a run with the same arguments and data. One that
+            has not come to its config may be of other ones, and begins anew.
         arguments: of the command, by option.
         data: fingerprint of the data set.
 
@@ -72,6 +76,9 @@ class State:
     def _continue(self, known: Any) -> None:
         if not isinstance(known, dict) or known.get("version") != VERSION:
             raise UsageError(f"{self.path} is of another version of elsa fit: name another --out")
+        same = all(known.get(name) == self.content[name] for name in ("arguments", "data"))
+        if not same and not list(self.path.parent.glob("config.*")):
+            return  # as after an error in the arguments or the data
         for name, value in self.content["arguments"].items():
             if (before := known["arguments"].get(name)) != value:
                 raise UsageError(

@@ -11,6 +11,7 @@ from killing import fork, statuses_of
 
 from elsa_tools.fit import frameworks, process
 from elsa_tools.fit.cli import main
+from elsa_tools.fit.frameworks import FRAMEWORKS
 
 # Figures have been logged.
 TRAINING = ("fit_forks.wait", "training", 1)
@@ -55,6 +56,8 @@ def test_from_a_folder_to_a_model(tmp_path, layout, framework, forks, capsys):
     [
         (["--framework", "mmseg"], "--framework mmseg cannot train instances"),
         (["--out", "DATA/runs"], "--out must be outside of the data"),
+        (["--seed", "-1"], "--seed must be 0 to 2147483647, got -1"),
+        (["--weights", "DATA"], "--weights must be a file, got "),
         (["--batch", "0"], "--batch must be above 0, got 0"),
         (["--minutes", "1"], "--epochs and --minutes exclude each other"),
     ],
@@ -66,6 +69,53 @@ def test_refusals(tmp_path, options, sentence, capsys):
     assert fit(data, tmp_path / "out", "--epochs", "1", *options) == 2
     error = capsys.readouterr().err
     assert sentence in error.splitlines()[-1]
+    # Nothing is fixed by a command that was refused.
+    assert fit(data, tmp_path / "out", "--epochs", "1", "--dry-run") == 0, capsys.readouterr().err
+
+
+def test_more_classes_than_label_maps_hold_are_refused(tmp_path, capsys):
+    """The 255th class would be drawn as 255, which is no class."""
+    data = tmp_path / "data"
+    fit_folders.LAYOUTS["single_json"](data)
+    (file,) = data.rglob("*.json")
+    content = json.loads(file.read_text())
+    content["categories"] += [{"id": 100 + n, "name": f"c{n}"} for n in range(253)]
+    file.write_text(json.dumps(content))
+    assert fit(data, tmp_path / "out", "--task", "semantic", "--dry-run") == 2
+    assert "254 classes beside the background, got 255" in capsys.readouterr().err
+
+
+def test_changed_labels_beside_a_named_yaml_are_refused(tmp_path, capsys):
+    data, out = tmp_path / "data", tmp_path / "data/runs/first"
+    fit_folders.LAYOUTS["yolo"](data)
+    (yaml,) = data.glob("*.yaml")
+    assert fit(yaml, out, "--dry-run", "--epochs", "1") == 0, capsys.readouterr().err
+    assert fit(yaml, out, "--dry-run", "--epochs", "1") == 0, capsys.readouterr().err
+    labels = min(path for path in data.rglob("*.txt") if path.stat().st_size)
+    labels.write_text(labels.read_text().replace("0.", "0.0", 1))
+    assert fit(yaml, out, "--dry-run", "--epochs", "1") == 2
+    assert f"{yaml} has changed since" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("framework", ["detectron2", "mmdet"])
+def test_configs_hold_any_path(tmp_path, framework, capsys):
+    data = tmp_path / "a b'#%[\"]\\,=ü\x7f\x85\u2028{{fileDirname}}{{ $HOME:x }}"
+    fit_folders.LAYOUTS["single_json"](data)
+    out = data.with_name(data.name + " out")
+    assert fit(data, out, "--epochs", "1", "--dry-run", "--framework", framework) == 0
+    if framework == "mmdet":
+        config = pytest.importorskip("mmengine.config").Config.fromfile(str(out / "config.py"))
+        found = config.work_dir, config.train_dataloader.dataset.ann_file
+    else:
+        config = pytest.importorskip("elsa_d2.config").load_config(str(out / "config.yaml"))
+        found = config.OUTPUT_DIR, config.DATASETS.REGISTER_COCO[0][1]
+    assert found == (str(out / "training"), str(out / "data/train.json"))
+
+
+def test_lines_of_a_log_that_a_kill_has_cut_are_left_out(tmp_path):
+    lines = ['{"iteration": 0, "total_loss": 2.0}', '{"iteration": 1, "to{"iteration": 1}', ""]
+    (tmp_path / "metrics.json").write_text("\n".join(lines))
+    assert FRAMEWORKS["detectron2"].history(tmp_path) == [{"iteration": 1, "loss": 2.0}]
 
 
 def test_another_run_in_the_same_folder_is_refused(tmp_path, capsys):

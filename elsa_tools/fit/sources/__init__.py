@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from elsa_core.data.coco_rules import is_crowd
+from elsa_core.data.label_maps import IGNORE
 from elsa_core.data.problems import shown
 from elsa_core.runtime.errors import UsageError
 
@@ -97,6 +98,11 @@ def prepare(
     found.warnings += _lost_classes(parts[TRAIN], found.classes)
     if task == SEMANTIC:
         if not labels and not found.samples[0].map:
+            if len(found.classes) >= IGNORE:
+                raise UsageError(
+                    f"label maps hold {IGNORE - 1} classes beside the background, got "
+                    f"{len(found.classes)}"
+                )
             found.layout += "; label maps are drawn from its masks, 0 is 'background'"
             labels = partial(drawn, classes=found.classes)
             found.classes = ["background", *found.classes]
