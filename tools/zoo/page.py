@@ -35,7 +35,8 @@ INTRODUCTION = """\
 <!-- Made by `make zoo` from model-index.yml, its metafiles and the models themselves. -->
 
 Each row is one model: a config of OpenMMLab and one of Detectron2 with the same parameters, where
-both have the head; detectors of Detectron2 also as LazyConfigs (ELSA-Swin-B without a row).
+both have the head. Detectron2's detectors are there as LazyConfigs, too; those of ELSA-Swin-B have
+no row.
 
 - Every figure has an origin and the number of its source: *published by the authors* (not measured
   here), *converted* (their weights, converted and evaluated here) or *trained here*.
