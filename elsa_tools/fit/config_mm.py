@@ -7,7 +7,7 @@ from typing import Any
 from elsa_core.variants import Arch
 from elsa_mm.configs import get_config_file
 
-from .choose import MODELS, SMALL
+from .choose import MODELS, SMALL, Choice
 from .dataset import BOXES, INSTANCES, SEMANTIC
 from .plan import Plan
 from .render import comment, python_text, settings
@@ -46,18 +46,24 @@ def _bases(plan: Plan) -> list[str]:
     return [get_config_file(f"{toolbox}/_base_/{part}.py") for part in parts]
 
 
+def schedule(choice: Choice) -> list[dict[str, Any]]:
+    """Return the schedule of the learning rate.
+
+    A warm-up of one iteration is left out: MMEngine's would keep its low rate to the end.
+    """
+    warm = choice.warmup if choice.warmup > 1 else 0
+    linear = dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=warm)
+    cosine = dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=warm)
+    return [linear] * (warm > 0) + [{**cosine, "end": choice.iterations}]
+
+
 def _shared(plan: Plan) -> list[tuple[Any, ...]]:
     choice, why = plan.choice, plan.reasons
-    end, warm = choice.iterations, choice.warmup
     metric = "ema/" * choice.averaged + METRICS[plan.data.task]
     average = dict(type="AveragedWeightsHook")
     ema = [("default_hooks.ema", average, why["averaged weights"])] if choice.averaged else []
     hook = dict(type="PatienceHook", monitor=metric, patience=choice.patience)
     patience = [("default_hooks.patience", hook, why["early stop"])] if choice.patience else []
-    schedule = [
-        dict(type="LinearLR", start_factor=0.01, by_epoch=False, begin=0, end=warm),
-        dict(type="CosineAnnealingLR", eta_min=0, by_epoch=False, begin=warm, end=end),
-    ]
     arch: list[tuple[Any, ...]] = []
     if plan.model != SMALL:
         arch = [("model.backbone.arch", MODELS[plan.model]), ("model.backbone.drop_path_rate", 0.1)]
@@ -75,8 +81,8 @@ def _shared(plan: Plan) -> list[tuple[Any, ...]]:
         ("optim_wrapper.constructor", "ELSAOptimWrapperConstructor"),
         ("optim_wrapper.paramwise_cfg.layer_decay", choice.layer_decay, why["layer decay"]),
         ("optim_wrapper.clip_grad", dict(max_norm=choice.clip), why["clipping"]),
-        ("param_scheduler", schedule, f"warm-up: {why['warm-up']}"),
-        ("train_cfg.max_iters", end, why.get("length", "a probe")),
+        ("param_scheduler", schedule(choice), f"warm-up: {why['warm-up']}"),
+        ("train_cfg.max_iters", choice.iterations, why.get("length", "a probe")),
         ("train_cfg.val_interval", choice.evaluate, why.get("evaluations", "a probe")),
         *ema,
         ("default_hooks.logger.interval", 10),

@@ -3,9 +3,12 @@
 import math
 
 import pytest
+import torch
+from mmengine.registry import PARAM_SCHEDULERS
 
 from elsa_core.runtime.errors import UsageError
 from elsa_tools.fit.choose import choose
+from elsa_tools.fit.config_mm import schedule
 from elsa_tools.fit.facts import Facts, Machine
 from elsa_tools.fit.length import Timing
 from elsa_tools.fit.wish import Wish
@@ -132,3 +135,22 @@ def test_class_weights():
     maps = Facts(100, 20, 160, 1, ("background", "a", "b", "c"), shares=(0.9, 0.05, 0.05, 0))
     assert choose(maps, CPU, wish).weights == (0.24, 1, 1, 1)
     assert choose(with_(maps, shares=(0.4, 0.3, 0.2, 0.1)), CPU, wish).weights == ()
+
+
+@pytest.mark.parametrize("iterations", [1, 2, 17, 100])
+def test_openmmlab_reaches_the_rate(iterations):
+    chosen = choose(with_(images=4 * iterations), CPU, Wish("instances", "small", epochs=1))
+    assert chosen.iterations == iterations
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], chosen.rate)
+    schedulers = [
+        PARAM_SCHEDULERS.build(one, default_args=dict(optimizer=optimizer))
+        for one in schedule(chosen)
+    ]
+    rates = []
+    for _ in range(iterations):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        for one in schedulers:
+            one.step()
+    assert max(rates) == pytest.approx(chosen.rate)
+    assert iterations < 24 or rates[0] == pytest.approx(chosen.rate / 100)
