@@ -69,6 +69,9 @@ def add_elsa_swin_config(cfg: CfgNode) -> None:
     # Of each stage of ClassSpecificCascadeROIHeads.
     cfg.MODEL.ROI_BOX_CASCADE_HEAD.LOSS_WEIGHTS = (1.0, 0.5, 0.25)
 
+    # INPUT.FORMAT may be "C5" (C1, C2, ...): the 5 channels of a TIFF or PNG, of 8 or 16 bits or
+    # float, in the file's order (elsa_core.data.channels). MODEL.PIXEL_MEAN and PIXEL_STD then have
+    # 5 values, and the backbone takes 5 channels.
     # What resizes images: "pil" as in Detectron2, "cv2" as in OpenMMLab.
     cfg.INPUT.RESIZE_BACKEND = "pil"
     # Applied in training with the probability PROB, before the usual resize: resize to a short edge

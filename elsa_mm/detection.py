@@ -10,7 +10,14 @@ from typing import Any
 
 import torch
 from mmcv.ops import RoIAlign
-from mmdet.models import CascadeRoIHead, ConvFCBBoxHead, FCNMaskHead, RPNHead, SingleRoIExtractor
+from mmdet.models import (
+    CascadeRoIHead,
+    ConvFCBBoxHead,
+    DetDataPreprocessor,
+    FCNMaskHead,
+    RPNHead,
+    SingleRoIExtractor,
+)
 from mmengine.model import ModuleList
 from mmengine.registry import MODELS
 from mmengine.utils import apply_to
@@ -18,6 +25,8 @@ from torch import Tensor, nn
 
 from elsa_core.heads import mask_logits, pools_fast, upsamples_fast
 from elsa_core.linear import fast_linear
+
+from .channels import AnyChannels
 
 
 @MODELS.register_module()
@@ -108,3 +117,8 @@ class InitializedCascadeRoIHead(CascadeRoIHead):
     def init_mask_head(self, mask_roi_extractor: Any, mask_head: Any) -> None:
         super().init_mask_head(mask_roi_extractor, mask_head)
         self.mask_head: ModuleList = ModuleList(self.mask_head)
+
+
+@MODELS.register_module()
+class AnyChannelsDetPreprocessor(AnyChannels, DetDataPreprocessor):
+    """MMDetection's DetDataPreprocessor with `elsa_mm.channels.AnyChannels`."""

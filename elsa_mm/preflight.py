@@ -21,6 +21,7 @@ from elsa_core.data.coco import first_problem, missing_files, read_json
 from elsa_core.param_groups import NAMES
 from elsa_core.runtime.errors import UsageError, one_line
 
+from .channels import check_channels
 from .checkpoint import is_local
 from .coco_checks import check_polygons, check_things
 from .cpu import is_first_of_node
@@ -66,6 +67,7 @@ def check_config(cfg: Config) -> None:
             raise UsageError(f"{name}: {one_line(error)}") from error
         if backbone is model.get("backbone"):
             _check_use(model, backbone)
+            check_channels(cfg, backbone)
             _check_channels(model, [built.num_features[stage] for stage in built.out_indices])
 
 

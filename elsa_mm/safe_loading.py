@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import os
 from io import BytesIO
-from typing import Any
+from typing import Any, BinaryIO
 
 import mmcv
 import numpy as np
@@ -20,8 +20,11 @@ from mmengine.runner import Runner
 from mmengine.runner._flexible_runner import FlexibleRunner
 from torch.utils.data import DataLoader
 
+from elsa_core.data.channels import read_channels
 from elsa_core.data.images import cut_off, read_image, reason
 from elsa_core.runtime.errors import DamagedFileError, UsageError, one_line
+
+from .channels import TIFFFILE
 
 _LABEL_MAPS = "mmseg.datasets.transforms.loading"
 # Options of LoadImageFromFile; with other values, the image is not RGB of 8 bits.
@@ -82,6 +85,8 @@ def _ours(step: dict, dataset: dict) -> dict:
     kind = step["type"]
     with TRANSFORMS.switch_scope_and_registry(None) as registry:
         kind = registry.get(kind) if isinstance(kind, str) else kind
+    if kind is LoadImageFromFile and step.get("imdecode_backend") == TIFFFILE:
+        return {**step, "type": LoadChannels}
     if kind is LoadImageFromFile and all(step[k] in v for k, v in _OTHER.items() if step.get(k)):
         return {**step, "type": LoadImage}
     if kind is not None and (kind.__module__, kind.__name__) == (_LABEL_MAPS, "LoadAnnotations"):
@@ -105,17 +110,31 @@ class LoadImage(LoadImageFromFile):
     def transform(self, results: dict) -> dict | None:
         path = results["img_path"]
         try:
-            pixels = read_image(BytesIO(fileio.get(path, backend_args=self.backend_args)))
+            image = self._read(BytesIO(fileio.get(path, backend_args=self.backend_args)))
         except (UsageError, OSError) as error:
             if self.ignore_empty:
                 return None
             why = reason(error, path)
             raise DamagedFileError(f"image {path} cannot be read: {why}") from error
-        image = mmcv.rgb2bgr(pixels)
         results["img"] = image.astype(np.float32) if self.to_float32 else image
         results["img_shape"] = results["ori_shape"] = image.shape[:2]
         _check_size(results)
         return results
+
+    def _read(self, file: BinaryIO) -> np.ndarray:
+        return mmcv.rgb2bgr(read_image(file))
+
+
+@TRANSFORMS.register_module()
+class LoadChannels(LoadImage):
+    """LoadImage of all channels by `elsa_core.data.channels`, float32, in the file's order.
+
+    It stands for a LoadImageFromFile with ``imdecode_backend="tifffile"``, whatever the file's
+    format.
+    """
+
+    def _read(self, file: BinaryIO) -> np.ndarray:
+        return read_channels(file)
 
 
 @TRANSFORMS.register_module()

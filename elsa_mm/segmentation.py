@@ -1,6 +1,6 @@
 """Where MMSegmentation 1.2.2 fails with our segmentors.
 
-Configs name this class by its full path, because `elsa_mm` needs no MMSegmentation.
+Configs name these classes by their full path, because `elsa_mm` needs no MMSegmentation.
 """
 
 from __future__ import annotations
@@ -8,8 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 from mmengine.registry import MODELS
+from mmseg.models import SegDataPreProcessor
 from mmseg.models.losses import CrossEntropyLoss
 from torch import Tensor
+
+from .channels import AnyChannels
 
 
 @MODELS.register_module()
@@ -39,3 +42,8 @@ class WeightedCrossEntropyLoss(CrossEntropyLoss):
         return super().forward(
             cls_score, label, weight, avg_factor, reduction_override, ignore_index, **options
         )
+
+
+@MODELS.register_module()
+class AnyChannelsSegPreprocessor(AnyChannels, SegDataPreProcessor):
+    """MMSegmentation's SegDataPreProcessor with `elsa_mm.channels.AnyChannels`."""

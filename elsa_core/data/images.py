@@ -71,16 +71,22 @@ def read_image(file: str | BinaryIO) -> np.ndarray:
         with open_image(file) as image:
             image.load()
             # Not ImageOps.exif_transpose: it fails if other entries cannot be written back.
-            turn = _TURNS.get(_orientation(image))
+            turned = orientation(image)
             pixels = _pixels(image)
     except UsageError:
         raise
     except Exception as error:  # Pillow's decoders raise a dozen kinds for a damaged file
         raise UsageError(reason(error)) from error
-    return pixels if turn is None else np.ascontiguousarray(turn(pixels))
+    return turn(pixels, turned)
 
 
-def _orientation(image: Image.Image) -> int:
+def turn(pixels: np.ndarray, turned: int) -> np.ndarray:
+    """Return pixels [H, W, ...] as EXIF orientation ``turned`` displays them."""
+    return np.ascontiguousarray(_TURNS[turned](pixels)) if turned in _TURNS else pixels
+
+
+def orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation of an image, 1 if there is none."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF block: the pixels are still good
@@ -128,7 +134,7 @@ def image_header(path: str) -> Header:
     try:
         with open_image(path) as image:
             width, height = image.size
-            turned = _orientation(image) in (5, 6, 7, 8)
+            turned = orientation(image) in (5, 6, 7, 8)
             return Header(*((height, width) if turned else (width, height)), _is_deep(image))
     except Exception as error:  # as in `read_image`
         raise UsageError(reason(error, path)) from error

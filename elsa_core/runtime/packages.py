@@ -36,6 +36,7 @@ DISTRIBUTIONS = {
     "supervision": "supervision",
     "tabulate": "tabulate",
     "tensorboard": "tensorboard",
+    "tifffile": "tifffile",
     "tqdm": "tqdm",
     "wandb": "wandb",
     "yaml": "pyyaml",

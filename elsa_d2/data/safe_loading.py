@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 from torch import Tensor
 
+import elsa_core.data.channels
 import elsa_core.data.images
 import elsa_core.data.label_maps
 from elsa_core.data.images import reason
@@ -19,13 +21,22 @@ from elsa_core.data.label_maps import IGNORE
 from elsa_core.runtime.errors import DamagedFileError, UsageError
 
 
+def channels_of(image_format: str) -> int | None:
+    """Returns the number of channels of a format "C5", "C13" and so on; None for all others."""
+    found = re.fullmatch(r"C([1-9]\d*)", image_format)
+    return int(found[1]) if found else None
+
+
 def read_image(path: str, image_format: str) -> np.ndarray:
-    """Reads an image [H, W, C] in a format of Detectron2's, such as "RGB" or "BGR" (0..255).
+    """Reads an image [H, W, C] in a format of Detectron2's, such as "RGB" or "BGR" (0..255), or in
+    "C5": its 5 channels, float32, by `elsa_core.data.channels`.
 
     Raises DamagedFileError, which names the file, if it is damaged or refused.
     """
     try:
         with PathManager.open(path, "rb") as file:
+            if channels := channels_of(image_format):
+                return elsa_core.data.channels.read_channels(file, channels)
             pixels = elsa_core.data.images.read_image(file)
     except (UsageError, OSError) as error:
         why = reason(error, path)

@@ -63,7 +63,7 @@ def _load(images: str, labels: str, reduce_zero_label: bool) -> list[dict[str, A
     ]
 
 
-def check_sem_seg_dataset(name: str, num_classes: int) -> None:
+def check_sem_seg_dataset(name: str, num_classes: int, image_format: str = "RGB") -> None:
     """Raises UsageError unless a registered data set exists, matches, and a sample can be read.
 
     Every image must have a label map, and every label map an image. At most 32 are read, spread
@@ -72,6 +72,7 @@ def check_sem_seg_dataset(name: str, num_classes: int) -> None:
     Args:
         name: name in Detectron2's DatasetCatalog.
         num_classes: required number of classes.
+        image_format: of INPUT.FORMAT.
     """
     metadata = MetadataCatalog.get(name)
     if metadata.get("evaluator_type") != "sem_seg":
@@ -98,7 +99,7 @@ def check_sem_seg_dataset(name: str, num_classes: int) -> None:
             f"{left_out[0]}: list it in DATASETS.REGISTER_SEM_SEG, which takes all endings"
         )
     for record in records[:: max(1, -(-len(records) // FILES_READ_BEFORE_A_RUN))]:
-        read_pair(record, "RGB", num_classes)
+        read_pair(record, image_format, num_classes)
     if num_classes > 1:
         maps = (record["sem_seg_file_name"] for record in records)
         if problem := only_none(maps, metadata.get("reduce_zero_label", False)):

@@ -20,14 +20,14 @@ from .sem_seg_augmentation import build_augmentation
 class SemSegMapper:
     """Maps a record of a data set to the input of a `SemanticSegmentor`.
 
-    In training, this is a crop [3, H, W] and its labels [H, W], padded at the right and at the
+    In training, this is a crop [C, H, W] and its labels [H, W], padded at the right and at the
     bottom: the image with its mean, which the model turns to 0, the labels with 255. In testing, it
     is the resized image, with "height" and "width" of the file.
 
     Args:
         is_train: whether to read labels.
         augmentations: augmentations of image and labels.
-        image_format: "RGB" or "BGR".
+        image_format: "RGB", "BGR", or "C5" and so on.
         num_classes: number of classes, which the labels must not exceed.
         pad_to: minimum height and width in pixels, in training only.
         pad_value: padding of each channel.

@@ -47,6 +47,7 @@ from elsa_d2.data.classes import (
 from elsa_d2.data.coco import CocoPart, check_dataset, register_coco_datasets
 from elsa_d2.data.keypoints import check_keypoints
 from elsa_d2.data.proposal_files import check_proposals
+from elsa_d2.data.safe_loading import channels_of
 from elsa_d2.data.sem_seg import check_sem_seg_dataset, register_sem_seg_datasets
 from elsa_d2.modeling import backbone, volo
 from elsa_d2.solver.lr_scheduler import build_lr_scheduler
@@ -70,6 +71,7 @@ def check_parts(cfg: CfgNode, eval_only: bool) -> torch.nn.Module | None:
 
     Returns the model on the meta device; None for a backbone that is not ours.
     """
+    _check_channels(cfg)
     model = _check_model(cfg)
     if not eval_only:
         _check_solver(cfg, model)
@@ -176,6 +178,32 @@ def _check_model(cfg: CfgNode) -> torch.nn.Module | None:
     # A KeyError names a head that is not registered, an AssertionError a number that is wrong.
     except (AssertionError, KeyError, ValueError) as error:
         raise UsageError(one_line(error)) from error
+
+
+def _check_channels(cfg: CfgNode) -> None:
+    """Checks that INPUT.FORMAT "C5" has 5 values of mean and deviation, and no RGB transforms."""
+    mean, deviation, name = len(cfg.MODEL.PIXEL_MEAN), len(cfg.MODEL.PIXEL_STD), cfg.INPUT.FORMAT
+    channels = channels_of(name)
+    if (mean, deviation) != (channels or mean,) * 2 or (mean != 3 and not channels and name != "L"):
+        raise UsageError(
+            "MODEL.PIXEL_MEAN and MODEL.PIXEL_STD must have a value for each channel of "
+            f"INPUT.FORMAT, C{mean} for {mean} channels, got {mean} and {deviation} values "
+            f"and {name}"
+        )
+    if channels is None:
+        return
+    if not is_sem_seg(cfg) and cfg.INPUT.RESIZE_BACKEND != "cv2":
+        raise UsageError(
+            f"INPUT.FORMAT {name} needs INPUT.RESIZE_BACKEND cv2, which resizes all channels, got "
+            f"{cfg.INPUT.RESIZE_BACKEND}"
+        )
+    if is_sem_seg(cfg) and cfg.INPUT.SEM_SEG.COLOR_AUG:
+        raise UsageError(
+            f"INPUT.SEM_SEG.COLOR_AUG changes colours of RGB images of 8 bits: INPUT.FORMAT {name} "
+            "needs False, got True"
+        )
+    if cfg.VIS_PERIOD:
+        raise UsageError(f"INPUT.FORMAT {name} needs VIS_PERIOD 0, got {cfg.VIS_PERIOD}")
 
 
 def _model_class(cfg: CfgNode) -> type[torch.nn.Module]:
@@ -310,7 +338,7 @@ def _check_data(cfg: CfgNode, eval_only: bool, machines: int, stored: Sequence[s
                 cfg, name, is_sem_seg(cfg), name in cfg.DATASETS.TEST, machines
             )
         elif is_sem_seg(cfg):
-            check_sem_seg_dataset(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
+            check_sem_seg_dataset(name, cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, cfg.INPUT.FORMAT)
         elif MetadataCatalog.get(name).get("evaluator_type") == "sem_seg":
             raise UsageError(
                 f"data set {name!r} has label maps, which {cfg.MODEL.META_ARCHITECTURE} cannot use"

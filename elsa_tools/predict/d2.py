@@ -16,6 +16,7 @@ from elsa_core.weights import forget_ahead
 from elsa_d2.checkpoint import check_checkpoint
 from elsa_d2.config import is_sem_seg
 from elsa_d2.data.classes import class_kind, class_names, number_of_classes
+from elsa_d2.data.safe_loading import channels_of
 from elsa_tools.export.record import Resize
 
 from .inferencer import Inferencer
@@ -34,7 +35,7 @@ class Detectron2Inferencer(Inferencer):
         cfg = elsa_d2.load_config(config, options)
         cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = "", device
         names = None
-        self.cfg = cfg
+        self.cfg, self.channels = cfg, channels_of(cfg.INPUT.FORMAT)
         self.task = "segmentation" if is_sem_seg(cfg) else "detection"
         for register in (
             elsa_d2.register_coco_datasets,

@@ -27,6 +27,7 @@ class Inferencer(ABC):
         model: the framework's own, in evaluation mode; an `Executor` of an exported model.
         classes: a name for each class; numbers where none are known, which ``note`` tells.
         colours: an RGB colour for each class.
+        channels: the number that images of `elsa_core.data.channels` must have; None: RGB images.
         model_seconds: what the model took in the last prediction, without the test pipeline.
     """
 
@@ -36,6 +37,7 @@ class Inferencer(ABC):
     classes: list[str]
     colours: list[tuple[int, int, int]]
     note: str | None = None
+    channels: int | None = None
     model_seconds: float = 0.0
 
     @property
@@ -46,7 +48,7 @@ class Inferencer(ABC):
 
     @abstractmethod
     def predict(self, image: np.ndarray) -> Result:
-        """Everything found in an image [H, W, 3], 8 bits, blue first."""
+        """Everything found in an image of `elsa_tools.predict.inputs.read_image`."""
 
     @abstractmethod
     def draw(self, image: np.ndarray, result: Result) -> np.ndarray:

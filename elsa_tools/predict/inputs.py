@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 
 import elsa_core.data.images
+from elsa_core.data.channels import read_channels
 from elsa_core.runtime.errors import UsageError
 
 IMAGES = elsa_core.data.images.ENDINGS
@@ -49,16 +50,30 @@ def is_video(path: str) -> bool:
     return path.lower().endswith(VIDEOS)
 
 
-def read_image(path: str) -> np.ndarray:
-    """[H, W, 3], 8 bits, blue first, as trainings and evaluations read it.
+def read_image(path: str, channels: int | None = None) -> np.ndarray:
+    """[H, W, 3], 8 bits, blue first, as trainings and evaluations read it; with ``channels``, an
+    image of `elsa_core.data.channels` [H, W, C], float32.
 
     Raises Unreadable for a file that is no image, was cut off, or is refused.
     """
     try:
+        if channels is not None:
+            return read_channels(path, channels)
         image = elsa_core.data.images.read_image(path)
     except UsageError as error:
         raise Unreadable(f"{path} cannot be read as an image: {error}") from error
     return np.ascontiguousarray(image[..., ::-1])
+
+
+def as_picture(image: np.ndarray) -> np.ndarray:
+    """[H, W, 3], 8 bits, blue first, of an image to paint on: of other than 8 bits, the first three
+    channels as red, green and blue, or the first as grey, each from its least value to its most."""
+    if image.dtype == np.uint8:
+        return image
+    values = image[..., [0, 1, 2] if image.shape[2] > 2 else [0, 0, 0]]
+    low, high = values.min((0, 1)), values.max((0, 1))
+    scaled = (values - low) / np.maximum(high - low, np.finfo(np.float32).tiny) * 255
+    return np.ascontiguousarray(scaled.round().astype(np.uint8)[..., ::-1])
 
 
 class Video:

@@ -18,6 +18,7 @@ import elsa_mm  # noqa: F401  registers the backbone
 from elsa_core.data.problems import shown
 from elsa_core.runtime.errors import UsageError, one_line
 from elsa_mm import preflight
+from elsa_mm.channels import channels_in
 from elsa_mm.loading import check_weights, plain_state
 from elsa_mm.nested import walk
 from elsa_tools.export.record import Resize
@@ -72,6 +73,7 @@ class OpenMMLabInferencer(Inferencer):
             _number_of_classes(self.model), names, configured, palette if names is None else colours
         )
         self.pipeline = _pipeline(cfg)
+        self.channels = channels_in(cfg)
         self.painter: Any = None
 
     def predict(self, image: np.ndarray) -> Result:

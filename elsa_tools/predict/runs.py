@@ -16,7 +16,7 @@ from elsa_core.runtime.files import replacing_by_name
 
 from .coco import CocoResults
 from .inferencer import Inferencer
-from .inputs import Unreadable, is_video, open_video, read_image
+from .inputs import Unreadable, as_picture, is_video, open_video, read_image
 from .outputs import Names, VideoFile, image_ending, write_image
 from .results import Detections, Result, Segmentation, enlarge, reduce
 from .timing import Times
@@ -49,7 +49,7 @@ class Demo:
             if is_video(path):
                 self.videos.append(self._video(path))
             else:
-                image = read_image(path)
+                image = read_image(path, self.inferencer.channels)
                 self.images.append(self._image(path, image))
         except Unreadable as error:
             self.failed.append({"file": path, "reason": str(error)})
@@ -107,7 +107,7 @@ class Demo:
         self.times.add(self.inferencer.model_seconds, time.perf_counter() - start)
         if isinstance(result, Detections):
             result = result.above(self.score)
-        picture = self.inferencer.draw(*enlarge(small, result))
+        picture = self.inferencer.draw(*enlarge(as_picture(small), result))
         return result if small is image else result.scaled(small, image.shape[:2]), picture
 
     def _record(self, image: np.ndarray, result: Result) -> dict[str, Any]:

@@ -31,7 +31,10 @@ PAGES = [README, *DOCS]
 OTHERS = [REPOSITORY / name for name in ("CONTRIBUTING.md", "csrc/README.md", "MODEL_ZOO.md")]
 SECONDS = 240
 # What a page needs besides the frameworks.
-LIBRARIES = {"doors.md": ("timm", "transformers", "sahi", "supervision")}
+LIBRARIES = {
+    "channels.md": ("tifffile",),
+    "doors.md": ("timm", "transformers", "sahi", "supervision"),
+}
 # Options of commands that are not ours.
 FOREIGN = set(
     """
