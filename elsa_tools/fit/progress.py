@@ -40,7 +40,7 @@ class Progress:
         figures: Row = {}
         for row in rows:  # of the averaged weights where they are evaluated, too
             shown = {key: value for key, value in row.items() if _shown(key)}
-            figures.update({key.rpartition("/")[2]: value for key, value in shown.items()})
+            figures.update({key.rpartition("/")[2]: shown[key] for key in sorted(shown)})
         self.bar.n = min(self._done(rows), self.bar.total)
         self.bar.set_postfix({key: f"{figures[key]:.3g}" for key in figures}, refresh=False)
         self.bar.update(0)
@@ -60,7 +60,7 @@ class Progress:
 
     @staticmethod
     def _done(rows: list[Row]) -> int:
-        return max((int(row["iteration"]) for row in rows if "loss" in row), default=0)
+        return max((int(row["iteration"]) for row in rows), default=0)
 
 
 def _shown(key: str) -> bool:
