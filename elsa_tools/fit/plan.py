@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from .choose import Choice
-from .dataset import DataSet
+from .choose import SMALL, Choice
+from .dataset import BOXES, INSTANCES, SEMANTIC, DataSet
+
+HEADS = {INSTANCES: "Mask R-CNN", BOXES: "Faster R-CNN", SEMANTIC: "UPerNet"}
+BACKBONES = {SMALL: "a small ELSA-Swin", "volo_d1": "ELSA-VOLO-D1"}
 
 
 @dataclass(frozen=True)
@@ -35,3 +38,13 @@ class Plan:
     def reasons(self) -> Mapping[str, str]:
         """Reasons by what was chosen."""
         return {rule.what: rule.why for rule in self.choice.rules}
+
+    @property
+    def head(self) -> str:
+        """Name of the method."""
+        return HEADS[self.data.task]
+
+    @property
+    def title(self) -> str:
+        """Method and backbone."""
+        return f"{self.head} with {BACKBONES.get(self.model, f'ELSA-Swin-{self.model.upper()}')}"

@@ -12,7 +12,6 @@ from elsa_tools.results.analysis import Scores
 from elsa_tools.results.report import write_report
 from elsa_tools.results.run import Run
 
-from .choose import SMALL
 from .dataset import BOXES, INSTANCES, SEMANTIC
 from .facts import Machine
 from .frameworks import Framework
@@ -20,7 +19,6 @@ from .plan import Plan
 
 # Analyses of each task; the last one's images are drawn.
 ANALYSES = {INSTANCES: ("bbox", "segm"), BOXES: ("bbox",), SEMANTIC: ("semantic",)}
-HEADS = {INSTANCES: "Mask R-CNN", BOXES: "Faster R-CNN", SEMANTIC: "UPerNet"}
 METRIC = {INSTANCES: "mask AP", BOXES: "box AP", SEMANTIC: "mIoU"}
 
 
@@ -57,11 +55,10 @@ def write(
     times = [row["time"] for row in history if "loss" in row and row.get("time")]
     source = source.resolve()
     name = (source.parent if source.is_file() else source).name
-    model = {SMALL: "a small ELSA-Swin", "volo_d1": "ELSA-VOLO-D1"}
     run = Run(
-        title=f"{HEADS[data.task]} on {name}",
+        title=f"{plan.head} on {name}",
         framework=" ".join([framework.title, versions().get(framework.module, "")]).strip(),
-        model=f"{HEADS[data.task]} with {model.get(plan.model, f'ELSA-Swin-{plan.model.upper()}')}",
+        model=plan.title,
         task=data.task,
         data=[data.layout, data.split, *data.warnings],
         rules=plan.choice.rules,

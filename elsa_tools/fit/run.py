@@ -30,6 +30,7 @@ from .length import PROBE_ITERATIONS, Timing
 from .plan import Plan
 from .progress import Progress
 from .sources import prepare
+from .sources.tree import few
 from .state import State, fingerprint
 from .wish import Wish
 
@@ -92,6 +93,10 @@ class Fit:
         plan = self._plan(framework, data, measure(data), here)
         config = self.out / f"config{framework.ending}"
         if self._write_config(config, framework.config_text(plan)):
+            show(
+                f"{plan.title} in {framework.title}, on {data.train.count} images; "
+                f"classes: {few(data.classes, 10)}"
+            )
             for rule in plan.choice.rules:
                 show(f"{rule.what}: {rule.value} ({rule.why})")
         if dry_run:

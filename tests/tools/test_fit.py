@@ -110,6 +110,9 @@ def test_configs_hold_any_path(tmp_path, framework, capsys):
         config = pytest.importorskip("elsa_d2.config").load_config(str(out / "config.yaml"))
         found = config.OUTPUT_DIR, config.DATASETS.REGISTER_COCO[0][1]
     assert found == (str(out / "training"), str(out / "data/train.json"))
+    title = FRAMEWORKS[framework].title
+    model = f"Mask R-CNN with a small ELSA-Swin in {title}, on 6 images; classes: square, tall"
+    assert model in capsys.readouterr().out.splitlines()
 
 
 def test_lines_of_a_log_that_a_kill_has_cut_are_left_out(tmp_path):
