@@ -23,7 +23,9 @@ def config_text(plan: Plan) -> str:
         f"Written by `elsa fit`, which trains it; so does python tools/train.py "
         f"{plan.work.parent / 'config.py'}. {plan.data.layout}. {plan.data.split}."
     )
-    tail = "test_dataloader = val_dataloader\ntest_evaluator = val_evaluator\n"
+    # Here, as --cfg-options takes commas and spaces of a path for parts of a list.
+    prefix = "" if semantic else f", {python_text({'outfile_prefix': str(plan.results)}).strip()}"
+    tail = f"test_dataloader = val_dataloader\ntest_evaluator = dict(val_evaluator{prefix})\n"
     return f"{head}\n{python_text({'_base_': _bases(plan), **tree})}{tail}"
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from elsa_core.ema import METRICS
 from elsa_core.runtime.configs import find_config
-from elsa_core.runtime.errors import UsageError
+from elsa_core.runtime.errors import UsageError, one_line
 from elsa_core.runtime.packages import is_missing
 
 from .dataset import SEMANTIC
@@ -52,7 +52,10 @@ class Framework:
     best: str
 
     def config_text(self, plan: Plan) -> str:
-        text: str = import_module(f".{self.writer}", __package__).config_text(plan)
+        try:
+            text: str = import_module(f".{self.writer}", __package__).config_text(plan)
+        except ImportError as error:
+            raise UsageError(f"{self.title} cannot be imported: {one_line(error)}") from error
         return text
 
     def train(self, config: Path, resume: bool) -> list[str]:
@@ -63,15 +66,16 @@ class Framework:
         return [sys.executable, _script("train"), str(config), *resuming]
 
     def evaluate(self, config: Path, checkpoint: Path, out: Path, task: str) -> list[str]:
-        """Return the command that evaluates a checkpoint and writes its results to a folder."""
+        """Return the command that evaluates a checkpoint and writes to a folder.
+
+        MMDetection's results are where its config says.
+        """
         if self.name == "detectron2":
             pairs = ["MODEL.WEIGHTS", str(checkpoint), "OUTPUT_DIR", str(out)]
             return [*self.train(config, False), "--eval-only", *pairs]
         command = [sys.executable, _script("test"), str(config), str(checkpoint)]
         command += ["--work-dir", str(out)]
-        if task == SEMANTIC:
-            return [*command, "--out", str(out / "maps")]
-        return [*command, "--cfg-options", f"test_evaluator.outfile_prefix={out / 'results'}"]
+        return [*command, "--out", str(out / "maps")] if task == SEMANTIC else command
 
     def results(self, out: Path, task: str) -> Path:
         """Return what `evaluate` has written for "bbox", "segm" or "semantic"."""

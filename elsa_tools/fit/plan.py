@@ -35,6 +35,11 @@ class Plan:
     work: Path
 
     @property
+    def results(self) -> Path:
+        """Prefix of the results of MMDetection, those that `Framework.results` finds."""
+        return self.work.parent / "results" / "results"
+
+    @property
     def reasons(self) -> Mapping[str, str]:
         """Reasons by what was chosen."""
         return {rule.what: rule.why for rule in self.choice.rules}

@@ -111,6 +111,11 @@ class Fit:
         for path in filter(None, (self.request.data, self.request.weights)):
             if not path.exists():
                 raise UsageError(f"{path} does not exist")
+        for path in filter(None, (self.request.data, self.request.weights, self.out)):
+            try:
+                str(path.absolute()).encode()
+            except UnicodeEncodeError as error:
+                raise UsageError(f"{path} must be a path in UTF-8, as configs are") from error
         if self.request.weights is not None and not self.request.weights.is_file():
             raise UsageError(f"--weights must be a file, got {self.request.weights}")
         if not 0 <= self.request.seed < 2**31:

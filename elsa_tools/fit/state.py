@@ -99,7 +99,7 @@ class State:
 
     def save(self) -> None:
         with replacing(self.path) as file:
-            file.write(json.dumps(self.content, indent=1, ensure_ascii=False).encode() + b"\n")
+            file.write(json.dumps(self.content, indent=1).encode() + b"\n")
 
     def put(self, name: str, value: Any) -> None:
         """Record a value."""

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from elsa_core.data.coco import read_json
-from elsa_core.data.coco_rules import is_box
+from elsa_core.data.coco_rules import are_numbers, is_box
 from elsa_core.data.mask_rules import mask_problems, rle_of
 from elsa_core.data.problems import ERROR, shown
 from elsa_core.runtime.errors import UsageError
@@ -66,7 +65,7 @@ def check_results(
             raise UsageError(
                 f"{name} has category {shown(category)}, which the annotations do not have"
             )
-        if not isinstance(score, (int, float)) or not math.isfinite(score):
+        if not are_numbers([score]):
             raise UsageError(f"{name} must have a finite number as its score, got {shown(score)}")
         if task == "bbox":
             if not (isinstance(box, list) and is_box(box) and min(box[2:]) >= 0):

@@ -1,6 +1,7 @@
 """`elsa fit` from a folder to a trained model, as a user runs it."""
 
 import json
+import os
 import re
 import signal
 
@@ -58,6 +59,7 @@ def test_from_a_folder_to_a_model(tmp_path, layout, framework, forks, capsys):
         (["--out", "DATA/runs"], "--out must be outside of the data"),
         (["--seed", "-1"], "--seed must be 0 to 2147483647, got -1"),
         (["--weights", "DATA"], "--weights must be a file, got "),
+        (["--out", os.fsdecode(b"\xff")], r"\udcff must be a path in UTF-8"),
         (["--batch", "0"], "--batch must be above 0, got 0"),
         (["--minutes", "1"], "--epochs and --minutes exclude each other"),
     ],
@@ -106,6 +108,7 @@ def test_configs_hold_any_path(tmp_path, framework, capsys):
     if framework == "mmdet":
         config = pytest.importorskip("mmengine.config").Config.fromfile(str(out / "config.py"))
         found = config.work_dir, config.train_dataloader.dataset.ann_file
+        assert config.test_evaluator.outfile_prefix == str(out / "results/results")
     else:
         config = pytest.importorskip("elsa_d2.config").load_config(str(out / "config.yaml"))
         found = config.OUTPUT_DIR, config.DATASETS.REGISTER_COCO[0][1]

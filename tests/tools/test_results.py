@@ -292,6 +292,7 @@ WRONG = {
     "has category None, which the annotations": damaged(category_id=None),
     "must have a finite number as its score, got nan": damaged(score=float("nan")),
     "must have a finite number as its score, got '0.5'": damaged(score="0.5"),
+    "must have a finite number as its score, got 10000000": damaged(score=10**400),
     "must have a bbox [x, y, width, height] of finite numbers, got [1, 2, 3]": damaged(
         bbox=[1, 2, 3]
     ),
