@@ -239,3 +239,11 @@ def test_what_cannot_be_asked_for(tmp_path, layout, options, words):
 def test_a_folder_that_is_not_there(tmp_path):
     with pytest.raises(UsageError, match="is not there"):
         prepare(tmp_path / "data", tmp_path / "out")
+
+
+def test_an_archive(tmp_path):
+    SINGLE(tmp_path / "data")
+    archive = tmp_path / "data/export.zip"
+    archive.write_bytes(b"PK")
+    with pytest.raises(UsageError, match=r"export\.zip must be a folder, .*: unpack an archive"):
+        prepare(archive, tmp_path / "out")

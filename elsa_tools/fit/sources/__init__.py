@@ -130,6 +130,10 @@ def prepare(
 def recognise(source: Path, out: Path, task: str | None) -> tuple[Source, str]:
     """Return the content of a folder, and the task that it is for."""
     only = source.name if source.is_file() else None
+    if only and not only.lower().endswith((".json", ".yaml", ".yml")):
+        raise UsageError(
+            f"{source} must be a folder, or a JSON or YAML in one: unpack an archive first"
+        )
     tree = Tree(source.parent if only else source, out)
     readers: dict[str, tuple[Any, Any]] = {
         "COCO's format": (coco, coco.find(tree, only)),
