@@ -81,7 +81,7 @@ OLD = f"{LOW} or nan or properties and (published or extreme)"
     "order, shared, capability, wanted, least",
     [
         ("0", "232448", "9.0", f"{SOME} or properties and not narrower", 110),
-        ("1", "232448", "9.0", f"{FEW} or {LOW}", 28),  # from the last thread to the first
+        ("1", "232448", "9.0", FEW, 14),  # from the last thread to the first
         ("2", "232448", "9.0", LOW, 14),  # shuffled
         ("2", "49152", "9.0", FEW, 14),  # on a device with little shared memory
         ("3", "65536", "7.5", OLD, 16),  # on one without these tensor cores
