@@ -134,7 +134,7 @@ def choose(facts: Facts, machine: Machine, wish: Wish, timing: Timing | None = N
         rated,
         Rule(
             "warm-up",
-            f"{warmup} iterations",
+            f"{warmup} iteration{'s' * (warmup > 1)}",
             "a twelfth of the iterations, at most 500; then the rate falls to 0 on a cosine",
         ),
         Rule(
@@ -248,7 +248,8 @@ def _rate(wish: Wish, batch: int) -> tuple[float, Rule]:
     rate, base = RATES[wish.model == SMALL, wish.starts]
     chosen = float(f"{rate * math.sqrt(batch / base):.3g}")
     start = "trained" if wish.starts else "random"
-    why = f"{rate:g} at a batch of {base}, for this model from {start} weights; by its square root"
+    why = f"{rate:g} for this model from {start} weights at a batch of {base}"
+    why += ", times the square root of the batch by that"
     return chosen, Rule("learning rate", f"{chosen:g}", why)
 
 

@@ -60,8 +60,8 @@ def length(facts: Facts, wish: Wish, batch: int, timing: Timing | None) -> Lengt
     iterations = max(epochs * epoch, least) if wish.epochs is None else wish.epochs * epoch
     count = min(10, max(1, iterations // 50))
     start = "trained" if wish.starts else "random"
-    why = f"{epochs} times the images, as the weights are {start}; at least {least} iterations"
-    length = f"{iterations} iterations, {iterations / epoch:.1f} times the images"
+    why = f"{epochs} epochs, as the weights are {start}; at least {least} iterations"
+    length = f"{iterations} iterations, {round(iterations / epoch, 1):g} epochs"
     return Length(
         iterations,
         math.ceil(iterations / count),
@@ -107,7 +107,7 @@ def _fit_time(facts: Facts, minutes: float, epoch: int, timing: Timing) -> Lengt
         (
             Rule(
                 "length",
-                f"{iterations} iterations, {iterations / epoch:.1f} times the images",
+                f"{iterations} iterations, {round(iterations / epoch, 1):g} epochs",
                 f"what fits into {minutes:g} minutes: an iteration takes {timing.iteration:.2g} s, "
                 f"an evaluation {evaluation:.0f} s, a start {timing.startup:.0f} s",
             ),
