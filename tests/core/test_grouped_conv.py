@@ -355,8 +355,8 @@ def test_kernels_that_are_not_there_are_refused(monkeypatch):
 def test_kernels_are_there_if_compiled_for_tensor_cores(monkeypatch, architectures, there):
     dispatch = "_dispatch_has_kernel_for_dispatch_key"
     monkeypatch.setattr(torch._C, dispatch, lambda name, key: bool(architectures))
-    operators = SimpleNamespace(elsa=SimpleNamespace(cuda_architectures=lambda: architectures))
-    monkeypatch.setattr(torch, "ops", operators)
+    operators = SimpleNamespace(grouped_conv=None, cuda_architectures=lambda: architectures)
+    monkeypatch.setattr(torch, "ops", SimpleNamespace(elsa=operators))
     assert bool(_grouped_conv._compiled_for()) == there
 
 

@@ -128,7 +128,9 @@ def test_what_a_segmentor_meets_in_training(refusal, copy, workers, folder, cont
 
 
 @pytest.mark.parametrize("known", [True, False])
-def test_the_sentence_of_a_process_that_was_launched(tool, digits, tmp_path, monkeypatch, known):
+def test_the_sentence_of_a_process_that_was_launched(
+    tool, digits, tmp_path, monkeypatch, capfd, known
+):
     trace = "\n\n-- Process 1 terminated with the following error:\nTraceback ...\n"
     trace += (
         "elsa_core.runtime.errors.DamagedFileError: image a cannot be read\n"
@@ -139,13 +141,11 @@ def test_the_sentence_of_a_process_that_was_launched(tool, digits, tmp_path, mon
     def launch(*arguments, **options):
         raise ProcessRaisedException(trace, 1, 2)
 
-    monkeypatch.setattr("detectron2.engine.launch", launch)
-    said = []
-    monkeypatch.setattr(tool, "fail", lambda sentence: said.append(sentence) or 2)
+    monkeypatch.setattr("elsa_d2.engine.command.launch", launch)
     keys = d2_tiny.overrides(digits, MODEL__DEVICE="cpu", OUTPUT_DIR=str(tmp_path))
     if known:
         assert tool.main(["--config-file", d2_tiny.CONFIG, *keys]) == 2
-        assert said == ["image a cannot be read"]
+        assert capfd.readouterr().err.splitlines()[-1] == "train_net: image a cannot be read"
     else:
         with pytest.raises(ProcessRaisedException):
             tool.main(["--config-file", d2_tiny.CONFIG, *keys])
