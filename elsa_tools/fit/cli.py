@@ -12,6 +12,7 @@ from typing import NoReturn
 from elsa_core.runtime.command_line import exit_status, say
 from elsa_core.runtime.errors import UsageError
 from elsa_core.runtime.packages import is_missing, missing
+from elsa_core.runtime.trackers import TRACKERS
 from elsa_tools.arguments import command_parser
 
 from .choose import MODELS
@@ -96,6 +97,14 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
     )
     parser.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda if there is one")
     parser.add_argument("--workers", type=int, metavar="N", help="processes that read images")
+    parser.add_argument(
+        "--trackers",
+        nargs="+",
+        choices=list(TRACKERS),
+        default=[],
+        metavar="NAME",
+        help=f"also log to {' or '.join(TRACKERS)}; TensorBoard's files are always written",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: runs/ + DATA's name")
     parser.add_argument(

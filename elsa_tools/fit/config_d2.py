@@ -69,6 +69,7 @@ def _shared(plan: Plan) -> list[tuple[Any, ...]]:
         ("TEST.EVAL_PERIOD", choice.evaluate, why.get("evaluations", "a probe")),
         ("TEST.PATIENCE", choice.patience, why["early stop"]),
         ("TEST.BEST_METRIC", "ema/" * choice.averaged + METRICS[plan.data.task]),
+        ("LOG.WRITERS", list(plan.writers)),
         ("SEED", plan.seed),
         ("OUTPUT_DIR", str(plan.work)),
     ]

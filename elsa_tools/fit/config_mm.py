@@ -12,6 +12,11 @@ from .dataset import BOXES, INSTANCES, SEMANTIC
 from .plan import Plan
 from .render import comment, python_text, settings
 
+WRITERS = {
+    "tensorboard": "TensorboardVisBackend",
+    "wandb": "WandbTracker",
+    "mlflow": "MLflowTracker",
+}
 METRICS = {INSTANCES: "coco/segm_mAP", BOXES: "coco/bbox_mAP", SEMANTIC: "mIoU"}
 
 
@@ -66,6 +71,7 @@ def _shared(plan: Plan) -> list[tuple[Any, ...]]:
     ema = [("default_hooks.ema", average, why["averaged weights"])] if choice.averaged else []
     hook = dict(type="PatienceHook", monitor=metric, patience=choice.patience)
     patience = [("default_hooks.patience", hook, why["early stop"])] if choice.patience else []
+    writers = ["LocalVisBackend", *(WRITERS[name] for name in plan.writers)]
     arch: list[tuple[Any, ...]] = []
     if plan.model != SMALL:
         arch = [("model.backbone.arch", MODELS[plan.model]), ("model.backbone.drop_path_rate", 0.1)]
@@ -93,6 +99,7 @@ def _shared(plan: Plan) -> list[tuple[Any, ...]]:
         ("default_hooks.checkpoint.interval", choice.save),
         ("default_hooks.checkpoint.save_best", metric),
         ("default_hooks.checkpoint.rule", "greater"),
+        ("visualizer.vis_backends", [dict(type=name) for name in writers]),
         ("randomness", dict(seed=plan.seed)),
         ("work_dir", str(plan.work)),
     ]

@@ -23,6 +23,7 @@ class Plan:
         weights: file to start from, or None.
         seed: of weights and order.
         work: folder of logs and checkpoints.
+        writers: "tensorboard" and trackers that the figures go to, besides the framework's log.
     """
 
     framework: str
@@ -33,6 +34,7 @@ class Plan:
     seed: int
     device: str
     work: Path
+    writers: tuple[str, ...] = ()
 
     @property
     def results(self) -> Path:

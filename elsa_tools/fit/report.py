@@ -29,6 +29,7 @@ def write(
     plan: Plan,
     results: Path,
     seconds: float,
+    image_seconds: float | None,
     machine: Machine,
 ) -> dict[str, Scores]:
     """Write the page; return the scores of the best checkpoint by kind of result.
@@ -37,6 +38,7 @@ def write(
         source: the data set, a folder or a file in it.
         results: folder that `Framework.evaluate` has written to.
         seconds: of all steps.
+        image_seconds: that the evaluation of an image took; None if unknown.
     """
     data, out = plan.data, path.parent
     annotations = data.val.annotations or data.val.maps
@@ -66,6 +68,7 @@ def write(
         metric=METRIC[data.task],
         seconds=seconds,
         images_per_second=plan.choice.batch / sorted(times)[len(times) // 2] if times else None,
+        image_seconds=image_seconds,
         machine=str(machine),
         commands=_commands(framework, plan, source, out),
         config=out / f"config{framework.ending}",

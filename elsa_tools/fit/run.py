@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -55,10 +55,12 @@ class Request:
     device: str | None = None
     workers: int | None = None
     seed: int = 0
+    trackers: Sequence[str] = ()
 
     def recorded(self) -> dict[str, Any]:
         """By option, for fit.json."""
         values = {key: value for key, value in vars(self).items() if key != "out"}
+        values["trackers"] = [*self.trackers]
         for name in ("data", "weights"):
             values[name] = values[name] and os.path.abspath(values[name])
         return values
@@ -167,17 +169,18 @@ class Fit:
             request.workers,
         )
 
-        def plan(choice: Choice, part: DataSet, work: Path) -> Plan:
+        def plan(choice: Choice, part: DataSet, work: Path, writers: Sequence[str] = ()) -> Plan:
             weights = request.weights and request.weights.absolute()
+            seed, device = request.seed, here.device
             return Plan(
-                framework.name, part, choice, model, weights, request.seed, here.device, work
+                framework.name, part, choice, model, weights, seed, device, work, tuple(writers)
             )
 
         if request.minutes is not None and self.state.timing is None:
             choice = choose(facts, here, wish)
             self._probe(framework, plan(choice, self._few(data), self.probe / "training"))
         choice = choose(facts, here, wish, self.state.timing)
-        return plan(choice, data, self.work)
+        return plan(choice, data, self.work, ["tensorboard", *request.trackers])
 
     def _few(self, data: DataSet) -> DataSet:
         """Return the data set with a few validation images."""
@@ -255,7 +258,9 @@ class Fit:
             with self._step("report"):
                 seconds = sum(self.state.seconds.values())
                 source = self.request.data
-                scores = write(path, source, framework, plan, self.results, seconds, here)
+                log = self.log.read_text(errors="replace")
+                image = framework.image_seconds(log)
+                scores = write(path, source, framework, plan, self.results, seconds, image, here)
             self.state.put("scores", scores)
         for task, scores in self.state.content["scores"].items():
             known = [f"{name} {value:.1f}" for name, value in scores.items() if value is not None]

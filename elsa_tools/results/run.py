@@ -33,6 +33,7 @@ class Run:
         metric: NAME that chose the best checkpoint.
         seconds: of the training, evaluations included.
         images_per_second: of the training; None if unknown.
+        image_seconds: that the evaluation of an image took; None if unknown.
         machine: sentence about processors and memory.
         commands: {what it does: command}, in the order of the report.
         config, checkpoint: files of the model.
@@ -50,6 +51,7 @@ class Run:
     metric: str
     seconds: float
     images_per_second: float | None
+    image_seconds: float | None
     machine: str
     commands: Mapping[str, str]
     config: Path

@@ -35,6 +35,8 @@ def fit(data, out, *options):
     ("layout", "framework"),
     [
         ("roboflow", "detectron2"),
+        ("cvat", "mmdet"),
+        ("label_studio", "detectron2"),
         ("yolo", "mmdet"),
         ("voc", "detectron2"),
         ("yolo_boxes", "mmdet"),
@@ -116,6 +118,21 @@ def test_configs_hold_any_path(tmp_path, framework, capsys):
     title = FRAMEWORKS[framework].title
     model = f"Mask R-CNN with a small ELSA-Swin in {title}, on 6 images; classes: square, tall"
     assert model in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("framework", ["detectron2", "mmdet"])
+def test_figures_go_to_the_trackers_that_are_named(tmp_path, framework):
+    data, out = tmp_path / "data", tmp_path / "out"
+    fit_folders.LAYOUTS["single_json"](data)
+    options = ["--framework", framework, "--trackers", "wandb", "mlflow", "--dry-run"]
+    assert fit(data, out, *options, "--epochs", "1") == 0
+    if framework == "mmdet":
+        config = pytest.importorskip("mmengine.config").Config.fromfile(str(out / "config.py"))
+        kinds = [one.type.removesuffix("VisBackend") for one in config.visualizer.vis_backends]
+        assert kinds == ["Local", "Tensorboard", "WandbTracker", "MLflowTracker"]
+    else:
+        config = pytest.importorskip("elsa_d2.config").load_config(str(out / "config.yaml"))
+        assert config.LOG.WRITERS == ["tensorboard", "wandb", "mlflow"]
 
 
 def test_lines_of_a_log_that_a_kill_has_cut_are_left_out(tmp_path):

@@ -71,6 +71,7 @@ def a_run(folder, annotations, name):
         metric="bbox AP",
         seconds=3723.0,
         images_per_second=None,
+        image_seconds=0.0125,
         machine="2 cores",
         commands={"Predict": f"elsa demo '{name}'"},
         config=folder / "config.yaml",
