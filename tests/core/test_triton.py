@@ -20,7 +20,7 @@ OURS = "not float64 and not refuses"
 SOME = (
     "(agrees and (odd or batch) and (both or none) and (3-1 or 3-2 or 7-1) and not 13"
     " or published and pixel and (add-7 or both-5) or rounds_once and pixel and (5 or 7)"
-    " or any_ghost and both-5-torch.float16 or strided and 8-3-torch.float16"
+    " or any_ghost and both-5-torch.float16"
     " or mean_nothing and 3 and float16 and (4-1 or 4-5) or opcheck and both-3"
     " or extreme and 12 or nan and 12 or these or interpreter)"
 )

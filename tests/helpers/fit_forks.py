@@ -39,6 +39,7 @@ def run_tool(command, log, prepare=None):
 def run_fit(arguments, log):
     """Does what the command does; what it starts are forks, too."""
     print_to(log)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in a shell's background
     process.Popen = Child
     sys.exit(main(arguments))
 

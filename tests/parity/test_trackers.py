@@ -160,6 +160,7 @@ def refuse(*args, **kwargs):
     raise RuntimeError("no account\nnor network")
 
 
+@pytest.mark.usefixtures("workplace")
 def test_what_cannot_start_refuses_the_training(tmp_path, monkeypatch, digits, refusal):
     monkeypatch.setattr(wandb, "init", refuse)
     sentence = "wandb cannot start a run: no account"

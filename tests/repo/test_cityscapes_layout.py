@@ -194,7 +194,7 @@ def test_command_says_what_it_made(tmp_path, capsys):
 
 
 def test_unknown_layouts_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="must be one of standard, .*, mixed, got"):
+    with pytest.raises(UsageError, match="must be one of standard, .*, panoptic, got"):
         make_layout("voc", tmp_path / "x", **SMALL)
     assert not list(tmp_path.iterdir())
 

@@ -27,7 +27,6 @@ def test_cells_run_in_order_and_end_with_an_exported_model(tmp_path, monkeypatch
     for name in (
         "my_run/report.html",
         "my_run/best.pth",
-        "my_pictures/results.json",
         "my_detector.onnx",
     ):
         assert (tmp_path / name).stat().st_size

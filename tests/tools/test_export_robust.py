@@ -32,7 +32,6 @@ OTHER_MM = {
     "nms_pre must be at least 1": "test_cfg=dict(rpn=dict(nms_pre=-1))",
     "rcnn.max_per_img must be at least 1": "test_cfg=dict(rcnn=dict(max_per_img=-1))",
     "mask_thr_binary must be at least 0": "test_cfg=dict(rcnn=dict(mask_thr_binary=-1))",
-    "has a mask head": "roi_head=dict(mask_head=None, mask_roi_extractor=None)",
     "cannot be built: AssertionError": "neck=dict(end_level=2)",
 }
 
