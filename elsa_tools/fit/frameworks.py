@@ -102,8 +102,10 @@ class Framework:
         return [rows[step] for step in sorted(rows)]
 
     def _figures(self, record: dict[str, Any]) -> Iterator[tuple[str, float]]:
+        trains = "loss" in record or "total_loss" in record
         for key, value in record.items():
-            if not isinstance(value, (int, float)):
+            # MMEngine's "time" of an evaluation is that of an image.
+            if not isinstance(value, (int, float)) or (key == "time" and not trains):
                 continue
             name = key.removeprefix(METRICS)
             if name in self.metrics:

@@ -1,6 +1,7 @@
 """Exported detectors of both frameworks find what the frameworks find."""
 
 import dataclasses
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from elsa_tools.export.verify import verify
 from elsa_tools.predict import load_inferencer
 from elsa_tools.predict.executors import Executor
 
+SIZES = [(150, 170), (64, 97)]
 CASCADE = {
     "detectron2": (
         "configs/detectron2/COCO-InstanceSegmentation/cascade_mask_rcnn_elsa_swin_t_fpn_1x.yaml",
@@ -116,8 +118,11 @@ def found_by(framework, inferencer, images):
 
 
 @pytest.mark.parametrize("framework", DET)
-@pytest.mark.parametrize("kind", ["models", "cascades", "boxes", "box_cascades"])
-@pytest.mark.parametrize("size", [(150, 170), (64, 97)], ids=str)
+@pytest.mark.parametrize(
+    "kind, size",
+    [*product(["models", "cascades"], SIZES), ("boxes", SIZES[0]), ("box_cascades", SIZES[1])],
+    ids=str,
+)
 def test_pytorch_finds_the_same(kind, framework, size, request):
     """A batch of two images of different sizes, with noise in the padding."""
     models = request.getfixturevalue(kind)

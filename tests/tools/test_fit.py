@@ -141,6 +141,18 @@ def test_lines_of_a_log_that_a_kill_has_cut_are_left_out(tmp_path):
     assert FRAMEWORKS["detectron2"].history(tmp_path) == [{"iteration": 1, "loss": 2.0}]
 
 
+def test_the_time_of_an_iteration_is_not_that_of_an_evaluated_image(tmp_path):
+    folder = tmp_path / "20000101_000000/vis_data"
+    folder.mkdir(parents=True)
+    lines = [
+        '{"loss": 2.0, "time": 0.25, "step": 10}',
+        '{"coco/bbox_mAP": 0.5, "time": 0.06, "step": 10}',
+    ]
+    (folder / "scalars.json").write_text("\n".join([*lines, ""]))
+    (row,) = FRAMEWORKS["mmdet"].history(tmp_path)
+    assert row == {"iteration": 10, "loss": 2.0, "time": 0.25, "val/box AP": 50.0}
+
+
 def test_another_run_in_the_same_folder_is_refused(tmp_path, capsys):
     data, out = tmp_path / "data", tmp_path / "out"
     fit_folders.LAYOUTS["single_json"](data)
