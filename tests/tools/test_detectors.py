@@ -142,7 +142,7 @@ def test_pytorch_finds_the_same(kind, framework, size, request):
         same = distance < 1e-3
         assert same.sum() >= own.sum() - int(kind == "box_cascades")
         assert len(place[same].unique()) == same.sum()
-        rounding = 1e-4 if "cascades" in kind else 1e-5
+        rounding = 1e-4 if kind == "box_cascades" else 1e-5
         assert (scores[own][place] - wanted[1])[same].abs().max() < rounding
         height, width = sizes[row].tolist()
         assert len(masks) == len(wanted) - 3 == module.pasted
