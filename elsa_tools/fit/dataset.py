@@ -35,7 +35,6 @@ class DataSet:
         classes: names in the order of the model's labels; in COCO files, categories 1, 2, ...
         layout: one sentence about what was recognised.
         split: one sentence about the parts.
-        channels: channels of an image, as the loaders of both frameworks return it.
         reduce_zero_label: 0 in label maps means no class, and classes begin at 1.
         warnings: one sentence about each thing that was left out or that may be a mistake.
     """
@@ -46,6 +45,5 @@ class DataSet:
     val: Part
     layout: str
     split: str
-    channels: int = 3
     reduce_zero_label: bool = False
     warnings: tuple[str, ...] = ()

@@ -28,8 +28,8 @@ def write(
     framework: Framework,
     plan: Plan,
     results: Path,
+    log: Path,
     seconds: float,
-    image_seconds: float | None,
     machine: Machine,
 ) -> dict[str, Scores]:
     """Write the page; return the scores of the best checkpoint by kind of result.
@@ -37,8 +37,8 @@ def write(
     Args:
         source: the data set, a folder or a file in it.
         results: folder that `Framework.evaluate` has written to.
+        log: what the framework has printed, the evaluation last.
         seconds: of all steps.
-        image_seconds: that the evaluation of an image took; None if unknown.
     """
     data, out = plan.data, path.parent
     annotations = data.val.annotations or data.val.maps
@@ -68,7 +68,7 @@ def write(
         metric=METRIC[data.task],
         seconds=seconds,
         images_per_second=plan.choice.batch / sorted(times)[len(times) // 2] if times else None,
-        image_seconds=image_seconds,
+        image_seconds=framework.image_seconds(log.read_text(errors="replace")),
         machine=str(machine),
         commands=_commands(framework, plan, source, out),
         config=out / f"config{framework.ending}",

@@ -258,9 +258,7 @@ class Fit:
             with self._step("report"):
                 seconds = sum(self.state.seconds.values())
                 source = self.request.data
-                log = self.log.read_text(errors="replace")
-                image = framework.image_seconds(log)
-                scores = write(path, source, framework, plan, self.results, seconds, image, here)
+                scores = write(path, source, framework, plan, self.results, self.log, seconds, here)
             self.state.put("scores", scores)
         for task, scores in self.state.content["scores"].items():
             known = [f"{name} {value:.1f}" for name, value in scores.items() if value is not None]
