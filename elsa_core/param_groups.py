@@ -42,8 +42,7 @@ def lr_factors(
     Raises:
         UsageError: a value is out of range, or the model has no backbone for one that is not 1.
     """
-    _check(names[0], layer_decay, lambda x: 0 < x <= 1, "in (0, 1]")
-    _check(names[1], backbone_lr_factor, lambda x: 0 <= x < math.inf, "of at least 0, and finite")
+    check_factors(layer_decay, backbone_lr_factor, names)
     factors = {}
     for backbone in _backbones(model):
         for name, parameter in backbone.named_parameters():
@@ -138,6 +137,14 @@ def _proportions(groups: Sequence[dict[str, Any]]) -> list[tuple[int, float]]:
 def check_max_norm(name: str, value: Any) -> None:
     """Raise UsageError unless ``value`` can limit the norm of gradients."""
     _check(name, value, lambda x: x > 0, "above 0")
+
+
+def check_factors(
+    layer_decay: float, backbone_lr_factor: float, names: Sequence[str] = NAMES
+) -> None:
+    """Raise UsageError for a setting of `lr_factors` that is out of range."""
+    _check(names[0], layer_decay, lambda x: 0 < x <= 1, "in (0, 1]")
+    _check(names[1], backbone_lr_factor, lambda x: 0 <= x < math.inf, "of at least 0, and finite")
 
 
 def _check(name: str, value: Any, good: Callable[[float], bool], rule: str) -> None:

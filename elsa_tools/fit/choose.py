@@ -63,6 +63,7 @@ class Choice:
         averaged: whether averaged weights are evaluated beside the others.
         patience: evaluations without a better score after which the training ends; 0: none end it.
         layer_decay: factor of the learning rate from one layer of the backbone to the one before.
+        backbone_factor: of the learning rate of all of the backbone.
         clip: limit of the norm of all gradients.
         rules: one of each choice.
     """
@@ -85,6 +86,7 @@ class Choice:
     averaged: bool
     amp: bool
     layer_decay: float
+    backbone_factor: float
     clip: float
     weights: tuple[float, ...]
     rules: tuple[Rule, ...]
@@ -124,7 +126,7 @@ def choose(facts: Facts, machine: Machine, wish: Wish, timing: Timing | None = N
     warmup = max(1, min(500, round(iterations / 12)))
     patience, patient = patience_of(wish, math.ceil(iterations / evaluate))
     amp = machine.device == "cuda"
-    layer_decay = LAYER_DECAY if wish.starts else 1.0
+    layer_decay, decayed = _layer_decay(wish)
     rules += [
         flipped,
         *weighted,
@@ -137,10 +139,11 @@ def choose(facts: Facts, machine: Machine, wish: Wish, timing: Timing | None = N
             f"{warmup} iteration{'s' * (warmup > 1)}",
             "a twelfth of the iterations, at most 500; then the rate falls to 0 on a cosine",
         ),
+        decayed,
         Rule(
-            "layer decay",
-            f"{layer_decay:g}",
-            f"{LAYER_DECAY:g} for trained weights, whose first layers need to change least",
+            "backbone's rate",
+            f"times {wish.backbone_factor:g}",
+            "--backbone-factor, 1 without it",
         ),
         Rule(
             "clipping",
@@ -173,6 +176,7 @@ def choose(facts: Facts, machine: Machine, wish: Wish, timing: Timing | None = N
         chosen.averaged,
         amp,
         layer_decay,
+        wish.backbone_factor,
         CLIP,
         weights,
         tuple(rules),
@@ -242,6 +246,14 @@ def _batch(facts: Facts, machine: Machine, wish: Wish, pixels: int) -> tuple[int
         f"bytes a pixel, and the {facts.images} images"
     )
     return batch, Rule("batch", f"{batch} images", why)
+
+
+def _layer_decay(wish: Wish) -> tuple[float, Rule]:
+    chosen = LAYER_DECAY if wish.starts else 1.0
+    why = f"{LAYER_DECAY:g} for trained weights, whose first layers need to change least"
+    if wish.layer_decay is not None:
+        chosen, why = wish.layer_decay, "as asked for"
+    return chosen, Rule("layer decay", f"{chosen:g}", why)
 
 
 def _rate(wish: Wish, batch: int) -> tuple[float, Rule]:

@@ -89,6 +89,20 @@ def parse_arguments(arguments: Sequence[str] | None, prog: str) -> argparse.Name
     )
     parser.add_argument("--batch", type=int, metavar="N", help="images of an iteration")
     parser.add_argument(
+        "--layer-decay",
+        type=float,
+        metavar="F",
+        help="factor of the learning rate from one layer of the backbone to the one before, "
+        "default: 0.9 with --weights, else 1",
+    )
+    parser.add_argument(
+        "--backbone-factor",
+        type=float,
+        default=1.0,
+        metavar="F",
+        help="factor of the backbone's learning rate, default: 1",
+    )
+    parser.add_argument(
         "--validation",
         type=float,
         default=0.2,

@@ -61,6 +61,7 @@ def _shared(plan: Plan) -> list[tuple[Any, ...]]:
         ("SOLVER.WARMUP_ITERS", choice.warmup, why["warm-up"]),
         ("SOLVER.WARMUP_FACTOR", 0.01),
         ("SOLVER.LAYER_DECAY", choice.layer_decay, why["layer decay"]),
+        ("SOLVER.BACKBONE_LR_FACTOR", choice.backbone_factor, why["backbone's rate"]),
         ("SOLVER.CLIP_GRADIENTS.ENABLED", True, why["clipping"]),
         ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "full_model"),
         ("SOLVER.CLIP_GRADIENTS.CLIP_VALUE", choice.clip),

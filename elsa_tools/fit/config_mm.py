@@ -88,6 +88,11 @@ def _shared(plan: Plan) -> list[tuple[Any, ...]]:
         ("optim_wrapper.optimizer.lr", choice.rate, why["learning rate"]),
         ("optim_wrapper.constructor", "ELSAOptimWrapperConstructor"),
         ("optim_wrapper.paramwise_cfg.layer_decay", choice.layer_decay, why["layer decay"]),
+        (
+            "optim_wrapper.paramwise_cfg.backbone_lr_factor",
+            choice.backbone_factor,
+            why["backbone's rate"],
+        ),
         ("optim_wrapper.clip_grad", dict(max_norm=choice.clip), why["clipping"]),
         ("param_scheduler", schedule(choice), f"warm-up: {why['warm-up']}"),
         ("train_cfg.max_iters", choice.iterations, why.get("length", "a probe")),

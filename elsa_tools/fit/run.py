@@ -51,6 +51,8 @@ class Request:
     epochs: int | None = None
     minutes: float | None = None
     batch: int | None = None
+    layer_decay: float | None = None
+    backbone_factor: float = 1.0
     validation: float = 0.2
     device: str | None = None
     workers: int | None = None
@@ -167,6 +169,8 @@ class Fit:
             request.minutes,
             request.batch,
             request.workers,
+            request.layer_decay,
+            request.backbone_factor,
         )
 
         def plan(choice: Choice, part: DataSet, work: Path, writers: Sequence[str] = ()) -> Plan:

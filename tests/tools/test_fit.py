@@ -10,6 +10,7 @@ import pytest
 from fit_forks import Fork, run_fit
 from killing import fork, statuses_of
 
+from elsa_core.param_groups import NAMES
 from elsa_tools.fit import frameworks, process
 from elsa_tools.fit.cli import main
 from elsa_tools.fit.frameworks import FRAMEWORKS
@@ -63,6 +64,11 @@ def test_from_a_folder_to_a_model(tmp_path, layout, framework, forks, capsys):
         (["--weights", "DATA"], "--weights must be a file, got "),
         (["--out", os.fsdecode(b"\xff")], r"\udcff must be a path in UTF-8"),
         (["--batch", "0"], "--batch must be above 0, got 0"),
+        (["--layer-decay", "0"], "--layer-decay must be a number in (0, 1], got 0.0"),
+        (
+            ["--backbone-factor", "nan"],
+            "--backbone-factor must be a number of at least 0, and finite, got nan",
+        ),
         (["--minutes", "1"], "--epochs and --minutes exclude each other"),
     ],
 )
@@ -118,6 +124,22 @@ def test_configs_hold_any_path(tmp_path, framework, capsys):
     title = FRAMEWORKS[framework].title
     model = f"Mask R-CNN with a small ELSA-Swin in {title}, on 6 images; classes: square, tall"
     assert model in capsys.readouterr().out.splitlines()
+
+
+@pytest.mark.parametrize("framework", ["detectron2", "mmdet"])
+def test_rates_of_the_backbone(tmp_path, framework):
+    data, out = tmp_path / "data", tmp_path / "out"
+    fit_folders.LAYOUTS["single_json"](data)
+    factors = ["--layer-decay", "0.8", "--backbone-factor", "0.1"]
+    options = ["--framework", framework, "--dry-run", "--epochs", "1"]
+    assert fit(data, out, *factors, *options) == 0
+    if framework == "mmdet":
+        config = pytest.importorskip("mmengine.config").Config.fromfile(str(out / "config.py"))
+        found = [config.optim_wrapper.paramwise_cfg[name] for name in NAMES]
+    else:
+        solver = pytest.importorskip("elsa_d2.config").load_config(str(out / "config.yaml")).SOLVER
+        found = [solver.LAYER_DECAY, solver.BACKBONE_LR_FACTOR]
+    assert found == [0.8, 0.1]
 
 
 @pytest.mark.parametrize("framework", ["detectron2", "mmdet"])
