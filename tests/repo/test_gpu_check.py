@@ -35,9 +35,9 @@ _poison.impl("attention", _wrong, "CPU")
 """
 
 
-def check(*arguments):
-    command = [sys.executable, ROOT / "tools/gpu_check.py", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True)
+def check(*arguments, program=ROOT / "tools/gpu_check.py", env=None):
+    command = [sys.executable, program, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,10 @@ def emulation(tmp_path_factory):
 
 @pytest.mark.slow
 def test_rehearsal_runs_every_step_and_writes_every_file(emulation, tmp_path):
-    done = check("--rehearse", "--emulation", emulation, "--out", tmp_path)
+    program = ROOT / "tests/helpers/gpu_check_forks.py"
+    arguments = ["--rehearse", "--emulation", emulation, "--out", tmp_path]
+    environment = rehearsal.environment(emulation)
+    done = check(*arguments, program=program, env=environment)
     log = (tmp_path / "log.txt").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log[-4000:]
     assert {file.name for file in tmp_path.iterdir()} == set(schedule.Schedule.FILES)

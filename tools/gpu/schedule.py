@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from subprocess import DEVNULL, STDOUT, Popen, TimeoutExpired
 
 from . import summary
 
@@ -53,13 +53,13 @@ class Running:
     def __init__(self, command: list[str], place: Path, environment: dict[str, str], log: Path):
         self.started = time.monotonic()
         with log.open("ab") as file:
-            self.process = subprocess.Popen(
+            self.process = Popen(
                 command,
                 cwd=place,
                 env=environment,
                 stdout=file,
-                stderr=subprocess.STDOUT,
-                stdin=subprocess.DEVNULL,
+                stderr=STDOUT,
+                stdin=DEVNULL,
                 start_new_session=True,
             )
 
@@ -67,7 +67,7 @@ class Running:
         """Returns "done", "failed: ..." or "out of time"."""
         try:
             status = self.process.wait(max(0.1, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             self.stop()
             return "out of time"
         self._kill(signal.SIGKILL)  # what it has left running
@@ -80,7 +80,7 @@ class Running:
         self._kill(signal.SIGTERM)
         try:
             self.process.wait(2)
-        except subprocess.TimeoutExpired:
+        except TimeoutExpired:
             pass
         self._kill(signal.SIGKILL)
         self.process.wait()
