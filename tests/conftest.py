@@ -124,6 +124,24 @@ def refusal(
 
 
 @pytest.fixture(scope="session")
+def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an elsa_core whose kernels for the CPU are those for CUDA.
+
+    Of all processes of the tests, which do not change it.
+    """
+    import emulated_kernels
+    from filelock import FileLock
+
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "emulation"
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "elsa_core/_C.so").exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            emulated_kernels.build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root of a tiny digits data set: 16 training and 8 validation images of 96x96 pixels."""
     from examples.digits.dataset import make_dataset

@@ -11,21 +11,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import emulated_kernels
 import pytest
 
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = [ROOT / f"tests/core/test_{name}.py" for name in ("cuda_operator", "operator_properties")]
-
-
-@pytest.fixture(scope="module")
-def emulated(tmp_path_factory):
-    """A folder with an elsa_core whose kernels for the CPU are those for CUDA."""
-    folder = tmp_path_factory.mktemp("emulated")
-    emulated_kernels.build(folder)
-    return folder
 
 
 QUESTIONS = """
@@ -56,11 +47,11 @@ print(*counts)
 """
 
 
-def test_the_runtime_is_asked_once_for_each_device(emulated):
+def test_the_runtime_is_asked_once_for_each_device(emulation):
     """For what a device and its kernels may; a launch on a device that has not been asked fails."""
     command = [sys.executable, "-c", QUESTIONS]
-    environment = {**os.environ, "PYTHONPATH": str(emulated)}
-    done = subprocess.run(command, cwd=emulated, env=environment, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(emulation)}
+    done = subprocess.run(command, cwd=emulation, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-4000:]
     counts = [int(word) for word in done.stdout.split()]
     steps = [after - before for before, after in zip(counts[:-1], counts[1:], strict=True)]
@@ -88,10 +79,10 @@ OLD = f"{LOW} or nan or properties and (published or extreme)"
     ],
     ids=["in order", "in reverse", "shuffled", "little memory", "old"],
 )
-def test_kernels_pass_the_tests_of_a_gpu(emulated, order, shared, capability, wanted, least):
+def test_kernels_pass_the_tests_of_a_gpu(emulation, order, shared, capability, wanted, least):
     """And have the operator's properties."""
     assert (
-        passed(emulated, TESTS, "not narrower" if ALL else wanted, order, capability, shared)
+        passed(emulation, TESTS, "not narrower" if ALL else wanted, order, capability, shared)
         > least
     )
 
@@ -106,9 +97,9 @@ def test_kernels_pass_the_tests_of_a_gpu(emulated, order, shared, capability, wa
     ],
     ids=["in order", "in reverse", "shuffled", "old"],
 )
-def test_grouped_convolution_passes_the_tests_of_a_gpu(emulated, order, capability, wanted, least):
+def test_grouped_convolution_passes_the_tests_of_a_gpu(emulation, order, capability, wanted, least):
     test = ROOT / "tests/core/test_cuda_grouped_conv.py"
-    assert passed(emulated, [test], wanted, order, capability) > least
+    assert passed(emulation, [test], wanted, order, capability) > least
 
 
 def passed(folder, tests, wanted, order, capability, shared="232448"):

@@ -18,7 +18,7 @@ TESTS = [Path(__file__).with_name(f"test_{name}.py") for name in ("cuda_operator
 ALL = "ELSA_TRITON_ALL" in os.environ
 OURS = "not float64 and not refuses"
 SOME = (
-    "(agrees and (odd or batch) and (both or none) and (3-1 or 3-2 or 7-1) and not 13"
+    "(agrees and (odd and (both and (3-2 or 7-1) or none and 3-1) or batch) and not 13"
     " or published and pixel and (add-7 or both-5) or rounds_once and pixel and (5 or 7)"
     " or any_ghost and both-5-torch.float16"
     " or mean_nothing and 3 and float16 and (4-1 or 4-5) or opcheck and both-3"
@@ -39,7 +39,7 @@ def run(environment, wanted):
 @pytest.mark.slow
 def test_kernels_pass_the_tests_of_a_gpu():
     wanted = OURS if ALL else f"{OURS} and {SOME}"
-    assert run({"TRITON_INTERPRET": "1"}, wanted) > 35
+    assert run({"TRITON_INTERPRET": "1"}, wanted) > 32
 
 
 @pytest.mark.needs_cuda

@@ -40,14 +40,6 @@ def check(*arguments, program=ROOT / "tools/gpu_check.py", env=None):
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
-@pytest.fixture(scope="module")
-def emulation(tmp_path_factory):
-    """The emulated kernels, built once."""
-    folder = tmp_path_factory.mktemp("emulation") / "built"
-    rehearsal.build(folder)
-    return folder
-
-
 @pytest.mark.slow
 def test_rehearsal_runs_every_step_and_writes_every_file(emulation, tmp_path):
     program = ROOT / "tests/helpers/gpu_check_forks.py"
