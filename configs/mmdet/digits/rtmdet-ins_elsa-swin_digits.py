@@ -5,6 +5,6 @@ _base_ = [
     "../_base_/iteration_runtime.py",
 ]
 
-optim_wrapper = dict(optimizer=dict(lr=1e-3))
+optim_wrapper = dict(optimizer=dict(lr=2e-3))
 model = dict(bbox_head=dict(num_classes=10))
 randomness = dict(seed=0)

@@ -1,57 +1,36 @@
-# Handwritten digits on photographs, made by `tools/make_digits.py --layout panoptic`: digits are
-# things, the photograph is stuff.
+# The digits as panoptic files, made by `tools/make_digits.py --layout panoptic`: digits are things,
+# the photograph is stuff.
+_base_ = ["digits_instance.py"]
+
 data_root = "data/digits_panoptic"
-digits = ("0", "1", "2", "3", "4", "5", "6", "7", "8", "9")
+digits = _base_.metainfo.classes
 metainfo = dict(
-    classes=(*digits, 'background'),
+    classes=(*digits, "background"),
     thing_classes=digits,
-    stuff_classes=('background',),
-    palette=[
-        (230, 25, 75), (60, 180, 75), (255, 225, 25), (0, 130, 200), (245, 130, 48),
-        (145, 30, 180), (70, 240, 240), (240, 50, 230), (210, 245, 60), (250, 190, 212),
-        (0, 0, 0),
-    ],
-)  # fmt: skip
+    stuff_classes=("background",),
+    palette=[*_base_.metainfo.palette, (0, 0, 0)],
+)
 
 annotations = dict(type="elsa_mm.panoptic.LoadPanopticAnnotations")
-train_pipeline = [dict(type="LoadImageFromFile"), annotations, dict(type="PackDetInputs")]
-test_pipeline = [
-    dict(type="LoadImageFromFile"),
-    dict(type="Resize", scale=(1333, 160), keep_ratio=True),
-    annotations,
-    dict(
-        type="PackDetInputs",
-        meta_keys=("img_id", "img_path", "ori_shape", "img_shape", "scale_factor"),
-    ),
-]
+train_pipeline = [_base_.train_pipeline[0], annotations, _base_.train_pipeline[2]]
+test_pipeline = [*_base_.test_pipeline[:2], annotations, _base_.test_pipeline[3]]
 
+panoptic = dict(
+    type="elsa_mm.panoptic.CocoPanopticDataset", metainfo=metainfo, data_root=data_root
+)
 train_dataloader = dict(
-    batch_size=4,
-    num_workers=0,  # reading a small image takes less than handing it over
-    persistent_workers=False,
-    sampler=dict(type="InfiniteSampler", shuffle=True),
     dataset=dict(
-        type="elsa_mm.panoptic.CocoPanopticDataset",
-        metainfo=metainfo,
-        data_root=data_root,
+        **panoptic,
         ann_file="annotations/panoptic_training.json",
-        data_prefix=dict(img="images/training/", seg="annotations/panoptic_training/"),
-        filter_cfg=dict(filter_empty_gt=True),
+        data_prefix=dict(seg="annotations/panoptic_training/"),
         pipeline=train_pipeline,
     ),
 )
 val_dataloader = dict(
-    batch_size=1,  # images of several sizes would be padded, which changes their scores
-    num_workers=0,
-    persistent_workers=False,
-    sampler=dict(type="DefaultSampler", shuffle=False),
     dataset=dict(
-        type="elsa_mm.panoptic.CocoPanopticDataset",
-        metainfo=metainfo,
-        data_root=data_root,
+        **panoptic,
         ann_file="annotations/panoptic_validation.json",
-        data_prefix=dict(img="images/validation/", seg="annotations/panoptic_validation/"),
-        test_mode=True,
+        data_prefix=dict(seg="annotations/panoptic_validation/"),
         pipeline=test_pipeline,
     ),
 )

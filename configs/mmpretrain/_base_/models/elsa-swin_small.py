@@ -1,18 +1,4 @@
 # A classifier small enough to be trained on a CPU within minutes.
-_base_ = ["elsa-swin_224.py"]
+_base_ = ["elsa-swin_224.py", "../../../mmdet/_base_/small_backbone.py"]
 
-model = dict(
-    backbone=dict(
-        arch=dict(
-            _delete_=True,
-            embed_dim=32,
-            depths=[1, 1, 2, 1],
-            num_heads=[1, 2, 4, 8],
-            group_width=8,
-            window_size=5,
-        ),
-        drop_path_rate=0.0,
-        init_std=0.1,
-    ),
-    head=dict(in_channels=256),
-)
+model = dict(backbone={{_base_.small_backbone}}, head=dict(in_channels=256))
