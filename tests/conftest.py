@@ -1,5 +1,6 @@
 """Shared fixtures, and the rule that tests for CUDA cannot vanish silently."""
 
+import gc
 import itertools
 import os
 import shutil
@@ -40,6 +41,12 @@ def load_tool(name: str) -> ModuleType:
 def pytest_report_header() -> str:
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return f"CUDA device: {cuda}" + (" (its absence is a failure)" if FAIL_WITHOUT_CUDA else "")
+
+
+def pytest_collection_finish() -> None:
+    """What is imported is no garbage, and there is much of it."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -63,7 +63,7 @@ ALL = "ELSA_EMULATION_ALL" in os.environ
 LOW = "low and (tile and (5 or 7) or ghost or extreme)"
 FEW = "published and tile or agrees and odd and both and float32 and not 13"
 SOME = f"{FEW} or {LOW} or published and (none-7 or add-7 or both-5) or low and (5 or 7) or nan"
-SOME += " or strided and 8 or frozen or nothing or refuses or first or streams"
+SOME += " or strided and 8 or frozen or nothing or refuses"
 SOME += " or (gradcheck or opcheck) and both-5"
 OLD = f"{LOW} or nan or properties and (published or extreme)"
 

@@ -40,12 +40,16 @@ def check(*arguments, program=ROOT / "tools/gpu_check.py", env=None):
     return subprocess.run(command, capture_output=True, text=True, env=env)
 
 
+def rehearse(emulation, out, *arguments):
+    """With steps that are forks."""
+    arguments = ["--rehearse", "--emulation", emulation, "--out", out, *arguments]
+    program = ROOT / "tests/helpers/gpu_check_forks.py"
+    return check(*arguments, program=program, env=rehearsal.environment(emulation))
+
+
 @pytest.mark.slow
 def test_rehearsal_runs_every_step_and_writes_every_file(emulation, tmp_path):
-    program = ROOT / "tests/helpers/gpu_check_forks.py"
-    arguments = ["--rehearse", "--emulation", emulation, "--out", tmp_path]
-    environment = rehearsal.environment(emulation)
-    done = check(*arguments, program=program, env=environment)
+    done = rehearse(emulation, tmp_path)
     log = (tmp_path / "log.txt").read_text()
     assert done.returncode == 0, done.stdout + done.stderr + log[-4000:]
     assert {file.name for file in tmp_path.iterdir()} == set(schedule.Schedule.FILES)
@@ -94,7 +98,7 @@ def test_wrong_kernels_are_found_and_located(emulation, tmp_path):
     shutil.copytree(emulation / "elsa_core", poisoned / "elsa_core")
     with (poisoned / "elsa_core/__init__.py").open("a") as file:
         file.write(POISON)
-    done = check("--rehearse", "--emulation", poisoned, "--out", out, "--only", "load", "probe")
+    done = rehearse(poisoned, out, "--only", "load", "probe")
     assert done.returncode == 1, done.stdout
     text = (out / "summary.md").read_text()
     assert "Kernels right: **NO**" in text and "- instructions: 8 of 8 right" in text
