@@ -15,9 +15,7 @@ annotations = dict(type="elsa_mm.panoptic.LoadPanopticAnnotations")
 train_pipeline = [_base_.train_pipeline[0], annotations, _base_.train_pipeline[2]]
 test_pipeline = [*_base_.test_pipeline[:2], annotations, _base_.test_pipeline[3]]
 
-panoptic = dict(
-    type="elsa_mm.panoptic.CocoPanopticDataset", metainfo=metainfo, data_root=data_root
-)
+panoptic = dict(type="elsa_mm.panoptic.CocoPanopticDataset", metainfo=metainfo, data_root=data_root)
 train_dataloader = dict(
     dataset=dict(
         **panoptic,
