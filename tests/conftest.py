@@ -1,6 +1,5 @@
 """Shared fixtures, and the rule that tests for CUDA cannot vanish silently."""
 
-import gc
 import itertools
 import os
 import shutil
@@ -41,12 +40,6 @@ def load_tool(name: str) -> ModuleType:
 def pytest_report_header() -> str:
     cuda = torch.cuda.get_device_name() if torch.cuda.is_available() else "none"
     return f"CUDA device: {cuda}" + (" (its absence is a failure)" if FAIL_WITHOUT_CUDA else "")
-
-
-def pytest_collection_finish() -> None:
-    """What is imported is no garbage, and there is much of it."""
-    gc.collect()
-    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -107,6 +100,15 @@ def own_second(monkeypatch: pytest.MonkeyPatch) -> None:
     if (runner := sys.modules.get("mmengine.runner.runner")) is not None:
         times = {**vars(time), "strftime": lambda *_: f"20000101_{next(RUNS):06d}"}
         monkeypatch.setattr(runner, "time", SimpleNamespace(**times))
+
+
+@pytest.fixture(autouse=True)
+def own_visualizer() -> Iterator[None]:
+    """A visualizer lasts as long as the process, and would write to the folder of its first run."""
+    yield
+    for framework, name in VISUALIZERS.items():
+        if module := sys.modules.get(f"{framework}.visualization"):
+            getattr(module, name)._instance_dict.clear()
 
 
 @pytest.fixture
@@ -191,10 +193,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A work folder, and no visualizer of an earlier run, which would write to that one's."""
+    """A work folder."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
-    for framework, name in VISUALIZERS.items():
-        if module := sys.modules.get(f"{framework}.visualization"):
-            getattr(module, name)._instance_dict.clear()
