@@ -12,8 +12,12 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-# Test files run side by side: threads that wait must not keep the others from working.
+# Test files run side by side: threads that wait must not keep the others from working, and what a
+# test starts has as many as the test itself.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+THREADS = max(1, min(2, os.cpu_count() or 1) // WORKERS)
+os.environ["OMP_NUM_THREADS"] = str(THREADS)
 import torch  # noqa: E402
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -51,8 +55,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def few_threads() -> None:
-    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, min(2, os.cpu_count() or 1) // workers))
+    torch.set_num_threads(THREADS)
 
 
 @pytest.fixture(scope="module", autouse=True)
