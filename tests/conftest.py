@@ -141,15 +141,15 @@ def emulation(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     Of all processes of the tests, which do not change it.
     """
-    import emulated_kernels
     from filelock import FileLock
+
+    sys.path.append(str(REPOSITORY / "tools"))
+    from gpu import rehearsal
 
     own = tmp_path_factory.getbasetemp()
     folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "emulation"
     with FileLock(f"{folder}.lock"):
-        if not (folder / "elsa_core/_C.so").exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            emulated_kernels.build(folder)
+        rehearsal.build(folder)
     return folder
 
 
